@@ -572,29 +572,28 @@ def _make_row(
     text = _checked_json(data)
     if type(priority) is not int or not -MAX_INT <= priority <= MAX_INT:
         _checked_int("priority", priority, -MAX_INT)
+    if in_memory is not False:
+        _checked_bool("in_memory", in_memory)
     if task_id is None:
-        task_id = _new_id()
-        if in_memory:
-            task_id = "inMemory_" + task_id
+        task_id = f"inMemory_{_new_id()}" if in_memory else _new_id()
     else:
         _checked_text("task_id", task_id)
-    _checked_bool("in_memory", in_memory)
+    if if_exists not in _IF_EXISTS:
+        _checked_choice("if_exists", if_exists, _IF_EXISTS)
+    if retries != 0 or type(retries) is not int:
+        _checked_int("retries", retries, 0)
+    if retry_delay != 1.0 or type(retry_delay) is not float:
+        retry_delay = _checked_seconds("retry_delay", retry_delay, zero=True)
+    if timeout is not None:
+        timeout = _checked_seconds("timeout", timeout)
+    if keep_result is not None:
+        keep_result = _checked_seconds("keep_result", keep_result, zero=True)
     due_at = now if due_date is None else _instant(due_date, now)
-    _checked_choice("if_exists", if_exists, _IF_EXISTS)
+    state = "ready" if due_at <= now else "scheduled"
+    times = (now, due_at, due_at)
     row = Row(
-        task_id,
-        task_type,
-        text,
-        priority,
-        now,
-        due_at,
-        due_at,
-        retries if retries == 0 and type(retries) is int else _checked_int("retries", retries, 0),
-        _checked_seconds("retry_delay", retry_delay, zero=True),
-        None if timeout is None else _checked_seconds("timeout", timeout),
-        None if keep_result is None else _checked_seconds("keep_result", keep_result, zero=True),
-        lane,
-        "ready" if due_at <= now else "scheduled",
+        *(task_id, task_type, text, priority, *times),
+        *(retries, retry_delay, timeout, keep_result, lane, state),
         in_memory=in_memory,
     )
     return row, if_exists
@@ -661,17 +660,17 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Optional[Row]:
     if row.successor is not None:
         # Its created_at stays: that is when it was added.
         return Row._make(json.loads(row.successor))
-    ended = row._replace(
+    if outcome.state == "done" and row.keep_result is None:
+        return None
+    row = row._replace(
         state=outcome.state, owner="", interrupted=0, result=outcome.result, error=outcome.error
     )
     if outcome.state == "ready":
         state = "ready" if outcome.ready_at <= now else "scheduled"
-        return ended._replace(state=state, ready_at=outcome.ready_at)
+        return row._replace(state=state, ready_at=outcome.ready_at)
     if outcome.state == "done":
-        if row.keep_result is None:
-            return None
-        return ended._replace(expires_at=now + int(row.keep_result * 1e6))
-    return ended
+        return row._replace(expires_at=now + int(cast(float, row.keep_result) * 1e6))
+    return row
 
 
 def after_interruption(row: Row, now: int) -> Optional[Row]:
@@ -1794,7 +1793,7 @@ class _Tasks:
         _refuse_rerun(what)
         return self._store
 
-    def _changed(self) -> None:
+    def _changed(self, removed: bool = False) -> None:
         """Called after every change, to wake who waits for it."""
 
     def find(
@@ -1830,7 +1829,7 @@ class _Tasks:
             states = ", ".join(map(repr, STATES))
             raise ValueError(f"remove() without a filter; to mean all tasks give state=[{states}]")
         removed = self._usable("remove").remove(_make_query(**filters), self._now())
-        self._changed()
+        self._changed(removed=True)
         return removed
 
     def retry(self, **filters: Any) -> int:
@@ -1884,8 +1883,8 @@ class InMemoryTasks(_Tasks):
     def _now(self) -> int:
         return self._queue._now()
 
-    def _changed(self) -> None:
-        self._queue._changed()
+    def _changed(self, removed: bool = False) -> None:
+        self._queue._changed(removed)
 
     def find_by_id(self, task_id: str) -> Optional[Task]:
         """The task of that id, or None."""
@@ -1922,7 +1921,7 @@ class TaskQueue(_Tasks):
         self._store = store if isinstance(store, Store) else SQLiteStore(store)
         self.clock = time.time
         self._in_memory = InMemoryTasks(self)
-        self._watchers: weakref.WeakSet[Any] = weakref.WeakSet()  # Have _queue_changed().
+        self._watchers: Tuple[Any, ...] = ()  # Running clusters: have _queue_changed().
         self._listeners: Dict[str, Listener] = {}
 
     def __enter__(self) -> TaskQueue:
@@ -1943,11 +1942,11 @@ class TaskQueue(_Tasks):
         """The in-memory tasks of this process (master only, else RuntimeError)."""
         return self._in_memory
 
-    def _changed(self) -> None:
+    def _changed(self, removed: bool = False) -> None:
         if _worker is not None:
             _worker.tell_master_of_changes()
-        for watcher in list(self._watchers):
-            watcher._queue_changed()
+        for watcher in self._watchers:
+            watcher._queue_changed(removed)
 
     def add_task(
         self,
@@ -2017,10 +2016,10 @@ class TaskQueue(_Tasks):
         return [Task(row) for row in self._add(additions)]
 
     def _add(self, additions: List[Tuple[Row, str]]) -> List[Row]:
-        kinds = {row.in_memory for row, _ in additions}
-        if len(kinds) > 1:
+        here = sum(row.in_memory for row, _ in additions)
+        if here not in (0, len(additions)):
             raise ValueError("in_memory is True for some tasks; add those in a call of their own")
-        store = self._in_memory._store if True in kinds else self._store
+        store = self._in_memory._store if here else self._store
         rows = store.add(additions, self._now())
         self._changed()
         return rows
@@ -2532,11 +2531,13 @@ def _checked_message(message: Any) -> Any:
 
 def _resolve(future: Future[Any], value: Any = None, error: Optional[BaseException] = None) -> None:
     """Resolve *future*, unless it already is."""
-    with contextlib.suppress(concurrent.futures.InvalidStateError):
+    try:
         if error is not None:
             future.set_exception(error)
         else:
             future.set_result(value)
+    except concurrent.futures.InvalidStateError:
+        pass
 
 
 def _follow(future: Future[Any], result: Any) -> None:
@@ -2824,8 +2825,7 @@ class _WorkerHandle:
         self.runs: collections.deque[_Run] = collections.deque()  # In its hands, in order.
         self.load = 0.0  # The sum of their costs; 1 = no room.
         self.given = 0  # Tasks given so far.
-        self.since = time.time()
-        self.head_since = self.idle_since = time.monotonic()
+        self.since = time.monotonic()  # In this state, or with this head of runs.
         self.kill_at = math.inf  # Monotonic: when patience ends.
         self.ended_at = math.inf  # Monotonic: when its end of the channel closed.
         self.channel.send(boot)
@@ -2836,7 +2836,7 @@ class _WorkerHandle:
 
     def give(self, runs: List[_Run]) -> None:
         if not self.runs:
-            self._new_head()
+            self.since = time.monotonic()
         for number, run in enumerate(runs, self.given):
             run.number = number
             self.runs.append(run)
@@ -2862,16 +2862,12 @@ class _WorkerHandle:
             self.load -= run.cost
         return taken
 
-    def end_head(self) -> _Run:
+    def end_head(self, now: float) -> _Run:
         """The oldest run has ended: the next one is the head."""
         run = self.runs.popleft()
         self.load = self.load - run.cost if self.runs else 0.0
-        self._new_head()
+        self.since = now
         return run
-
-    def _new_head(self) -> None:
-        self.since, self.head_since = time.time(), time.monotonic()
-        self.idle_since = self.head_since
 
     def retire(self, now: float) -> None:
         """Let it end as a process should: exit handlers run, output is flushed."""
@@ -2914,23 +2910,26 @@ class _TaskFuture(Future[Any]):
     # Its base stays in the state PENDING until the end, as only then cancel() works at
     # any time; whether the task runs is kept apart.
 
-    def __init__(self, cluster: Cluster, task: Task) -> None:
+    def __init__(self, cluster: Cluster, row: Row) -> None:
         super().__init__()
-        self.task = task
-        self._cluster = weakref.ref(cluster)
+        self._row = row
+        self._cluster = cluster
         self._runs = False
         self._stored = False  # add() has returned.
         self._foreign = False  # The task may be run by another cluster.
+
+    @property
+    def task(self) -> Task:
+        """The Task, as it was added."""
+        return Task(self._row)
 
     def running(self) -> bool:
         return self._runs and not self.done()
 
     def cancel(self) -> bool:
         """Remove the task if it waits. False if it runs or is over."""
-        cluster = self._cluster()
-        if not self.done() and cluster is not None and not self._foreign:
-            if cluster._remove_waiting(self.task):
-                self._end_cancelled()
+        if not self.done() and not self._foreign and self._cluster._remove_waiting(self._row):
+            self._end_cancelled()
         return self.cancelled()
 
     def _end_cancelled(self) -> None:
@@ -2945,7 +2944,7 @@ class _Ending(NamedTuple):
     outcome: Outcome
     event: Optional[str] = None  # done, error; None: given back or cancelled.
     packed: Optional[bytes] = None  # The pickled result; None = None.
-    error: Optional[Callable[[], Exception]] = None
+    error: Union[Exception, _Failure, None] = None
 
 
 KeepAlive = Union[int, timedelta, str, None]
@@ -3037,7 +3036,8 @@ class Cluster(concurrent.futures.Executor):
         self._workers: List[_WorkerHandle] = []
         self._hand: collections.deque[_Run] = collections.deque()  # Claimed, not yet given.
         self._hand_since = 0.0
-        self._unsettled: List[_Ending] = []  # Persistent; the store does not know yet.
+        self._unsettled_here: List[_Ending] = []  # In memory: until the next turn.
+        self._unsettled: List[_Ending] = []  # Persistent: until the store has it.
         self._expected: Dict[str, float] = {}  # Seconds, by task type.
         self._shares = dict.fromkeys(self.task_map, 1.0)
         self._alarm = math.inf  # Monotonic: when the next wait ends at the latest.
@@ -3046,7 +3046,9 @@ class Cluster(concurrent.futures.Executor):
         self._worker_numbers = itertools.count(1)
         self._boot_after, self._silent_boots = 0.0, 0  # Back-off of dying starts.
         self._boot_error: Optional[Exception] = None
-        self._look = True  # Something may be claimable in the store.
+        self._look = True  # Something may be claimable in the store. Any thread sets it.
+        self._news = False  # Something was added since this turn began. Any thread sets it.
+        self._hungry = True  # New tasks could start at once: adding them ends the wait.
         self._upcoming: Optional[List[int]] = []  # What next_due said; None: more than we take.
         self._store_due = NEVER  # When the first of them that was not yet due is.
         self._store_busy = False  # A call is under way in the store thread.
@@ -3090,7 +3092,7 @@ class Cluster(concurrent.futures.Executor):
             self._selector = selectors.DefaultSelector()
             self._selector.register(self._wake.reader, selectors.EVENT_READ, None)
             _master_ends.add(self._selector)
-            self.queue._watchers.add(self)
+            self.queue._watchers += (self,)
             _running.add(self)
             _at_exit_once()
             threading.Thread(target=self._dispatch, name="taskpool-dispatcher", daemon=True).start()
@@ -3124,12 +3126,12 @@ class Cluster(concurrent.futures.Executor):
             raise _wrong_value("task_type", task_type, f"one of this cluster's: {known}")
         if "lane" in options or options.get("in_memory") is False and self._in_memory_only:
             raise TypeError("submit() takes the parameters of add_task; this one cannot be given")
-        if self._auto_initialize:
+        if self._auto_initialize and not self._started:
             self.initialize()  # Again, in a fork.
         row, if_exists = _make_row(
             self.queue._now(), task_type, data, lane=self._owner, **options
         )
-        future = _TaskFuture(self, Task(row))
+        future = _TaskFuture(self, row)
         before = self._futures.get(row.id)
         self._futures[row.id] = future  # First: it may start before _add returns.
         try:
@@ -3145,7 +3147,7 @@ class Cluster(concurrent.futures.Executor):
             if before is not None:
                 self._futures[row.id] = before
                 return before
-            future.task, future._foreign = Task(stored), True
+            future._row, future._foreign = stored, True
         elif before is not None:
             before._end_cancelled()  # Replaced.
         return future
@@ -3228,7 +3230,7 @@ class Cluster(concurrent.futures.Executor):
         shown = []
         for worker in list(self._workers):
             row = next((run.row for run in list(worker.runs)), None)
-            since = datetime.fromtimestamp(worker.since, timezone.utc)
+            since = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - worker.since)
             shown.append(
                 {
                     "pid": worker.pid,
@@ -3296,10 +3298,12 @@ class Cluster(concurrent.futures.Executor):
         self._inbox.append(call)
         self._wake_up()
 
-    def _queue_changed(self) -> None:
-        self._look = True
-        self._check_futures = True
-        self._wake_up()
+    def _queue_changed(self, removed: bool) -> None:
+        self._look = self._news = True
+        if removed:
+            self._check_futures = True
+        if removed or self._hungry:
+            self._wake_up()
 
     def _begin_stop(self, seconds: float) -> None:
         self._post(lambda: self._stop(time.monotonic() + seconds))
@@ -3309,12 +3313,11 @@ class Cluster(concurrent.futures.Executor):
             return []
         return [self._future_thread, self._listener_thread, self._broker_thread]
 
-    def _remove_waiting(self, task: Task) -> bool:
-        store = self.queue.in_memory._store if task.in_memory else self.queue._store
-        query = Query(ids=[task.id], states=["waiting"])
-        if not store.remove(query, self.queue._now()):
+    def _remove_waiting(self, row: Row) -> bool:
+        store = self.queue.in_memory._store if row.in_memory else self.queue._store
+        if not store.remove(Query(ids=[row.id], states=["waiting"]), self.queue._now()):
             return False
-        self._futures.pop(task.id, None)
+        self._futures.pop(row.id, None)
         return True
 
     def _is_pending(self, until: int) -> bool:
@@ -3350,12 +3353,13 @@ class Cluster(concurrent.futures.Executor):
 
     def _turn(self) -> None:
         """One pass of the loop: look, decide, hand out, wait."""
-        self._alarm = math.inf
+        self._alarm, self._news = math.inf, False
         while self._inbox:
             self._inbox.popleft()()
         now = time.monotonic()
         self._watch_workers(now)
         self._keep_house(now)
+        self._settle_in_memory()
         self._claim_in_memory()
         self._use_store(now)
         self._scale(now)
@@ -3371,7 +3375,12 @@ class Cluster(concurrent.futures.Executor):
     def _receive(self) -> None:
         """The only wait: for workers, other threads, or the alarm."""
         wake = cast(_WakeUp, self._wake)
-        timeout = 0.0 if self._inbox else max(0.0, self._alarm - time.monotonic())
+        # When all workers have work, a turn follows soon anyhow: new tasks need not end
+        # the wait, and add up meanwhile.
+        self._hungry = len(self._workers) < self._max_workers or any(
+            not worker.runs for worker in self._workers
+        )
+        timeout = 0.0 if self._inbox or (self._news and self._hungry) else max(0.0, self._alarm - time.monotonic())
         for key, events in self._selector.select(None if timeout == math.inf else timeout):
             worker: Optional[_WorkerHandle] = key.data
             if worker is None:
@@ -3387,13 +3396,14 @@ class Cluster(concurrent.futures.Executor):
 
     def _hear(self, worker: _WorkerHandle) -> None:
         """Take in what a worker has sent."""
+        now = time.monotonic()
         for packed in worker.channel.receive():
             message = pickle.loads(packed)
             kind = message[0]
             if kind == "done":
-                self._on_done(worker, *message[1:])
+                self._on_done(worker, now, *message[2:])
             elif kind == "fail":
-                self._on_fail(worker, *message[1:])
+                self._on_fail(worker, now, *message[2:])
             elif kind == "start":
                 run = worker.runs[0]
                 run.deadline = time.monotonic() + cast(float, run.row.timeout)
@@ -3411,22 +3421,21 @@ class Cluster(concurrent.futures.Executor):
                 self._selector.unregister(worker.channel)
 
     def _on_ready(self, worker: _WorkerHandle) -> None:
-        worker.ready, worker.since = True, time.time()
-        worker.idle_since = time.monotonic()
+        worker.ready, worker.since = True, time.monotonic()
         self._boot_error, self._silent_boots, self._boot_after = None, 0, 0.0
         self._look = True
 
     def _on_done(
         self,
         worker: _WorkerHandle,
-        number: int,
+        now: float,
         seconds: float,
         packed: Optional[bytes],
         kept: Optional[str],
         problem: Optional[str],
         opened: int,
     ) -> None:
-        run = self._ended(worker, seconds)
+        run = self._ended(worker, now, seconds)
         row = run.row
         if self._log_all and _log.isEnabledFor(logging.INFO):
             ms = round(seconds * 1000)
@@ -3444,17 +3453,17 @@ class Cluster(concurrent.futures.Executor):
     def _on_fail(
         self,
         worker: _WorkerHandle,
-        number: int,
+        now: float,
         seconds: float,
         failure: _Failure,
         may_retry: bool,
     ) -> None:
-        run = self._ended(worker, seconds)
-        self._fail(run, lambda: _rebuilt(failure), _error_text(failure), may_retry)
+        run = self._ended(worker, now, seconds)
+        self._fail(run, failure, _error_text(failure), may_retry)
 
-    def _ended(self, worker: _WorkerHandle, seconds: float) -> _Run:
+    def _ended(self, worker: _WorkerHandle, now: float, seconds: float) -> _Run:
         """The head of the worker's runs, which has ended after *seconds*."""
-        run = worker.end_head()
+        run = worker.end_head(now)
         self._learn(run.row.task_type, seconds)
         self._look = True
         if worker.runs:
@@ -3470,7 +3479,7 @@ class Cluster(concurrent.futures.Executor):
             _log.info("cluster:%s:%s:\tstarted", run.row.task_type, run.row.id)
 
     def _fail(
-        self, run: _Run, error: Callable[[], Exception], text: str, may_retry: bool = True
+        self, run: _Run, error: Union[Exception, _Failure], text: str, may_retry: bool = True
     ) -> None:
         """A charged start has failed: retry it, or fail it for good."""
         row = run.row
@@ -3534,45 +3543,45 @@ class Cluster(concurrent.futures.Executor):
 
     def _settle(self, ending: _Ending) -> None:
         """Have the store record how a run ended; who waits for it is told after that."""
-        if ending.run.row.in_memory:
-            store = self.queue.in_memory._memory
-            held = store.settle(self._owner, [ending.outcome], self.queue._now())
-            self._settled(ending, held[0])
-        else:
-            self._unsettled.append(ending)
+        (self._unsettled_here if ending.run.row.in_memory else self._unsettled).append(ending)
 
-    def _settled(self, ending: _Ending, held: bool) -> None:
-        run, outcome = ending.run, ending.outcome
-        row, future = run.row, run.future
-        if not held:
-            _log.warning(
-                "cluster:%s:%s:\tits claim was lost; this outcome is discarded",
-                *(row.task_type, row.id),
-            )
-            if future is not None:  # Another cluster has it now.
-                future._foreign = True
-                self._futures.setdefault(row.id, future)
-            return
-        listener = self.queue._listeners.get(ending.event or "")
-        again = outcome.state == "ready"
-        if future is not None and again and self._futures.setdefault(row.id, future) is future:
-            future._runs, future = False, None
-        if future is None and listener is None:
-            return
-        state = outcome.state
-        ended = Task(row._replace(state=state, owner="", result=outcome.result, error=outcome.error))
-        if future is not None:
-            self._future_thread.post(lambda: _resolve_future(cast(Any, future), ending))
-        if listener is not None:
-            self._listener_thread.post(lambda: _call_listener(cast(Any, listener), ending, ended))
+    def _settle_in_memory(self) -> None:
+        if self._unsettled_here:
+            endings, self._unsettled_here = self._unsettled_here, []
+            memory, outcomes = self.queue.in_memory._memory, [e.outcome for e in endings]
+            self._settled(endings, memory.settle(self._owner, outcomes, self.queue._now()))
+
+    def _settled(self, endings: List[_Ending], held: List[bool]) -> None:
+        """The store has recorded these endings, if their claims were still held."""
+        resolvable = []
+        for ending, was_held in zip(endings, held):
+            run, outcome = ending.run, ending.outcome
+            row, future = run.row, run.future
+            if not was_held:
+                text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
+                _log.warning(text, row.task_type, row.id)
+                if future is not None:  # Another cluster has it now.
+                    future._foreign = True
+                    self._futures.setdefault(row.id, future)
+                continue
+            if future is not None:
+                future._runs = False
+                if outcome.state != "ready" or self._futures.setdefault(row.id, future) is not future:
+                    resolvable.append((future, ending))
+            listener = self.queue._listeners.get(ending.event or "")
+            if listener is not None:
+                self._call_listener(listener, ending)
+        if resolvable:
+            self._future_thread.post(lambda: _resolve_futures(resolvable))
+
+    def _call_listener(self, listener: Listener, ending: _Ending) -> None:
+        state, result, error = ending.outcome.state, ending.outcome.result, ending.outcome.error
+        task = Task(ending.run.row._replace(state=state, owner="", result=result, error=error))
+        self._listener_thread.post(lambda: listener(_value(ending), task))
 
     def _give_back(self, runs: Iterable[_Run]) -> None:
         """running -> waiting, uncharged, for what has not started (or must stop)."""
         for run in runs:
-            if run.future is not None:
-                run.future._runs = False
-                self._futures.setdefault(run.row.id, run.future)
-                run.future = None
             self._settle(_Ending(run, Outcome(run.row.id, run.row.claim, "ready", False)))
         self._look = True
 
@@ -3586,16 +3595,16 @@ class Cluster(concurrent.futures.Executor):
                 self._give_back(worker.take_back())
                 head.verdict = "timeout"
                 worker.kill()
-            elif len(worker.runs) > 1 and worker.head_since + SLOW_SECONDS <= now:
+            elif len(worker.runs) > 1 and worker.since + SLOW_SECONDS <= now:
                 self._give_back(worker.take_back())
                 slow = cast(_Run, head).row.task_type
-                self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.head_since))
+                self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.since))
                 worker.load = max(worker.load, 1.0)
             if worker.kill_at <= now:
                 worker.kill()
             self._look_at_exit(worker, now)
             if len(worker.runs) > 1:
-                self._wake_at(worker.head_since + SLOW_SECONDS)
+                self._wake_at(worker.since + SLOW_SECONDS)
             if head is not None:
                 self._wake_at(head.deadline)
 
@@ -3619,18 +3628,18 @@ class Cluster(concurrent.futures.Executor):
         self._workers.remove(worker)
         self._give_back(worker.take_back())
         while worker.runs:
-            run = worker.end_head()
+            run = worker.end_head(time.monotonic())
             row = run.row
             if run.verdict == "cancel":
                 self._settle(_Ending(run, Outcome(row.id, row.claim, "removed")))
             elif run.verdict == "timeout":
                 late = TaskTimeout(f"{row.task_type!r} task {row.id!r} ran over {row.timeout:g} s")
-                self._fail(run, lambda late=late: late, f"TaskTimeout: {late}")  # type: ignore[misc]
+                self._fail(run, late, f"TaskTimeout: {late}")
             elif worker.stopping:  # We killed it for another reason.
                 self._give_back([run])
             else:
                 died = WorkerDied(code, worker.pid, row.task_type, row.id)
-                self._fail(run, lambda died=died: died, f"WorkerDied: {died}")  # type: ignore[misc]
+                self._fail(run, died, f"WorkerDied: {died}")
         if not worker.ready and not worker.stopping:
             self._on_silent_boot(worker, code)
         worker.close()
@@ -3659,7 +3668,7 @@ class Cluster(concurrent.futures.Executor):
 
             def fail(future: _TaskFuture = future) -> None:
                 with contextlib.suppress(StoreError):
-                    self._remove_waiting(future.task)
+                    self._remove_waiting(future._row)
                 _resolve(future, error=error)
 
             self._future_thread.post(fail)
@@ -3716,7 +3725,7 @@ class Cluster(concurrent.futures.Executor):
     def _retire_idle(self, now: float, before: float) -> None:
         for worker in self._workers:
             idle = worker.ready and not worker.runs and not worker.stopping
-            if idle and worker.idle_since <= before:
+            if idle and worker.since <= before:
                 worker.retire(now)
 
     # ---- Claiming
@@ -3760,7 +3769,7 @@ class Cluster(concurrent.futures.Executor):
                 outcome = Outcome(row.id, row.claim, "failed", error=reason)
                 _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, reason)
                 error = StoreError(reason)
-                self._settled(_Ending(run, outcome, "error", error=lambda error=error: error), True)  # type: ignore[misc]
+                self._settled([_Ending(run, outcome, "error", error=error)], [True])
                 continue
             if not self._hand:
                 self._hand_since = time.monotonic()
@@ -3833,8 +3842,7 @@ class Cluster(concurrent.futures.Executor):
         held, rows, self._upcoming = answer
         now = self.queue._now()
         self._store_due = min((due for due in self._upcoming or () if due > now), default=NEVER)
-        for ending, was_held in zip(endings, held):
-            self._settled(ending, was_held)
+        self._settled(endings, held)
         self._take_in_hand(rows)
         self._look = self._look or self._upcoming is None
 
@@ -3888,7 +3896,8 @@ class Cluster(concurrent.futures.Executor):
                 self._selector.modify(worker.channel, events, worker)
         if self._next_refresh <= now:
             refreshed, self._next_refresh = self._next_refresh, now + self._refresh
-            self._look = self._check_futures = True
+            self._look = True
+            self._check_futures = self._check_futures or self._idle.is_set()
             if self._keep_alive is None and self._mode == "running" and not self._hand:
                 if not any(instant <= self.queue._now() for instant in self._upcoming or [0]):
                     self._retire_idle(now, now - 0.001 if refreshed else -1.0)
@@ -3936,7 +3945,7 @@ class Cluster(concurrent.futures.Executor):
             run = _Run(row, 1.0, self._futures.pop(row.id, None))
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, row.error)
             outcome = Outcome(row.id, row.claim, "failed", error=row.error)
-            self._settled(_Ending(run, outcome, "error", error=lambda error=error: error), True)  # type: ignore[misc]
+            self._settled([_Ending(run, outcome, "error", error=error)], [True])
         if foreign:
             names = ", ".join(map(repr, foreign))
             _log.warning("tasks wait that this cluster has no function for: %s", names)
@@ -3947,14 +3956,14 @@ class Cluster(concurrent.futures.Executor):
 
         def work() -> None:
             for in_memory in (True, False):
-                mine = [future for future in futures if future.task.in_memory is in_memory]
+                mine = [future for future in futures if future._row.in_memory is in_memory]
                 store = self.queue.in_memory._memory if in_memory else self.queue._store
                 for start in range(0, len(mine), 500):
                     part = mine[start : start + 500]
-                    query = Query(ids=[future.task.id for future in part])
+                    query = Query(ids=[future._row.id for future in part])
                     rows = {row.id: row for row in store.find(query, self.queue._now())}
                     for future in part:
-                        self._compare(future, rows.get(future.task.id))
+                        self._compare(future, rows.get(future._row.id))
 
         if self._in_memory_only:
             work()
@@ -3962,7 +3971,7 @@ class Cluster(concurrent.futures.Executor):
             self._store_thread.post(work)
 
     def _compare(self, future: _TaskFuture, row: Optional[Row]) -> None:
-        task_id = future.task.id
+        task_id = future._row.id
         if self._futures.get(task_id) is not future:  # It was claimed in between.
             return
         if row is None:
@@ -4101,7 +4110,7 @@ class Cluster(concurrent.futures.Executor):
         _master_ends.discard(self._selector)
         wake, self._wake = self._wake, None
         cast(_WakeUp, wake).close()
-        self.queue._watchers.discard(self)
+        self.queue._watchers = tuple(w for w in self.queue._watchers if w is not self)
         _running.discard(self)
         self._idle.set()
         self._closed.set()
@@ -4111,41 +4120,29 @@ class Cluster(concurrent.futures.Executor):
             self.queue._store.leave(self._owner, self.queue._now())
 
 
-def _resolve_future(future: _TaskFuture, ending: _Ending) -> None:
-    """In the thread of Futures: unpickling and callbacks may take their time."""
-    if ending.event is None:
-        future._end_cancelled()
-    elif ending.event == "error":
-        _resolve(future, error=cast(Any, ending.error)())
-    else:
-        _resolve_with(future, ending)
-
-
-def _resolve_with(future: _TaskFuture, ending: _Ending) -> None:
+def _value(ending: _Ending) -> Any:
+    """The result, or the exception, of a run. May take its time, and never raises."""
+    if ending.error is not None:
+        return _rebuilt(ending.error) if isinstance(ending.error, _Failure) else ending.error
     try:
-        value = None if ending.packed is None else pickle.loads(ending.packed)
+        return None if ending.packed is None else pickle.loads(ending.packed)
     except BaseException as error:
-        _resolve(future, error=_unloadable(error))
-    else:
-        _resolve(future, value)
+        failure = _failure(error)
+        text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
+        return RemoteError(failure.type_name, text, failure.traceback)
 
 
-def _unloadable(error: BaseException) -> RemoteError:
-    failure = _failure(error)
-    text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
-    return RemoteError(failure.type_name, text, failure.traceback)
-
-
-def _call_listener(listener: Listener, ending: _Ending, task: Task) -> None:
-    """In the thread of listeners. What it raises is logged there."""
-    if ending.event == "error":
-        listener(cast(Any, ending.error)(), task)
-        return
-    try:
-        value = None if ending.packed is None else pickle.loads(ending.packed)
-    except BaseException as error:
-        value = _unloadable(error)
-    listener(value, task)
+def _resolve_futures(endings: List[Tuple[_TaskFuture, _Ending]]) -> None:
+    """In the thread of Futures, as unpickling and callbacks may take their time."""
+    for future, ending in endings:
+        if ending.event is None:
+            future._end_cancelled()
+            continue
+        value = _value(ending)
+        if ending.event == "error" or (isinstance(value, RemoteError) and ending.packed):
+            _resolve(future, error=value)
+        else:
+            _resolve(future, value)
 
 
 def _checked_task_map(task_map: Any) -> Dict[str, TaskFunction]:
