@@ -135,6 +135,7 @@ __all__ = [
 
 AHEAD_SECONDS = 0.010  # Expected work that a worker may have claimed ahead (P5).
 AHEAD_TASKS = 256  # The same as a number of tasks: what a crash can give back.
+LEAST_SECONDS = AHEAD_SECONDS / AHEAD_TASKS  # Quicker tasks are no different (P5).
 SLOW_SECONDS = 0.020  # A task that runs longer lets go of those queued behind it.
 LEASE_SECONDS = 30.0  # A master that has not renewed for this long is given up (P3).
 RENEW_SECONDS = 10.0  # Three chances to renew within one lease.
@@ -508,7 +509,7 @@ _encode = json.JSONEncoder(
 def _checked_json(value: Any) -> str:
     """JSON text of *value*, which will come back equal and of the same types."""
     _check_json(value, "data", 0)
-    return _encode(value)
+    return str(value) if type(value) is int else _encode(value)
 
 
 def _check_json(value: Any, path: str, depth: int) -> None:
@@ -647,6 +648,12 @@ def share(expected: Optional[float]) -> float:
     if expected is None:
         return 1.0
     return min(max(expected / AHEAD_SECONDS, 1 / AHEAD_TASKS), 1.0)
+
+
+def claimed(row: Row, owner: str) -> Row:
+    """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
+    # Three times as fast as _replace, and done for every task.
+    return Row(*row[:12], "running", row.attempt + 1, row.claim + 1, owner, *row[16:])
 
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Optional[Row]:
@@ -1043,10 +1050,7 @@ class MemoryStore(Store):
                     break
                 else:
                     limit -= shares[row.task_type]
-                    running = row._replace(
-                        state="running", attempt=row.attempt + 1, claim=row.claim + 1, owner=owner
-                    )
-                    self._rows[row.id] = running
+                    self._rows[row.id] = running = claimed(row, owner)
                     taken.append(running)
                 heapq.heappop(heap)
                 while heap and not self._alive(heap[0][3]):
@@ -1518,11 +1522,7 @@ class SQLiteStore(Store):
             if cost > limit + 1e-9 or (row.interrupted and taken):
                 break
             limit -= cost
-            taken.append(
-                row._replace(
-                    state="running", attempt=row.attempt + 1, claim=row.claim + 1, owner=owner
-                )
-            )
+            taken.append(claimed(row, owner))
             taken_seq.append((owner, seq))
             if row.interrupted:
                 break
@@ -1670,6 +1670,8 @@ def _decoded(raw: bytes, otherwise: Any) -> Any:
 def _rank(candidate: Sequence[Any]) -> Tuple[int, int, int]:
     """The order of claims, for a result of _READY."""
     seq, _, _, _, priority, created_at = candidate[:6]
+    if type(priority) is not int or type(created_at) is not int:
+        return -NEVER, 0, seq  # It cannot be run: see _unusable.
     return -priority, created_at, seq
 
 
@@ -1761,17 +1763,12 @@ def _make_query(
     task_type: Any = None,
     state: Any = None,
     due: Any = None,
-    limit: Any = None,
-    offset: Any = 0,
 ) -> Query:
     return Query(
         _listed("task_id", task_id),
         _listed("task_type", task_type),
         _listed("state", state, STATES),
         None if due is None else _checked_bool("due", due),
-        NEVER,
-        None if limit is None else _checked_int("limit", limit, 0),
-        _checked_int("offset", offset, 0),
     )
 
 
@@ -1807,7 +1804,10 @@ class _Tasks:
         offset: int = 0,
     ) -> List[Task]:
         """The tasks that fit the filters, oldest first: *limit* of them, after *offset*."""
-        query = _make_query(task_id, task_type, state, due, limit, offset)
+        query = _make_query(task_id, task_type, state, due)._replace(
+            limit=None if limit is None else _checked_int("limit", limit, 0),
+            offset=_checked_int("offset", offset, 0),
+        )
         return [Task(row) for row in self._store.find(query, self._now())]
 
     def find_one(self, **filters: Any) -> Optional[Task]:
@@ -1825,10 +1825,11 @@ class _Tasks:
         A running task ends its run, after which it is neither retried nor repeated.
         Raises ValueError without a filter (say `state=[...]` to mean all).
         """
-        if not any(value is not None for value in filters.values()):
+        query = _make_query(**filters)
+        if query == Query():
             states = ", ".join(map(repr, STATES))
             raise ValueError(f"remove() without a filter; to mean all tasks give state=[{states}]")
-        removed = self._usable("remove").remove(_make_query(**filters), self._now())
+        removed = self._usable("remove").remove(query, self._now())
         self._changed(removed=True)
         return removed
 
@@ -2910,13 +2911,13 @@ class _TaskFuture(Future[Any]):
     # Its base stays in the state PENDING until the end, as only then cancel() works at
     # any time; whether the task runs is kept apart.
 
+    _runs = False
+    _stored = False  # add() has returned.
+    _foreign = False  # The task may be run by another cluster.
+
     def __init__(self, cluster: Cluster, row: Row) -> None:
         super().__init__()
-        self._row = row
-        self._cluster = cluster
-        self._runs = False
-        self._stored = False  # add() has returned.
-        self._foreign = False  # The task may be run by another cluster.
+        self._row, self._cluster = row, cluster
 
     @property
     def task(self) -> Task:
@@ -3040,6 +3041,7 @@ class Cluster(concurrent.futures.Executor):
         self._unsettled: List[_Ending] = []  # Persistent: until the store has it.
         self._expected: Dict[str, float] = {}  # Seconds, by task type.
         self._shares = dict.fromkeys(self.task_map, 1.0)
+        self._logs_runs = False
         self._alarm = math.inf  # Monotonic: when the next wait ends at the latest.
         self._next_refresh = self._next_watch = self._next_renew = self._next_foreign = 0.0
         self._last_available = 0.0
@@ -3285,6 +3287,8 @@ class Cluster(concurrent.futures.Executor):
     # ---- Other threads' way in
 
     def _use(self, what: str) -> None:
+        if _is_master():
+            return
         _refuse_rerun(f"Cluster.{what}")
         if _worker is not None:
             raise RuntimeError(f"Cluster.{what} was called in a worker; only the master can")
@@ -3354,6 +3358,7 @@ class Cluster(concurrent.futures.Executor):
     def _turn(self) -> None:
         """One pass of the loop: look, decide, hand out, wait."""
         self._alarm, self._news = math.inf, False
+        self._logs_runs = self._log_all and _log.isEnabledFor(logging.INFO)
         while self._inbox:
             self._inbox.popleft()()
         now = time.monotonic()
@@ -3437,7 +3442,7 @@ class Cluster(concurrent.futures.Executor):
     ) -> None:
         run = self._ended(worker, now, seconds)
         row = run.row
-        if self._log_all and _log.isEnabledFor(logging.INFO):
+        if self._logs_runs:
             ms = round(seconds * 1000)
             _log.info("cluster:%s:%s:\tdone in %d ms", row.task_type, row.id, ms)
         if opened:
@@ -3471,11 +3476,13 @@ class Cluster(concurrent.futures.Executor):
         return run
 
     def _learn(self, task_type: str, seconds: float) -> None:
+        if seconds <= LEAST_SECONDS and self._shares[task_type] == 1 / AHEAD_TASKS:
+            return  # As quick as can be, and known to be.
         expected = learned(self._expected.get(task_type), seconds)
         self._expected[task_type], self._shares[task_type] = expected, share(expected)
 
     def _log_start(self, run: _Run) -> None:
-        if self._log_all and _log.isEnabledFor(logging.INFO):
+        if self._logs_runs:
             _log.info("cluster:%s:%s:\tstarted", run.row.task_type, run.row.id)
 
     def _fail(
@@ -3758,12 +3765,13 @@ class Cluster(concurrent.futures.Executor):
             rows = memory.claim(self._owner, self._claimable(), room, now, self._until)
             self._take_in_hand(rows)
 
-    def _take_in_hand(self, rows: Iterable[Row]) -> None:
+    def _take_in_hand(self, rows: List[Row]) -> None:
         shares = self._claimable()
+        if rows and not self._hand:
+            self._hand_since = time.monotonic()
         for row in rows:
-            future = self._futures.pop(row.id, None)
-            cost = 1.0 if row.interrupted else shares.get(row.task_type, 1.0)
-            run = _Run(row, cost, future)
+            cost = 1.0 if row.interrupted else shares[row.task_type]
+            run = _Run(row, cost, self._futures.pop(row.id, None))
             if row.state == "failed":  # It cannot be read; the store has set it aside.
                 reason = f"StoreError: the stored task cannot be run: {row.error}"
                 outcome = Outcome(row.id, row.claim, "failed", error=reason)
@@ -3771,8 +3779,6 @@ class Cluster(concurrent.futures.Executor):
                 error = StoreError(reason)
                 self._settled([_Ending(run, outcome, "error", error=error)], [True])
                 continue
-            if not self._hand:
-                self._hand_since = time.monotonic()
             self._hand.append(run)
 
     def _use_store(self, now: float) -> None:
