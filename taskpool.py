@@ -2934,7 +2934,9 @@ class _TaskFuture(Future[Any]):
         return self.cancelled()
 
     def _end_cancelled(self) -> None:
-        if super().cancel():
+        me = object()
+        first = self.__dict__.setdefault("_canceller", me) is me  # Of several threads.
+        if first and super().cancel():
             self.set_running_or_notify_cancel()  # Tells concurrent.futures.wait().
 
 
@@ -3707,7 +3709,7 @@ class Cluster(concurrent.futures.Executor):
             wanted -= 1
         if isinstance(self._keep_alive, float):
             if now - self._last_available >= self._keep_alive:
-                self._retire_idle(now, now)
+                self._retire_idle(now)
             elif self._workers:
                 self._wake_at(self._last_available + self._keep_alive)
 
@@ -3729,10 +3731,9 @@ class Cluster(concurrent.futures.Executor):
             self._selector.register(worker.channel, selectors.EVENT_READ, worker)
         return True
 
-    def _retire_idle(self, now: float, before: float) -> None:
+    def _retire_idle(self, now: float) -> None:
         for worker in self._workers:
-            idle = worker.ready and not worker.runs and not worker.stopping
-            if idle and worker.since <= before:
+            if worker.ready and not worker.runs and not worker.stopping:
                 worker.retire(now)
 
     # ---- Claiming
@@ -3901,12 +3902,11 @@ class Cluster(concurrent.futures.Executor):
             if worker.ended_at == math.inf and self._selector.get_key(worker.channel).events != events:
                 self._selector.modify(worker.channel, events, worker)
         if self._next_refresh <= now:
-            refreshed, self._next_refresh = self._next_refresh, now + self._refresh
+            self._next_refresh = now + self._refresh
             self._look = True
             self._check_futures = self._check_futures or self._idle.is_set()
             if self._keep_alive is None and self._mode == "running" and not self._hand:
-                if not any(instant <= self.queue._now() for instant in self._upcoming or [0]):
-                    self._retire_idle(now, now - 0.001 if refreshed else -1.0)
+                self._retire_idle(now)
         self._wake_at(self._next_refresh)
         if self._check_futures and self._futures and not self._store_busy:
             self._check_futures = False

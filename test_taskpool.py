@@ -1141,3 +1141,608 @@ class TestSQLiteStore(StoreContract, InFolder):
             queue.add_task("x")
         with contextlib.closing(sqlite3.connect(path)) as db:
             self.assertEqual(db.execute("SELECT * FROM task").fetchall(), [(1,)])
+
+
+# --- Running tasks -------------------------------------------------------------------
+
+EVERYTHING = {
+    "echo": echo, "about": about, "fail": fail, "succeed_at": succeed_at, "hold": hold,
+    "raise_kind": raise_kind, "return_kind": return_kind, "sleep": sleep_a_little,
+    "later": future_later, "ping": ping, "position": ping_by_position,
+    "three deep": ping_three_deep, "wait inside": ping_and_wait_inside, "async ping": ping_async,
+    "ping later": ping_later, "status": ping_status, "twice": ping_twice,
+    "forget": ping_and_forget, "die": ping_and_die, "bad message": fail_in_on_message,
+    "bad initialize": fail_in_initialize, "add": add_from_task, "cluster": use_cluster_in_task,
+    "pid": pid_of_worker, "line": add_line, "kill first": kill_at_first, "badly": end_badly,
+    "partial": functools.partial(double_with, 3), "method": Scaler(4).scale,
+}
+
+
+def answer_pings(respond, message):
+    """A broker that answers in every way there is."""
+    if message["data"] == "silence":
+        return
+    if message["data"] == "raise":
+        raise LookupError("the broker fails")
+    if message["data"] == "thread":
+        threading.Timer(0.02, respond, ["from a thread"]).start()
+        return
+    if message["data"] == "unpicklable":
+        respond(lambda: 1)
+    if message["data"] == "about":
+        respond({key: message[key] for key in ("status", "worker", "task_id", "task_type")})
+    respond(f"pong {message['data']}")
+    respond("a second answer counts for nothing")
+
+
+class WithCluster(InFolder):
+    """Tests that share one running cluster, which must outlive them all."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.home = tempfile.mkdtemp(prefix="taskpool-test-")
+        cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
+        cls.shared_queue = TaskQueue(Path(cls.home) / "shared.db")
+        cls.shared = Cluster(
+            EVERYTHING, cls.shared_queue, max_available_workers=2, oversubscribe=True,
+            keep_alive="always", message_broker=answer_pings, refresh_rate=50,
+        )
+        cls.addClassCleanup(cls.shared_queue.close)
+        cls.addClassCleanup(cls.shared.shutdown)
+
+    def submit(self, *arguments, **options):
+        return self.shared.submit(*arguments, **options)
+
+    def result(self, *arguments, **options):
+        return self.submit(*arguments, **options).result(PATIENCE)
+
+    def error(self, *arguments, **options):
+        return self.submit(*arguments, **options).exception(PATIENCE)
+
+    def tearDown(self):
+        self.assertEqual(self.result("echo", "still works"), "still works")
+        with self.subTest("nothing is left of this test"):
+            self.shared_queue.remove(state=["failed", "done"])
+            self.shared_queue.in_memory.remove(state=["failed", "done"])
+            self.assertEqual(self.shared_queue.find(), [])
+
+
+class TestExecutor(WithCluster):
+    """A Cluster is a concurrent.futures.Executor over task types."""
+
+    def test_submit_gives_the_result_of_any_kind_of_function(self):
+        for task_type, data, result in [
+            ("echo", {"a": [1]}, {"a": [1]}), ("sleep", None, "slept"), ("later", None, "later"),
+            ("partial", 5, 15), ("method", 5, 20), ("echo", None, None), ("return_kind", "tuple", (1, 2)),
+        ]:
+            for in_memory in (False, True):
+                with self.subTest(task_type=task_type, in_memory=in_memory):
+                    self.assertEqual(self.result(task_type, data, in_memory=in_memory), result)
+
+    def test_falsy_results_and_data_are_not_taken_for_missing(self):
+        """SE-03."""
+        for value in (None, 0, "", [], False, {}, 0.0):
+            self.assertEqual(repr(self.result("echo", value)), repr(value))
+
+    def test_the_job_is_the_running_task(self):
+        for in_memory in (False, True):
+            future = self.submit("about", [1], priority=3, task_id="me", in_memory=in_memory)
+            expected = ("me", "about", [1], 3, 1, "running", in_memory)
+            self.assertEqual(future.result(PATIENCE), expected)
+            self.assertEqual((future.task.id, future.task.state), ("me", "waiting"))
+
+    def test_map_gives_results_in_order(self):
+        self.assertEqual(list(self.shared.map("echo", range(30))), list(range(30)))
+        with self.assertRaises(ValueError):
+            list(self.shared.map("fail", [1]))
+
+    def test_it_works_with_asyncio_and_wait(self):
+        async def main():
+            loop = asyncio.get_running_loop()
+            jobs = [loop.run_in_executor(self.shared, "echo", i) for i in range(5)]
+            return await asyncio.gather(*jobs)
+
+        self.assertEqual(asyncio.run(main()), list(range(5)))
+        futures = [self.submit("echo", i) for i in range(5)]
+        done, waiting = concurrent.futures.wait(futures, PATIENCE)
+        self.assertEqual((len(done), len(waiting)), (5, 0))
+
+    def test_a_future_is_cancelled_while_it_waits_and_not_while_it_runs(self):
+        for in_memory in (False, True):
+            with self.subTest(in_memory=in_memory):
+                waits = self.submit("echo", due_date=timedelta(hours=1), in_memory=in_memory)
+                self.assertFalse(waits.running())
+                self.assertTrue(waits.cancel())
+                self.assertTrue(waits.cancelled())
+                self.assertEqual(concurrent.futures.wait([waits], 1).done, {waits})
+                path = str(self.folder / f"hold {in_memory}")
+                runs = self.submit("hold", path, in_memory=in_memory)
+                eventually(lambda: os.path.exists(path + ".started"))
+                self.assertTrue(runs.running())
+                self.assertFalse(runs.cancel())
+                Path(path + ".end").touch()
+                self.assertEqual(runs.result(PATIENCE), "held")
+                self.assertFalse(runs.cancel())
+
+    def test_cancel_kills_a_running_task(self):
+        for in_memory in (False, True):
+            with self.subTest(in_memory=in_memory):
+                path = str(self.folder / f"hold {in_memory}")
+                runs = self.submit("hold", path, in_memory=in_memory, retries=5)
+                eventually(lambda: os.path.exists(path + ".started"))
+                self.assertTrue(self.shared.cancel(runs.task.id))
+                eventually(runs.cancelled)
+                pid = int(Path(path + ".started").read_text())
+                eventually(lambda: not is_alive(pid))
+                verbs = self.shared_queue.in_memory if in_memory else self.shared_queue
+                eventually(lambda: not verbs.find(task_id=runs.task.id))
+                waits = self.submit("echo", due_date=timedelta(hours=1), in_memory=in_memory)
+                self.assertTrue(self.shared.cancel(waits.task.id))
+                self.assertTrue(waits.cancelled())
+        self.assertFalse(self.shared.cancel("none"))
+
+    def test_the_future_of_a_removed_task_is_cancelled(self):
+        for in_memory in (False, True):
+            verbs = self.shared_queue.in_memory if in_memory else self.shared_queue
+            future = self.submit("echo", due_date=timedelta(hours=1), in_memory=in_memory)
+            self.assertEqual(verbs.remove(task_id=future.task.id), 1)
+            eventually(future.cancelled)
+        future = self.submit("echo", due_date=timedelta(hours=1))
+        with contextlib.closing(SQLiteStore(Path(self.home) / "shared.db")) as elsewhere:
+            elsewhere.remove(Query(ids=[future.task.id]), NOW)
+        eventually(future.cancelled)
+
+    def test_submit_twice_under_one_id_follows_if_exists(self):
+        options = {"task_id": "one", "due_date": timedelta(hours=1)}
+        first = self.submit("echo", 1, **options)
+        with self.assertRaises(DuplicateTask):
+            self.submit("echo", 2, **options)
+        self.assertFalse(first.done())
+        self.assertIs(self.submit("echo", 3, if_exists="keep", **options), first)
+        second = self.submit("echo", 4, task_id="one", if_exists="replace")
+        self.assertEqual(second.result(PATIENCE), 4)
+        self.assertTrue(first.cancelled())
+
+    def test_a_kept_task_that_somebody_else_added_resolves_the_future_too(self):
+        self.shared_queue.add_task("echo", 5, task_id="k", due_date=timedelta(seconds=0.2), keep_result=60)
+        future = self.submit("echo", 6, task_id="k", if_exists="keep")
+        self.assertEqual(future.result(PATIENCE), 5)
+
+    def test_submit_refuses_what_can_never_run(self):
+        with self.assertRaisesRegex(ValueError, "task_type.*'none'.*'echo'"):
+            self.submit("none")
+        with self.assertRaisesRegex(TypeError, "task_type"):
+            self.submit(5)
+        with self.assertRaises(TypeError):
+            self.submit("echo", lane="x")
+        with self.assertRaisesRegex(TypeError, "priority"):
+            self.submit("echo", priority="1")
+
+    def test_workers_tells_what_each_process_does(self):
+        path = str(self.folder / "hold")
+        future = self.submit("hold", path, task_id="held")
+        eventually(lambda: os.path.exists(path + ".started"))
+        busy = [w for w in self.shared.workers() if w["state"] == "busy"]
+        self.assertEqual([(w["task_id"], w["task_type"]) for w in busy], [("held", "hold")])
+        self.assertEqual(busy[0]["pid"], int(Path(path + ".started").read_text()))
+        self.assertLess(abs(datetime.now(timezone.utc) - busy[0]["since"]), timedelta(seconds=PATIENCE))
+        Path(path + ".end").touch()
+        future.result(PATIENCE)
+
+
+class TestFailures(WithCluster):
+    """How tasks can fail, and what a Future, the task and the listener then hold."""
+
+    def test_the_future_raises_the_tasks_own_exception_with_its_traceback(self):
+        error = self.error("fail")
+        self.assertEqual((type(error), str(error)), (ValueError, "attempt 1"))
+        self.assertIn("in fail", str(error.__cause__))
+
+    def test_an_exception_that_cannot_be_rebuilt_becomes_a_remote_error(self):
+        """EX-01, EX-03, EX-05, ENGINE 22, 23."""
+        for kind, type_name, text in [
+            ("odd", "Odd", "1: odd"), ("unprintable", "Unprintable", ""), ("exit", "SystemExit", "disk missing"),
+            ("exit0", "SystemExit", "0"), ("interrupt", "KeyboardInterrupt", ""), ("local", "Local", "inside"),
+            ("lock", "ValueError", "holds a lock"), ("huge", "ValueError", "xxx"),
+        ]:
+            with self.subTest(kind=kind):
+                error = self.error("raise_kind", kind)
+                if type(error) is RemoteError:
+                    self.assertTrue(error.type_name.endswith(type_name), error.type_name)
+                    self.assertIn("raise_kind", error.traceback)
+                    self.assertLess(len(error.traceback), 200_000)
+                else:
+                    self.assertEqual(type(error).__name__, type_name)
+                if kind != "unprintable":
+                    self.assertIn(text, str(error))
+                task = self.shared_queue.find_one(state="failed", task_type="raise_kind")
+                self.assertIn(type_name, task.error.split("\n")[0])
+                self.shared_queue.remove(state="failed")
+
+    def test_errors_that_look_like_the_pools_own_are_plain_task_errors(self):
+        """EX-06."""
+        for kind, error in [("timeout", TimeoutError), ("eof", EOFError), ("deep", RecursionError), ("surrogate", ValueError)]:
+            with self.subTest(kind=kind):
+                self.assertIs(type(self.error("raise_kind", kind)), error)
+
+    def test_a_result_that_cannot_travel_fails_that_task_only(self):
+        """SE-09, ENGINE 20, 22."""
+        for kind, text in [
+            ("lambda", "pickle"), ("generator", "pickle"), ("lock", "pickle"),
+            ("exploding", "exploded while loading"), ("exits", "SystemExit"),
+        ]:
+            with self.subTest(kind=kind):
+                pid = self.result("pid")
+                self.assertIn(text, str(self.error("return_kind", kind)))
+                self.assertTrue(is_alive(pid) or not LINUX)
+        self.assertEqual(len(self.result("return_kind", "large")), 3_000_000)
+
+    def test_a_failed_task_stays_until_it_is_retried_or_removed(self):
+        self.error("succeed_at", 2, task_id="r")
+        self.assertEqual(self.shared_queue.find_one(task_id="r").state, "failed")
+        self.shared_queue.retry(task_id="r")
+        eventually(lambda: self.shared_queue.find_one(task_id="r").state == "failed")
+        self.assertEqual(self.shared_queue.find_one(task_id="r").attempt, 1)
+
+    def test_retries_start_again_until_one_succeeds(self):
+        for in_memory in (False, True):
+            options = {"retries": 3, "retry_delay": 0.01, "in_memory": in_memory}
+            self.assertEqual(self.result("succeed_at", 3, **options), 3)
+            error = self.error("succeed_at", 9, **options)
+            self.assertEqual(str(error), "attempt 4")
+
+    def test_starts_are_retries_plus_one_for_every_kind_of_failure(self):
+        """RT-03, RT-04, TO-04, RT-05."""
+        futures, files = [], []
+        for how, timeout in [("raise", None), ("kill", None), ("exit", None), ("sleep", 0.2)]:
+            for retries in (0, 1, 2):
+                for in_memory in (False, True):
+                    path = str(self.folder / f"{how} {retries} {in_memory}")
+                    files.append((path, retries, how))
+                    futures.append(self.submit(
+                        "badly", {"file": path, "how": how}, retries=retries, retry_delay=0,
+                        timeout=timeout, in_memory=in_memory,
+                    ))
+        kinds = {"raise": ValueError, "kill": WorkerDied, "exit": WorkerDied, "sleep": TaskTimeout}
+        for future, (path, retries, how) in zip(futures, files):
+            self.assertIs(type(future.exception(PATIENCE)), kinds[how])
+            attempts = [int(line.split()[1]) for line in lines_of(path)]
+            self.assertEqual(attempts, list(range(1, retries + 2)), path)
+
+    def test_a_dead_worker_is_told_with_its_signal_pid_type_and_id(self):
+        """ENGINE 2, 5."""
+        for how, code, text in [("kill", -9, "SIGKILL"), ("exit", 3, "code 3")]:
+            path = str(self.folder / how)
+            error = self.error("badly", {"file": path, "how": how}, task_id=how)
+            self.assertEqual((error.exit_code, error.task_type, error.task_id), (code, "badly", how))
+            for part in (text, "'badly'", repr(how), str(error.pid)):
+                self.assertIn(part, str(error))
+            copy = pickle.loads(pickle.dumps(error))
+            self.assertEqual(str(copy), str(error))
+
+    def test_a_kept_result_is_json_or_says_why_not(self):
+        task = self.submit("echo", {"a": 1}, keep_result=60).task
+        kept = self.shared_queue.wait(task.id, PATIENCE)
+        self.assertEqual((kept.state, kept.result, kept.error), ("done", {"a": 1}, None))
+        future = self.submit("return_kind", "tuple", keep_result=60)
+        self.assertEqual(future.result(PATIENCE), (1, 2))
+        kept = self.shared_queue.wait(future.task.id, PATIENCE)
+        self.assertEqual((kept.state, kept.result), ("done", None))
+        self.assertIn("tuple", kept.error)
+
+
+class TestListeners(InFolder):
+    """queue.add_event_listener: told after the state was stored; can break nothing."""
+
+    def test_done_and_error_are_told_value_and_task(self):
+        queue, told = self.queue(), []
+        queue.add_event_listener("done", lambda value, task: told.append(("replaced", value)))
+        queue.add_event_listener("done", lambda value, task: told.append(("done", value, task)))
+        queue.add_event_listener("error", lambda value, task: told.append(("error", value, task)))
+        with self.cluster({"echo": echo, "succeed_at": succeed_at, "fail": fail}, queue) as cluster:
+            for in_memory in (False, True):
+                queue.add_task("echo", 5, task_id="e", in_memory=in_memory)
+                queue.add_task("succeed_at", 2, retries=1, retry_delay=0, task_id="s", in_memory=in_memory)
+                queue.add_task("fail", task_id="f", in_memory=in_memory)
+                self.assertTrue(cluster.drain(PATIENCE))
+                seen = sorted((kind, task.id, task.state, task.attempt) for kind, _, task in told)
+                self.assertEqual(seen, [
+                    ("done", "e", "done", 1), ("done", "s", "done", 2),
+                    ("error", "f", "failed", 1), ("error", "s", "waiting", 1),
+                ])
+                values = {(task.id, kind): value for kind, value, task in told}
+                self.assertEqual((values["e", "done"], str(values["f", "error"])), (5, "attempt 1"))
+                told.clear()
+            queue.remove_event_listener("done")
+            queue.remove_event_listener("done")
+            queue.add_task("echo", 5)
+            cluster.drain(PATIENCE)
+            self.assertEqual(told, [])
+
+    def test_a_listener_that_raises_or_is_slow_stops_nothing(self):
+        """LL-01, LL-03."""
+        queue, release, told = self.queue(), threading.Event(), []
+
+        def slow(value, task):
+            told.append(value)
+            if value == "slow":
+                release.wait(PATIENCE)
+            raise SystemExit("from a listener")
+
+        queue.add_event_listener("done", slow)
+        cluster = self.cluster({"echo": echo, "sleep": end_badly}, queue)
+        with self.assertLogs("taskpool", "ERROR") as logs:
+            queue.add_task("echo", "slow")
+            eventually(lambda: told)
+            self.assertEqual(queue.count(), 0)  # Stored before it was called.
+            self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(5)], list(range(5)))
+            late = cluster.submit("sleep", {"file": str(self.folder / "f"), "how": "sleep"}, timeout=0.1)
+            self.assertIsInstance(late.exception(PATIENCE), TaskTimeout)
+            release.set()
+            cluster.drain(PATIENCE)
+            eventually(lambda: len(told) == 6)
+        self.assertIn("from a listener", "\n".join(logs.output))
+
+    def test_a_listener_may_add_tasks_and_shut_down(self):
+        queue, told = self.queue(), []
+
+        def listener(value, task):
+            told.append(value)
+            if value < 5:
+                queue.add_task("echo", value + 1)
+            else:
+                queue.remove_event_listener("done")
+                cluster.shutdown()
+
+        queue.add_event_listener("done", listener)
+        cluster = self.cluster({"echo": echo}, queue)
+        queue.add_task("echo", 1)
+        self.assertTrue(cluster._closed.wait(PATIENCE))
+        self.assertEqual(told, [1, 2, 3, 4, 5])
+
+
+class TestConversations(WithCluster):
+    """toggle_ipc: a running task talks with the master."""
+
+    def test_a_message_is_answered_and_on_messages_value_is_the_result(self):
+        self.assertEqual(self.result("ping", "x"), "pong x")
+        self.assertEqual(self.result("position", "y"), "pong y")
+        self.assertEqual(self.result("ping", "thread"), "from a thread")
+        self.assertEqual(self.result("ping later"), "pong late")
+
+    def test_the_broker_is_told_who_asks(self):
+        future = self.submit("ping", "about", task_id="who")
+        told = future.result(PATIENCE)
+        self.assertEqual((told["status"], told["task_id"], told["task_type"]), (4, "who", "ping"))
+        self.assertIn(told["worker"], [w["pid"] for w in self.shared.workers()])
+
+    def test_conversations_nest_to_any_depth_beside_plain_tasks(self):
+        plain = [self.submit("echo", i) for i in range(50)]
+        deep = [self.submit("three deep", in_memory=bool(i % 2)) for i in range(10)]
+        for future in deep:
+            self.assertEqual(future.result(PATIENCE), ["pong ping 1", "pong ping 2", "pong ping 3"])
+        self.assertEqual([f.result(PATIENCE) for f in plain], list(range(50)))
+
+    def test_result_and_await_work_inside(self):
+        self.assertEqual(self.result("wait inside"), ["pong outer", "pong inner"])
+        self.assertEqual(self.result("async ping"), ["pong 0", "pong 1", "pong 2"])
+
+    def test_a_bad_message_fails_the_future(self):
+        for message, error, text in [
+            ({"status": 0}, ValueError, "status is 0"), ({"status": 1, "data": 1}, ValueError, "status is 1"),
+            ({"status": "x"}, TypeError, "status is 'x'"), ({"data": 1}, TypeError, "message"),
+            ({"status": True}, TypeError, "status"), ("ping", TypeError, "message"),
+            ({"status": 2, "date": 5}, TypeError, "message"),
+        ]:
+            with self.subTest(message=message):
+                caught = self.error("status", message)
+                self.assertIs(type(caught), error)
+                self.assertIn(text, str(caught))
+        self.assertIn("twice", str(self.error("twice")))
+
+    def test_what_fails_on_the_way_fails_the_future(self):
+        self.assertEqual(repr(self.error("bad message")), "LookupError('pong x')")
+        self.assertEqual(repr(self.error("bad initialize")), "LookupError('initialize')")
+        with self.assertLogs("taskpool", "ERROR") as logs:
+            self.assertEqual(repr(self.error("ping", "raise")), "LookupError('the broker fails')")
+            self.assertIn("pickle", str(self.error("ping", "unpicklable")))
+        self.assertIn("the broker fails", "\n".join(logs.output))
+
+    def test_without_a_broker_the_future_fails(self):
+        with self.cluster({"ping": ping}) as cluster:
+            error = cluster.submit("ping", 1).exception(PATIENCE)
+        self.assertIn("no message_broker", str(error))
+
+    def test_a_task_that_ends_with_an_open_conversation_is_done_with_a_warning(self):
+        with self.assertLogs("taskpool", "WARNING") as logs:
+            self.assertEqual(self.result("forget"), "forgot")
+        self.assertIn("1 conversation was open", "\n".join(logs.output))
+
+    def test_a_worker_that_dies_in_a_conversation_is_a_failed_attempt(self):
+        self.assertIsInstance(self.error("die"), WorkerDied)
+        self.assertEqual(self.result("die", retries=1, retry_delay=0), 2)
+
+    def test_an_answer_that_never_comes_ends_with_the_timeout(self):
+        self.assertIsInstance(self.error("ping", "silence", timeout=0.2), TaskTimeout)
+
+    def test_an_answer_that_never_comes_ends_with_the_shutdown(self):
+        cluster = self.cluster({"ping": ping}, message_broker=answer_pings, shutdown_timeout=0.2)
+        future = cluster.submit("ping", "silence")
+        cluster.shutdown()
+        self.assertIn("shut down before", str(future.exception(0)))
+
+    def test_queue_calls_in_a_task_work_and_cluster_calls_raise(self):
+        path = str(self.folder / "other.db")
+        data = {"db": path, "id": "added"}
+        self.assertIn("in-memory", self.result("add", data))
+        self.assertEqual(TaskQueue(path).find_one().id, "added")
+        here = {"db": str(Path(self.home) / "shared.db"), "id": "chain"}
+        self.result("add", here)
+        self.assertEqual(self.shared_queue.wait("chain", PATIENCE).result, 1)
+        is_master, text = self.result("cluster", path)
+        self.assertFalse(is_master)
+        self.assertIn("only the master", text)
+
+
+class TestClusterOptions(InFolder):
+    """What the parameters of Cluster mean."""
+
+    def test_a_wrong_argument_raises_and_names_its_parameter(self):
+        queue = self.queue()
+        for options, error, text in [
+            ({"task_map": None}, TypeError, "task_map"), ({"task_map": {}}, ValueError, "task_map"),
+            ({"task_map": {"x": 5}}, TypeError, r"task_map\['x'\]"), ({"task_map": {5: echo}}, TypeError, "task_map"),
+            ({"queue": "tasks.db"}, TypeError, "queue"), ({"max_available_workers": "2"}, TypeError, "max_available"),
+            ({"max_available_workers": True}, TypeError, "max_available"), ({"refresh_rate": 0}, ValueError, "refresh_rate"),
+            ({"refresh_rate": 1.5}, TypeError, "refresh_rate"), ({"in_memory_only": 1}, TypeError, "in_memory_only"),
+            ({"message_broker": 5}, TypeError, "message_broker"), ({"logs": "none"}, ValueError, "logs"),
+            ({"keep_alive": "sometimes"}, ValueError, "keep_alive"), ({"keep_alive": 0}, ValueError, "keep_alive"),
+            ({"keep_alive": True}, TypeError, "keep_alive"), ({"auto_initialize": None}, TypeError, "auto_initialize"),
+            ({"start_method": "thread"}, ValueError, "start_method"), ({"start_method": None}, TypeError, "start_method"),
+            ({"max_tasks_per_worker": 0}, ValueError, "max_tasks_per_worker"),
+            ({"max_tasks_per_worker": "1"}, TypeError, "max_tasks_per_worker"),
+            ({"oversubscribe": 1}, TypeError, "oversubscribe"), ({"shutdown_timeout": -1}, ValueError, "shutdown_timeout"),
+            ({"shutdown_timeout": "1"}, TypeError, "shutdown_timeout"), ({"port": 3008}, TypeError, "port"),
+        ]:
+            with self.subTest(options=options), self.assertRaisesRegex(error, text):
+                Cluster(**{"task_map": {"x": echo}, "queue": queue, **options})
+        with self.assertRaisesRegex(ValueError, "refresh_rate"):
+            self.cluster({"x": echo}).set_refresh_rate(-1)
+
+    def test_workers_are_clamped_with_warnings(self):
+        most = Cluster.max_workers()
+        for given, used, text in [(0, 1, "using 1"), (-5, 1, "using 1"), (most + 3, most, f"using {most}")]:
+            with self.assertLogs("taskpool", "WARNING") as logs:
+                cluster = self.cluster({"x": echo}, max_available_workers=given, oversubscribe=False, auto_initialize=False)
+            self.assertEqual(cluster._max_workers, used)
+            self.assertIn(text, logs.output[0])
+        cluster = self.cluster({"x": echo}, max_available_workers=most + 3, auto_initialize=False)
+        self.assertEqual(cluster._max_workers, most + 3)
+
+    def test_using_all_cpus_warns_once(self):
+        out = self.run_script(
+            """
+            import logging, sys
+            from taskpool import Cluster
+            logging.basicConfig(stream=sys.stdout)
+            for _ in range(3):
+                Cluster({"x": print}, auto_initialize=False)
+            """
+        )
+        self.assertEqual(out.count("CPUs are used"), 1)
+
+    def test_the_library_configures_no_logging_and_logs_the_lines_of_the_original(self):
+        """LL-04."""
+        self.assertEqual([type(h) for h in logging.getLogger("taskpool").handlers], [logging.NullHandler])
+        with self.assertLogs("taskpool", "INFO") as logs:
+            with self.cluster({"echo": echo}) as cluster:
+                cluster.submit("echo", task_id="t1").result(PATIENCE)
+        text = "\n".join(logs.output)
+        self.assertEqual(len(re.findall(r"cluster:echo:t1:\tstarted", text)), 1)
+        self.assertEqual(len(re.findall(r"cluster:echo:t1:\tdone in \d+ ms", text)), 1)
+        with self.assertLogs("taskpool", "INFO") as logs:
+            with self.cluster({"echo": echo, "fail": fail}, logs="error") as cluster:
+                cluster.submit("echo").result(PATIENCE)
+                cluster.submit("fail").exception(PATIENCE)
+        self.assertEqual([r.levelname for r in logs.records if "cluster:" in r.getMessage()], ["ERROR"])
+
+    def test_keep_alive_always_starts_all_and_replaces_the_dead(self):
+        cluster = self.cluster({"echo": echo}, keep_alive="always")
+        ready = lambda: [w["pid"] for w in cluster.workers() if w["state"] == "idle"]  # noqa: E731
+        eventually(lambda: len(ready()) == 2)
+        for _ in range(3):
+            victim = ready()[0]
+            os.kill(victim, signal.SIGKILL)
+            eventually(lambda: len(ready()) == 2 and victim not in ready())
+
+    def test_without_keep_alive_idle_workers_are_closed_at_a_refresh(self):
+        cluster = self.cluster({"pid": pid_of_worker})
+        self.assertEqual(cluster.workers(), [])
+        pid = cluster.submit("pid").result(PATIENCE)
+        eventually(lambda: not cluster.workers())
+        self.assertFalse(LINUX and is_alive(pid))
+        self.assertNotEqual(cluster.submit("pid").result(PATIENCE), pid)
+
+    def test_with_keep_alive_milliseconds_idle_workers_stay_that_long(self):
+        cluster = self.cluster({"pid": pid_of_worker}, keep_alive=400, refresh_rate=10)
+        pid = cluster.submit("pid").result(PATIENCE)
+        ended = time.monotonic()
+        eventually(lambda: not cluster.workers())
+        self.assertGreaterEqual(time.monotonic() - ended, 0.35)
+        longer = self.cluster({"pid": pid_of_worker}, keep_alive=timedelta(hours=1), refresh_rate=10)
+        pid = longer.submit("pid").result(PATIENCE)
+        refreshed = longer._next_refresh
+        eventually(lambda: longer._next_refresh > refreshed + 0.05)
+        self.assertEqual(longer.submit("pid").result(PATIENCE), pid)
+
+    def test_in_memory_only_never_touches_the_store(self):
+        queue = self.queue()
+        with self.cluster({"echo": echo}, queue, in_memory_only=True) as cluster:
+            self.assertEqual(list(cluster.map("echo", [1, 2])), [1, 2])
+            self.assertTrue(cluster.submit("echo").task.in_memory)
+            self.assertTrue(cluster.drain(PATIENCE))
+            with self.assertRaises(TypeError):
+                cluster.submit("echo", in_memory=False)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_auto_initialize_false_starts_nothing_until_initialize(self):
+        queue = self.queue()
+        cluster = self.cluster({"echo": echo}, queue, auto_initialize=False)
+        future = cluster.submit("echo", 5)
+        self.assertEqual((cluster.workers(), queue.count(state="waiting")), ([], 1))
+        cluster.initialize()
+        cluster.initialize()
+        self.assertEqual(future.result(PATIENCE), 5)
+
+    def test_a_worker_is_replaced_after_max_tasks_per_worker(self):
+        """SG-11, ENGINE 10."""
+        for most in (1, 3):
+            cluster = self.cluster(
+                {"pid": pid_of_worker}, max_tasks_per_worker=most, max_available_workers=1, keep_alive="always"
+            )
+            futures = [cluster.submit("pid", in_memory=True) for _ in range(9)]
+            counts = collections.Counter(f.result(PATIENCE) for f in futures)
+            self.assertEqual(sorted(counts.values()), [most] * (9 // most))
+            cluster.shutdown()
+
+    def test_max_workers_counts_usable_cpus(self):
+        if hasattr(os, "sched_getaffinity"):
+            self.assertLessEqual(Cluster.max_workers(), len(os.sched_getaffinity(0)))
+        self.assertGreaterEqual(Cluster.max_workers(), 1)
+
+    def test_set_refresh_rate_changes_the_poll(self):
+        queue, other = self.queue(), self.queue()
+        cluster = self.cluster({"echo": echo}, queue, refresh_rate=3_600_000)
+        cluster.submit("echo").result(PATIENCE)
+        task = other.add_task("echo", keep_result=60)  # No event tells of it.
+        cluster.set_refresh_rate(20)
+        self.assertEqual(queue.wait(task.id, PATIENCE).state, "done")
+
+    def test_the_start_method_of_the_program_is_not_fixed(self):
+        """ENGINE 52, WP-04."""
+        out = self.run_script(
+            """
+            import multiprocessing, os
+            from taskpool import Cluster, TaskQueue
+            if __name__ == "__main__":
+                with Cluster({"pid": os.getpid}, TaskQueue("x.db"), max_available_workers=1) as cluster:
+                    pass
+                with Cluster({"len": len}, TaskQueue("x.db"), max_available_workers=1) as cluster:
+                    cluster.submit("len").exception()
+                    multiprocessing.set_start_method("fork")
+                    print(multiprocessing.get_start_method())
+            """
+        )
+        self.assertEqual(out, "fork\n")
+
+    def test_what_is_called_after_shutdown_is_refused(self):
+        cluster = self.cluster({"echo": echo})
+        cluster.shutdown()
+        cluster.shutdown()
+        with self.assertRaisesRegex(RuntimeError, "after shutdown"):
+            cluster.submit("echo")
+        self.assertTrue(cluster.drain(1))
+        never = self.cluster({"echo": echo}, auto_initialize=False)
+        never.shutdown()
+        with self.assertRaisesRegex(RuntimeError, "after shutdown"):
+            never.submit("echo")
