@@ -2587,12 +2587,17 @@ class _Calls:
         return threading.current_thread() is self._thread
 
     def flush(self, timeout: float) -> bool:
-        """Wait until the calls posted so far were made."""
-        if self.is_current() or not self._thread.is_alive():
+        """Wait until the calls posted so far were made; never for itself."""
+        if self.is_current():
             return True
-        done = threading.Event()
+        done, deadline = threading.Event(), time.monotonic() + timeout
         self._calls.put(done.set)
-        return done.wait(timeout)
+        while not done.wait(0.02):
+            if not self._thread.is_alive():  # It was stopped, and made all calls.
+                return True
+            if time.monotonic() > deadline:
+                return False
+        return True
 
     def _work(self) -> None:
         for call in iter(self._calls.get, None):
@@ -4284,3 +4289,301 @@ def _at_exit() -> None:
                 cluster.shutdown()
             except KeyboardInterrupt:
                 cluster._closed.wait(cluster._shutdown_timeout + EXIT_SECONDS)
+
+
+# --- Demo ----------------------------------------------------------------------------
+# `python taskpool.py --demo`: the promises on real work, each part with its own code.
+
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def _demo_files() -> List[str]:
+    """The .py files of this Python's standard library, the largest first."""
+    library = os.path.dirname(os.__file__)
+    files = []
+    for folder, folders, names in os.walk(library):
+        folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
+        files += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files, key=lambda file: (-os.path.getsize(file), file))
+
+
+def _demo_parse(job: Task) -> Dict[str, Any]:
+    """Parse one file: its lines, functions, and longest function."""
+    import ast
+
+    with open(job.data, "rb") as file:
+        source = file.read()
+    nodes = ast.walk(ast.parse(source))
+    functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    sizes = [(cast(int, n.end_lineno) - n.lineno + 1, n.name) for n in functions]
+    longest = list(max(sizes, default=(0, "")))
+    return {"lines": source.count(b"\n"), "functions": len(sizes), "longest": longest}
+
+
+async def _demo_sleep(job: Task) -> List[int]:
+    import asyncio
+
+    async def one(number: int) -> int:
+        await asyncio.sleep(0.05)
+        return number
+
+    return list(await asyncio.gather(*map(one, range(job.data))))
+
+
+def _demo_talk(job: Task, toggle_ipc: Callable[..., Future[Any]]) -> Future[Any]:
+    return toggle_ipc(
+        lambda first: toggle_ipc(
+            lambda second: [first, second],
+            lambda send: send({"status": 3, "data": "and nested?"}),
+        ),
+        lambda send: send({"status": 2, "data": "master, do you hear me?"}),
+    )
+
+
+def _demo_broker(respond: Callable[[Any], None], message: Dict[str, Any]) -> None:
+    respond(f"{message['data']} yes")
+
+
+def _demo_flaky(job: Task) -> int:
+    if job.attempt < 3:
+        raise OSError(f"no luck at attempt {job.attempt}")
+    return job.attempt
+
+
+def _demo_spin(job: Task) -> None:
+    while True:
+        pass
+
+
+def _demo_suicide(job: Task) -> None:
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def _demo_clock(job: Task) -> float:
+    return time.time()
+
+
+def _demo_note(job: Task) -> None:
+    """Append the id to a file, in one write: what really ran, whoever is killed."""
+    time.sleep(0.02)
+    with open(job.data, "ab", buffering=0) as file:
+        file.write(f"{job.id}\n".encode())
+
+
+_DEMO_MAP: Dict[str, TaskFunction] = {
+    "parse": _demo_parse, "sleep": _demo_sleep, "talk": _demo_talk, "flaky": _demo_flaky,
+    "spin": _demo_spin, "suicide": _demo_suicide, "clock": _demo_clock, "note": _demo_note,
+}  # fmt: skip
+
+
+def _demo_doomed_master(path: str) -> None:
+    """The second master of the demo: works on the tasks of *path* until it is killed."""
+    with Cluster(_DEMO_MAP, TaskQueue(path), logs="error") as cluster:
+        cluster.drain()
+
+
+class _Demo:
+    """One run of the demo: its queue and cluster, and what went wrong."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.broken: List[str] = []
+        self.ended: collections.Counter[str] = collections.Counter()
+        self.parsed: Dict[str, Dict[str, Any]] = {}
+        self.order: List[str] = []
+        self.seconds = 0.0
+
+    def part(self, play: Callable[[], Tuple[bool, str]]) -> None:
+        """Show the code of one part, run it, and show what came of it."""
+        import inspect
+        import textwrap
+
+        lines = textwrap.dedent(inspect.getsource(play)).splitlines()
+        print(f"\n{play.__doc__}\n")
+        print("\n".join(f"    {line[4:]}" for line in lines[2:]), flush=True)
+        try:
+            good, result = play()
+        except Exception as error:
+            good, result = False, f"{type(error).__name__}: {error}"
+        print(f"\n  {'->' if good else 'BROKEN:'} {result}", flush=True)
+        if not good:
+            self.broken.append(cast(str, play.__doc__))
+
+    @staticmethod
+    def read(path: str) -> List[str]:
+        """The words in a file, if it is there."""
+        return _read_text(path).split()
+
+    def listen(self, value: Any, task: Task) -> None:
+        self.ended["failed" if isinstance(value, Exception) else "done"] += 1
+        if task.task_type == "parse":
+            self.order.append(task.data)
+            if isinstance(value, dict):
+                self.parsed[task.data] = value
+
+    def watch(self, total: int) -> None:
+        """Progress, until so many files are parsed: one line on a terminal, else a few."""
+        live, shown = sys.stdout.isatty(), 0
+        while len(self.order) < total:
+            time.sleep(0.05)
+            count = len(self.order)
+            if live:
+                bar = "#" * (30 * count // total)
+                print(f"\r  [{bar:<30}] {count} of {total} files", end="", flush=True)
+            elif count * 4 // total > shown:
+                shown = count * 4 // total
+                print(f"  {count} of {total} files", flush=True)
+        if live:
+            print("\r" + " " * 60 + "\r", end="")
+
+    def play(self) -> None:
+        """All parts. The functions below are printed as they run."""
+        queue = TaskQueue(os.path.join(self.folder, "demo.db"))
+        queue.add_event_listener("done", self.listen)
+        queue.add_event_listener("error", self.listen)
+        files = _demo_files()
+        urgent = files[-6:]
+        cluster = Cluster(
+            _DEMO_MAP, queue, keep_alive="always", message_broker=_demo_broker,
+            auto_initialize=False,
+        )  # fmt: skip
+
+        def parse() -> Tuple[bool, str]:
+            """1. Parse the standard library: stored tasks, and urgent ones in memory first"""
+            queue.add_tasks({"task_type": "parse", "data": file} for file in files[:-6])
+            for rank, file in enumerate(urgent):
+                queue.add_task("parse", file, priority=rank, in_memory=True)
+            started = time.monotonic()
+            cluster.initialize()
+            self.watch(len(files))
+            cluster.drain()
+            self.seconds = time.monotonic() - started
+            first = sorted(self.order[:6]) == sorted(urgent)
+            good = first and len(self.parsed) == len(files) and not queue.count()
+            return good, f"{len(self.parsed)} files; urgent first: {first}"
+
+        def sleep() -> Tuple[bool, str]:
+            """2. A task due in a second starts on time; an asyncio task runs meanwhile"""
+            clock = cluster.submit("clock", due_date=timedelta(seconds=1))
+            numbers = cluster.submit("sleep", 5).result()
+            due = clock.task.due_date.timestamp()
+            late = clock.result() - due
+            return 0 <= late < 0.5 and numbers == [0, 1, 2, 3, 4], f"{numbers}, {late * 1000:.1f} ms late"
+
+        def talk() -> Tuple[bool, str]:
+            """3. A conversation: the task asks the master, and asks again in the answer"""
+            answers = cluster.submit("talk").result()
+            return answers[1] == "and nested? yes", repr(answers)
+
+        def flaky() -> Tuple[bool, str]:
+            """4. A task that fails twice and then succeeds"""
+            attempt = cluster.submit("flaky", retries=2, retry_delay=0.1).result()
+            return attempt == 3, f"attempt {attempt} succeeded"
+
+        def kill() -> Tuple[bool, str]:
+            """5. A task over its timeout is killed; one kills its own worker; others go on"""
+            spin = cluster.submit("spin", timeout=0.5)
+            suicide = cluster.submit("suicide")
+            neighbours = list(cluster.map("parse", files[-20:]))
+            errors = spin.exception(), suicide.exception()
+            good = isinstance(errors[0], TaskTimeout) and isinstance(errors[1], WorkerDied)
+            return good and len(neighbours) == 20, f"{errors[0]}; {errors[1]}; 20 neighbours done"
+
+        def restart() -> Tuple[bool, str]:
+            """6. A second master is killed with SIGKILL in mid-work; a third finishes its tasks"""
+            path, notes = os.path.join(self.folder, "restart.db"), os.path.join(self.folder, "notes")
+            with TaskQueue(path) as second:
+                tasks = second.add_tasks({"task_type": "note", "data": notes} for _ in range(40))
+                doomed = multiprocessing.get_context("spawn").Process(
+                    target=_demo_doomed_master, args=(path,)
+                )
+                doomed.start()
+                while doomed.is_alive() and len(self.read(notes)) < 10:
+                    time.sleep(0.005)
+                doomed.kill()
+                doomed.join()
+                left = second.count()
+                with Cluster(_DEMO_MAP, second) as third:
+                    third.drain()
+                ran = self.read(notes)
+                twice = len(ran) - len(set(ran))
+                good = set(ran) == {task.id for task in tasks} and left > 0 and not second.count()
+                return good and twice <= 2, f"{left} of 40 were left, all ran in the end, {twice} of them twice"
+
+        for play in (parse, sleep, talk, flaky, kill, restart):
+            self.part(play)
+        cluster.shutdown()
+        queue.close()
+
+    def table(self) -> None:
+        """What it came to."""
+        lines = {file: parsed["lines"] for file, parsed in self.parsed.items()}
+        largest = max(lines, key=lambda file: lines[file], default="")
+        longest = max(((*p["longest"], file) for file, p in self.parsed.items()), default=(0, "", ""))
+        rows = [
+            ("tasks done", f"{self.ended['done']:,}"),
+            ("failed attempts (all intended)", f"{self.ended['failed']:,}"),
+            ("files parsed", f"{len(lines):,}, {sum(lines.values()):,} lines"),
+            ("functions", f"{sum(p['functions'] for p in self.parsed.values()):,}"),
+            ("parsed per second", f"{len(lines) / max(self.seconds, 1e-9):,.0f} files"),
+            ("largest file", f"{os.path.basename(largest)}, {lines.get(largest, 0):,} lines"),
+            ("longest function", f"{longest[1]} in {os.path.basename(longest[2])}, {longest[0]:,} lines"),
+        ]
+        print()
+        for name, value in rows:
+            print(f"  {name:<32} {value}")
+
+
+class _DemoLog(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"  log: {record.getMessage()}", flush=True)
+
+
+def _demo() -> int:
+    import tempfile
+
+    _log.addHandler(_DemoLog(logging.WARNING))
+    print(f"taskpool {__version__}, Python {sys.version.split()[0]}, {_usable_cpus()} CPUs")
+    with tempfile.TemporaryDirectory(prefix="taskpool-demo-") as folder:
+        demo = _Demo(folder)
+        demo.play()
+        demo.table()
+    if demo.broken:
+        print("\nNOT as promised:", *demo.broken, sep="\n  ")
+        return FAILURE
+    print("\nAll parts came out as promised.")
+    return OK
+
+
+# --- Command line --------------------------------------------------------------------
+
+OK, FAILURE, USAGE = 0, 1, 2  # Exit codes; argparse exits with 2 itself.
+
+_EPILOG = """\
+  python taskpool.py --demo       works through the standard library, in ten seconds
+  python -c "help(__import__('taskpool').TaskQueue.add_task)"     one call, explained
+"""
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """The command line; returns the exit code: 0, 1 for failure, 2 for usage."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="taskpool.py",
+        description="Background jobs in one file: run Python functions later, elsewhere.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--demo", action="store_true", help="show it at work, on real files")
+    parser.add_argument("--version", action="version", version=f"taskpool {__version__}")
+    options = parser.parse_args(arguments)
+    if options.demo:
+        return _demo()
+    parser.print_usage(sys.stderr)
+    return USAGE
+
+
+if __name__ == "__main__":
+    sys.modules.setdefault("taskpool", sys.modules["__main__"])  # Never imported twice.
+    sys.exit(main())
