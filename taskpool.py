@@ -2236,7 +2236,7 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
         with contextlib.suppress(Exception):
             unpickled = pickle.loads(boot.pickled_map)
     if boot.key not in _registry and unpickled is None and boot.entry is not None:
-        if "__mp_main__" not in sys.modules:
+        if not _has_run_again(boot.home_file):
             _run_entry(*boot.entry)
     cluster = _registry.get(boot.key)
     if cluster is not None and set(cluster.task_map) >= set(boot.types):
@@ -2279,9 +2279,16 @@ def _import_home(name: str, file: Optional[str]) -> None:
                 spec.loader.exec_module(module)
 
 
+def _has_run_again(file: Optional[str]) -> bool:
+    """Whether multiprocessing has run that entry file again in this process. It has not
+    if the main script had ended, for `python -m package`, and under a profiler."""
+    main: Any = sys.modules["__main__"]
+    ran = getattr(main, "__file__", None)
+    return main.__name__ == "__mp_main__" and bool(ran) and os.path.abspath(ran) == file
+
+
 def _run_entry(kind: str, name: str) -> None:
-    """Run the entry file as __mp_main__, as multiprocessing does, where it did not:
-    it no longer knows the file once the main script ended, nor `python -m package`."""
+    """Run the entry file as __mp_main__, as multiprocessing does."""
     import runpy
     import types
 
@@ -3220,15 +3227,12 @@ class Cluster(concurrent.futures.Executor):
         """
         self._use("run")
         self.initialize()
-        with _signals() as received:
-            while not received and not self._closed.wait(0.05):
+        patience = [0.0, self._shutdown_timeout]  # Of the second signal, and of the first.
+        with _signals(lambda: self._begin_stop(patience.pop() if patience else 0.0)):
+            while not self._closed.wait(0.5):
                 if self._boot_error and not any(worker.ready for worker in self._workers):
                     self._begin_stop(0.0)
                     raise self._boot_error
-            self._begin_stop(self._shutdown_timeout)
-            while not self._closed.wait(0.05):
-                if len(received) > 1:
-                    self._begin_stop(0.0)
         for thread in self._event_threads():
             thread.flush(self._shutdown_timeout)
 
@@ -3662,13 +3666,16 @@ class Cluster(concurrent.futures.Executor):
     def _on_silent_boot(self, worker: _WorkerHandle, code: Optional[int]) -> None:
         self._silent_boots += 1
         self._boot_after = time.monotonic() + min(0.02 * 2.0**self._silent_boots, 5.0)
-        if self._silent_boots >= BOOT_TRIES and self._boot_error is None:
-            died = WorkerDied(code, worker.pid)
-            self._on_boot_error(TaskPoolError(f"{died}, {self._silent_boots} times in a row"))
+        died = WorkerDied(code, worker.pid)
+        if code == 1:  # Python ended by an exception, of which it told on standard error.
+            why = "your file raised an exception there, shown on standard error"
+            self._on_boot_error(TaskPoolError(f"{died}: {why}"))
+        elif self._silent_boots >= BOOT_TRIES:
+            self._on_boot_error(TaskPoolError(f"{died}, {BOOT_TRIES} times in a row"))
 
     def _on_boot_error(self, error: Exception, failure: Optional[_Failure] = None) -> None:
         """The entry file raised in a worker: say so once; fail the Futures that wait."""
-        if self._boot_error is None or str(self._boot_error) != str(error):
+        if self._boot_error is None:
             text = failure.traceback if failure else str(error)
             _log.error("a worker could not start; stored tasks stay waiting: %s", text)
         self._silent_boots += failure is not None
@@ -4038,6 +4045,7 @@ class Cluster(concurrent.futures.Executor):
     def _stop(self, at: float) -> None:
         if self._mode in ("running", "finishing"):
             self._mode = "stopping"
+            _log.info("stopping: running tasks get %.1f s", max(0.0, at - time.monotonic()))
         self._stop_at = min(self._stop_at, at)
 
     def _progress(self, now: float) -> None:
@@ -4252,19 +4260,16 @@ def _register(cluster: Cluster, home: Mapping[str, Any], line: int) -> _Boot:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[List[int]]:
-    """The SIGINT and SIGTERM received meanwhile; in the main thread, else none."""
-    received: List[int] = []
+def _signals(act: Callable[[], None]) -> Iterator[None]:
+    """Have SIGINT and SIGTERM call *act*: in the main thread, for elsewhere they cannot."""
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield
         return
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)  # Nothing else: a handler may interrupt anything.
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A handler may interrupt anything: *act* takes no lock, does no I/O but one byte.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda *_: act()) for number in numbers}
     try:
-        yield received
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1746,3 +1746,929 @@ class TestClusterOptions(InFolder):
         never.shutdown()
         with self.assertRaisesRegex(RuntimeError, "after shutdown"):
             never.submit("echo")
+
+
+# --- The promises --------------------------------------------------------------------
+
+
+class TestP1NothingIsLost(InFolder):
+    """P1 A persistent task that add_task returned is not lost."""
+
+    def test_tasks_survive_the_process_that_added_them(self):
+        source = """
+            import os, signal
+            from taskpool import TaskQueue
+            queue = TaskQueue("tasks.db")
+            for i in range(50):
+                queue.add_task("echo", i)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+        self.run_script(source, code=-9)
+        queue = self.queue()
+        self.assertEqual([task.data for task in queue.find()], list(range(50)))
+
+    def test_a_row_with_bad_data_fails_and_the_others_run(self):
+        """CR-08."""
+        queue, told = self.queue(), []
+        queue.add_event_listener("error", lambda value, task: told.append((task.id, str(value))))
+        for i in range(3):
+            queue.add_task("echo", task_id=f"bad{i}", retries=5, priority=5)
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            db.execute("UPDATE taskpool_task SET data = '{' WHERE id = 'bad0'")
+            db.execute("UPDATE taskpool_task SET data = CAST(x'ff' AS TEXT) WHERE id = 'bad1'")
+            db.execute("UPDATE taskpool_task SET retries = 'many' WHERE id = 'bad2'")
+            db.commit()
+        with self.cluster({"echo": echo}, queue) as cluster:
+            self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(5)], list(range(5)))
+        self.assertEqual(sorted(task_id for task_id, _ in told), ["bad0", "bad1", "bad2"])
+        self.assertEqual({task.state for task in queue.find()}, {"failed"})
+        self.assertIn("decode", queue.find_one(task_id="bad0").error)
+
+    def test_a_locked_database_delays_and_loses_nothing(self):
+        """SQ-01: a foreign write lock; the pool's own work goes on meanwhile."""
+        queue = self.queue()
+        cluster = self.cluster({"echo": echo}, queue, keep_alive="always")
+        cluster.submit("echo").result(PATIENCE)
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db", isolation_level=None)) as db:
+            future = cluster.submit("echo", "stored")
+            db.execute("BEGIN IMMEDIATE")
+            here = [cluster.submit("echo", i, in_memory=True).result(PATIENCE) for i in range(5)]
+            self.assertEqual(here, list(range(5)))
+            db.execute("COMMIT")
+        self.assertEqual(future.result(PATIENCE), "stored")
+
+    def test_a_store_that_fails_for_a_while_is_tried_again(self):
+        class Failing(SQLiteStore):
+            fails = 0
+
+            def settle(self, owner, outcomes, now):
+                if Failing.fails > 0:
+                    Failing.fails -= 1
+                    raise StoreError("the disk is full")
+                return super().settle(owner, outcomes, now)
+
+        with TaskQueue(Failing(self.folder / "failing.db")) as queue:
+            cluster = self.cluster({"line": add_line, "echo": echo}, queue)
+            cluster.submit("echo").result(PATIENCE)
+            Failing.fails = 3
+            with self.assertLogs("taskpool", "WARNING") as logs:
+                path = str(self.folder / "lines")
+                cluster.submit("line", {"file": path}, task_id="once").result(PATIENCE)
+                eventually(lambda: "works again" in "\n".join(logs.output))
+            self.assertEqual(lines_of(path), ["once 1"])
+            self.assertEqual("\n".join(logs.output).count("disk is full"), 1)
+            cluster.shutdown()
+
+
+class TestP2OnceAndOnlyOnce(InFolder):
+    """P2 Each charged start runs once; a late outcome of a lost claim is discarded."""
+
+    def test_two_clusters_share_a_queue_and_run_each_task_once(self):
+        """DU-05, SQ-04."""
+        path = str(self.folder / "lines")
+        first, second = self.queue(), self.queue()
+        ids = [t.id for t in first.add_tasks({"task_type": "line", "data": {"file": path}} for _ in range(300))]
+        clusters = [self.cluster({"line": add_line}, queue) for queue in (first, second)]
+        for cluster in clusters:
+            self.assertTrue(cluster.drain(PATIENCE))
+        self.assertEqual(sorted(line.split()[0] for line in lines_of(path)), sorted(ids))
+        self.assertEqual(first.count(), 0)
+
+    def test_a_late_outcome_of_a_lost_claim_is_discarded(self):
+        queue, path = self.queue(), str(self.folder / "hold")
+        cluster = self.cluster({"hold": hold}, queue)
+        queue.add_task("hold", path, task_id="lost")
+        eventually(lambda: os.path.exists(path + ".started"))
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            db.execute("UPDATE taskpool_task SET owner = 'another', claim = claim + 1")
+            db.commit()
+        with self.assertLogs("taskpool", "WARNING") as logs:
+            Path(path + ".end").touch()
+            eventually(lambda: logs.output)
+        self.assertIn("its claim was lost", logs.output[0])
+        self.assertEqual(queue.find_one().state, "running")
+        self.assertEqual([w["state"] for w in cluster.workers() if w["state"] == "busy"], [])
+
+
+class TestP3MasterDead(InFolder):
+    """P3 The running tasks of a dead master start again, uncharged."""
+
+    MASTER = """
+        import os, sys, time
+        from taskpool import Cluster, TaskQueue
+        def note(job):
+            fd = os.open("lines", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(fd, f"{job.id} {job.attempt}\\n".encode())
+            os.close(fd)
+            while not os.path.exists("end"):
+                time.sleep(0.005)
+        if __name__ == "__main__":
+            with Cluster({"note": note}, TaskQueue("tasks.db"), max_available_workers=2) as cluster:
+                print("master", flush=True)
+                cluster.drain()
+                print("drained", flush=True)
+    """
+
+    def test_a_new_master_takes_over_at_once_and_no_worker_is_left(self):
+        """CR-01, CR-10, SG-07, ENGINE 65."""
+        queue = self.queue()
+        for i in range(4):
+            queue.add_task("note", task_id=str(i))
+        script = self.script(self.MASTER)
+        first = self.start(script)
+        eventually(lambda: len(lines_of(self.folder / "lines")) == min(2, Cluster.max_workers()))
+        workers = children(first.pid) if LINUX else []
+        first.kill()
+        first.wait()
+        eventually(lambda: not any(map(is_alive, workers)), seconds=10)
+        self.assertIn("running", [task.state for task in queue.find()])
+        (self.folder / "end").touch()
+        second = self.start(script)
+        out, err = second.communicate(timeout=PATIENCE)
+        self.assertEqual(out, "master\ndrained\n", err)
+        self.assertEqual(queue.count(), 0)
+        lines = lines_of(self.folder / "lines")
+        self.assertEqual({line.split()[0] for line in lines}, {"0", "1", "2", "3"})
+        self.assertEqual({line.split()[1] for line in lines}, {"1"})  # Not charged.
+
+
+class TestP4WorkerDead(WithCluster):
+    """P4 Only the task that a dead worker was running is charged."""
+
+    def test_a_worker_that_dies_costs_one_attempt_of_one_task(self):
+        """CR-09."""
+        paths = [str(self.folder / str(i)) for i in range(3)]
+        futures = [self.submit("kill first", {"file": p}, retries=1, retry_delay=0) for p in paths]
+        echoes = [self.submit("echo", i, in_memory=True) for i in range(200)]
+        for future, path in zip(futures, paths):
+            self.assertIsNone(future.result(PATIENCE))
+            self.assertEqual([line.split()[1] for line in lines_of(path)], ["1", "2"])
+        self.assertEqual([f.result(PATIENCE) for f in echoes], list(range(200)))
+
+    def test_the_neighbours_in_a_batch_run_once_and_uncharged(self):
+        path = str(self.folder / "lines")
+        for _ in range(30):  # Teaches the cluster that lines are quick: then they go in batches.
+            self.result("line", {"file": str(self.folder / "warm")})
+        tasks = [{"task_type": "line", "data": {"file": path}, "task_id": f"t{i:03}"} for i in range(300)]
+        tasks[150] = {"task_type": "badly", "data": {"file": path, "how": "kill"}, "task_id": "t150"}
+        for task in tasks:
+            self.submit(**task) if False else None
+        self.shared_queue.add_tasks(tasks)
+        eventually(lambda: self.shared_queue.count(state=["waiting", "running"]) == 0)
+        lines = lines_of(path)
+        self.assertEqual(sorted(lines), [f"t{i:03} 1" for i in range(300)])
+        self.assertEqual([t.id for t in self.shared_queue.find()], ["t150"])
+
+    @unittest.skipUnless(LINUX, "counts by /proc")
+    def test_dead_workers_leave_no_zombie_and_no_descriptor(self):
+        """SG-08, SG-11."""
+        def ready():
+            return [w for w in self.shared.workers() if w["state"] == "idle"]
+
+        def look():
+            eventually(lambda: len(ready()) == 2)
+            return len(os.listdir("/proc/self/fd"))
+
+        before = look()
+        for _ in range(8):
+            victim = ready()[0]["pid"]
+            os.kill(victim, signal.SIGKILL)
+            eventually(lambda: not os.path.exists(f"/proc/{victim}"))  # Reaped.
+            look()
+        self.assertLessEqual(look(), before)
+
+    def test_a_timeout_kills_whatever_the_task_does(self):
+        """TO-01."""
+        path = str(self.folder / "f")
+        error = self.error("badly", {"file": path, "how": "sleep"}, timeout=0.2)
+        self.assertIsInstance(error, TaskTimeout)
+        self.assertIsInstance(error, TimeoutError)
+        self.assertIn("0.2 s", str(error))
+
+
+class TestP5Order(InFolder):
+    """P5 In-memory first, then persistent; in each the highest priority, then the oldest."""
+
+    def test_tasks_start_in_the_promised_order(self):
+        queue, path = self.queue(), str(self.folder / "lines")
+        for order in (1, -1):
+            expected = []
+            for in_memory in (True, False)[::order]:
+                for priority in (8, 1, 0, -1)[::order]:
+                    task_id = f"{'memory' if in_memory else 'stored'}:{priority}"
+                    queue.add_task("line", {"file": path}, task_id=task_id, priority=priority, in_memory=in_memory)
+                    expected.append(task_id)
+            cluster = self.cluster({"line": add_line}, queue, max_available_workers=1)
+            self.assertTrue(cluster.drain(PATIENCE))
+            cluster.shutdown()
+            self.assertEqual([line.split()[0] for line in lines_of(path)], expected[::order])
+            os.remove(path)
+
+    def test_a_thousand_equals_run_in_the_order_of_insertion(self):
+        """PR-02."""
+        queue, path = self.queue(), str(self.folder / "lines")
+        for in_memory in (True, False):
+            for i in range(500):
+                queue.add_task("line", {"file": path}, task_id=f"{in_memory:d}{i:03}", in_memory=in_memory)
+        cluster = self.cluster({"line": add_line}, queue, max_available_workers=1)
+        self.assertTrue(cluster.drain(PATIENCE))
+        ids = [line.split()[0] for line in lines_of(path)]
+        self.assertEqual(ids, [f"1{i:03}" for i in range(500)] + [f"0{i:03}" for i in range(500)])
+
+    def test_nothing_waits_behind_a_slow_task_while_a_worker_is_idle(self):
+        queue, path = self.queue(), str(self.folder / "hold")
+        task_map = {"mixed": mixed}
+        cluster = self.cluster(task_map, queue, keep_alive="always")
+        for i in range(50):
+            cluster.submit("mixed", None, in_memory=True).result(PATIENCE)
+        for in_memory in (True, False):
+            futures = [cluster.submit("mixed", path if i == 3 else None, in_memory=in_memory) for i in range(100)]
+            rest = [future for i, future in enumerate(futures) if i != 3]
+            done, waiting = concurrent.futures.wait(rest, PATIENCE)
+            self.assertEqual(len(waiting), 0)
+            self.assertFalse(futures[3].done())
+            Path(path + ".end").touch()
+            self.assertEqual(futures[3].result(PATIENCE), "held")
+            os.remove(path + ".end")
+
+
+def mixed(job):
+    return hold(job) if job.data else None
+
+
+class TestP6DueDates(InFolder):
+    """P6 A task starts at its due date: never earlier."""
+
+    def test_no_task_starts_before_its_due_date(self):
+        queue = self.queue()
+        cluster = self.cluster({"clock": clock_of}, queue, keep_alive="always", refresh_rate=3_600_000)
+        for in_memory in (True, False):
+            futures = [
+                cluster.submit("clock", due_date=timedelta(seconds=s / 20), in_memory=in_memory) for s in range(6, 0, -1)
+            ]
+            for future in futures:
+                self.assertGreaterEqual(future.result(PATIENCE), future.task.due_date.timestamp())
+
+    def test_naive_and_aware_due_dates_in_odd_zones_start_at_the_same_instant(self):
+        """TZ-01, TZ-02."""
+        source = """
+            import os, time
+            from datetime import datetime, timedelta, timezone
+            from taskpool import TaskQueue
+            time.tzset()
+            queue, now = TaskQueue("tz.db"), time.time()
+            local, aware = datetime.fromtimestamp(now + 10), datetime.fromtimestamp(now + 10, timezone.utc)
+            for due in (local, aware, local.astimezone()):
+                print(round(queue.add_task("x", due_date=due).due_date.timestamp() - now, 3))
+        """
+        for zone in ("America/New_York", "Asia/Kolkata", "Australia/Lord_Howe"):
+            self.assertEqual(self.run_script(source, env={"TZ": zone}), "10.0\n10.0\n10.0\n")
+
+
+def clock_of(job):
+    return time.time()
+
+
+class TestP7OnlyMappedTypes(InFolder):
+    """P7 Only types in the cluster's task map are claimed."""
+
+    def test_other_types_stay_waiting_for_a_cluster_that_knows_them(self):
+        """TT-01."""
+        queue = self.queue()
+        for i in range(20):
+            queue.add_task("ab"[i % 2], i, in_memory=i % 4 > 1)
+        with self.assertLogs("taskpool", "WARNING") as logs:
+            first = self.cluster({"a": echo}, queue)
+            self.assertTrue(first.drain(PATIENCE))
+            eventually(lambda: "no function for: 'b'" in "\n".join(logs.output))
+        first.shutdown()
+        self.assertEqual({t.task_type for t in queue.find() + queue.in_memory.find()}, {"b"})
+        second = self.cluster({"b": echo}, queue)
+        self.assertTrue(second.drain(PATIENCE))
+        self.assertEqual(queue.count() + queue.in_memory.count(), 0)
+
+    def test_a_submitted_task_is_run_by_its_own_cluster(self):
+        path = str(self.folder / "shared.db")
+        one, two = self.cluster({"pid": pid_of_worker}, TaskQueue(path)), self.cluster({"pid": pid_of_worker}, TaskQueue(path))
+        for cluster in (one, two):
+            pids = set(cluster.map("pid", range(20)))
+            self.assertLessEqual(len(pids), 2)
+        self.assertEqual(one.queue.count(), 0)
+        two.shutdown()
+
+
+class TestP8NothingStoredIsExecuted(InFolder):
+    """P8 Nothing stored is ever unpickled or evaluated."""
+
+    def test_the_store_holds_json_and_no_pickle(self):
+        queue = self.queue()
+        with self.cluster({"echo": echo}, queue) as cluster:
+            cluster.submit("echo", {"a": 1}, keep_result=60).result(PATIENCE)
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            (data, result), = db.execute("SELECT data, result FROM taskpool_task")
+        self.assertEqual((data, result), ('{"a":1}', '{"a":1}'))
+
+    def test_pickles_in_the_store_are_inert(self):
+        queue = self.queue()
+        queue.add_task("echo", task_id="evil")
+        flag = self.folder / "flag"
+        evil = pickle.dumps(Touch(str(flag)))
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            db.execute("UPDATE taskpool_task SET data = ?, successor = ?", (evil, evil))
+            db.commit()
+        with self.cluster({"echo": echo}, queue) as cluster:
+            cluster.submit("echo").result(PATIENCE)
+            cluster.drain(PATIENCE)
+        self.assertFalse(flag.exists())
+        self.assertEqual(queue.find_one(task_id="evil").state, "failed")
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+# --- Scripts: every start method, both styles, and how they end ------------------------
+
+
+class TestIsomorphic(InFolder):
+    """The entry file runs again in every worker; both styles of script work."""
+
+    UNGUARDED = """
+        import os, sys
+        from taskpool import Cluster, TaskQueue
+        queue = TaskQueue("tasks.db")
+        factor = 3
+        def die(job):
+            os._exit(5)
+        cluster = Cluster(
+            {"triple": lambda job: factor * job.data, "die": die, "add": lambda job: queue.add_task("triple", 1).id,
+             "master": lambda job: Cluster.is_master()},
+            queue, max_available_workers=2, start_method=sys.argv[1], logs="error",
+        )
+        queue.add_event_listener("done", lambda value, task: None)
+        cluster.set_refresh_rate(500)
+        cluster.initialize()
+        if Cluster.is_master():
+            print([cluster.submit("triple", i).result() for i in range(3)], cluster.submit("master").result())
+            print(repr(type(cluster.submit("die").exception())), len(cluster.submit("add").result()) > 10)
+            for i in range(4):
+                queue.add_task("triple", i)
+    """
+
+    GUARDED = """
+        import sys
+        from taskpool import Cluster, TaskQueue
+        def triple(job):
+            return 3 * job.data
+        async def wait(job):
+            return "waited"
+        def main():
+            with Cluster({"triple": triple, "wait": wait}, TaskQueue("tasks.db"),
+                         max_available_workers=2, start_method=sys.argv[1]) as cluster:
+                print([cluster.submit("triple", i).result() for i in range(3)], cluster.submit("wait").result())
+        if __name__ == "__main__":
+            main()
+    """
+
+    def test_a_script_without_a_guard_works_under_every_start_method(self):
+        for method in METHODS:
+            with self.subTest(method=method):
+                out = self.run_script(self.UNGUARDED, method)
+                self.assertEqual(out, "[0, 3, 6] False\n<class 'taskpool.WorkerDied'> True\n")
+                self.assertEqual({t.state for t in self.queue().find()}, {"failed"})  # The end finishes.
+                self.queue().remove(state="failed")
+
+    def test_a_script_with_a_guard_works_under_every_start_method(self):
+        for method in METHODS:
+            with self.subTest(method=method):
+                self.assertEqual(self.run_script(self.GUARDED, method), "[0, 3, 6] waited\n")
+
+    def test_other_ways_to_start_a_script_work(self):
+        """ENGINE 46, 47, 50, TT-03."""
+        package = self.folder / "pkg"
+        package.mkdir()
+        for name in ("__init__", "__main__", "sub"):
+            text = "" if name == "__init__" else textwrap.dedent(self.UNGUARDED)
+            (package / f"{name}.py").write_text(text)
+        self.script(self.UNGUARDED, "plain.py")
+        self.script("import plain", "importer.py")
+        self.script("import runpy\nrunpy.run_path('plain.py', run_name='__main__')", "runner.py")
+        for flags, name in [
+            (["-m"], "pkg"), (["-m"], "pkg.sub"), (["-m"], "plain"), (["-m", "cProfile"], "plain.py"),
+            ([], "importer.py"), ([], "pkg"), ([], "runner.py"),
+        ]:
+            with self.subTest(flags=flags, name=name):
+                process = self.start(name, "spawn", flags=flags)
+                out, err = process.communicate(timeout=PATIENCE)
+                self.assertTrue(out.startswith("[0, 3, 6] False\n<class 'taskpool.WorkerDied'> True\n"), out + err)
+
+    def test_tasks_of_the_last_line_run_although_the_script_has_ended(self):
+        """ENGINE 70."""
+        for method in METHODS:
+            with self.subTest(method=method):
+                self.run_script(
+                    """
+                    import sys
+                    from datetime import timedelta
+                    from taskpool import Cluster, TaskQueue
+                    queue = TaskQueue("tasks.db")
+                    def note(job):
+                        print("ran", job.data, flush=True)
+                        open("ran", "a").write("x")
+                        if job.attempt == 1: raise ValueError
+                    cluster = Cluster({"note": note}, queue, max_available_workers=2, start_method=sys.argv[1])
+                    if Cluster.is_master():
+                        for i in range(4):
+                            queue.add_task("note", i, retries=1, retry_delay=0.05)
+                        queue.add_task("note", 9, due_date=timedelta(hours=1), task_id="later")
+                    """,
+                    method,
+                )
+                self.assertEqual((self.folder / "ran").read_text(), "x" * 8)
+                self.assertEqual([t.id for t in self.queue().find()], ["later"])
+                self.queue().remove(task_id="later")
+                os.remove(self.folder / "ran")
+
+    def test_the_program_of_the_original_runs_line_by_line(self):
+        for method in METHODS:
+            with self.subTest(method=method):
+                out = self.run_script(ORIGINAL_PROGRAM, method)
+                got = sorted(out.splitlines())
+                self.assertEqual(got, sorted(ORIGINAL_OUTPUT), self.stderr)
+                left = self.queue().find()
+                self.assertEqual(sorted(t.task_type for t in left), ["recurringTask", "sometype"])
+                self.queue().remove(state="waiting")
+
+    def test_a_script_without_a_guard_that_adds_tasks_is_told_to_guard(self):
+        source = """
+            from taskpool import Cluster, TaskQueue
+            queue = TaskQueue("tasks.db")
+            cluster = Cluster({"x": print}, queue, max_available_workers=1)
+            queue.add_task("x")
+            cluster.drain()
+        """
+        self.run_script(source, code=1)
+        self.assertIn("Cluster.is_master()", self.stderr)
+        self.assertIn("add_task was called", self.stderr)
+        self.assertEqual(self.queue().count(), 1)
+
+    def test_what_cannot_work_fails_with_the_cure(self):
+        """ENGINE 44, TT-03."""
+        inner = """
+            from taskpool import Cluster, TaskQueue
+            if __name__ == "__main__":
+                def main():
+                    with Cluster({"inner": lambda job: 1}, TaskQueue("x.db"), max_available_workers=1) as cluster:
+                        print(cluster.submit("inner").exception())
+                main()
+        """
+        out = self.run_script(inner)
+        for part in ("'inner'", "top level", "fork"):
+            self.assertIn(part, out)
+        code = "from taskpool import *\ndef f(job): return 5\nwith Cluster({'f': f}, TaskQueue('x.db'), start_method='%s') as c: print(c.submit('f').result())"
+        for method, text in [("spawn", "into a file"), ("fork", "5")]:
+            for flags, stdin in [(["-c", code % method], None), (["-"], code % method)]:
+                with self.subTest(method=method, flags=flags[0]):
+                    done = subprocess.run(
+                        [sys.executable, *flags], input=stdin, capture_output=True, text=True, timeout=PATIENCE,
+                        cwd=self.folder, env={**os.environ, "PYTHONPATH": str(HERE)},
+                    )
+                    self.assertIn(text, done.stdout + done.stderr)
+
+
+ORIGINAL_PROGRAM = """
+    import os, sys, time
+    from datetime import timedelta
+    from concurrent.futures import Future
+    from threading import Timer
+    from taskpool import Cluster, TaskQueue
+
+    def say(text):  # print() writes the end of a line apart.
+        os.write(1, f"{text}\\n".encode())
+
+    def syncTask(job):
+        say("this is a synchronous task")
+
+    def asyncTask(job):
+        future = Future()
+        Timer(job.data["timeout"] / 1000, lambda: (say("this is an asynchronous task"), future.set_result(None))).start()
+        return future
+
+    def recurringTask(job):
+        TaskQueue("tasks.db").add_task("recurringTask", due_date=timedelta(minutes=10))
+        say("recurring")
+
+    def ipcPingTest(job, toggle_ipc):
+        def on_message(msg):
+            say(msg)
+            return "result you eventually want to pass to the master"
+        return toggle_ipc(on_message, lambda smtm: smtm({"status": 4, "data": "ping"}))
+
+    def ipcNestedPingTest(job, toggle_ipc):
+        def on_message(msg):
+            say(f"outer {msg}")
+            return toggle_ipc(
+                lambda msg: say(f"inner {msg}"),
+                lambda smtm: smtm({"status": 4, "data": "ping"}),
+            )
+        return toggle_ipc(on_message, lambda smtm: smtm({"status": 4, "data": "ping"}))
+
+    task_map = {
+        "TEST": lambda job: say(f"testing {job.data['position']}"),
+        "SYNC": syncTask,
+        "ASYNC": asyncTask,
+        "recurringTask": recurringTask,
+        "ipcPingTest": ipcPingTest,
+        "ipcNestedPingTest": ipcNestedPingTest,
+        "sometype": lambda job: print("too early"),
+    }
+
+    def onJobsDone(value, task):
+        if value is not None:
+            say(f"done {value}")
+
+    def onJobsError(value, task):
+        print("error", value, flush=True)
+
+    def message_broker(respond, msg):
+        if msg["data"] == "ping":
+            respond("pong")
+
+    queue = TaskQueue("tasks.db")
+    cluster = Cluster(task_map, queue, message_broker=message_broker, start_method=sys.argv[1])
+
+    if Cluster.is_master():
+        queue.add_event_listener("done", onJobsDone)
+        queue.add_event_listener("error", onJobsError)
+        queue.add_task("SYNC", {})
+        queue.add_task("ASYNC", {"timeout": 50}, priority=6)
+        queue.add_task("TEST", {"position": 1}, priority=8, in_memory=True)
+        queue.add_task("TEST", {"position": 2}, priority=1, in_memory=True)
+        queue.add_task("TEST", {"position": 3}, priority=8, in_memory=False)
+        queue.add_task("TEST", {"position": 4}, priority=1, in_memory=False)
+        queue.add_task("sometype", {}, priority=1, due_date=timedelta(minutes=10))
+        if queue.find_one(task_type="recurringTask") is None:
+            queue.add_task("recurringTask")
+        queue.add_task("ipcPingTest")
+        queue.add_task("ipcNestedPingTest")
+"""
+
+ORIGINAL_OUTPUT = [
+    "this is a synchronous task", "this is an asynchronous task", *(f"testing {i}" for i in range(1, 5)),
+    "recurring", "pong", "done result you eventually want to pass to the master", "outer pong", "inner pong",
+]
+
+
+class TestEnds(InFolder):
+    """Shutdown, drain, signals, boot errors: how things end."""
+
+    def test_shutdown_finishes_what_was_due_and_leaves_the_rest(self):
+        for in_memory in (False, True):
+            queue = self.queue(f"{in_memory}.db")
+            verbs = queue.in_memory if in_memory else queue
+            add = functools.partial(queue.add_task, in_memory=in_memory)
+            cluster = self.cluster({"echo": echo, "succeed_at": succeed_at}, queue)
+            for i in range(20):
+                add("echo", i)
+            add("succeed_at", 3, retries=2, retry_delay=0.05)
+            add("echo", task_id="later", due_date=timedelta(hours=1))
+            add("unknown", task_id="foreign")
+            cluster.shutdown()
+            self.assertEqual(sorted(t.id for t in verbs.find()), ["foreign", "later"])
+            self.assertEqual(cluster.workers(), [])
+
+    def test_drain_waits_for_the_same_and_goes_on(self):
+        queue = self.queue()
+        cluster = self.cluster({"echo": echo, "succeed_at": succeed_at, "hold": hold}, queue)
+        self.assertTrue(cluster.drain(PATIENCE))
+        queue.add_task("succeed_at", 2, retries=1, retry_delay=0.05)
+        queue.add_task("echo", due_date=timedelta(hours=1))
+        queue.add_task("unknown")
+        self.assertTrue(cluster.drain(PATIENCE))
+        self.assertEqual(queue.count(), 2)
+        path = str(self.folder / "hold")
+        queue.add_task("hold", path)
+        self.assertFalse(cluster.drain(0.05))
+        Path(path + ".end").touch()
+        self.assertTrue(cluster.drain(timedelta(seconds=PATIENCE)))
+        self.assertEqual(cluster.submit("echo", 5).result(PATIENCE), 5)
+
+    def test_shutdown_without_waiting_gives_running_tasks_their_time_and_then_back(self):
+        queue, path = self.queue(), str(self.folder / "hold")
+        for seconds, state in [(PATIENCE, None), (0.05, "waiting")]:
+            cluster = self.cluster({"hold": hold}, queue, shutdown_timeout=seconds, max_available_workers=1)
+            queue.add_task("hold", path, task_id="running")
+            queue.add_task("hold", path, task_id="never", priority=0)
+            eventually(lambda: os.path.exists(path + ".started"))
+            cluster.shutdown(wait=False)
+            if state is None:
+                Path(path + ".end").touch()
+            self.assertTrue(cluster._closed.wait(PATIENCE))
+            states = {t.id: (t.state, t.attempt) for t in queue.find()}
+            self.assertEqual(states.pop("never"), ("waiting", 0))
+            self.assertEqual(states, {} if state is None else {"running": (state, 0)})
+            queue.remove(state="waiting")
+            for end in (".started", ".end"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path + end)
+
+    def test_cancel_futures_removes_the_waiting_ones_first(self):
+        cluster = self.cluster({"echo": echo})
+        futures = [cluster.submit("echo", due_date=timedelta(hours=1), in_memory=i % 2 == 0) for i in range(4)]
+        cluster.shutdown(cancel_futures=True)
+        self.assertTrue(all(future.cancelled() for future in futures))
+        self.assertEqual(cluster.queue.count(), 0)
+
+    SERVER = """
+        import logging, os, sys, time
+        from taskpool import Cluster, TaskQueue
+        logging.basicConfig(level=logging.INFO)
+        def hold(job):
+            open(f"started{job.id}", "w").close()
+            while not os.path.exists("end"):
+                time.sleep(0.005)
+        if __name__ == "__main__":
+            cluster = Cluster({"hold": hold}, TaskQueue("tasks.db"), max_available_workers=2,
+                              shutdown_timeout=float(sys.argv[1]), oversubscribe=True)
+            cluster.run()
+            print("stopped")
+    """
+
+    def serve(self, seconds):
+        queue = self.queue()
+        for i in range(5):
+            queue.add_task("hold", task_id=str(i))
+        self.log = self.folder / "log"
+        with open(self.log, "w") as log:
+            process = self.start(self.script(self.SERVER), seconds, stderr=log)
+        eventually(lambda: (self.folder / "started0").exists() and (self.folder / "started1").exists())
+        return queue, process
+
+    def test_the_first_signal_lets_running_tasks_end_and_starts_no_more(self):
+        """SG-01, SG-03, SG-05."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            queue, process = self.serve(PATIENCE)
+            process.send_signal(number)
+            eventually(lambda: "stopping: running tasks" in self.log.read_text())
+            (self.folder / "end").touch()
+            out, _ = process.communicate(timeout=PATIENCE)
+            self.assertEqual((out, process.returncode), ("stopped\n", 0), self.log.read_text())
+            self.assertNotIn("Traceback", self.log.read_text())
+            self.assertEqual([(t.id, t.state, t.attempt) for t in queue.find()], [(i, "waiting", 0) for i in "234"])
+            queue.remove(state="waiting")
+            for name in ("started0", "started1", "end"):
+                os.remove(self.folder / name)
+
+    def test_a_second_signal_stops_at_once_and_gives_tasks_back(self):
+        queue, process = self.serve(PATIENCE)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=PATIENCE)
+        self.assertEqual((out, process.returncode), ("stopped\n", 0), self.log.read_text())
+        self.assertEqual({(t.state, t.attempt) for t in queue.find()}, {("waiting", 0)})
+        self.assertEqual(queue.count(), 5)
+
+    def test_run_can_be_ended_by_shutdown_from_elsewhere(self):
+        cluster = self.cluster({"echo": echo})
+        threading.Timer(0.1, cluster.shutdown).start()
+        cluster.run()
+        self.assertTrue(cluster._closed.is_set())
+
+    def test_an_entry_file_that_raises_in_the_worker_is_a_boot_error(self):
+        """TT-04, ENGINE 7."""
+        for body, text in [
+            ("raise ImportError('no such thing')", "standard error"), ("sys.exit(1)", "code 1"),
+            ("import os; os._exit(4)", "code 4"),
+        ]:
+            source = f"""
+                import sys
+                from taskpool import Cluster, TaskQueue
+                if __name__ != "__main__":
+                    {body}
+                def f(job): pass
+                if __name__ == "__main__":
+                    queue = TaskQueue("tasks.db")
+                    stored = queue.add_task("f", task_id="stored")
+                    cluster = Cluster({{"f": f}}, queue, max_available_workers=1)
+                    print("future", cluster.submit("f").exception())
+                    for wait in (cluster.drain, cluster.run):
+                        try:
+                            wait()
+                        except Exception as error:
+                            print(wait.__name__, error)
+            """
+            with self.subTest(body=body):
+                out = self.run_script(source)
+                for name in ("future", "drain", "run"):
+                    line = next(line for line in out.splitlines() if line.startswith(name))
+                    self.assertIn(text, line)
+                self.assertLessEqual(self.stderr.count("could not start"), 2)
+                self.assertEqual([(t.id, t.state) for t in self.queue().find()], [("stored", "waiting")])
+                self.queue().remove(state="waiting")
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_every_way_to_end_a_program_leaves_no_process(self):
+        """SG-10, ENGINE 64, 71, 79."""
+        source = """
+            import os, signal, sys, time
+            from taskpool import Cluster, TaskQueue
+            def busy(job):
+                while True: pass
+            def pid(job): return os.getpid()
+            if __name__ == "__main__":
+                cluster = Cluster({"busy": busy, "pid": pid}, TaskQueue("tasks.db"), max_available_workers=2,
+                                  keep_alive="always", shutdown_timeout=0.1, in_memory_only=True, oversubscribe=True)
+                cluster.submit("pid").result()
+                if sys.argv[1] != "script":
+                    cluster.submit("busy")
+                    while not any(w["state"] == "busy" for w in cluster.workers()): time.sleep(0.005)
+                print(*[w["pid"] for w in cluster.workers()], flush=True)
+                how = sys.argv[1]
+                if how == "_exit": os._exit(0)
+                if how == "kill": os.kill(os.getpid(), signal.SIGKILL)
+                if how == "term": os.kill(os.getpid(), signal.SIGTERM)
+                cluster.shutdown(wait=False)
+                if how == "exit": sys.exit(3)
+                if how == "raise": raise ValueError
+        """
+        for how, code in [("_exit", 0), ("kill", -9), ("term", -15), ("exit", 3), ("raise", 1), ("script", 0)]:
+            with self.subTest(how=how):
+                pids = list(map(int, self.run_script(source, how, code=code).split()))
+                self.assertEqual(len(pids), 2)
+                eventually(lambda: not any(map(is_alive, pids)), seconds=10)
+
+
+# --- The file, the manual, the demo ----------------------------------------------------
+
+
+class TestTheFile(unittest.TestCase):
+    """What a stranger may expect of taskpool.py as a text."""
+
+    def setUp(self):
+        self.source = (HERE / "taskpool.py").read_text(encoding="utf-8")
+        self.tree = ast.parse(self.source)
+
+    def test_nothing_refers_to_a_name_defined_further_down(self):
+        line_of = {n.name: n.lineno for n in self.tree.body if hasattr(n, "name")}
+        for node in self.tree.body:
+            for child in ast.walk(node):
+                if isinstance(child, ast.Name) and line_of.get(child.id, 0) > node.lineno:
+                    inside = getattr(node, "end_lineno", 0)
+                    if line_of[child.id] > inside and not _is_annotation(node, child):
+                        self.fail(f"line {child.lineno} uses {child.id} of line {line_of[child.id]}")
+
+    def test_only_the_standard_library_is_imported(self):
+        names = getattr(sys, "stdlib_module_names", None)
+        if names is None:
+            self.skipTest("this Python does not list its standard library")
+        for node in ast.walk(self.tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                for name in [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]:
+                    self.assertIn(name.split(".")[0], names)
+
+    def test_all_names_exist_and_everything_public_is_documented(self):
+        self.assertEqual(taskpool.__all__, sorted(taskpool.__all__))
+        for name in taskpool.__all__:
+            thing = getattr(taskpool, name)
+            self.assertTrue(thing.__doc__, name)
+            for verb, function in vars(thing).items():
+                if not verb.startswith("_") and callable(function) and thing not in (SQLiteStore,):
+                    self.assertTrue(function.__doc__, f"{name}.{verb}")
+
+    def test_lines_are_short_and_the_licence_travels_along(self):
+        lines = self.source.splitlines()
+        self.assertEqual([n for n, line in enumerate(lines, 1) if len(line) > 99], [])
+        self.assertIn("MIT", lines[0] + lines[1])
+
+    def test_the_examples_in_docstrings_are_true(self):
+        result = doctest.testmod(taskpool)
+        self.assertEqual(result.failed, 0)
+        self.assertGreater(result.attempted, 2)
+
+    def test_promises_have_the_same_numbers_everywhere(self):
+        numbers = {f"P{i}" for i in range(1, 9)}
+        self.assertEqual(set(re.findall(r"^    (P\d)  ", taskpool.__doc__, re.M)), numbers)
+        classes = {m.group(1) for m in map(re.compile(r"Test(P\d)").match, globals()) if m}
+        self.assertEqual(classes, numbers)
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        self.assertEqual(set(re.findall(r"\*\*(P\d)\*\*", readme)), numbers)
+
+    def test_importing_it_starts_nothing_and_imports_nothing_heavy(self):
+        code = (
+            "import sys, threading, os; import taskpool; "
+            "print(threading.active_count(), [m for m in ('asyncio','argparse','http','inspect','zoneinfo') if m in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-S", "-c", code], cwd=HERE, capture_output=True, text=True)
+        self.assertEqual(done.stdout.strip(), "1 []", done.stderr)
+
+
+def _is_annotation(node, name):
+    """Whether a name stands in an annotation, which is never evaluated here."""
+    for child in ast.walk(node):
+        for annotation in (getattr(child, "annotation", None), getattr(child, "returns", None)):
+            if annotation is not None and any(part is name for part in ast.walk(annotation)):
+                return True
+    return False
+
+
+class TestCommandLine(InFolder):
+    """python taskpool.py --demo | --version | --help"""
+
+    def command(self, *arguments):
+        return subprocess.run(
+            [sys.executable, str(HERE / "taskpool.py"), *arguments],
+            capture_output=True, text=True, timeout=PATIENCE * 3, cwd=self.folder,
+        )
+
+    def test_the_demo_comes_out_as_promised(self):
+        done = self.command("--demo")
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        for text in ("urgent first: True", "SIGKILL", "attempt 3 succeeded", "All parts came out as promised"):
+            self.assertIn(text, done.stdout)
+        self.assertNotIn("BROKEN", done.stdout)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_a_demo_that_breaks_a_promise_says_which_and_exits_with_1(self):
+        code = (
+            "import sys; sys.argv = ['x']; import taskpool\n"
+            "taskpool._demo_files = lambda: []\n"
+            "if __name__ == '__main__':\n"
+            "    taskpool._Demo.play = lambda self: self.part(broken)\n"
+            "    def broken():\n        '''9. A part that is broken'''\n        return False, 'seen'\n"
+            "    sys.exit(taskpool.main(['--demo']))\n"
+        )
+        path = self.script(code)
+        process = self.start(path)
+        out, _ = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("BROKEN: seen", out)
+        self.assertIn("9. A part that is broken", out.split("NOT as promised")[1])
+
+    def test_version_help_and_usage(self):
+        self.assertEqual(self.command("--version").stdout, f"taskpool {taskpool.__version__}\n")
+        self.assertIn("--demo", self.command("--help").stdout)
+        for wrong in ([], ["--colour"], ["status"]):
+            done = self.command(*wrong)
+            self.assertEqual((done.returncode, done.stdout), (2, ""))
+            self.assertIn("usage", done.stderr)
+
+
+class TestReadme(InFolder):
+    """Every block of the manual is run; every output in it is real."""
+
+    TEXT = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
+
+    def test_every_python_block_runs_and_prints_what_the_manual_says(self):
+        """A python block is a program; a text block right after it is its output."""
+        blocks = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", self.TEXT, re.S)
+        self.assertGreater(len(blocks), 5)
+        for number, (program, output) in enumerate(blocks):
+            with self.subTest(block=number, starts=program[:60]):
+                folder = self.folder / str(number)
+                folder.mkdir()
+                path = self.script(program, f"{number}/example.py")
+                process = subprocess.Popen(
+                    [sys.executable, str(path)], cwd=folder, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(HERE)},
+                )
+                out, err = process.communicate(timeout=PATIENCE)
+                self.assertEqual(process.returncode, 0, err)
+                self.assertEqual(out, output)
+
+    def test_the_first_program_is_the_modules_own_and_has_eleven_lines(self):
+        first = re.search(r"```python\n(.*?)```", self.TEXT, re.S).group(1)
+        self.assertEqual(len([line for line in first.splitlines() if line.strip()]), 11)
+
+    def test_every_parameter_is_in_the_manual(self):
+        import inspect
+
+        for function in (TaskQueue.add_task, Cluster.__init__, SQLiteStore.__init__, TaskQueue.find):
+            for name in inspect.signature(function).parameters:
+                if name != "self":
+                    self.assertIn(f"`{name}`", self.TEXT)
+
+
+# --- Running -------------------------------------------------------------------------
+
+
+def main():
+    names = [name for name in sys.argv[1:] if not name.startswith("-")]
+    flags = [name for name in sys.argv[1:] if name.startswith("-")]
+    runner = unittest.TextTestRunner(verbosity=2 if "-v" in flags else 1)
+    loader = unittest.TestLoader()
+    if names:
+        loader.testNamePatterns = [f"*{name}*" for name in names]
+    result = runner.run(loader.loadTestsFromModule(sys.modules["__main__"]))
+    failed = len({id(test) for test, _ in result.failures + result.errors} | {
+        id(test) for test in result.unexpectedSuccesses})
+    skipped = len(result.skipped)
+    print(f"{result.testsRun - failed - skipped} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
