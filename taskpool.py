@@ -1339,6 +1339,8 @@ class SQLiteStore(Store):
         self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
         self._writer: Optional[sqlite3.Connection] = None
         self._reader: Optional[sqlite3.Connection] = None
+        self._opened = self._reading = (0, 0)  # The _identity that each has.
+        self._stale = False  # Open again before the next write.
         self._writing = 0  # The depth of transactions; > 0 only for the lock's holder.
         self._seen: Dict[str, Tuple[int, float]] = {}  # owner -> beat, and since when.
 
@@ -1347,7 +1349,18 @@ class SQLiteStore(Store):
         try:
             yield
         except sqlite3.Error as error:
+            if type(error) is sqlite3.DatabaseError:
+                self._stale = True  # Damaged, perhaps: look at the file afresh next time.
             raise StoreError(f"{self.path}: {error}{self._hint()}") from error
+
+    def _identity(self) -> Tuple[int, int]:
+        """Which file has our name now. SQLite writes to the one that it opened, also when
+        that was deleted or replaced: what it stores there is lost."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return 0, 0
+        return found.st_dev, found.st_ino
 
     def _hint(self) -> str:
         folder = os.path.dirname(self.path)
@@ -1399,14 +1412,19 @@ class SQLiteStore(Store):
             if self._writing:
                 yield cast(sqlite3.Connection, self._writer)
                 return
+            if self._stale or self._opened != self._identity():
+                self.close()
             if self._writer is None:
                 self._writer = self._open()
+                self._opened = self._identity()
             db = self._writer
             db.execute("BEGIN IMMEDIATE")
             self._writing += 1
             try:
                 yield db
                 db.execute("COMMIT")
+                if self._opened != self._identity():
+                    raise StoreError(f"{self.path}: the file was deleted or replaced")
             except BaseException:
                 # SQLite may have rolled back itself (full disk); keep the first error.
                 if db.in_transaction:
@@ -1426,8 +1444,13 @@ class SQLiteStore(Store):
             finally:
                 self._write_lock.release()
         with self._read_lock, self._errors():
+            if self._reader is not None and self._reading != self._identity():
+                self._connections.remove(self._reader)
+                self._reader.close()
+                self._reader = None
             if self._reader is None:
                 self._reader = self._open()
+                self._reading = self._identity()
             yield self._reader
 
     def close(self) -> None:
@@ -1435,6 +1458,7 @@ class SQLiteStore(Store):
             for db in self._connections:
                 db.close()
             self._connections, self._writer, self._reader = [], None, None
+            self._stale = False
 
     def add(self, additions: Sequence[Tuple[Row, str]], now: int) -> List[Row]:
         with self.transaction() as db:
@@ -2192,14 +2216,14 @@ def _worker_main(channel: Connection, permits: Optional[Connection], life: Conne
         import faulthandler
 
         faulthandler.enable()
-    boot: _Boot = pickle.loads(channel.recv_bytes())[1]
-    try:
-        worker.task_map = _find_task_map(boot)
-    except BaseException as error:
-        worker.send(("boot error", _failure(error)))
-        return
-    worker.send(("ready",))
     with contextlib.suppress(EOFError, OSError):  # The master is gone.
+        boot: _Boot = pickle.loads(channel.recv_bytes())[1]
+        try:
+            worker.task_map = _find_task_map(boot)
+        except BaseException as error:
+            worker.send(("boot error", _failure(error)))
+            return
+        worker.send(("ready",))
         worker.serve()
 
 
@@ -3944,15 +3968,16 @@ class Cluster(concurrent.futures.Executor):
                         store.renew(self._owner, wall)
                     ended = store.recover(self._owner, time.monotonic(), wall)
                     foreign = store.foreign(self.task_map, wall) if warn else []
-                except StoreError as error:
-                    self._post(lambda: self._on_watch_failure(error))
+                except Exception as error:
+                    failure = error  # `error` itself is gone after this block.
+                    self._post(lambda: self._on_watch_failure(failure))
                 else:
                     self._post(lambda: self._on_watched(ended, foreign))
 
             self._store_thread.post(work)
         self._wake_at(self._next_watch)
 
-    def _on_watch_failure(self, error: StoreError) -> None:
+    def _on_watch_failure(self, error: Exception) -> None:
         self._next_renew = 0.0
         if not self._store_failures:
             self._on_store_failure(error)

@@ -2502,6 +2502,614 @@ class TestEnds(InFolder):
                 eventually(lambda: not any(map(is_alive, pids)), seconds=10)
 
 
+# --- Attacks ---------------------------------------------------------------------------
+# P1 to P4 while processes are killed, stopped and starved, and files break.
+
+
+def chaos(job):
+    """Write when it starts and when it ends; take a while in between."""
+    fd = os.open(job.data["file"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(fd, f"start {job.id}\n".encode())
+    time.sleep(job.data["seconds"])
+    os.write(fd, f"end {job.id}\n".encode())
+    os.close(fd)
+
+
+@unittest.skipUnless(LINUX, "finds the victims in /proc")
+class TestKillAnythingAnyTime(InFolder):
+    """P1-P4: random workers and masters get SIGKILL, and every task ends as promised.
+
+    CR-01, CR-05, CR-10, DU-05, DU-10, SQ-04, WP-01, ENGINE 13.
+    """
+
+    MASTER = """
+        import sys
+        from taskpool import Cluster, TaskQueue
+        from test_taskpool import chaos
+        if __name__ == "__main__":
+            Cluster({"chaos": chaos}, TaskQueue("tasks.db"), max_available_workers=2, oversubscribe=True,
+                    keep_alive="always", refresh_rate=100, logs="error").run()
+    """
+    PRODUCER = """
+        import random, sys
+        from taskpool import TaskQueue
+        with TaskQueue("tasks.db") as queue:
+            for i in range(int(sys.argv[2])):
+                queue.add_task("chaos", {"file": "lines", "seconds": random.choice([0, 0, 0, 0.002, 0.02])},
+                               task_id=f"{sys.argv[1]}-{i}", retries=random.choice([0, 1, 60]), retry_delay=0.01)
+    """
+
+    def drive(self, masters, kills, producers, tasks):
+        random_ = __import__("random").Random(masters)
+        master, producer = self.script(self.MASTER, "master.py"), self.script(self.PRODUCER, "producer.py")
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        queue, lines = self.queue(), self.folder / "lines"
+        adding = [self.start(producer, i, tasks // producers, **quiet) for i in range(producers)]
+        running = [self.start(master, **quiet) for _ in range(masters)]
+        ids = {f"{p}-{i}" for p in range(producers) for i in range(tasks // producers)}
+        ended, seen, done = {}, set(), 0
+        deadline = time.monotonic() + PATIENCE * 2
+        while done < kills or len(ended) < len(ids):
+            added = all(process.poll() is not None for process in adding)
+            left = {task.id for task in queue.find(state=["waiting", "running"])}
+            size = lines.stat().st_size if lines.exists() else 0
+            seen |= left
+            for task_id in ids - left - set(ended) if added else seen - left - set(ended):
+                ended[task_id] = size  # From here on it must not start again.
+            if time.monotonic() > deadline:
+                self.fail(f"{len(ids) - len(ended)} tasks have not ended: {queue.find(limit=3)}")
+            if done < kills:
+                i = random_.randrange(masters)
+                workers = [pid for pid in children(running[i].pid) if b"spawn_main" in command_line(pid)]
+                if random_.random() < 0.25:
+                    running[i].kill()
+                    running[i].communicate()
+                    running[i] = self.start(master, **quiet)
+                    done += 1
+                elif workers:
+                    with contextlib.suppress(OSError):
+                        os.kill(random_.choice(workers), signal.SIGKILL)
+                        done += 1
+            time.sleep(random_.uniform(0.005, 0.06))
+        pids = [pid for process in running for pid in (process.pid, *children(process.pid))]
+        for process in running:
+            eventually(lambda process=process: process.terminate() or process.poll() is not None)
+        eventually(lambda: not any(map(is_alive, pids)), "the end of all processes", 10)
+        self.check(queue, ids, ended, lines)
+
+    def check(self, queue, ids, ended, lines):
+        starts, ends, position = collections.Counter(), collections.Counter(), 0
+        for line in lines_of(lines):
+            kind, task_id = line.split()
+            (starts if kind == "start" else ends)[task_id] += 1
+            if kind == "start":
+                self.assertFalse(position >= ended[task_id], f"{task_id} ran again after its end")
+            position += len(line) + 1
+        failed = {task.id: task for task in queue.find()}
+        self.assertEqual({task.state for task in failed.values()} - {"failed"}, set())
+        for task_id in ids - set(failed):
+            self.assertGreaterEqual(ends[task_id], 1, f"{task_id} is missing")
+        for task in failed.values():
+            self.assertEqual(task.attempt, task.retries + 1)
+            self.assertGreaterEqual(starts[task.id], task.retries + 1)
+            self.assertIn("WorkerDied", task.error)
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
+            self.assertEqual(db.execute("SELECT count(*) FROM taskpool_task WHERE owner <> ''").fetchone(), (0,))
+
+    def test_one_master_and_its_workers(self):
+        self.drive(masters=1, kills=100, producers=1, tasks=1500)
+
+    def test_three_masters_and_producers_in_other_processes(self):
+        self.drive(masters=3, kills=120, producers=3, tasks=1800)
+
+    def test_a_master_stopped_longer_than_its_lease_has_its_late_outcome_discarded(self):
+        source = """
+            import logging, os, sys, time, taskpool
+            from taskpool import Cluster, TaskQueue
+            taskpool.LEASE_SECONDS, taskpool.RENEW_SECONDS, taskpool.WATCH_SECONDS = 1.0, 0.2, 0.1
+            logging.basicConfig(filename=sys.argv[1] + ".log")
+            def hold(job):
+                name = f"{os.getppid()}"
+                open(name, "w").close()
+                while not os.path.exists(name + ".end"):
+                    time.sleep(0.005)
+            if __name__ == "__main__":
+                Cluster({"hold": hold}, TaskQueue("tasks.db"), max_available_workers=1).run()
+        """
+        queue, script = self.queue(), self.script(source)
+        queue.add_task("hold", task_id="t")
+        first = self.start(script, "first")
+        eventually((self.folder / f"{first.pid}").exists)
+        workers = children(first.pid)
+        for pid in (first.pid, *workers):
+            os.kill(pid, signal.SIGSTOP)
+        second = self.start(script, "second")
+        eventually((self.folder / f"{second.pid}").exists)  # It took the task over.
+        (self.folder / f"{first.pid}.end").touch()
+        for pid in (first.pid, *workers):
+            os.kill(pid, signal.SIGCONT)
+        eventually(lambda: "its claim was lost" in (self.folder / "first.log").read_text())
+        self.assertEqual(queue.find_one().state, "running")
+        (self.folder / f"{second.pid}.end").touch()
+        eventually(lambda: queue.count() == 0)
+        self.assertNotIn("lost", (self.folder / "second.log").read_text())
+
+    def test_a_task_that_kills_its_master_fails_after_six_starts_and_others_are_served(self):
+        """P3, RT-05, ENGINE 4: the whole process group dies, at every start."""
+        source = """
+            import os, signal, sys
+            from taskpool import Cluster, TaskQueue
+            def note(job):
+                fd = os.open("lines", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.write(fd, f"{job.id}\\n".encode())
+                if job.id == "poison":
+                    os.killpg(0, signal.SIGKILL)
+            if __name__ == "__main__":
+                os.setpgid(0, 0)
+                with Cluster({"note": note}, TaskQueue("tasks.db"), max_available_workers=2) as cluster:
+                    cluster.drain()
+        """
+        queue, script = self.queue(), self.script(source)
+        for i in range(20):
+            queue.add_task("note", task_id=f"good{i}", priority=-(i % 2))
+        queue.add_task("note", task_id="poison", retries=3)
+        for _ in range(12):
+            if self.start(script).wait(PATIENCE) == 0:
+                break
+        counts = collections.Counter(lines_of(self.folder / "lines"))
+        self.assertEqual(counts.pop("poison"), 6)
+        self.assertEqual(set(counts), {f"good{i}" for i in range(20)})
+        (failed,) = queue.find()
+        self.assertEqual((failed.id, failed.state, failed.attempt), ("poison", "failed", 1))
+
+    def test_a_grandchild_that_holds_the_pipes_hides_no_death(self):
+        """ENGINE 16, 17."""
+        with self.cluster({"grandchild": leave_a_grandchild, "echo": echo}, max_available_workers=1) as cluster:
+            error = cluster.submit("grandchild", str(self.folder / "pid")).exception(PATIENCE)
+            self.assertEqual(error.exit_code, 9)
+            self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
+        os.kill(int((self.folder / "pid").read_text()), signal.SIGKILL)
+
+
+def command_line(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def leave_a_grandchild(job):
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(PATIENCE)
+        os._exit(0)
+    Path(job.data).write_text(str(pid))
+    os._exit(9)
+
+
+def misbehave(job):
+    """Run for ever, in a way that is hard to end; or do harm to the process."""
+    how = job.data["how"]
+    Path(job.data["file"]).write_text(str(os.getpid()))
+    if how == "spin":
+        while True:
+            pass
+    if how == "regex":
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    if how == "gil":
+        import ctypes
+
+        ctypes.PyDLL(None).sleep(int(PATIENCE))  # Holds the GIL.
+    if how == "signals":
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)
+    if how == "thread":
+        threading.Thread(target=time.sleep, args=(PATIENCE,)).start()
+    if how == "child":
+        subprocess.run(["sleep", "3"])
+    if how == "socket":
+        import socket
+
+        left, right = socket.socketpair()
+        left.recv(1)
+    if how == "close":
+        os.closerange(3, 64)
+        return "closed"
+    if how == "chdir":
+        os.chdir("/")
+        return "moved"
+    if how == "stdout":
+        os.close(1), os.close(2)
+        with contextlib.suppress(OSError):
+            print("into the void")
+        return "printed"
+    if how == "handlers":
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        return "handled"
+    if how == "pool":
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            return pool.map(abs, [-1, -2])
+    if how == "executor":
+        with concurrent.futures.ProcessPoolExecutor(1) as executor:
+            return executor.submit(abs, -3).result()
+    if how == "memory":
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, limit[1]))
+        try:
+            return len(bytearray(1 << 32))
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limit)
+    if how == "big":
+        return b"x" * 200_000_000
+    if how == "segfault":
+        import ctypes
+
+        sys.stderr = None
+        ctypes.string_at(0)
+    if how == "daemon":
+        threading.Thread(target=time.sleep, args=(PATIENCE,), daemon=True).start()
+        return "left a thread"
+    time.sleep(PATIENCE)
+    return None
+
+
+@unittest.skipUnless(LINUX, "uses POSIX signals and /proc")
+class TestHostileTasks(WithCluster):
+    """P4: whatever a task does to its process, the pool goes on."""
+
+    @classmethod
+    def setUpClass(cls):
+        EVERYTHING["misbehave"] = misbehave
+        super().setUpClass()
+
+    def misbehave(self, how, **options):
+        self.file = str(self.folder / how)
+        return self.submit("misbehave", {"how": how, "file": self.file}, **options)
+
+    def test_a_timeout_ends_every_way_to_run_for_ever(self):
+        """TO-01, TO-03, TO-05, ENGINE 8."""
+        for how in ("sleep", "spin", "regex", "gil", "signals", "thread", "child", "socket"):
+            with self.subTest(how=how):
+                error = self.misbehave(how, timeout=0.3).exception(PATIENCE)
+                self.assertIsInstance(error, TaskTimeout)
+                pid = int(Path(self.file).read_text())
+                eventually(lambda: not is_alive(pid))  # noqa: B023
+
+    def test_a_task_that_harms_its_process_harms_no_other(self):
+        for how, result in [
+            ("chdir", "moved"), ("stdout", "printed"), ("handlers", "handled"), ("pool", [1, 2]), ("executor", 3),
+            ("daemon", "left a thread"),
+        ]:
+            with self.subTest(how=how):
+                self.assertEqual(self.misbehave(how).result(PATIENCE), result)
+                for i in range(4):
+                    self.assertEqual(self.result("echo", i), i)
+        for how, kind in [("close", WorkerDied), ("segfault", WorkerDied), ("memory", MemoryError)]:
+            with self.subTest(how=how):
+                error = self.misbehave(how).exception(PATIENCE)
+                self.assertIsInstance(error, kind)
+                if how == "segfault":
+                    self.assertIn("SIGSEGV", str(error))
+                self.assertEqual(self.result("echo", how), how)
+
+    def test_a_result_of_two_hundred_megabytes_arrives_and_holds_up_nobody(self):
+        """ENGINE 25, 26, EX-09."""
+        big = self.misbehave("big")
+        for i in range(10):
+            self.assertEqual(self.result("echo", i, in_memory=True), i)
+        self.assertEqual(len(big.result(PATIENCE)), 200_000_000)
+
+    def test_large_data_travel_both_ways_without_a_deadlock(self):
+        text = "x" * 2_000_000
+        futures = [self.submit("echo", text + str(i), in_memory=bool(i % 2)) for i in range(8)]
+        self.assertEqual([f.result(PATIENCE) for f in futures], [text + str(i) for i in range(8)])
+
+    def test_a_fork_of_the_program_does_not_disturb_its_workers(self):
+        """ENGINE 62, 73."""
+        futures = [self.submit("sleep") for _ in range(5)]
+        pid = os.fork()
+        if pid == 0:
+            try:
+                ok = not self.shared._started and self.shared.workers() == []
+            finally:
+                os._exit(0 if ok else 1)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
+        self.assertEqual([f.result(PATIENCE) for f in futures], ["slept"] * 5)
+
+    def test_a_fork_may_run_a_cluster_of_its_own(self):
+        out = self.run_script(
+            """
+            import os, sys
+            from taskpool import Cluster, TaskQueue
+            def pid(job): return os.getppid()
+            if __name__ == "__main__":
+                queue = TaskQueue("tasks.db")
+                cluster = Cluster({"pid": pid}, queue, max_available_workers=1)
+                print(cluster.submit("pid").result() == os.getpid())
+                sys.stdout.flush()
+                queue.add_task("pid", in_memory=True, task_id="of the parent", priority=-1)
+                if os.fork() == 0:
+                    print(queue.in_memory.find(), cluster.submit("pid").result() == os.getpid())
+                    sys.exit(0)
+                os.wait()
+                print(cluster.submit("pid").result() == os.getpid())
+            """
+        )
+        self.assertEqual(out.split("\n"), ["True", "[] True", "True", ""])
+
+
+class TestStoresUnderPressure(InFolder):
+    """P1: locks, crowds, full disks, and files that vanish."""
+
+    def test_eight_producers_and_two_clusters_share_a_file_without_an_error(self):
+        """SQ-01, DU-05."""
+        producer = self.script(
+            """
+            import sys
+            from taskpool import TaskQueue
+            with TaskQueue("tasks.db") as queue:
+                for i in range(int(sys.argv[2])):
+                    queue.add_task("line", {"file": sys.argv[3]}, task_id=f"{sys.argv[1]}-{i}")
+            """
+        )
+        producers = [self.start(producer, i, 250, self.folder / "lines") for i in range(8)]
+        with self.assertNoLogs_():
+            clusters = [self.cluster({"line": line_here}, TaskQueue(self.folder / "tasks.db")) for _ in range(2)]
+            for process in producers:
+                out, err = process.communicate(timeout=PATIENCE * 2)
+                self.assertEqual(process.returncode, 0, err)
+            for cluster in clusters:
+                self.assertTrue(cluster.drain(PATIENCE * 2))
+        ids = [f"{p}-{i}" for p in range(8) for i in range(250)]
+        self.assertEqual(sorted(line.split()[0] for line in lines_of(self.folder / "lines")), sorted(ids))
+
+    @contextlib.contextmanager
+    def assertNoLogs_(self):
+        records = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = records.append
+        logging.getLogger("taskpool").addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger("taskpool").removeHandler(handler)
+        self.assertEqual([r.getMessage() for r in records if "CPU" not in r.getMessage()], [])
+
+    def test_ten_processes_open_a_fresh_file_at_once(self):
+        """SQ-07, SM-03."""
+        script = self.script(
+            """
+            import os, sys, time
+            from taskpool import TaskQueue
+            print("ready", flush=True)
+            for turn in range(10):
+                while not os.path.exists(f"go{turn}"):
+                    time.sleep(0.001)
+                with TaskQueue(f"fresh{turn}.db") as queue:
+                    queue.add_task("x", task_id=sys.argv[1])
+                open(f"done{turn}.{sys.argv[1]}", "w").close()
+            """
+        )
+        processes = [self.start(script, i) for i in range(10)]
+        for process in processes:
+            self.assertEqual(process.stdout.readline(), "ready\n")
+        for turn in range(10):
+            (self.folder / f"go{turn}").touch()
+            eventually(lambda: all((self.folder / f"done{turn}.{i}").exists() or processes[i].poll() for i in range(10)))  # noqa: B023
+            self.assertEqual(self.queue(f"fresh{turn}.db").count(), 10)
+        for process in processes:
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, err), (0, ""))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_a_connection_carried_over_a_fork_is_never_used_there(self):
+        """SQ-02."""
+        queue = self.queue()
+        for turn in range(10):
+            queue.add_task("x", turn)
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                with contextlib.suppress(BaseException):
+                    queue.add_task("x", -turn)
+                    queue.close()
+                    code = 0
+                os._exit(code)
+            queue.add_task("x", turn)
+            self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
+        self.assertEqual(queue.count(), 30)
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
+
+    def test_sigkill_during_writes_leaves_whole_rows_and_what_was_acknowledged(self):
+        """SQ-05."""
+        script = self.script(
+            """
+            from taskpool import TaskQueue
+            queue = TaskQueue("tasks.db")
+            i = queue.count()
+            while True:
+                print(queue.add_task("x", ["y" * 2000, i], task_id=f"{i}").id, flush=True)
+                i += 1
+            """
+        )
+        acknowledged = []
+        for _ in range(5):
+            process = self.start(script)
+            for _ in range(20):
+                acknowledged.append(process.stdout.readline().strip())
+            process.kill()
+            acknowledged += process.communicate()[0].split()
+        stored = {task.id: task.data for task in self.queue().find()}
+        self.assertLessEqual(set(acknowledged), set(stored))
+        self.assertTrue(all(data == ["y" * 2000, int(i)] for i, data in stored.items()))
+
+    def test_a_full_disk_is_a_store_error_and_work_goes_on_when_there_is_space(self):
+        """SQ-10, SQ-11."""
+        disk = self.folder / "disk"
+        disk.mkdir()
+        mount = shutil.which("mount")
+        if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
+            self.skipTest("needs the right to mount a small tmpfs")
+        self.addCleanup(subprocess.run, ["umount", "-l", disk], capture_output=True)
+        queue, lines = TaskQueue(disk / "tasks.db"), str(self.folder / "lines")
+        self.addCleanup(queue.close)
+        cluster = self.cluster({"line": add_line}, queue, keep_alive="always")
+        first = cluster.submit("line", {"file": lines}, keep_result=60)
+        first.result(PATIENCE)
+        filler, acknowledged = disk / "filler", 0
+        with self.assertRaisesRegex(StoreError, "full") as caught:
+            while True:
+                queue.add_task("line", {"file": lines, "filler": "x" * 20_000}, due_date=timedelta(hours=1))
+                acknowledged += 1
+        self.assertIn(str(disk / "tasks.db"), str(caught.exception))
+        self.assertEqual(queue.count(state="waiting"), acknowledged)
+        self.assertFalse(filler.exists())
+        subprocess.run([mount, "-o", "remount,size=20m", disk], check=True)
+        queue.add_task("line", {"file": lines}, task_id="after")
+        self.assertEqual(queue.wait("after", PATIENCE).state, "done")
+        self.assertEqual(queue.count(state="waiting"), acknowledged)
+
+    def test_a_file_that_is_deleted_or_replaced_is_never_written_to_unseen(self):
+        queue = self.queue()
+        cluster = self.cluster({"echo": echo}, queue, keep_alive="always")
+        self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
+        for name in ("tasks.db", "tasks.db-wal", "tasks.db-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.folder / name)
+        later = queue.add_task("echo", due_date=timedelta(hours=1))
+        self.assertEqual(self.queue().find_one().id, later.id)  # In the file that is there.
+        self.assertEqual(cluster.submit("echo", 2).result(PATIENCE), 2)
+        (self.folder / "junk").write_bytes(b"junk" * 10_000)
+        os.replace(self.folder / "junk", self.folder / "tasks.db")
+        for name in ("tasks.db-wal", "tasks.db-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.folder / name)
+        with self.assertRaisesRegex(StoreError, "not a database"):
+            queue.add_task("echo")
+        self.assertEqual(cluster.submit("echo", 3, in_memory=True).result(PATIENCE), 3)
+        os.remove(self.folder / "tasks.db")
+        self.assertEqual(cluster.submit("echo", 4).result(PATIENCE), 4)
+
+    def test_a_damaged_page_is_a_store_error_and_the_pool_lives(self):
+        queue = self.queue()
+        queue.add_tasks({"task_type": "echo", "data": "x" * 1000} for _ in range(200))
+        queue.close()
+        with open(self.folder / "tasks.db", "r+b") as file:
+            file.seek(4096)
+            file.write(b"\xff" * (os.path.getsize(self.folder / "tasks.db") - 8192))
+        with self.assertLogs("taskpool", "ERROR") as logs:
+            cluster = self.cluster({"echo": echo}, queue)
+            self.assertEqual(cluster.submit("echo", 1, in_memory=True).result(PATIENCE), 1)
+            eventually(lambda: "malformed" in "\n".join(logs.output))
+        with self.assertRaisesRegex(StoreError, "malformed"):
+            queue.add_task("echo")
+
+
+def line_here(job):
+    add_line(job)
+
+
+class TestClockChanges(InFolder):
+    """A clock set back or forward by a day loses, doubles and stops nothing. CK-01, CK-06."""
+
+    def test_due_retried_and_running_tasks_survive_a_clock_that_jumps(self):
+        for in_memory in (False, True):
+            for jump in (-86400.0, 86400.0):
+                with self.subTest(in_memory=in_memory, jump=jump):
+                    queue, path = self.queue(f"{in_memory}{jump}.db"), str(self.folder / f"{in_memory}{jump}")
+                    queue.clock = Clock()
+                    add = functools.partial(queue.add_task, in_memory=in_memory)
+                    task_map = {"line": add_line, "hold": hold, "succeed_at": succeed_at}
+                    cluster = self.cluster(task_map, queue, max_available_workers=3)
+                    add("hold", path, task_id="held")
+                    eventually(lambda: os.path.exists(path + ".started"))  # noqa: B023
+                    add("line", {"file": path}, task_id="day", due_date=timedelta(hours=12))
+                    queue.clock.offset = jump
+                    add("line", {"file": path}, task_id="now")
+                    self.assertEqual(queue.wait("now", PATIENCE).state, "done")
+                    Path(path + ".end").touch()
+                    self.assertEqual(queue.wait("held", PATIENCE).state, "done")
+                    add("succeed_at", 2, retries=1, retry_delay=0.05, task_id="again")
+                    self.assertEqual(queue.wait("again", PATIENCE).state, "done")
+                    if jump > 0:
+                        self.assertEqual(queue.wait("day", PATIENCE).state, "done")
+                    cluster.shutdown()
+                    ran = [line.split()[0] for line in lines_of(path)]
+                    self.assertEqual(sorted(ran), ["day", "now"] if jump > 0 else ["now"])
+
+    def test_a_task_that_became_due_runs_although_the_clock_went_back(self):
+        queue, path = self.queue(), str(self.folder / "hold")
+        queue.clock = Clock()
+        queue.add_task("hold", path, task_id="held", priority=9)
+        queue.add_task("line", {"file": path}, task_id="due")
+        cluster = self.cluster({"line": add_line, "hold": hold}, queue, max_available_workers=1)
+        eventually(lambda: os.path.exists(path + ".started"))
+        queue.clock.offset = -86400.0
+        Path(path + ".end").touch()
+        self.assertEqual(queue.wait("due", PATIENCE).state, "done")
+        cluster.shutdown()
+
+
+@unittest.skipUnless(LINUX, "uses a pty")
+class TestTerminal(InFolder):
+    """Ctrl-C reaches the whole process group, also while workers start."""
+
+    def test_ctrl_c_stops_the_program_once_without_a_traceback(self):
+        """SG-05, ENGINE 74."""
+        import pty
+
+        script = self.script(
+            """
+            import os, time
+            from taskpool import Cluster, TaskQueue
+            def hold(job):
+                open(f"started{job.id}", "w").close()
+                while not os.path.exists("end"):
+                    time.sleep(0.005)
+            if __name__ == "__main__":
+                cluster = Cluster({"hold": hold}, TaskQueue("tasks.db"), max_available_workers=2, oversubscribe=True)
+                print("serving", flush=True)
+                cluster.run()
+                print("stopped", flush=True)
+            """
+        )
+        queue = self.queue()
+        for boot in (False, True):
+            for i in range(2):
+                queue.add_task("hold", task_id=str(i))
+            pid, terminal = pty.fork()
+            if pid == 0:
+                os.chdir(self.folder)
+                os.execve(sys.executable, [sys.executable, str(script)], {**os.environ, "PYTHONPATH": str(HERE)})
+            self.addCleanup(os.close, terminal)
+            shown = b""
+            while b"serving" not in shown:
+                shown += os.read(terminal, 4096)
+            if boot:
+                eventually(lambda: any(b"spawn_main" in command_line(child) for child in children(pid)))  # noqa: B023
+            else:
+                eventually(lambda: (self.folder / "started0").exists() and (self.folder / "started1").exists())
+            os.write(terminal, b"\x03")
+            eventually(lambda: queue.count(state="running") < 3)
+            (self.folder / "end").touch()
+            with contextlib.suppress(OSError):  # The terminal is gone with the process.
+                while True:
+                    shown += os.read(terminal, 4096)
+            self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0, shown)
+            self.assertIn(b"stopped", shown)
+            self.assertNotIn(b"Traceback", shown)
+            self.assertEqual({task.state for task in queue.find()} - {"waiting"}, set())
+            queue.remove(state="waiting")
+            for name in ("started0", "started1", "end"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.folder / name)
+
+
 # --- The file, the manual, the demo ----------------------------------------------------
 
 
