@@ -269,6 +269,14 @@ class Row(NamedTuple):
     in_memory: bool = False  # Not a column.
 
 
+def _public_state(state: str) -> str:
+    return "waiting" if state in ("scheduled", "ready") else state
+
+
+def _datetime(instant: int) -> datetime:
+    return _EPOCH + instant * _MICROSECOND
+
+
 class Task:
     """One task, as it was when you looked. Immutable.
 
@@ -381,14 +389,6 @@ class Task:
         return self._row.error
 
 
-def _public_state(state: str) -> str:
-    return "waiting" if state in ("scheduled", "ready") else state
-
-
-def _datetime(instant: int) -> datetime:
-    return _EPOCH + instant * _MICROSECOND
-
-
 def _new_id() -> str:
     """A fresh id: time first, so that new ids are neighbours in the store's index."""
     return f"{time.time_ns() // 1000:014x}{os.urandom(9).hex()}"
@@ -425,16 +425,6 @@ def _checked_bool(name: str, value: Any) -> bool:
     return value
 
 
-def _checked_text(name: str, value: Any) -> str:
-    """A str that every store keeps unchanged: not empty, no NUL, no lone surrogate."""
-    allowed = "a non-empty str of at most 10,000 characters, without NUL or lone surrogates"
-    if type(value) is not str:
-        raise _wrong_type(name, value, allowed)
-    if not 0 < len(value) <= 10_000 or "\0" in value or not _is_unicode(value):
-        raise _wrong_value(name, value, allowed)
-    return value
-
-
 def _is_unicode(text: str) -> bool:
     if text.isascii():
         return True
@@ -443,6 +433,16 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _checked_text(name: str, value: Any) -> str:
+    """A str that every store keeps unchanged: not empty, no NUL, no lone surrogate."""
+    allowed = "a non-empty str of at most 10,000 characters, without NUL or lone surrogates"
+    if type(value) is not str:
+        raise _wrong_type(name, value, allowed)
+    if not 0 < len(value) <= 10_000 or "\0" in value or not _is_unicode(value):
+        raise _wrong_value(name, value, allowed)
+    return value
 
 
 def _checked_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
@@ -506,10 +506,10 @@ _encode = json.JSONEncoder(
 ).encode
 
 
-def _checked_json(value: Any) -> str:
-    """JSON text of *value*, which will come back equal and of the same types."""
-    _check_json(value, "data", 0)
-    return str(value) if type(value) is int else _encode(value)
+def _check_depth(path: str, depth: int) -> None:
+    if depth >= MAX_DEPTH:
+        shown = path if len(path) <= 80 else path[:77] + "..."
+        raise ValueError(f"{shown} is nested too deep; give at most {MAX_DEPTH} levels")
 
 
 def _check_json(value: Any, path: str, depth: int) -> None:
@@ -542,10 +542,10 @@ def _check_json(value: Any, path: str, depth: int) -> None:
         raise _wrong_type(path, value, allowed)
 
 
-def _check_depth(path: str, depth: int) -> None:
-    if depth >= MAX_DEPTH:
-        shown = path if len(path) <= 80 else path[:77] + "..."
-        raise ValueError(f"{shown} is nested too deep; give at most {MAX_DEPTH} levels")
+def _checked_json(value: Any) -> str:
+    """JSON text of *value*, which will come back equal and of the same types."""
+    _check_json(value, "data", 0)
+    return str(value) if type(value) is int else _encode(value)
 
 
 _NO_DATA: Dict[str, Any] = {}
@@ -728,7 +728,8 @@ def after_update(row: Optional[Row], task_id: str, changes: Mapping[str, Any], n
     """waiting -> waiting with other values. Raises ValueError if it is not waiting."""
     if row is None or row.state not in ("scheduled", "ready"):
         state = "not there" if row is None else row.state
-        raise ValueError(f"task_id {_shown(task_id)} is {state}; only waiting tasks can be updated")
+        text = "only waiting tasks can be updated"
+        raise ValueError(f"task_id {_shown(task_id)} is {state}; {text}")
     row = row._replace(**changes)
     return row._replace(state="ready" if row.ready_at <= now else "scheduled")
 
@@ -937,6 +938,17 @@ def _shares(types: Union[Mapping[str, float], Iterable[str]]) -> Mapping[str, fl
 _RankedRow = Tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
 
 
+def _fits(row: Row, query: Query, now: int) -> bool:
+    waiting = row.state in ("scheduled", "ready")
+    could_run = row.state == "ready" or (row.state == "scheduled" and row.ready_at <= now)
+    return (
+        (query.types is None or row.task_type in query.types)
+        and (query.states is None or _public_state(row.state) in query.states)
+        and (query.due is None or (waiting and could_run == query.due))
+        and row.due_at <= query.until
+    )
+
+
 class MemoryStore(Store):
     """Tasks in this process only: two heaps for each lane and type.
 
@@ -1091,7 +1103,8 @@ class MemoryStore(Store):
         with self._lock:
             for row in list(self._rows.values()):
                 if row.owner == owner and row.state == "running":
-                    self._put(row._replace(state="ready", owner="", attempt=row.attempt - 1, lane=""))
+                    attempt = row.attempt - 1
+                    self._put(row._replace(state="ready", owner="", attempt=attempt, lane=""))
                 elif row.lane == owner:
                     self._put(row._replace(lane=""))
 
@@ -1158,17 +1171,6 @@ class MemoryStore(Store):
             row = after_update(self._rows.get(task_id), task_id, changes, now)
             self._put(row)
             return row
-
-
-def _fits(row: Row, query: Query, now: int) -> bool:
-    waiting = row.state in ("scheduled", "ready")
-    could_run = row.state == "ready" or (row.state == "scheduled" and row.ready_at <= now)
-    return (
-        (query.types is None or row.task_type in query.types)
-        and (query.states is None or _public_state(row.state) in query.states)
-        and (query.due is None or (waiting and could_run == query.due))
-        and row.due_at <= query.until
-    )
 
 
 # SQL, in the order of a task's life. Nothing newer than SQLite 3.31. Table names carry
@@ -1301,6 +1303,73 @@ _OLDEST_FIRST = "ORDER BY created_at, seq LIMIT ? OFFSET ?"
 # waiting, failed, done -> (removed); a running task is marked.
 _REMOVE = "DELETE FROM taskpool_task WHERE state <> 'running'"
 _MARK = "UPDATE taskpool_task SET removed = 1, successor = NULL WHERE state = 'running'"
+
+
+def _decoded(raw: bytes, otherwise: Any) -> Any:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return otherwise
+
+
+def _rank(candidate: Sequence[Any]) -> Tuple[int, int, int]:
+    """The order of claims, for a result of _READY."""
+    seq, _, _, _, priority, created_at = candidate[:6]
+    if type(priority) is not int or type(created_at) is not int:
+        return -NEVER, 0, seq  # It cannot be run: see _unusable.
+    return -priority, created_at, seq
+
+
+def _unusable(columns: Sequence[Any]) -> str:
+    """Why a stored row cannot be a Row ("" if it can): SQLite keeps any type anywhere."""
+    for name, value in zip(_COLUMNS, columns):
+        if type(value) not in _COLUMN_TYPES[name]:
+            return f"column {name} holds {_shown(value)}"
+    return ""
+
+
+_NULL = type(None)
+_TEXT, _INT, _REAL = (str,), (int,), (float, int)
+_COLUMN_TYPES: Dict[str, Tuple[type, ...]] = dict(
+    zip(
+        _COLUMNS,
+        # id to ready_at
+        (_TEXT, _TEXT, _TEXT, _INT, _INT, _INT, _INT)
+        # retries to state
+        + (_INT, _REAL, (*_REAL, _NULL), (*_REAL, _NULL), _TEXT, _TEXT)
+        # attempt to interrupted
+        + (_INT, _INT, _TEXT, _INT)
+        # result to successor
+        + ((str, _NULL), (str, _NULL), (int, _NULL), _INT, (str, _NULL)),
+    )
+)
+
+
+def _where(query: Query, now: int) -> Tuple[str, List[Any]]:
+    """The condition of *query* in SQL, and its values."""
+    terms: List[str] = ["1"]
+    values: List[Any] = []
+    states = query.states
+    if states is not None:
+        states = [s for s in states if s != "waiting"]
+        if "waiting" in cast(Sequence[str], query.states):
+            states += ["scheduled", "ready"]
+    for column, allowed in (("id", query.ids), ("task_type", query.types), ("state", states)):
+        if allowed is not None:
+            if len(allowed) <= 500:
+                terms.append(f"{column} IN ({', '.join('?' * len(allowed))})")
+                values += allowed
+            else:  # SQLite before 3.32 takes 999 values at most.
+                terms.append(f"{column} IN (SELECT value FROM json_each(?))")
+                values.append(json.dumps(list(allowed)))
+    if query.due is not None:
+        terms.append("state IN ('scheduled', 'ready')")
+        terms.append(f"(state = 'ready' OR ready_at <= ?) = {int(query.due)}")
+        values.append(now)
+    if query.until != NEVER:
+        terms.append("due_at <= ?")
+        values.append(query.until)
+    return " AND ".join(terms), values
 
 
 class SQLiteStore(Store):
@@ -1684,75 +1753,6 @@ class SQLiteStore(Store):
             return new
 
 
-def _decoded(raw: bytes, otherwise: Any) -> Any:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return otherwise
-
-
-def _rank(candidate: Sequence[Any]) -> Tuple[int, int, int]:
-    """The order of claims, for a result of _READY."""
-    seq, _, _, _, priority, created_at = candidate[:6]
-    if type(priority) is not int or type(created_at) is not int:
-        return -NEVER, 0, seq  # It cannot be run: see _unusable.
-    return -priority, created_at, seq
-
-
-def _unusable(columns: Sequence[Any]) -> str:
-    """Why a stored row cannot be a Row ("" if it can): SQLite keeps any type anywhere."""
-    for name, value in zip(_COLUMNS, columns):
-        if type(value) not in _COLUMN_TYPES[name]:
-            return f"column {name} holds {_shown(value)}"
-    return ""
-
-
-_NULL = type(None)
-_TEXT, _INT, _REAL = (str,), (int,), (float, int)
-_COLUMN_TYPES: Dict[str, Tuple[type, ...]] = dict(
-    zip(
-        _COLUMNS,
-        # id to ready_at
-        (_TEXT, _TEXT, _TEXT, _INT, _INT, _INT, _INT)
-        # retries to state
-        + (_INT, _REAL, (*_REAL, _NULL), (*_REAL, _NULL), _TEXT, _TEXT)
-        # attempt to interrupted
-        + (_INT, _INT, _TEXT, _INT)
-        # result to successor
-        + ((str, _NULL), (str, _NULL), (int, _NULL), _INT, (str, _NULL)),
-    )
-)
-
-
-def _where(query: Query, now: int) -> Tuple[str, List[Any]]:
-    """The condition of *query* in SQL, and its values."""
-    terms: List[str] = ["1"]
-    values: List[Any] = []
-    states = query.states
-    if states is not None:
-        states = [s for s in states if s != "waiting"]
-        if "waiting" in cast(Sequence[str], query.states):
-            states += ["scheduled", "ready"]
-    for column, allowed in (("id", query.ids), ("task_type", query.types), ("state", states)):
-        if allowed is not None:
-            if len(allowed) <= 500:
-                terms.append(f"{column} IN ({', '.join('?' * len(allowed))})")
-                values += allowed
-            else:  # SQLite before 3.32 takes 999 values at most.
-                terms.append(f"{column} IN (SELECT value FROM json_each(?))")
-                values.append(json.dumps(list(allowed)))
-    if query.due is not None:
-        terms.append("state IN ('scheduled', 'ready')")
-        terms.append(f"(state = 'ready' OR ready_at <= ?) = {int(query.due)}")
-        values.append(now)
-    if query.until != NEVER:
-        terms.append("due_at <= ?")
-        values.append(query.until)
-    return " AND ".join(terms), values
-
-
-
-
 # --- Queue ---------------------------------------------------------------------------
 # What producers call, in any process. It reads the clock; it knows no worker.
 
@@ -1875,7 +1875,7 @@ class _Tasks:
         store, now = self._usable("update"), self._now()
         _checked_text("task_id", task_id)
         columns = {"due_date": ("due_at", "ready_at")}
-        allowed = ("data", "priority", "due_date", "retries", "retry_delay", "timeout", "keep_result")
+        allowed = "data priority due_date retries retry_delay timeout keep_result".split()
         for name in changes:
             if name not in allowed:
                 raise TypeError(f"update() cannot change {name!r}; give {', '.join(allowed)}")
@@ -2179,7 +2179,7 @@ def _rebuilt(failure: _Failure) -> Exception:
     if not isinstance(error, Exception):
         error = RemoteError(failure.type_name, failure.text, failure.traceback)
     error.__cause__ = _RemoteTraceback(failure.traceback)
-    return error
+    return cast(Exception, error)
 
 
 def _error_text(failure: _Failure) -> str:
@@ -2199,34 +2199,6 @@ _registry: weakref.WeakValueDictionary[Tuple[str, int, int], Any] = weakref.Weak
 _registered: List[Any] = []
 
 
-def _worker_main(channel: Connection, permits: Optional[Connection], life: Connection) -> None:
-    """The life of a worker process, from its first line to its exit."""
-    global _worker
-    # Ctrl-C reaches the whole process group; only the master answers to it. Under fork
-    # the master's handlers are inherited.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    _worker = worker = _WorkerProcess(channel, permits)
-    _die_with_master(life)
-    with contextlib.suppress(Exception):
-        import faulthandler
-
-        faulthandler.enable()
-    with contextlib.suppress(EOFError, OSError):  # The master is gone.
-        boot: _Boot = pickle.loads(channel.recv_bytes())[1]
-        try:
-            worker.task_map = _find_task_map(boot)
-        except BaseException as error:
-            worker.send(("boot error", _failure(error)))
-            return
-        worker.send(("ready",))
-        worker.serve()
-
-
 def _die_with_master(life: Connection) -> None:
     """End this process when the master's end of the life line closes: at its death."""
 
@@ -2244,37 +2216,6 @@ def _die_with_master(life: Connection) -> None:
         fcntl.fcntl(life.fileno(), fcntl.F_SETOWN, os.getpid())
         flags = fcntl.fcntl(life.fileno(), fcntl.F_GETFL)
         fcntl.fcntl(life.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
-
-
-def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
-    """The task map of the Cluster for which this worker was started.
-
-    It is the Cluster's that the entry file, run again or inherited, or the module that
-    made it, registers here; else the pickled one.
-    """
-    home = boot.key[0]
-    if boot.key not in _registry and home not in ("__main__", "__mp_main__"):
-        _import_home(home, boot.home_file)
-    unpickled: Any = None
-    if boot.key not in _registry and boot.pickled_map is not None:
-        with contextlib.suppress(Exception):
-            unpickled = pickle.loads(boot.pickled_map)
-    if boot.key not in _registry and unpickled is None and boot.entry is not None:
-        if not _has_run_again(boot.home_file):
-            _run_entry(*boot.entry)
-    cluster = _registry.get(boot.key)
-    if cluster is not None and set(cluster.task_map) >= set(boot.types):
-        return cast(Mapping[str, TaskFunction], cluster.task_map)
-    if unpickled is None and boot.pickled_map is not None:
-        unpickled = pickle.loads(boot.pickled_map)  # Raises what is wrong.
-    if unpickled is None:
-        raise RuntimeError(
-            f"a worker process cannot find the functions of {', '.join(map(repr, boot.types))}: "
-            "the Cluster was not made at the top level of a file, and its task map cannot be "
-            "pickled. Use functions defined at the top level of a module (no lambdas or inner "
-            'functions), or make the Cluster there, or use start_method="fork"'
-        )
-    return cast(Mapping[str, TaskFunction], unpickled)
 
 
 @contextlib.contextmanager
@@ -2308,7 +2249,7 @@ def _has_run_again(file: Optional[str]) -> bool:
     if the main script had ended, for `python -m package`, and under a profiler."""
     main: Any = sys.modules["__main__"]
     ran = getattr(main, "__file__", None)
-    return main.__name__ == "__mp_main__" and bool(ran) and os.path.abspath(ran) == file
+    return main.__name__ == "__mp_main__" and ran is not None and os.path.abspath(ran) == file
 
 
 def _run_entry(kind: str, name: str) -> None:
@@ -2323,6 +2264,37 @@ def _run_entry(kind: str, name: str) -> None:
         else:
             main.__dict__.update(runpy.run_path(name, run_name="__mp_main__"))
     sys.modules["__main__"] = sys.modules["__mp_main__"] = main
+
+
+def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
+    """The task map of the Cluster for which this worker was started.
+
+    It is the Cluster's that the entry file, run again or inherited, or the module that
+    made it, registers here; else the pickled one.
+    """
+    home = boot.key[0]
+    if boot.key not in _registry and home not in ("__main__", "__mp_main__"):
+        _import_home(home, boot.home_file)
+    unpickled: Any = None
+    if boot.key not in _registry and boot.pickled_map is not None:
+        with contextlib.suppress(Exception):
+            unpickled = pickle.loads(boot.pickled_map)
+    if boot.key not in _registry and unpickled is None and boot.entry is not None:
+        if not _has_run_again(boot.home_file):
+            _run_entry(*boot.entry)
+    cluster = _registry.get(boot.key)
+    if cluster is not None and set(cluster.task_map) >= set(boot.types):
+        return cast(Mapping[str, TaskFunction], cluster.task_map)
+    if unpickled is None and boot.pickled_map is not None:
+        unpickled = pickle.loads(boot.pickled_map)  # Raises what is wrong.
+    if unpickled is None:
+        raise RuntimeError(
+            f"a worker process cannot find the functions of {', '.join(map(repr, boot.types))}: "
+            "the Cluster was not made at the top level of a file, and its task map cannot be "
+            "pickled. Use functions defined at the top level of a module (no lambdas or inner "
+            'functions), or make the Cluster there, or use start_method="fork"'
+        )
+    return cast(Mapping[str, TaskFunction], unpickled)
 
 
 def _wants_toggle_ipc(function: TaskFunction) -> Optional[str]:
@@ -2340,6 +2312,47 @@ def _wants_toggle_ipc(function: TaskFunction) -> Optional[str]:
     if len(positional) > 1 and positional[1].default is positional[1].empty:
         return "position"
     return None
+
+
+def _checked_message(message: Any) -> Any:
+    allowed = 'a dict {"status": int > 1, "data": any}'
+    if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
+        raise _wrong_type("message", message, allowed)
+    if type(message["status"]) is not int:
+        raise _wrong_type("status", message["status"], "an int over 1")
+    if message["status"] <= 1:
+        raise _wrong_value("status", message["status"], "an int over 1 (0 and 1 are taken)")
+    return {"status": message["status"], "data": message.get("data")}
+
+
+def _resolve(
+    future: Future[Any], value: Any = None, error: Optional[BaseException] = None
+) -> None:
+    """Resolve *future*, unless it already is."""
+    try:
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+    except concurrent.futures.InvalidStateError:
+        pass
+
+
+def _follow(future: Future[Any], result: Any) -> None:
+    """Resolve *future* with *result*; with its result, if that is a Future too."""
+    if not isinstance(result, Future):
+        _resolve(future, result)
+        return
+
+    def done(inner: Future[Any]) -> None:
+        if inner.cancelled():
+            _resolve(future, error=concurrent.futures.CancelledError())
+        elif inner.exception() is not None:
+            _resolve(future, error=inner.exception())
+        else:
+            _follow(future, inner.result())
+
+    result.add_done_callback(done)
 
 
 class _WorkerProcess:
@@ -2381,9 +2394,9 @@ class _WorkerProcess:
                 return
             if message[0] == "run":
                 _, number, rows = message
-                for number, values in enumerate(rows, number):
-                    if self._permitted(number):
-                        self._run(number, Row._make(values))
+                for offset, values in enumerate(rows):
+                    if self._permitted(number + offset):
+                        self._run(number + offset, Row._make(values))
                 del rows
             del message
 
@@ -2550,43 +2563,32 @@ class _WorkerProcess:
         threading.Thread(target=answer, name="taskpool-answer", daemon=True).start()
 
 
-def _checked_message(message: Any) -> Any:
-    allowed = 'a dict {"status": int > 1, "data": any}'
-    if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
-        raise _wrong_type("message", message, allowed)
-    if type(message["status"]) is not int:
-        raise _wrong_type("status", message["status"], "an int over 1")
-    if message["status"] <= 1:
-        raise _wrong_value("status", message["status"], "an int over 1 (0 and 1 are taken)")
-    return {"status": message["status"], "data": message.get("data")}
+def _worker_main(channel: Connection, permits: Optional[Connection], life: Connection) -> None:
+    """The life of a worker process, from its first line to its exit."""
+    global _worker
+    # Ctrl-C reaches the whole process group; only the master answers to it. Under fork
+    # the master's handlers are inherited.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    _worker = worker = _WorkerProcess(channel, permits)
+    _die_with_master(life)
+    with contextlib.suppress(Exception):
+        import faulthandler
 
-
-def _resolve(future: Future[Any], value: Any = None, error: Optional[BaseException] = None) -> None:
-    """Resolve *future*, unless it already is."""
-    try:
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(value)
-    except concurrent.futures.InvalidStateError:
-        pass
-
-
-def _follow(future: Future[Any], result: Any) -> None:
-    """Resolve *future* with *result*; with its result, if that is a Future too."""
-    if not isinstance(result, Future):
-        _resolve(future, result)
-        return
-
-    def done(inner: Future[Any]) -> None:
-        if inner.cancelled():
-            _resolve(future, error=concurrent.futures.CancelledError())
-        elif inner.exception() is not None:
-            _resolve(future, error=inner.exception())
-        else:
-            _follow(future, inner.result())
-
-    result.add_done_callback(done)
+        faulthandler.enable()
+    with contextlib.suppress(EOFError, OSError):  # The master is gone.
+        boot: _Boot = pickle.loads(channel.recv_bytes())[1]
+        try:
+            worker.task_map = _find_task_map(boot)
+        except BaseException as error:
+            worker.send(("boot error", _failure(error)))
+            return
+        worker.send(("ready",))
+        worker.serve()
 
 
 # --- Master --------------------------------------------------------------------------
@@ -2670,7 +2672,8 @@ class _WakeUp:
 def _own(connection: Connection) -> Any:
     """A raw, non-blocking file for the master's end of a pipe, in place of *connection*."""
     descriptor = os.dup(connection.fileno())
-    mode = "r+b" if connection.readable and connection.writable else "rb" if connection.readable else "wb"
+    both = connection.readable and connection.writable
+    mode = "r+b" if both else "rb" if connection.readable else "wb"
     connection.close()
     os.set_blocking(descriptor, False)
     end = open(descriptor, mode, buffering=0)  # noqa: SIM115
@@ -2823,14 +2826,28 @@ class _Run:
         self.verdict: Optional[str] = None  # Why its worker was killed: timeout, cancel.
 
 
+def _start_process(process: Any) -> None:
+    """Start it without side effects on the program's own use of multiprocessing."""
+    unset = multiprocessing.get_start_method(allow_none=True) is None
+    try:
+        process.start()
+    finally:
+        if unset:  # spawn and forkserver fix the default method as they start.
+            multiprocessing.set_start_method(None, force=True)
+        # A fork of the program that exits would send SIGTERM to our worker, and other
+        # threads' active_children() would take its exit code.
+        getattr(multiprocessing.process, "_children", set()).discard(process)
+
+
 class _WorkerHandle:
     """The master's end of one worker process. Used by the dispatcher only."""
 
     def __init__(self, context: Any, number: int, boot: bytes, wake: _WakeUp) -> None:
-        channel_type = _Channel if hasattr(os, "set_blocking") and os.name == "posix" else _ThreadedChannel
+        channel_type = _Channel if os.name == "posix" else _ThreadedChannel
         mine, theirs = context.Pipe(duplex=True)
         life_theirs, life_mine = context.Pipe(duplex=False)
-        permits_theirs = permits_mine = None
+        permits_theirs: Any = None
+        permits_mine: Any = None
         if channel_type.takes_back:
             permits_theirs, permits_mine = context.Pipe(duplex=False)
             os.set_blocking(permits_theirs.fileno(), False)
@@ -2859,6 +2876,7 @@ class _WorkerHandle:
         self.pid: int = self.process.pid
         self.ready = False
         self.stopping = False  # Told to leave, or killed: gets no more tasks.
+        self.killed = False  # By us: what it ran without a verdict is given back.
         self.runs: collections.deque[_Run] = collections.deque()  # In its hands, in order.
         self.load = 0.0  # The sum of their costs; 1 = no room.
         self.given = 0  # Tasks given so far.
@@ -2913,7 +2931,7 @@ class _WorkerHandle:
         self.channel.send(_dumps(("stop",)))
 
     def kill(self) -> None:
-        self.stopping = True
+        self.stopping = self.killed = True
         with contextlib.suppress(OSError, ValueError):
             self.process.kill()
 
@@ -2926,19 +2944,6 @@ class _WorkerHandle:
             _disown(end)
         with contextlib.suppress(ValueError):
             self.process.close()
-
-
-def _start_process(process: Any) -> None:
-    """Start it without side effects on the program's own use of multiprocessing."""
-    unset = multiprocessing.get_start_method(allow_none=True) is None
-    try:
-        process.start()
-    finally:
-        if unset:  # spawn and forkserver fix the default method as they start.
-            multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
-        # A fork of the program that exits would send SIGTERM to our worker, and other
-        # threads' active_children() would take its exit code.
-        getattr(multiprocessing.process, "_children", set()).discard(process)
 
 
 class _TaskFuture(Future[Any]):
@@ -2984,6 +2989,165 @@ class _Ending(NamedTuple):
     event: Optional[str] = None  # done, error; None: given back or cancelled.
     packed: Optional[bytes] = None  # The pickled result; None = None.
     error: Union[Exception, _Failure, None] = None
+
+
+def _value(ending: _Ending) -> Any:
+    """The result, or the exception, of a run. May take its time, and never raises."""
+    if ending.error is not None:
+        return _rebuilt(ending.error) if isinstance(ending.error, _Failure) else ending.error
+    try:
+        return None if ending.packed is None else pickle.loads(ending.packed)
+    except BaseException as error:
+        failure = _failure(error)
+        text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
+        return RemoteError(failure.type_name, text, failure.traceback)
+
+
+def _resolve_futures(endings: List[Tuple[_TaskFuture, _Ending]]) -> None:
+    """In the thread of Futures, as unpickling and callbacks may take their time."""
+    for future, ending in endings:
+        if ending.event is None:
+            future._end_cancelled()
+            continue
+        value = _value(ending)
+        if ending.event == "error" or (isinstance(value, RemoteError) and ending.packed):
+            _resolve(future, error=value)
+        else:
+            _resolve(future, value)
+
+
+def _checked_task_map(task_map: Any) -> Dict[str, TaskFunction]:
+    if not isinstance(task_map, Mapping):
+        raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
+    if not task_map:
+        raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
+    for task_type, function in task_map.items():
+        _checked_text("a key of task_map", task_type)
+        if not callable(function):
+            raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
+    return dict(task_map)
+
+
+def _checked_keep_alive(keep_alive: Any) -> Union[float, str, None]:
+    """Seconds, "always" or None."""
+    if keep_alive is None or keep_alive == "always":
+        return cast(Optional[str], keep_alive)
+    if isinstance(keep_alive, str):
+        raise _wrong_value("keep_alive", keep_alive, 'None, milliseconds, or "always"')
+    return _checked_milliseconds("keep_alive", keep_alive)
+
+
+def _usable_cpus() -> int:
+    """The CPUs that this process may use: affinity, and the quota of its cgroup."""
+    if hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    else:
+        cpus = os.cpu_count() or 1
+    quota, _, period = _read_text("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdigit() and period.isdigit():
+        cpus = min(cpus, math.ceil(int(quota) / int(period)))
+    return max(cpus, 1)
+
+
+def _allowed_workers(wanted: Any, oversubscribe: bool) -> int:
+    """max_available_workers, clamped, with the warnings of the original."""
+    global _warned_all_cpus
+    cpus = _usable_cpus()
+    if wanted is None:
+        wanted = cpus
+    elif type(wanted) is not int:
+        raise _wrong_type("max_available_workers", wanted, "an int or None")
+    quiet = not _is_master()
+    if wanted < 1:
+        if not quiet:
+            _log.warning("max_available_workers is %d; using 1", wanted)
+        wanted = 1
+    elif wanted > cpus and not oversubscribe:
+        text = "max_available_workers is %d, but there are %d CPUs; using %d (see oversubscribe)"
+        if not quiet:
+            _log.warning(text, wanted, cpus, cpus)
+        wanted = cpus
+    if wanted == cpus and not quiet and not _warned_all_cpus:
+        _warned_all_cpus = True
+        text = "all %d CPUs are used by workers; leave some for the master and the system"
+        _log.warning(text, cpus)
+    return cast(int, wanted)
+
+
+def _register(cluster: Cluster, home: Mapping[str, Any], line: int) -> _Boot:
+    """Register a new Cluster, and remember how a worker finds its task map.
+
+    From the globals of the code that makes it, now: later __main__ forgets its file, and
+    under a profiler sys.modules["__main__"] is another.
+    """
+    name = home.get("__name__", "__main__")
+    name = "__main__" if name == "__mp_main__" else name
+    number = next(n for n in itertools.count() if (name, line, n) not in _registry)
+    key = name, line, number
+    _registry[key] = cluster
+    if not _is_master():
+        _registered.append(cluster)
+    file = home.get("__file__")
+    file = os.path.abspath(file) if isinstance(file, str) else None
+    spec = home.get("__spec__")
+    entry = None
+    if name == "__main__" and file is not None and os.path.exists(file):
+        entry = ("path", file)
+        if spec is not None and spec.name not in ("__main__", "__mp_main__"):
+            entry = ("module", spec.name)
+    try:
+        pickled: Optional[bytes] = _dumps(cluster.task_map)
+    except Exception:
+        pickled = None
+    in_main = [
+        task_type
+        for task_type, function in cluster.task_map.items()
+        if getattr(function, "__module__", None) == "__main__" or pickled is None
+    ]
+    if cluster._start_method != "fork" and name == "__main__" and entry is None and in_main:
+        raise RuntimeError(
+            f"the function of {in_main[0]!r} was defined where a worker process cannot find it "
+            "(python -c, standard input, or an interactive session): put it into a file, or "
+            'use start_method="fork"'
+        )
+    return _Boot(key, tuple(cluster.task_map), entry, file, pickled)
+
+
+@contextlib.contextmanager
+def _signals(act: Callable[[], None]) -> Iterator[None]:
+    """Have SIGINT and SIGTERM call *act*: in the main thread, for elsewhere they cannot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # A handler may interrupt anything: *act* takes no lock, does no I/O but one byte.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda *_: act()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+_running: set[Cluster] = set()
+def _at_exit() -> None:
+    """The end of the main script: what leaving `with` does, for clusters still running."""
+    for cluster in list(_running):
+        if cluster._started:  # Not those of the parent, in a fork.
+            try:
+                cluster.shutdown()
+            except KeyboardInterrupt:
+                cluster._closed.wait(cluster._shutdown_timeout + EXIT_SECONDS)
+
+
+_at_exit_registered = False
+
+
+def _at_exit_once() -> None:
+    global _at_exit_registered
+    if not _at_exit_registered:
+        _at_exit_registered = True
+        atexit.register(_at_exit)
 
 
 KeepAlive = Union[int, timedelta, str, None]
@@ -3135,7 +3299,8 @@ class Cluster(concurrent.futures.Executor):
             self.queue._watchers += (self,)
             _running.add(self)
             _at_exit_once()
-            threading.Thread(target=self._dispatch, name="taskpool-dispatcher", daemon=True).start()
+            name = "taskpool-dispatcher"
+            threading.Thread(target=self._dispatch, name=name, daemon=True).start()
 
     def set_refresh_rate(self, refresh_rate: Union[int, timedelta]) -> None:
         """Change `refresh_rate` (milliseconds). Does nothing in a worker."""
@@ -3146,7 +3311,7 @@ class Cluster(concurrent.futures.Executor):
 
     def submit(  # type: ignore[override]
         self, task_type: str, data: Any = None, /, **options: Any
-    ) -> Future[Any]:
+    ) -> _TaskFuture:
         """Add a task and return its Future; *options* are those of add_task.
 
         Only this cluster runs it, while it lives. The Future resolves at the final end,
@@ -3164,7 +3329,7 @@ class Cluster(concurrent.futures.Executor):
         if type(task_type) is str and task_type and task_type not in self.task_map:
             known = ", ".join(map(repr, self.task_map))
             raise _wrong_value("task_type", task_type, f"one of this cluster's: {known}")
-        if "lane" in options or options.get("in_memory") is False and self._in_memory_only:
+        if "lane" in options or (options.get("in_memory") is False and self._in_memory_only):
             raise TypeError("submit() takes the parameters of add_task; this one cannot be given")
         if self._auto_initialize and not self._started:
             self.initialize()  # Again, in a fork.
@@ -3216,7 +3381,10 @@ class Cluster(concurrent.futures.Executor):
             return False
         answer: Future[bool] = Future()
         self._post(lambda: self._cancel_run(task_id, answer))
-        return answer.result()
+        while not self._closed.is_set():
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                return answer.result(0.1)
+        return False
 
     def drain(self, timeout: Union[float, timedelta, None] = None) -> bool:
         """Wait until nothing that was due at the call is waiting or running.
@@ -3279,7 +3447,7 @@ class Cluster(concurrent.futures.Executor):
             )
         return shown
 
-    def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:  # type: ignore[override]
+    def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
         """Stop. With *wait*: when what runs and what was due before the call is done.
 
         That is tasks of the map, retries included; the rest stays waiting. Without
@@ -3420,7 +3588,9 @@ class Cluster(concurrent.futures.Executor):
         self._hungry = len(self._workers) < self._max_workers or any(
             not worker.runs for worker in self._workers
         )
-        timeout = 0.0 if self._inbox or (self._news and self._hungry) else max(0.0, self._alarm - time.monotonic())
+        timeout = max(0.0, self._alarm - time.monotonic())
+        if self._inbox or (self._news and self._hungry):
+            timeout = 0.0
         for key, events in self._selector.select(None if timeout == math.inf else timeout):
             worker: Optional[_WorkerHandle] = key.data
             if worker is None:
@@ -3608,7 +3778,8 @@ class Cluster(concurrent.futures.Executor):
                 continue
             if future is not None:
                 future._runs = False
-                if outcome.state != "ready" or self._futures.setdefault(row.id, future) is not future:
+                waits = outcome.state == "ready"
+                if not waits or self._futures.setdefault(row.id, future) is not future:
                     resolvable.append((future, ending))
             listener = self.queue._listeners.get(ending.event or "")
             if listener is not None:
@@ -3633,7 +3804,7 @@ class Cluster(concurrent.futures.Executor):
         """Timeouts, slow heads, and workers that ended."""
         for worker in list(self._workers):
             head = worker.runs[0] if worker.runs else None
-            if head is not None and head.deadline <= now and not worker.stopping:
+            if head is not None and head.deadline <= now and not worker.killed:
                 self._give_back(worker.take_back())
                 head.verdict = "timeout"
                 worker.kill()
@@ -3677,7 +3848,7 @@ class Cluster(concurrent.futures.Executor):
             elif run.verdict == "timeout":
                 late = TaskTimeout(f"{row.task_type!r} task {row.id!r} ran over {row.timeout:g} s")
                 self._fail(run, late, f"TaskTimeout: {late}")
-            elif worker.stopping:  # We killed it for another reason.
+            elif worker.killed:  # For another reason.
                 self._give_back([run])
             else:
                 died = WorkerDied(code, worker.pid, row.task_type, row.id)
@@ -3865,11 +4036,14 @@ class Cluster(concurrent.futures.Executor):
                     rows = store.claim(owner, types, room, self.queue._now(), until)
         if most and sum(types[row.task_type] for row in rows) >= room / 2 and rows:
             return held, rows, None
+        if outcomes and most:
+            return held, rows, None  # Recorded and claimed; the next turn looks on.
         now = self.queue._now()
         upcoming = store.next_due(owner, types, most, now, until) if most else []
         if room > 0 and upcoming and upcoming[0] <= now and not rows:
             rows = store.claim(owner, types, room, now, until)
-            upcoming = store.next_due(owner, types, most, now, until)
+            if rows:
+                return held, rows, None
         return held, rows, upcoming
 
     def _on_store_answer(self, endings: List[_Ending], room: float, answer: Any) -> None:
@@ -3934,9 +4108,12 @@ class Cluster(concurrent.futures.Executor):
         for worker in self._workers:
             if not worker.channel.takes_back:
                 continue
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.channel.is_full else 0)
-            if worker.ended_at == math.inf and self._selector.get_key(worker.channel).events != events:
-                self._selector.modify(worker.channel, events, worker)
+            if worker.ended_at < math.inf:
+                continue
+            full, channel = worker.channel.is_full, worker.channel
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if full else 0)
+            if self._selector.get_key(channel).events != events:
+                self._selector.modify(channel, events, worker)
         if self._next_refresh <= now:
             self._next_refresh = now + self._refresh
             self._look = True
@@ -4033,10 +4210,10 @@ class Cluster(concurrent.futures.Executor):
         if self._store_busy:  # The claim may be on its way.
             self._store_thread.post(lambda: self._post(lambda: self._cancel_run(task_id, answer)))
             return
-        for run in self._hand:
-            if run.row.id == task_id:
-                self._hand.remove(run)
-                self._end_cancelled(run)
+        for held in list(self._hand):
+            if held.row.id == task_id:
+                self._hand.remove(held)
+                self._end_cancelled(held)
                 answer.set_result(True)
                 return
         for worker in self._workers:
@@ -4164,161 +4341,7 @@ class Cluster(concurrent.futures.Executor):
             self.queue._store.leave(self._owner, self.queue._now())
 
 
-def _value(ending: _Ending) -> Any:
-    """The result, or the exception, of a run. May take its time, and never raises."""
-    if ending.error is not None:
-        return _rebuilt(ending.error) if isinstance(ending.error, _Failure) else ending.error
-    try:
-        return None if ending.packed is None else pickle.loads(ending.packed)
-    except BaseException as error:
-        failure = _failure(error)
-        text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
-        return RemoteError(failure.type_name, text, failure.traceback)
-
-
-def _resolve_futures(endings: List[Tuple[_TaskFuture, _Ending]]) -> None:
-    """In the thread of Futures, as unpickling and callbacks may take their time."""
-    for future, ending in endings:
-        if ending.event is None:
-            future._end_cancelled()
-            continue
-        value = _value(ending)
-        if ending.event == "error" or (isinstance(value, RemoteError) and ending.packed):
-            _resolve(future, error=value)
-        else:
-            _resolve(future, value)
-
-
-def _checked_task_map(task_map: Any) -> Dict[str, TaskFunction]:
-    if not isinstance(task_map, Mapping):
-        raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
-    if not task_map:
-        raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
-    for task_type, function in task_map.items():
-        _checked_text("a key of task_map", task_type)
-        if not callable(function):
-            raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
-    return dict(task_map)
-
-
-def _checked_keep_alive(keep_alive: Any) -> Union[float, str, None]:
-    """Seconds, "always" or None."""
-    if keep_alive is None or keep_alive == "always":
-        return cast(Optional[str], keep_alive)
-    if isinstance(keep_alive, str):
-        raise _wrong_value("keep_alive", keep_alive, 'None, milliseconds, or "always"')
-    return _checked_milliseconds("keep_alive", keep_alive)
-
-
-def _usable_cpus() -> int:
-    """The CPUs that this process may use: affinity, and the quota of its cgroup."""
-    if hasattr(os, "sched_getaffinity"):
-        cpus = len(os.sched_getaffinity(0))
-    else:
-        cpus = os.cpu_count() or 1
-    quota, _, period = _read_text("/sys/fs/cgroup/cpu.max").partition(" ")
-    if quota.isdigit() and period.isdigit():
-        cpus = min(cpus, math.ceil(int(quota) / int(period)))
-    return max(cpus, 1)
-
-
-def _allowed_workers(wanted: Any, oversubscribe: bool) -> int:
-    """max_available_workers, clamped, with the warnings of the original."""
-    global _warned_all_cpus
-    cpus = _usable_cpus()
-    if wanted is None:
-        wanted = cpus
-    elif type(wanted) is not int:
-        raise _wrong_type("max_available_workers", wanted, "an int or None")
-    quiet = not _is_master()
-    if wanted < 1:
-        quiet or _log.warning("max_available_workers is %d; using 1", wanted)
-        wanted = 1
-    elif wanted > cpus and not oversubscribe:
-        text = "max_available_workers is %d, but there are %d CPUs; using %d (see oversubscribe)"
-        quiet or _log.warning(text, wanted, cpus, cpus)
-        wanted = cpus
-    if wanted == cpus and not quiet and not _warned_all_cpus:
-        _warned_all_cpus = True
-        text = "all %d CPUs are used by workers; leave some for the master and the system"
-        _log.warning(text, cpus)
-    return cast(int, wanted)
-
-
-def _register(cluster: Cluster, home: Mapping[str, Any], line: int) -> _Boot:
-    """Register a new Cluster, and remember how a worker finds its task map.
-
-    From the globals of the code that makes it, now: later __main__ forgets its file, and
-    under a profiler sys.modules["__main__"] is another.
-    """
-    name = home.get("__name__", "__main__")
-    name = "__main__" if name == "__mp_main__" else name
-    number = next(n for n in itertools.count() if (name, line, n) not in _registry)
-    key = name, line, number
-    _registry[key] = cluster
-    if not _is_master():
-        _registered.append(cluster)
-    file = home.get("__file__")
-    file = os.path.abspath(file) if isinstance(file, str) else None
-    spec = home.get("__spec__")
-    entry = None
-    if name == "__main__" and file is not None and os.path.exists(file):
-        entry = ("path", file)
-        if spec is not None and spec.name not in ("__main__", "__mp_main__"):
-            entry = ("module", spec.name)
-    try:
-        pickled: Optional[bytes] = _dumps(cluster.task_map)
-    except Exception:
-        pickled = None
-    in_main = [
-        task_type
-        for task_type, function in cluster.task_map.items()
-        if getattr(function, "__module__", None) == "__main__" or pickled is None
-    ]
-    if cluster._start_method != "fork" and name == "__main__" and entry is None and in_main:
-        raise RuntimeError(
-            f"the function of {in_main[0]!r} was defined where a worker process cannot find it "
-            "(python -c, standard input, or an interactive session): put it into a file, or "
-            'use start_method="fork"'
-        )
-    return _Boot(key, tuple(cluster.task_map), entry, file, pickled)
-
-
-@contextlib.contextmanager
-def _signals(act: Callable[[], None]) -> Iterator[None]:
-    """Have SIGINT and SIGTERM call *act*: in the main thread, for elsewhere they cannot."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # A handler may interrupt anything: *act* takes no lock, does no I/O but one byte.
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda *_: act()) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-_running: set[Cluster] = set()
-_at_exit_registered = False
-
-
-def _at_exit_once() -> None:
-    global _at_exit_registered
-    if not _at_exit_registered:
-        _at_exit_registered = True
-        atexit.register(_at_exit)
-
-
-def _at_exit() -> None:
-    """The end of the main script: what leaving `with` does, for clusters still running."""
-    for cluster in list(_running):
-        if cluster._started:  # Not those of the parent, in a fork.
-            try:
-                cluster.shutdown()
-            except KeyboardInterrupt:
-                cluster._closed.wait(cluster._shutdown_timeout + EXIT_SECONDS)
+OK, FAILURE, USAGE = 0, 1, 2  # Exit codes; argparse exits with 2 itself.
 
 
 # --- Demo ----------------------------------------------------------------------------
@@ -4498,7 +4521,8 @@ class _Demo:
             numbers = cluster.submit("sleep", 5).result()
             due = clock.task.due_date.timestamp()
             late = clock.result() - due
-            return 0 <= late < 0.5 and numbers == [0, 1, 2, 3, 4], f"{numbers}, {late * 1000:.1f} ms late"
+            good = 0 <= late < 0.5 and numbers == [0, 1, 2, 3, 4]
+            return good, f"{numbers}, {late * 1000:.1f} ms late"
 
         def talk() -> Tuple[bool, str]:
             """3. A conversation: the task asks the master, and asks again in the answer"""
@@ -4521,7 +4545,8 @@ class _Demo:
 
         def restart() -> Tuple[bool, str]:
             """6. A second master is killed with SIGKILL in mid-work; a third finishes its tasks"""
-            path, notes = os.path.join(self.folder, "restart.db"), os.path.join(self.folder, "notes")
+            path = os.path.join(self.folder, "restart.db")
+            notes = os.path.join(self.folder, "notes")
             with TaskQueue(path) as second:
                 tasks = second.add_tasks({"task_type": "note", "data": notes} for _ in range(40))
                 doomed = multiprocessing.get_context("spawn").Process(
@@ -4538,7 +4563,8 @@ class _Demo:
                 ran = self.read(notes)
                 twice = len(ran) - len(set(ran))
                 good = set(ran) == {task.id for task in tasks} and left > 0 and not second.count()
-                return good and twice <= 2, f"{left} of 40 were left, all ran in the end, {twice} of them twice"
+                good = good and twice <= 2
+                return good, f"{left} of 40 were left, all ran in the end, {twice} of them twice"
 
         for play in (parse, sleep, talk, flaky, kill, restart):
             self.part(play)
@@ -4549,7 +4575,8 @@ class _Demo:
         """What it came to."""
         lines = {file: parsed["lines"] for file, parsed in self.parsed.items()}
         largest = max(lines, key=lambda file: lines[file], default="")
-        longest = max(((*p["longest"], file) for file, p in self.parsed.items()), default=(0, "", ""))
+        sizes = [(*parsed["longest"], file) for file, parsed in self.parsed.items()]
+        longest = max(sizes, default=(0, "", ""))
         rows = [
             ("tasks done", f"{self.ended['done']:,}"),
             ("failed attempts (all intended)", f"{self.ended['failed']:,}"),
@@ -4557,7 +4584,10 @@ class _Demo:
             ("functions", f"{sum(p['functions'] for p in self.parsed.values()):,}"),
             ("parsed per second", f"{len(lines) / max(self.seconds, 1e-9):,.0f} files"),
             ("largest file", f"{os.path.basename(largest)}, {lines.get(largest, 0):,} lines"),
-            ("longest function", f"{longest[1]} in {os.path.basename(longest[2])}, {longest[0]:,} lines"),
+            (
+                "longest function",
+                f"{longest[1]} in {os.path.basename(longest[2])}, {longest[0]:,} lines",
+            ),
         ]
         print()
         for name, value in rows:
@@ -4587,7 +4617,6 @@ def _demo() -> int:
 
 # --- Command line --------------------------------------------------------------------
 
-OK, FAILURE, USAGE = 0, 1, 2  # Exit codes; argparse exits with 2 itself.
 
 _EPILOG = """\
   python taskpool.py --demo       works through the standard library, in ten seconds

@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import doctest
 import functools
-import json
 import logging
 import math
 import multiprocessing
@@ -35,9 +34,12 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import taskpool
-from taskpool import (
+from taskpool import (  # noqa: F401
     Cluster,
     DuplicateTask,
+    MemoryStore,
+    Outcome,
+    Query,
     RemoteError,
     SQLiteStore,
     StoreError,
@@ -46,8 +48,10 @@ from taskpool import (
     TaskQueue,
     TaskTimeout,
     WorkerDied,
+    after_add,
+    retry_delay,
+    share,
 )
-from taskpool import MemoryStore, Outcome, Query, after_add, retry_delay, share  # noqa: F401
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 60.0  # How long something that hangs may take; costs nothing when green.
@@ -622,7 +626,7 @@ class TestQueueVerbs(InFolder):
                         continue  # Its limit is 1.
                     if verb not in (verbs.find, verbs.find_one) and {"limit", "offset"} & set(wrong):
                         error = TypeError  # Has no such filter.
-                    with self.assertRaisesRegex(error, list(wrong)[0]):
+                    with self.assertRaisesRegex(error, next(iter(wrong))):
                         verb(**wrong)
 
     def test_remove_needs_a_filter(self):
@@ -1979,12 +1983,12 @@ class TestP5Order(InFolder):
         queue, path = self.queue(), str(self.folder / "hold")
         task_map = {"mixed": mixed}
         cluster = self.cluster(task_map, queue, keep_alive="always")
-        for i in range(50):
+        for _i in range(50):
             cluster.submit("mixed", None, in_memory=True).result(PATIENCE)
         for in_memory in (True, False):
             futures = [cluster.submit("mixed", path if i == 3 else None, in_memory=in_memory) for i in range(100)]
             rest = [future for i, future in enumerate(futures) if i != 3]
-            done, waiting = concurrent.futures.wait(rest, PATIENCE)
+            _done, waiting = concurrent.futures.wait(rest, PATIENCE)
             self.assertEqual(len(waiting), 0)
             self.assertFalse(futures[3].done())
             Path(path + ".end").touch()
@@ -2711,7 +2715,7 @@ def misbehave(job):
     if how == "socket":
         import socket
 
-        left, right = socket.socketpair()
+        left, _right = socket.socketpair()
         left.recv(1)
     if how == "close":
         os.closerange(3, 64)
@@ -2777,7 +2781,7 @@ class TestHostileTasks(WithCluster):
                 error = self.misbehave(how, timeout=0.3).exception(PATIENCE)
                 self.assertIsInstance(error, TaskTimeout)
                 pid = int(Path(self.file).read_text())
-                eventually(lambda: not is_alive(pid))  # noqa: B023
+                eventually(lambda: not is_alive(pid))
 
     def test_a_task_that_harms_its_process_harms_no_other(self):
         for how, result in [
@@ -2860,7 +2864,7 @@ class TestStoresUnderPressure(InFolder):
         with self.assertNoLogs_():
             clusters = [self.cluster({"line": line_here}, TaskQueue(self.folder / "tasks.db")) for _ in range(2)]
             for process in producers:
-                out, err = process.communicate(timeout=PATIENCE * 2)
+                _out, err = process.communicate(timeout=PATIENCE * 2)
                 self.assertEqual(process.returncode, 0, err)
             for cluster in clusters:
                 self.assertTrue(cluster.drain(PATIENCE * 2))
@@ -2899,10 +2903,10 @@ class TestStoresUnderPressure(InFolder):
             self.assertEqual(process.stdout.readline(), "ready\n")
         for turn in range(10):
             (self.folder / f"go{turn}").touch()
-            eventually(lambda: all((self.folder / f"done{turn}.{i}").exists() or processes[i].poll() for i in range(10)))  # noqa: B023
+            eventually(lambda: all((self.folder / f"done{turn}.{i}").exists() or processes[i].poll() for i in range(10)))
             self.assertEqual(self.queue(f"fresh{turn}.db").count(), 10)
         for process in processes:
-            out, err = process.communicate(timeout=PATIENCE)
+            _out, err = process.communicate(timeout=PATIENCE)
             self.assertEqual((process.returncode, err), (0, ""))
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
@@ -3027,7 +3031,7 @@ class TestClockChanges(InFolder):
                     task_map = {"line": add_line, "hold": hold, "succeed_at": succeed_at}
                     cluster = self.cluster(task_map, queue, max_available_workers=3)
                     add("hold", path, task_id="held")
-                    eventually(lambda: os.path.exists(path + ".started"))  # noqa: B023
+                    eventually(lambda: os.path.exists(path + ".started"))
                     add("line", {"file": path}, task_id="day", due_date=timedelta(hours=12))
                     queue.clock.offset = jump
                     add("line", {"file": path}, task_id="now")
@@ -3091,7 +3095,7 @@ class TestTerminal(InFolder):
             while b"serving" not in shown:
                 shown += os.read(terminal, 4096)
             if boot:
-                eventually(lambda: any(b"spawn_main" in command_line(child) for child in children(pid)))  # noqa: B023
+                eventually(lambda: any(b"spawn_main" in command_line(child) for child in children(pid)))
             else:
                 eventually(lambda: (self.folder / "started0").exists() and (self.folder / "started1").exists())
             os.write(terminal, b"\x03")
@@ -3123,8 +3127,12 @@ class TestTheFile(unittest.TestCase):
     def test_nothing_refers_to_a_name_defined_further_down(self):
         line_of = {n.name: n.lineno for n in self.tree.body if hasattr(n, "name")}
         for node in self.tree.body:
-            for child in ast.walk(node):
-                if isinstance(child, ast.Name) and line_of.get(child.id, 0) > node.lineno:
+            inner = list(ast.walk(node))
+            local = {n.arg for n in inner if isinstance(n, ast.arg)}
+            local |= {n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            for child in inner:
+                loaded = isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load)
+                if loaded and child.id not in local and line_of.get(child.id, 0) > node.lineno:
                     inside = getattr(node, "end_lineno", 0)
                     if line_of[child.id] > inside and not _is_annotation(node, child):
                         self.fail(f"line {child.lineno} uses {child.id} of line {line_of[child.id]}")
