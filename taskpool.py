@@ -739,6 +739,7 @@ def after_update(row: Optional[Row], task_id: str, changes: Mapping[str, Any], n
 
 _reset_in_forks: weakref.WeakSet[Any] = weakref.WeakSet()  # Have _reset_after_fork().
 _carried_over_fork: List[Any] = []  # Kept, so that nobody closes them in this process.
+_held_for_fork: List[Any] = []  # The locks that _before_fork took.
 _master_ends: set[Any] = set()  # Files and sockets that must not live on in a fork.
 
 
@@ -750,12 +751,31 @@ def _after_fork_in_child() -> None:
         with contextlib.suppress(OSError):
             end.close()
     _master_ends.clear()
+    _held_for_fork.clear()
     for thing in list(_reset_in_forks):
         thing._reset_after_fork()
 
 
+def _before_fork() -> None:
+    # A fork in the middle of a transaction would copy SQLite's own table of locks, and
+    # the child would take its parent's for its own: "database is locked", for ever.
+    for thing in list(_reset_in_forks):
+        for lock in getattr(thing, "_fork_locks", ()):
+            if lock.acquire(timeout=BUSY_SECONDS):
+                _held_for_fork.append(lock)
+
+
+def _after_fork_in_parent() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop().release()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 _worker: Optional[Any] = None  # Set in a worker process, for good.
@@ -1406,6 +1426,7 @@ class SQLiteStore(Store):
         # One connection writes, another reads, each under its lock. A thread that holds
         # the write lock also reads through the writer, to see what it wrote.
         self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
+        self._fork_locks = (self._write_lock, self._read_lock)
         self._writer: Optional[sqlite3.Connection] = None
         self._reader: Optional[sqlite3.Connection] = None
         self._opened = self._reading = (0, 0)  # The _identity that each has.
