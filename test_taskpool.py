@@ -56,6 +56,9 @@ from taskpool import (  # noqa: F401
 HERE = Path(__file__).resolve().parent
 PATIENCE = 60.0  # How long something that hangs may take; costs nothing when green.
 METHODS = [m for m in ("spawn", "forkserver", "fork") if m in multiprocessing.get_all_start_methods()]
+# Python 3.12.0-2 cannot fork once the main script has ended (python/cpython#113964): there
+# the tasks stay waiting.
+AT_END = [m for m in METHODS if m != "fork" or not (3, 12) <= sys.version_info < (3, 12, 3)]
 LINUX = sys.platform.startswith("linux")
 NOW = 1_700_000_000_000_000  # An instant for stores, in microseconds.
 SECOND = 1_000_000
@@ -2182,7 +2185,7 @@ class TestIsomorphic(InFolder):
 
     def test_tasks_of_the_last_line_run_although_the_script_has_ended(self):
         """ENGINE 70."""
-        for method in METHODS:
+        for method in AT_END:
             with self.subTest(method=method):
                 self.run_script(
                     """
@@ -2208,7 +2211,7 @@ class TestIsomorphic(InFolder):
                 os.remove(self.folder / "ran")
 
     def test_the_program_of_the_original_runs_line_by_line(self):
-        for method in METHODS:
+        for method in AT_END:
             with self.subTest(method=method):
                 out = self.run_script(ORIGINAL_PROGRAM, method)
                 got = sorted(out.splitlines())
