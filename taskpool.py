@@ -139,10 +139,15 @@ LEAST_SECONDS = AHEAD_SECONDS / AHEAD_TASKS  # Quicker tasks are no different (P
 SLOW_SECONDS = 0.020  # A task that runs longer lets go of those queued behind it.
 LEASE_SECONDS = 30.0  # A master that has not renewed for this long is given up (P3).
 RENEW_SECONDS = 10.0  # Three chances to renew within one lease.
+WARN_SECONDS = 60.0  # The same warning is not given more often.
 WATCH_SECONDS = 1.0  # How often masters look for dead masters.
 INTERRUPTIONS = 5  # Interrupted single claims after which a task fails (P3).
 BUSY_SECONDS = 30.0  # Longest wait for another process's write lock on SQLite.
 RETRY_CAP_SECONDS = 3600.0  # Longest wait before a retry.
+BOOT_SECONDS = 0.04  # First wait after a worker died as it started; then doubled...
+BOOT_CAP_SECONDS = 30.0  # ... up to this.
+STORE_SECONDS = 0.1  # The same for a store that fails...
+STORE_CAP_SECONDS = 5.0  # ... up to this.
 BOOT_TRIES = 5  # Silent deaths of starting workers, in a row, that count as an error.
 EXIT_SECONDS = 2.0  # A worker told to stop is killed after this long.
 ERROR_CHARS = 10_000  # Messages of exceptions are cut to this, tracebacks to 4 times.
@@ -616,14 +621,14 @@ class Outcome(NamedTuple):
     error: Optional[str] = None
 
 
-def retry_delay(delay: float, attempt: int) -> float:
-    """Seconds to wait after the failed start number *attempt*.
+def back_off(seconds: float, failures: int, most: float) -> float:
+    """Seconds to wait after so many failures in a row: doubled by each, at most *most*.
 
-    >>> [retry_delay(1.0, n) for n in (1, 2, 3, 20, 10**6)]
+    >>> [back_off(1.0, n, 3600.0) for n in (1, 2, 3, 20, 10**6)]
     [1.0, 2.0, 4.0, 3600.0, 3600.0]
     """
     # The exponent is capped, so that the power never overflows.
-    return min(delay * 2.0 ** min(max(attempt, 1) - 1, 64), RETRY_CAP_SECONDS)
+    return min(seconds * 2.0 ** min(max(failures, 1) - 1, 64), most)
 
 
 def learned(expected: Optional[float], seconds: float) -> float:
@@ -988,6 +993,7 @@ class MemoryStore(Store):
         self._rows: Dict[str, Row] = {}
         self._ready: Dict[Tuple[str, str], List[_RankedRow]] = {}
         self._scheduled: Dict[Tuple[str, str], List[Tuple[int, int, Row]]] = {}
+        self._expiring: List[Tuple[int, str]] = []  # A heap of (expires_at, id).
         self._insertions = itertools.count()
         self._dead_entries = 0
 
@@ -1020,6 +1026,8 @@ class MemoryStore(Store):
         elif row.state == "scheduled":
             due = (row.ready_at, next(self._insertions), row)
             heapq.heappush(self._scheduled.setdefault(place, []), due)
+        elif row.expires_at is not None:
+            heapq.heappush(self._expiring, (row.expires_at, row.id))
         if self._dead_entries > 1000 + len(self._rows):
             self._sweep()
 
@@ -1112,9 +1120,11 @@ class MemoryStore(Store):
 
     def renew(self, owner: str, now: int) -> None:
         with self._lock:
-            expired = [r.id for r in self._rows.values() if r.expires_at and r.expires_at <= now]
-            for task_id in expired:
-                self._drop(task_id)
+            while self._expiring and self._expiring[0][0] <= now:
+                expires_at, task_id = heapq.heappop(self._expiring)
+                row = self._rows.get(task_id)
+                if row is not None and row.expires_at == expires_at:
+                    self._drop(task_id)
 
     def recover(self, owner: str, seconds: float, now: int) -> List[Row]:
         return []  # These tasks die with their master.
@@ -2268,9 +2278,9 @@ def _import_home(name: str, file: Optional[str]) -> None:
 def _has_run_again(file: Optional[str]) -> bool:
     """Whether multiprocessing has run that entry file again in this process. It has not
     if the main script had ended, for `python -m package`, and under a profiler."""
-    main: Any = sys.modules["__main__"]
-    ran = getattr(main, "__file__", None)
-    return main.__name__ == "__mp_main__" and ran is not None and os.path.abspath(ran) == file
+    entry: Any = sys.modules["__main__"]
+    ran = getattr(entry, "__file__", None)
+    return entry.__name__ == "__mp_main__" and ran is not None and os.path.abspath(ran) == file
 
 
 def _run_entry(kind: str, name: str) -> None:
@@ -2278,13 +2288,13 @@ def _run_entry(kind: str, name: str) -> None:
     import runpy
     import types
 
-    main = types.ModuleType("__mp_main__")
+    entry = types.ModuleType("__mp_main__")
     with _rerun():
         if kind == "module":
-            main.__dict__.update(runpy.run_module(name, run_name="__mp_main__", alter_sys=True))
+            entry.__dict__.update(runpy.run_module(name, run_name="__mp_main__", alter_sys=True))
         else:
-            main.__dict__.update(runpy.run_path(name, run_name="__mp_main__"))
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = main
+            entry.__dict__.update(runpy.run_path(name, run_name="__mp_main__"))
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = entry
 
 
 def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
@@ -3267,17 +3277,19 @@ class Cluster(concurrent.futures.Executor):
         self._logs_runs = False
         self._alarm = math.inf  # Monotonic: when the next wait ends at the latest.
         self._next_refresh = self._next_watch = self._next_renew = self._next_foreign = 0.0
+        self._next_failure_log = 0.0  # 0: the store has not failed since it last wrote.
         self._last_available = 0.0
         self._worker_numbers = itertools.count(1)
-        self._boot_after, self._silent_boots = 0.0, 0  # Back-off of dying starts.
+        self._boot_after, self._failed_boots = 0.0, 0  # Back-off of dying starts.
         self._boot_error: Optional[Exception] = None
         self._look = True  # Something may be claimable in the store. Any thread sets it.
         self._news = False  # Something was added since this turn began. Any thread sets it.
         self._hungry = True  # New tasks could start at once: adding them ends the wait.
         self._upcoming: Optional[List[int]] = []  # What next_due said; None: more than we take.
         self._store_due = NEVER  # When the first of them that was not yet due is.
-        self._store_busy = False  # A call is under way in the store thread.
-        self._store_retry, self._store_failures = 0.0, 0
+        self._store_busy = False  # A call is under way in the store thread...
+        self._in_flight = 0  # ... with so many outcomes.
+        self._store_retry, self._store_failures, self._failing_since = 0.0, 0, 0.0
         self._check_futures = False
         self._until = NEVER  # While finishing: the due date up to which tasks are run.
         self._mode = "running"  # -> finishing | stopping -> closing -> closed
@@ -3331,7 +3343,7 @@ class Cluster(concurrent.futures.Executor):
             self._wake_up()
 
     def submit(  # type: ignore[override]
-        self, task_type: str, data: Any = None, /, **options: Any
+        self, task_type: str, data: Any = None, **options: Any
     ) -> _TaskFuture:
         """Add a task and return its Future; *options* are those of add_task.
 
@@ -3645,6 +3657,8 @@ class Cluster(concurrent.futures.Executor):
             elif kind == "ready":
                 self._on_ready(worker)
             elif kind == "boot error":
+                worker.stopping = True  # Its end will be no second failure.
+                self._on_failed_boot()
                 self._on_boot_error(_rebuilt(message[1]), message[1])
         if worker.channel.ended and worker.ended_at == math.inf:
             worker.ended_at = time.monotonic()
@@ -3653,7 +3667,7 @@ class Cluster(concurrent.futures.Executor):
 
     def _on_ready(self, worker: _WorkerHandle) -> None:
         worker.ready, worker.since = True, time.monotonic()
-        self._boot_error, self._silent_boots, self._boot_after = None, 0, 0.0
+        self._boot_error, self._failed_boots, self._boot_after = None, 0, 0.0
         self._look = True
 
     def _on_done(
@@ -3718,7 +3732,7 @@ class Cluster(concurrent.futures.Executor):
         row = run.row
         first_line = text.partition("\n")[0]
         if may_retry and row.attempt <= row.retries:
-            delay = retry_delay(row.retry_delay, row.attempt)
+            delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
             ready_at = self.queue._now() + int(delay * 1e6)
             outcome = Outcome(row.id, row.claim, "ready", ready_at=ready_at, error=text)
             what = f"attempt {row.attempt} of {row.retries + 1} failed, next in {delay:g} s"
@@ -3879,14 +3893,18 @@ class Cluster(concurrent.futures.Executor):
         worker.close()
         self._look = True
 
+    def _on_failed_boot(self) -> None:
+        self._failed_boots += 1
+        wait = back_off(BOOT_SECONDS, self._failed_boots, BOOT_CAP_SECONDS)
+        self._boot_after = time.monotonic() + wait
+
     def _on_silent_boot(self, worker: _WorkerHandle, code: Optional[int]) -> None:
-        self._silent_boots += 1
-        self._boot_after = time.monotonic() + min(0.02 * 2.0**self._silent_boots, 5.0)
+        self._on_failed_boot()
         died = WorkerDied(code, worker.pid)
         if code == 1:  # Python ended by an exception, of which it told on standard error.
             why = "your file raised an exception there, shown on standard error"
             self._on_boot_error(TaskPoolError(f"{died}: {why}"))
-        elif self._silent_boots >= BOOT_TRIES:
+        elif self._failed_boots >= BOOT_TRIES:
             self._on_boot_error(TaskPoolError(f"{died}, {BOOT_TRIES} times in a row"))
 
     def _on_boot_error(self, error: Exception, failure: Optional[_Failure] = None) -> None:
@@ -3894,8 +3912,6 @@ class Cluster(concurrent.futures.Executor):
         if self._boot_error is None:
             text = failure.traceback if failure else str(error)
             _log.error("a worker could not start; stored tasks stay waiting: %s", text)
-        self._silent_boots += failure is not None
-        self._boot_after = time.monotonic() + min(0.02 * 2.0 ** min(self._silent_boots, 20), 30.0)
         self._boot_error = error
         self._fail_futures(error)
 
@@ -3948,10 +3964,9 @@ class Cluster(concurrent.futures.Executor):
             worker = _WorkerHandle(self._context, number, _dumps(("boot", self._boot)), wake)
         except Exception as error:
             # No more processes for now; or the interpreter is going down.
-            self._silent_boots += 1
-            self._boot_after = time.monotonic() + min(0.02 * 2.0**self._silent_boots, 5.0)
+            self._on_failed_boot()
             _log.error("a worker process could not be started: %r", error)
-            if self._silent_boots >= BOOT_TRIES:
+            if self._failed_boots >= BOOT_TRIES:
                 self._on_boot_error(error)
             return False
         self._workers.append(worker)
@@ -4025,7 +4040,7 @@ class Cluster(concurrent.futures.Executor):
             return
         endings, self._unsettled = self._unsettled, []
         self._look = False
-        self._store_busy = True
+        self._store_busy, self._in_flight = True, len(endings)
         outcomes = [ending.outcome for ending in endings]
         owner, types, until = self._owner, dict(self._claimable()), self._until
         most = self._max_workers if claiming else 0
@@ -4068,16 +4083,17 @@ class Cluster(concurrent.futures.Executor):
         return held, rows, upcoming
 
     def _on_store_answer(self, endings: List[_Ending], room: float, answer: Any) -> None:
-        self._store_busy = False
+        self._store_busy, self._in_flight = False, 0
         if isinstance(answer, BaseException):
             self._unsettled = endings + self._unsettled
             self._look = True
             self._on_store_failure(answer)
             return
-        if self._store_failures:
-            _log.warning("the store works again")
-            self._store_failures = 0
+        self._store_failures = 0
         held, rows, self._upcoming = answer
+        if self._next_failure_log and (held or rows):  # Reading proves nothing: a full disk.
+            self._next_failure_log = 0.0
+            _log.warning("the store works again")
         now = self.queue._now()
         self._store_due = min((due for due in self._upcoming or () if due > now), default=NEVER)
         self._settled(endings, held)
@@ -4086,9 +4102,12 @@ class Cluster(concurrent.futures.Executor):
 
     def _on_store_failure(self, error: BaseException) -> None:
         self._store_failures += 1
-        delay = min(0.05 * 2.0 ** min(self._store_failures, 8), 5.0)
-        self._store_retry = time.monotonic() + delay
+        now = time.monotonic()
+        self._store_retry = now + back_off(STORE_SECONDS, self._store_failures, STORE_CAP_SECONDS)
         if self._store_failures == 1:
+            self._failing_since = now
+        if self._next_failure_log <= now:
+            self._next_failure_log = now + WARN_SECONDS
             _log.error("the store failed; nothing is lost, trying again: %s", error)
 
     def _assign(self, now: float) -> None:
@@ -4137,6 +4156,7 @@ class Cluster(concurrent.futures.Executor):
                 self._selector.modify(channel, events, worker)
         if self._next_refresh <= now:
             self._next_refresh = now + self._refresh
+            self.queue.in_memory._memory.renew(self._owner, self.queue._now())
             self._look = True
             self._check_futures = self._check_futures or self._idle.is_set()
             if self._keep_alive is None and self._mode == "running" and not self._hand:
@@ -4157,7 +4177,7 @@ class Cluster(concurrent.futures.Executor):
                 self._next_renew = now + RENEW_SECONDS
             warn = self._next_foreign <= now
             if warn:
-                self._next_foreign = now + 60.0
+                self._next_foreign = now + WARN_SECONDS
 
             def work() -> None:
                 wall = self.queue._now()
@@ -4277,7 +4297,10 @@ class Cluster(concurrent.futures.Executor):
             if worker.stopping and not worker.runs and worker.kill_at == math.inf:
                 worker.kill_at = now + EXIT_SECONDS
                 self._wake_at(worker.kill_at)
-        busy = self._hand or self._unsettled or any(worker.runs for worker in self._workers)
+        working = self._hand or any(worker.runs for worker in self._workers)
+        give_up_at = self._failing_since + self._shutdown_timeout
+        given_up = self._store_failures > 0 and give_up_at <= now and not working
+        busy = working or ((self._unsettled or self._in_flight) and not given_up)
         if busy or self._store_busy:
             self._idle.clear()
         else:
@@ -4291,9 +4314,9 @@ class Cluster(concurrent.futures.Executor):
                 self._owner, self._shares, 1, wall, self._until
             )
             cannot = self._boot_error is not None and not self._accepting()
-            if busy or self._store_busy or self._look_pending() or (waiting and not cannot):
-                if not (self._store_failures and not busy):
-                    return
+            unknown = self._store_busy or self._look_pending() or (waiting and not cannot)
+            if busy or (unknown and not self._store_failures):
+                return
             self._mode = "closing"
         elif self._mode == "stopping":
             if self._stop_at <= now:
@@ -4301,7 +4324,7 @@ class Cluster(concurrent.futures.Executor):
                     if worker.runs:
                         worker.kill()
             self._wake_at(self._stop_at)
-            if busy and not (self._store_failures and self._stop_at + 1.0 < now):
+            if busy:
                 return
             self._mode = "closing"
         for worker in self._workers:
@@ -4333,6 +4356,9 @@ class Cluster(concurrent.futures.Executor):
 
     def _close(self) -> None:
         """The dispatcher's last act."""
+        if self._unsettled:
+            text = "the store did not come back: %d outcome(s) are lost, those tasks start again"
+            _log.error(text, len(self._unsettled))
         for worker in self._workers:
             worker.kill()
             worker.close()
