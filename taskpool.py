@@ -97,26 +97,12 @@ import threading
 import time
 import traceback
 import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import datetime, timedelta, timezone
 from multiprocessing.connection import Connection
 from types import CoroutineType
-from typing import (
-    Any,
-    Callable,
-    ContextManager,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    Union,
-    cast,
-)
+from typing import Any, Callable, NamedTuple, Union, cast
 
 __version__ = "0.1.0"
 __all__ = [
@@ -207,7 +193,7 @@ class WorkerDied(TaskPoolError):
     """
 
     def __init__(
-        self, exit_code: Optional[int], pid: int, task_type: str = "", task_id: str = ""
+        self, exit_code: int | None, pid: int, task_type: str = "", task_id: str = ""
     ) -> None:
         super().__init__(exit_code, pid, task_type, task_id)
         self.exit_code, self.pid = exit_code, pid
@@ -258,19 +244,19 @@ class Row(NamedTuple):
     ready_at: int  # The earliest start: the due date, or that of the next retry.
     retries: int
     retry_delay: float  # Seconds.
-    timeout: Optional[float]  # Seconds.
-    keep_result: Optional[float]  # Seconds.
+    timeout: float | None  # Seconds.
+    keep_result: float | None  # Seconds.
     lane: str  # "" = for any cluster, else the owner that submitted it.
     state: str  # scheduled or ready (both are `waiting` outside), running, failed, done.
     attempt: int = 0  # Charged starts.
     claim: int = 0  # The fencing token: grows with every claim, never reset.
     owner: str = ""  # Who holds the claim, while running.
     interrupted: int = 0  # Claims that ended with their master, since a run ended.
-    result: Optional[str] = None  # JSON text, with keep_result.
-    error: Optional[str] = None
-    expires_at: Optional[int] = None  # When a `done` row is removed.
+    result: str | None = None  # JSON text, with keep_result.
+    error: str | None = None
+    expires_at: int | None = None  # When a `done` row is removed.
     removed: int = 0  # 1: remove() was called during the run.
-    successor: Optional[str] = None  # The Row that replaces this when its run ends, JSON.
+    successor: str | None = None  # The Row that replaces this when its run ends, JSON.
     in_memory: bool = False  # Not a column.
 
 
@@ -379,7 +365,7 @@ class Task:
         return self._row.retry_delay
 
     @property
-    def timeout(self) -> Optional[float]:
+    def timeout(self) -> float | None:
         """Seconds after which a run is killed, or None."""
         return self._row.timeout
 
@@ -389,7 +375,7 @@ class Task:
         return None if self._row.result is None else json.loads(self._row.result)
 
     @property
-    def error(self) -> Optional[str]:
+    def error(self) -> str | None:
         """The last failure: type, message and traceback as text."""
         return self._row.error
 
@@ -553,7 +539,7 @@ def _checked_json(value: Any) -> str:
     return str(value) if type(value) is int else _encode(value)
 
 
-_NO_DATA: Dict[str, Any] = {}
+_NO_DATA: dict[str, Any] = {}
 _IF_EXISTS = ("raise", "keep", "replace")
 
 
@@ -572,7 +558,7 @@ def _make_row(
     keep_result: Any = None,
     if_exists: Any = "raise",
     lane: str = "",
-) -> Tuple[Row, str]:
+) -> tuple[Row, str]:
     """The new Row and its `if_exists`, or the error that add_task documents."""
     _checked_text("task_type", task_type)
     text = _checked_json(data)
@@ -617,8 +603,8 @@ class Outcome(NamedTuple):
     state: str  # done, failed, ready (start again at ready_at), or removed.
     charged: bool = True  # False: given back; the start does not count.
     ready_at: int = 0
-    result: Optional[str] = None  # JSON text.
-    error: Optional[str] = None
+    result: str | None = None  # JSON text.
+    error: str | None = None
 
 
 def back_off(seconds: float, failures: int, most: float) -> float:
@@ -631,7 +617,7 @@ def back_off(seconds: float, failures: int, most: float) -> float:
     return min(seconds * 2.0 ** min(max(failures, 1) - 1, 64), most)
 
 
-def learned(expected: Optional[float], seconds: float) -> float:
+def learned(expected: float | None, seconds: float) -> float:
     """The expected duration of a task type after one more run: quick to rise.
 
     >>> learned(None, 0.5), learned(0.001, 0.5), round(learned(0.5, 0.1), 3)
@@ -642,7 +628,7 @@ def learned(expected: Optional[float], seconds: float) -> float:
     return expected + (seconds - expected) / 5
 
 
-def share(expected: Optional[float]) -> float:
+def share(expected: float | None) -> float:
     """The part of a worker's room that a task takes: 1 = a worker for itself.
 
     A type without history takes all. (P5: 10 ms of expected work, 256 tasks.)
@@ -661,7 +647,7 @@ def claimed(row: Row, owner: str) -> Row:
     return Row(*row[:12], "running", row.attempt + 1, row.claim + 1, owner, *row[16:])
 
 
-def after_run(row: Row, outcome: Outcome, now: int) -> Optional[Row]:
+def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     """running -> the Row that follows, or None if the task is over and gone."""
     if row.removed or outcome.state == "removed":
         return None
@@ -685,7 +671,7 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Optional[Row]:
     return row
 
 
-def after_interruption(row: Row, now: int) -> Optional[Row]:
+def after_interruption(row: Row, now: int) -> Row | None:
     """running, its master dead -> the Row that follows, or None. (P3)
 
     The first interruption only marks the task, as its neighbours may be to blame; from
@@ -710,7 +696,7 @@ def after_retry(row: Row, now: int) -> Row:
     return row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="")
 
 
-def after_add(old: Optional[Row], new: Row, if_exists: str) -> Tuple[Optional[Row], Row]:
+def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Row]:
     """What add() stores where *old* has the id, and the Row that it returns.
 
     The first is None if nothing is to be stored. Raises DuplicateTask.
@@ -729,7 +715,7 @@ def after_add(old: Optional[Row], new: Row, if_exists: str) -> Tuple[Optional[Ro
     return new, new
 
 
-def after_update(row: Optional[Row], task_id: str, changes: Mapping[str, Any], now: int) -> Row:
+def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
     """waiting -> waiting with other values. Raises ValueError if it is not waiting."""
     if row is None or row.state not in ("scheduled", "ready"):
         state = "not there" if row is None else row.state
@@ -743,8 +729,8 @@ def after_update(row: Optional[Row], task_id: str, changes: Mapping[str, Any], n
 # What a process must know of itself and of others before it may touch a queue.
 
 _reset_in_forks: weakref.WeakSet[Any] = weakref.WeakSet()  # Have _reset_after_fork().
-_carried_over_fork: List[Any] = []  # Kept, so that nobody closes them in this process.
-_held_for_fork: List[Any] = []  # The locks that _before_fork took.
+_carried_over_fork: list[Any] = []  # Kept, so that nobody closes them in this process.
+_held_for_fork: list[Any] = []  # The locks that _before_fork took.
 _master_ends: set[Any] = set()  # Files and sockets that must not live on in a fork.
 
 
@@ -783,7 +769,7 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-_worker: Optional[Any] = None  # Set in a worker process, for good.
+_worker: Any | None = None  # Set in a worker process, for good.
 _rerunning = False  # True while a worker of ours runs the entry file again.
 
 
@@ -847,12 +833,12 @@ def owner_is_dead(owner: str) -> bool:
 class Query(NamedTuple):
     """Which tasks find, count, remove and retry mean: those that fit every field."""
 
-    ids: Optional[Sequence[str]] = None
-    types: Optional[Sequence[str]] = None
-    states: Optional[Sequence[str]] = None  # As users say them: waiting, running...
-    due: Optional[bool] = None  # True: could run now. False: waiting, but not due.
+    ids: Sequence[str] | None = None
+    types: Sequence[str] | None = None
+    states: Sequence[str] | None = None  # As users say them: waiting, running...
+    due: bool | None = None  # True: could run now. False: waiting, but not due.
     until: int = NEVER  # Due date at most this.
-    limit: Optional[int] = None
+    limit: int | None = None
     offset: int = 0
 
 
@@ -866,7 +852,7 @@ class Store:
 
     in_memory = False
 
-    def add(self, additions: Sequence[Tuple[Row, str]], now: int) -> List[Row]:
+    def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         """-> waiting, for (row, if_exists) in *additions*: all, or none if one raises.
 
         after_add() decides what a taken id means. Returns the Rows that stand for the
@@ -877,11 +863,11 @@ class Store:
     def claim(
         self,
         owner: str,
-        types: Union[Mapping[str, float], Iterable[str]],
+        types: Mapping[str, float] | Iterable[str],
         limit: float,
         now: int,
         until: int = NEVER,
-    ) -> List[Row]:
+    ) -> list[Row]:
         """waiting -> running: take what is due, highest priority first, then oldest.
 
         *limit* is how much to take: each task uses up `types[task_type]` of it, or 1
@@ -893,7 +879,7 @@ class Store:
         """
         raise NotImplementedError
 
-    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> List[bool]:
+    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
         """running -> what after_run() says, for each outcome whose claim is still held.
 
         Returns for each whether it was; the others change nothing.
@@ -904,7 +890,7 @@ class Store:
         """Tell observers that *owner* lives; also removes `done` rows that expired."""
         raise NotImplementedError
 
-    def recover(self, owner: str, seconds: float, now: int) -> List[Row]:
+    def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
         """running -> what after_interruption() says, for tasks of dead owners.
 
         *seconds* is the observer's monotonic clock. Returns the Rows that ended.
@@ -917,18 +903,18 @@ class Store:
 
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
-    ) -> List[int]:
+    ) -> list[int]:
         """When waiting tasks that claim() would take can start, the first *limit*.
 
         Those that can start now come as some instant of at most *now*.
         """
         raise NotImplementedError
 
-    def foreign(self, types: Iterable[str], now: int) -> List[str]:
+    def foreign(self, types: Iterable[str], now: int) -> list[str]:
         """Task types outside *types* of which a task is due."""
         raise NotImplementedError
 
-    def find(self, query: Query, now: int) -> List[Row]:
+    def find(self, query: Query, now: int) -> list[Row]:
         """The Rows that fit *query*, oldest first."""
         raise NotImplementedError
 
@@ -948,7 +934,7 @@ class Store:
         """waiting -> waiting with *changes* to its columns, as after_update() says."""
         raise NotImplementedError
 
-    def transaction(self) -> ContextManager[Any]:
+    def transaction(self) -> contextlib.AbstractContextManager[Any]:
         """Make the calls inside one write, where the store can. Default: nothing."""
         return contextlib.nullcontext()
 
@@ -956,11 +942,11 @@ class Store:
         """Let go of files and connections. A later call opens them again."""
 
 
-def _shares(types: Union[Mapping[str, float], Iterable[str]]) -> Mapping[str, float]:
+def _shares(types: Mapping[str, float] | Iterable[str]) -> Mapping[str, float]:
     return types if isinstance(types, Mapping) else dict.fromkeys(types, 1.0)
 
 
-_RankedRow = Tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
+_RankedRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
 
 
 def _fits(row: Row, query: Query, now: int) -> bool:
@@ -990,17 +976,17 @@ class MemoryStore(Store):
     def _reset_after_fork(self) -> None:
         """A forked child starts empty: the tasks belong to its parent."""
         self._lock = threading.RLock()  # Protects all below; held for a moment only.
-        self._rows: Dict[str, Row] = {}
-        self._ready: Dict[Tuple[str, str], List[_RankedRow]] = {}
-        self._scheduled: Dict[Tuple[str, str], List[Tuple[int, int, Row]]] = {}
-        self._expiring: List[Tuple[int, str]] = []  # A heap of (expires_at, id).
+        self._rows: dict[str, Row] = {}
+        self._ready: dict[tuple[str, str], list[_RankedRow]] = {}
+        self._scheduled: dict[tuple[str, str], list[tuple[int, int, Row]]] = {}
+        self._expiring: list[tuple[int, str]] = []  # A heap of (expires_at, id).
         self._insertions = itertools.count()
         self._dead_entries = 0
 
-    def add(self, additions: Sequence[Tuple[Row, str]], now: int) -> List[Row]:
+    def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         with self._lock:
-            added: List[Row] = []
-            before: List[Tuple[str, Optional[Row]]] = []
+            added: list[Row] = []
+            before: list[tuple[str, Row | None]] = []
             try:
                 for new, if_exists in additions:
                     old = self._rows.get(new.id)
@@ -1037,7 +1023,7 @@ class MemoryStore(Store):
 
     def _sweep(self) -> None:
         self._dead_entries = 0
-        heaps: List[Dict[Any, List[Any]]] = [cast(Any, self._ready), cast(Any, self._scheduled)]
+        heaps: list[dict[Any, list[Any]]] = [cast(Any, self._ready), cast(Any, self._scheduled)]
         for by_place in heaps:
             for place, heap in list(by_place.items()):
                 alive = [entry for entry in heap if self._alive(entry[-1])]
@@ -1049,7 +1035,7 @@ class MemoryStore(Store):
     def _alive(self, row: Row) -> bool:
         return self._rows.get(row.id) is row
 
-    def _top(self, owner: str, types: Iterable[str], now: int) -> Iterator[List[_RankedRow]]:
+    def _top(self, owner: str, types: Iterable[str], now: int) -> Iterator[list[_RankedRow]]:
         """The heaps of ready tasks, after what became due moved there."""
         for task_type in types:
             for place in (("", task_type), (owner, task_type)):
@@ -1067,16 +1053,16 @@ class MemoryStore(Store):
     def claim(
         self,
         owner: str,
-        types: Union[Mapping[str, float], Iterable[str]],
+        types: Mapping[str, float] | Iterable[str],
         limit: float,
         now: int,
         until: int = NEVER,
-    ) -> List[Row]:
+    ) -> list[Row]:
         if not self._rows:
             return []
         shares = _shares(types)
-        taken: List[Row] = []
-        later: List[Row] = []
+        taken: list[Row] = []
+        later: list[Row] = []
         with self._lock:
             tops = list(self._top(owner, shares, now))
             heads = [(heap[0], index) for index, heap in enumerate(tops)]
@@ -1103,8 +1089,8 @@ class MemoryStore(Store):
                 self._put(row)
         return taken
 
-    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> List[bool]:
-        held: List[bool] = []
+    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
+        held: list[bool] = []
         with self._lock:
             for outcome in outcomes:
                 row = self._rows.get(outcome.id)
@@ -1126,7 +1112,7 @@ class MemoryStore(Store):
                 if row is not None and row.expires_at == expires_at:
                     self._drop(task_id)
 
-    def recover(self, owner: str, seconds: float, now: int) -> List[Row]:
+    def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
         return []  # These tasks die with their master.
 
     def leave(self, owner: str, now: int) -> None:
@@ -1140,11 +1126,11 @@ class MemoryStore(Store):
 
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
-    ) -> List[int]:
+    ) -> list[int]:
         if not self._rows:
             return []
         with self._lock:
-            due: List[int] = []
+            due: list[int] = []
             types = list(types)
             for heap in self._top(owner, types, now):
                 ready = (now for *_, row in heap if self._alive(row) and row.due_at <= until)
@@ -1157,14 +1143,14 @@ class MemoryStore(Store):
                         break
             return sorted(due)[:limit]
 
-    def foreign(self, types: Iterable[str], now: int) -> List[str]:
+    def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
         with self._lock:
             places = list(self._ready) + list(self._scheduled)
             other = {task_type for lane, task_type in places if not lane} - known
             return [t for t in sorted(other) if any(self._top("", [t], now))]
 
-    def find(self, query: Query, now: int) -> List[Row]:
+    def find(self, query: Query, now: int) -> list[Row]:
         with self._lock:
             if query.ids is None:
                 rows = list(self._rows.values())
@@ -1342,7 +1328,7 @@ def _decoded(raw: bytes, otherwise: Any) -> Any:
         return otherwise
 
 
-def _rank(candidate: Sequence[Any]) -> Tuple[int, int, int]:
+def _rank(candidate: Sequence[Any]) -> tuple[int, int, int]:
     """The order of claims, for a result of _READY."""
     seq, _, _, _, priority, created_at = candidate[:6]
     if type(priority) is not int or type(created_at) is not int:
@@ -1360,7 +1346,7 @@ def _unusable(columns: Sequence[Any]) -> str:
 
 _NULL = type(None)
 _TEXT, _INT, _REAL = (str,), (int,), (float, int)
-_COLUMN_TYPES: Dict[str, Tuple[type, ...]] = dict(
+_COLUMN_TYPES: dict[str, tuple[type, ...]] = dict(
     zip(
         _COLUMNS,
         # id to ready_at
@@ -1375,10 +1361,10 @@ _COLUMN_TYPES: Dict[str, Tuple[type, ...]] = dict(
 )
 
 
-def _where(query: Query, now: int) -> Tuple[str, List[Any]]:
+def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     """The condition of *query* in SQL, and its values."""
-    terms: List[str] = ["1"]
-    values: List[Any] = []
+    terms: list[str] = ["1"]
+    values: list[Any] = []
     states = query.states
     if states is not None:
         states = [s for s in states if s != "waiting"]
@@ -1413,7 +1399,7 @@ class SQLiteStore(Store):
     StoreError, with the path, for whatever SQLite reports.
     """
 
-    def __init__(self, path: Union[str, os.PathLike[str]], *, synchronous: str = "NORMAL") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, synchronous: str = "NORMAL") -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise _wrong_type("path", path, "a file name")
         name = os.fspath(path)
@@ -1421,7 +1407,7 @@ class SQLiteStore(Store):
             raise _wrong_value("path", path, 'a file name (for tasks in memory: "in_memory=True")')
         self._synchronous = _checked_choice("synchronous", synchronous, ("NORMAL", "FULL"))
         self.path = os.path.abspath(name)  # Now: a task may change the directory.
-        self._connections: List[sqlite3.Connection] = []
+        self._connections: list[sqlite3.Connection] = []
         self._reset_after_fork()
         _reset_in_forks.add(self)
 
@@ -1437,12 +1423,12 @@ class SQLiteStore(Store):
         # the write lock also reads through the writer, to see what it wrote.
         self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
         self._fork_locks = (self._write_lock, self._read_lock)
-        self._writer: Optional[sqlite3.Connection] = None
-        self._reader: Optional[sqlite3.Connection] = None
+        self._writer: sqlite3.Connection | None = None
+        self._reader: sqlite3.Connection | None = None
         self._opened = self._reading = (0, 0)  # The _identity that each has.
         self._stale = False  # Open again before the next write.
         self._writing = 0  # The depth of transactions; > 0 only for the lock's holder.
-        self._seen: Dict[str, Tuple[int, float]] = {}  # owner -> beat, and since when.
+        self._seen: dict[str, tuple[int, float]] = {}  # owner -> beat, and since when.
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -1453,7 +1439,7 @@ class SQLiteStore(Store):
                 self._stale = True  # Damaged, perhaps: look at the file afresh next time.
             raise StoreError(f"{self.path}: {error}{self._hint()}") from error
 
-    def _identity(self) -> Tuple[int, int]:
+    def _identity(self) -> tuple[int, int]:
         """Which file has our name now. SQLite writes to the one that it opened, also when
         that was deleted or replaced: what it stores there is lost."""
         try:
@@ -1560,7 +1546,7 @@ class SQLiteStore(Store):
             self._connections, self._writer, self._reader = [], None, None
             self._stale = False
 
-    def add(self, additions: Sequence[Tuple[Row, str]], now: int) -> List[Row]:
+    def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         with self.transaction() as db:
             return [self._add(db, new, if_exists) for new, if_exists in additions]
 
@@ -1577,11 +1563,11 @@ class SQLiteStore(Store):
             self._replace(db, old, stored)
         return row
 
-    def _row(self, db: sqlite3.Connection, task_id: str) -> Optional[Row]:
+    def _row(self, db: sqlite3.Connection, task_id: str) -> Row | None:
         found = db.execute(_BY_ID, (task_id,)).fetchone()
         return None if found is None else Row(*found)
 
-    def _replace(self, db: sqlite3.Connection, old: Row, new: Optional[Row]) -> None:
+    def _replace(self, db: sqlite3.Connection, old: Row, new: Row | None) -> None:
         """Write *new* in the place of *old*; a new task goes to the end of the line."""
         if new is not None and (new.id, new.created_at) == (old.id, old.created_at):
             db.execute(_WRITE, (*new[:-1], old.id))
@@ -1593,11 +1579,11 @@ class SQLiteStore(Store):
     def claim(
         self,
         owner: str,
-        types: Union[Mapping[str, float], Iterable[str]],
+        types: Mapping[str, float] | Iterable[str],
         limit: float,
         now: int,
         until: int = NEVER,
-    ) -> List[Row]:
+    ) -> list[Row]:
         shares = _shares(types)
         if not shares or limit <= 0:
             return []
@@ -1622,17 +1608,17 @@ class SQLiteStore(Store):
         limit: float,
         now: int,
         until: int,
-    ) -> List[Row]:
+    ) -> list[Row]:
         most = math.ceil(limit / min(shares.values()))
         suspect = db.execute(_SUSPECT, (owner,)).fetchone() is not None
         places = [(lane, t) for t in shares for lane in ("", owner)]
         db.executemany(_PROMOTE, [(*place, now) for place in places])
         streams = [db.execute(_READY, (*place, until, most)) for place in places]
         candidates = iter(streams[0]) if len(streams) == 1 else heapq.merge(*streams, key=_rank)
-        taken: List[Row] = []
-        taken_seq: List[Tuple[str, int]] = []
-        broken: List[Tuple[str, int]] = []
-        broken_rows: List[Row] = []
+        taken: list[Row] = []
+        taken_seq: list[tuple[str, int]] = []
+        broken: list[tuple[str, int]] = []
+        broken_rows: list[Row] = []
         for seq, *columns in candidates:
             reason = _unusable(columns)
             if reason:
@@ -1656,7 +1642,7 @@ class SQLiteStore(Store):
         db.executemany(_SET_ASIDE, broken)
         return taken + broken_rows
 
-    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> List[bool]:
+    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
         with self.transaction() as db:
             return [self._settle(db, owner, outcome, now) for outcome in outcomes]
 
@@ -1678,9 +1664,9 @@ class SQLiteStore(Store):
                 db.execute(_ENTER, (owner,))
             db.execute(_EXPIRE, (now,))
 
-    def recover(self, owner: str, seconds: float, now: int) -> List[Row]:
+    def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
         with self._read() as db:
-            beats: Dict[str, int] = dict(db.execute(_OWNERS).fetchall())
+            beats: dict[str, int] = dict(db.execute(_OWNERS).fetchall())
         beats.pop(owner, None)
         for other, beat in beats.items():
             if self._seen.get(other, (None,))[0] != beat:
@@ -1688,7 +1674,7 @@ class SQLiteStore(Store):
         self._seen = {other: seen for other, seen in self._seen.items() if other in beats}
         silent = [o for o, (_, since) in self._seen.items() if seconds - since >= LEASE_SECONDS]
         dead = [other for other in beats if other in silent or owner_is_dead(other)]
-        ended: List[Row] = []
+        ended: list[Row] = []
         for other in dead:
             with self.transaction() as db:
                 # Looked at again, under the lock: it may have renewed in between.
@@ -1697,19 +1683,15 @@ class SQLiteStore(Store):
         return ended
 
     def leave(self, owner: str, now: int) -> None:
-        def given_back(row: Row, now: int) -> Optional[Row]:
+        def given_back(row: Row, now: int) -> Row | None:
             return after_run(row, Outcome(row.id, row.claim, "ready", charged=False), now)
 
         with self.transaction() as db:
             self._give_back(db, owner, now, given_back)
 
     def _give_back(
-        self,
-        db: sqlite3.Connection,
-        owner: str,
-        now: int,
-        after: Callable[[Row, int], Optional[Row]],
-    ) -> List[Row]:
+        self, db: sqlite3.Connection, owner: str, now: int, after: Callable[[Row, int], Row | None]
+    ) -> list[Row]:
         ended = []
         for found in db.execute(_HELD_BY, (owner,)).fetchall():
             row = Row(*found)
@@ -1723,8 +1705,8 @@ class SQLiteStore(Store):
 
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
-    ) -> List[int]:
-        due: List[int] = []
+    ) -> list[int]:
+        due: list[int] = []
         with self._read() as db:
             for place in [(lane, t) for t in types for lane in ("", owner)]:
                 (ready,) = db.execute(_COUNT_READY, (*place, until, limit)).fetchone()
@@ -1732,12 +1714,12 @@ class SQLiteStore(Store):
                 due += [at for (at,) in db.execute(_NEXT_DUE, (*place, until, limit))]
         return sorted(due)[:limit]
 
-    def foreign(self, types: Iterable[str], now: int) -> List[str]:
+    def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
         with self._read() as db:
             return sorted(t for (t,) in db.execute(_FOREIGN, (now,)) if t not in known)
 
-    def find(self, query: Query, now: int) -> List[Row]:
+    def find(self, query: Query, now: int) -> list[Row]:
         where, values = _where(query, now)
         limit = -1 if query.limit is None else query.limit
         statement = f"SELECT {_LIST} FROM taskpool_task WHERE {where} {_OLDEST_FIRST}"
@@ -1787,6 +1769,7 @@ class SQLiteStore(Store):
 # --- Queue ---------------------------------------------------------------------------
 # What producers call, in any process. It reads the clock; it knows no worker.
 
+
 def _refuse_rerun(what: str) -> None:
     """Raise if the entry file is being run again in a child process."""
     if _is_rerun():
@@ -1797,7 +1780,7 @@ def _refuse_rerun(what: str) -> None:
         )
 
 
-def _listed(name: str, value: Any, choices: Optional[Sequence[str]] = None) -> Optional[List[str]]:
+def _listed(name: str, value: Any, choices: Sequence[str] | None = None) -> list[str] | None:
     """A filter's value, or list of values, as a list of str; None = any."""
     if value is None:
         return None
@@ -1814,10 +1797,7 @@ STATES = ("waiting", "running", "failed", "done")
 
 
 def _make_query(
-    task_id: Any = None,
-    task_type: Any = None,
-    state: Any = None,
-    due: Any = None,
+    task_id: Any = None, task_type: Any = None, state: Any = None, due: Any = None
 ) -> Query:
     return Query(
         _listed("task_id", task_id),
@@ -1851,13 +1831,13 @@ class _Tasks:
     def find(
         self,
         *,
-        task_id: Union[str, Sequence[str], None] = None,
-        task_type: Union[str, Sequence[str], None] = None,
-        state: Union[str, Sequence[str], None] = None,
-        due: Optional[bool] = None,
-        limit: Optional[int] = None,
+        task_id: str | Sequence[str] | None = None,
+        task_type: str | Sequence[str] | None = None,
+        state: str | Sequence[str] | None = None,
+        due: bool | None = None,
+        limit: int | None = None,
         offset: int = 0,
-    ) -> List[Task]:
+    ) -> list[Task]:
         """The tasks that fit the filters, oldest first: *limit* of them, after *offset*."""
         query = _make_query(task_id, task_type, state, due)._replace(
             limit=None if limit is None else _checked_int("limit", limit, 0),
@@ -1865,7 +1845,7 @@ class _Tasks:
         )
         return [Task(row) for row in self._store.find(query, self._now())]
 
-    def find_one(self, **filters: Any) -> Optional[Task]:
+    def find_one(self, **filters: Any) -> Task | None:
         """The oldest task that fits the filters of find(), or None."""
         found = self.find(**{**filters, "limit": 1})
         return found[0] if found else None
@@ -1942,7 +1922,7 @@ class InMemoryTasks(_Tasks):
     def _changed(self, removed: bool = False) -> None:
         self._queue._changed(removed)
 
-    def find_by_id(self, task_id: str) -> Optional[Task]:
+    def find_by_id(self, task_id: str) -> Task | None:
         """The task of that id, or None."""
         return self.find_one(task_id=_checked_text("task_id", task_id))
 
@@ -1950,11 +1930,11 @@ class InMemoryTasks(_Tasks):
         """Remove the task of that id; whether there was one."""
         return self.remove(task_id=_checked_text("task_id", task_id)) > 0
 
-    def tasks(self) -> List[Task]:
+    def tasks(self) -> list[Task]:
         """All in-memory tasks, oldest first."""
         return self.find()
 
-    def available_tasks(self) -> List[Task]:
+    def available_tasks(self) -> list[Task]:
         """Those that could run now, oldest first."""
         return self.find(due=True)
 
@@ -1973,12 +1953,12 @@ class TaskQueue(_Tasks):
     `clock` may be set to a function like time.time, for tests.
     """
 
-    def __init__(self, store: Union[str, os.PathLike[str], Store] = "taskpool.db") -> None:
+    def __init__(self, store: str | os.PathLike[str] | Store = "taskpool.db") -> None:
         self._store = store if isinstance(store, Store) else SQLiteStore(store)
         self.clock = time.time
         self._in_memory = InMemoryTasks(self)
-        self._watchers: Tuple[Any, ...] = ()  # Running clusters: have _queue_changed().
-        self._listeners: Dict[str, Listener] = {}
+        self._watchers: tuple[Any, ...] = ()  # Running clusters: have _queue_changed().
+        self._listeners: dict[str, Listener] = {}
 
     def __enter__(self) -> TaskQueue:
         return self
@@ -2010,13 +1990,13 @@ class TaskQueue(_Tasks):
         data: Any = _NO_DATA,
         *,
         priority: int = 1,
-        task_id: Optional[str] = None,
-        due_date: Union[datetime, timedelta, None] = None,
+        task_id: str | None = None,
+        due_date: datetime | timedelta | None = None,
         in_memory: bool = False,
         retries: int = 0,
-        retry_delay: Union[float, timedelta] = 1.0,
-        timeout: Union[float, timedelta, None] = None,
-        keep_result: Union[float, timedelta, None] = None,
+        retry_delay: float | timedelta = 1.0,
+        timeout: float | timedelta | None = None,
+        keep_result: float | timedelta | None = None,
         if_exists: str = "raise",
     ) -> Task:
         """Store one task and return it. It is safe from then on (P1).
@@ -2052,7 +2032,7 @@ class TaskQueue(_Tasks):
         )
         return Task(self._add([addition])[0])
 
-    def add_tasks(self, tasks: Iterable[Mapping[str, Any]]) -> List[Task]:
+    def add_tasks(self, tasks: Iterable[Mapping[str, Any]]) -> list[Task]:
         """Store many tasks in one transaction: all of them, or none if one is refused.
 
         Each is a dict with the parameters of add_task as keys. Persistent and in-memory
@@ -2071,7 +2051,7 @@ class TaskQueue(_Tasks):
             additions.append(_make_row(now, **task))
         return [Task(row) for row in self._add(additions)]
 
-    def _add(self, additions: List[Tuple[Row, str]]) -> List[Row]:
+    def _add(self, additions: list[tuple[Row, str]]) -> list[Row]:
         here = sum(row.in_memory for row, _ in additions)
         if here not in (0, len(additions)):
             raise ValueError("in_memory is True for some tasks; add those in a call of their own")
@@ -2080,7 +2060,7 @@ class TaskQueue(_Tasks):
         self._changed()
         return rows
 
-    def wait(self, task_id: str, timeout: Union[float, timedelta, None] = None) -> Task:
+    def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
         """Wait until a task ended, in whatever process it runs, and return it.
 
         Its state is `done` or `failed`. A task that is gone is taken for done without a
@@ -2152,11 +2132,11 @@ _ADD_PARAMETERS = frozenset(
 class _Boot(NamedTuple):
     """How a worker finds its task map: see _find_task_map."""
 
-    key: Tuple[str, int, int]
-    types: Tuple[str, ...]
-    entry: Optional[Tuple[str, str]]  # ("path", file) or ("module", name) of __main__.
-    home_file: Optional[str]
-    pickled_map: Optional[bytes]
+    key: tuple[str, int, int]
+    types: tuple[str, ...]
+    entry: tuple[str, str] | None  # ("path", file) or ("module", name) of __main__.
+    home_file: str | None
+    pickled_map: bytes | None
 
 
 class _Failure(NamedTuple):
@@ -2165,7 +2145,7 @@ class _Failure(NamedTuple):
     type_name: str
     text: str
     traceback: str
-    pickled: Optional[bytes]  # None if it cannot be rebuilt.
+    pickled: bytes | None  # None if it cannot be rebuilt.
 
 
 def _dumps(value: Any) -> bytes:
@@ -2226,8 +2206,8 @@ TaskFunction = Callable[..., Any]
 
 # The clusters made in this process, by module, line, and number of the call there. In a
 # worker it is how the task map is found, so there they are kept alive as well.
-_registry: weakref.WeakValueDictionary[Tuple[str, int, int], Any] = weakref.WeakValueDictionary()
-_registered: List[Any] = []
+_registry: weakref.WeakValueDictionary[tuple[str, int, int], Any] = weakref.WeakValueDictionary()
+_registered: list[Any] = []
 
 
 def _die_with_master(life: Connection) -> None:
@@ -2259,7 +2239,7 @@ def _rerun() -> Iterator[None]:
         _rerunning = False
 
 
-def _import_home(name: str, file: Optional[str]) -> None:
+def _import_home(name: str, file: str | None) -> None:
     """Import the module that made the Cluster; by its file where its name does not do."""
     import importlib.util
 
@@ -2275,7 +2255,7 @@ def _import_home(name: str, file: Optional[str]) -> None:
                 spec.loader.exec_module(module)
 
 
-def _has_run_again(file: Optional[str]) -> bool:
+def _has_run_again(file: str | None) -> bool:
     """Whether multiprocessing has run that entry file again in this process. It has not
     if the main script had ended, for `python -m package`, and under a profiler."""
     entry: Any = sys.modules["__main__"]
@@ -2328,7 +2308,7 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
     return cast(Mapping[str, TaskFunction], unpickled)
 
 
-def _wants_toggle_ipc(function: TaskFunction) -> Optional[str]:
+def _wants_toggle_ipc(function: TaskFunction) -> str | None:
     """How to pass toggle_ipc: "name", "position", or None for not at all."""
     import inspect
 
@@ -2356,9 +2336,7 @@ def _checked_message(message: Any) -> Any:
     return {"status": message["status"], "data": message.get("data")}
 
 
-def _resolve(
-    future: Future[Any], value: Any = None, error: Optional[BaseException] = None
-) -> None:
+def _resolve(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
     """Resolve *future*, unless it already is."""
     try:
         if error is not None:
@@ -2393,20 +2371,20 @@ class _WorkerProcess:
     the channel, so that answers come through while the task runs.
     """
 
-    def __init__(self, channel: Connection, permits: Optional[Connection]) -> None:
+    def __init__(self, channel: Connection, permits: Connection | None) -> None:
         self.task_map: Mapping[str, TaskFunction] = {}
         self._channel = channel
         self._send_lock = threading.Lock()  # A message must not be cut by another.
         self._permits = permits
         self._permit = -1  # The number of the last permit read.
-        self._call_styles: Dict[str, Optional[str]] = {}
-        self._reader: Optional[threading.Thread] = None
+        self._call_styles: dict[str, str | None] = {}
+        self._reader: threading.Thread | None = None
         self._received: _queues.SimpleQueue[Any] = _queues.SimpleQueue()
         self._conversation_ids = itertools.count(1)
-        self._conversations: Dict[int, Tuple[Callable[[Any], Any], Future[Any]]] = {}
+        self._conversations: dict[int, tuple[Callable[[Any], Any], Future[Any]]] = {}
         self._current = -1  # The number of the running task, or -1.
 
-    def send(self, message: Tuple[Any, ...]) -> None:
+    def send(self, message: tuple[Any, ...]) -> None:
         """Send to the master; called by any thread."""
         packed = _dumps(message)
         with self._send_lock:
@@ -2466,7 +2444,7 @@ class _WorkerProcess:
             self.send(("start", number))
         self._current = number
         started = time.perf_counter()
-        report: Tuple[Any, ...]
+        report: tuple[Any, ...]
         try:
             task = Task(row)
             try:
@@ -2523,7 +2501,7 @@ class _WorkerProcess:
             raise TypeError(f"the result ({kind}) cannot be pickled: {error}") from error
 
     @staticmethod
-    def _kept(row: Row, value: Any) -> Tuple[Optional[str], Optional[str]]:
+    def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
         """The result as JSON, and why it is not kept: for tasks with keep_result."""
         if row.keep_result is None:
             return None, None
@@ -2594,7 +2572,7 @@ class _WorkerProcess:
         threading.Thread(target=answer, name="taskpool-answer", daemon=True).start()
 
 
-def _worker_main(channel: Connection, permits: Optional[Connection], life: Connection) -> None:
+def _worker_main(channel: Connection, permits: Connection | None, life: Connection) -> None:
     """The life of a worker process, from its first line to its exit."""
     global _worker
     # Ctrl-C reaches the whole process group; only the master answers to it. Under fork
@@ -2636,7 +2614,7 @@ class _Calls:
     """
 
     def __init__(self, name: str) -> None:
-        self._calls: _queues.SimpleQueue[Optional[Callable[[], Any]]] = _queues.SimpleQueue()
+        self._calls: _queues.SimpleQueue[Callable[[], Any] | None] = _queues.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"taskpool-{name}", daemon=True)
         self._thread.start()
 
@@ -2849,12 +2827,12 @@ class _Run:
 
     __slots__ = ("asks", "cost", "deadline", "future", "number", "row", "verdict")
 
-    def __init__(self, row: Row, cost: float, future: Optional[_TaskFuture]) -> None:
+    def __init__(self, row: Row, cost: float, future: _TaskFuture | None) -> None:
         self.row, self.cost, self.future = row, cost, future
         self.number = -1  # In the order in which its worker gets tasks.
         self.deadline = math.inf  # Monotonic, of its timeout.
-        self.asks: Dict[int, Any] = {}  # Conversations that wait for an answer.
-        self.verdict: Optional[str] = None  # Why its worker was killed: timeout, cancel.
+        self.asks: dict[int, Any] = {}  # Conversations that wait for an answer.
+        self.verdict: str | None = None  # Why its worker was killed: timeout, cancel.
 
 
 def _start_process(process: Any) -> None:
@@ -2890,7 +2868,7 @@ class _WorkerHandle:
         )
         # In the master's keeping before the start, so that a fork closes them.
         self.channel: Any = channel_type(mine, wake.set)
-        self._ends: List[Any] = [_own(life_mine) if channel_type.takes_back else life_mine]
+        self._ends: list[Any] = [_own(life_mine) if channel_type.takes_back else life_mine]
         if permits_mine is not None:
             copy = Connection(os.dup(permits_theirs.fileno()), writable=False)
             self._permits, self._unread_permits = _own(permits_mine), _own(copy)
@@ -2920,7 +2898,7 @@ class _WorkerHandle:
     def state(self) -> str:
         return "busy" if self.runs else "idle" if self.ready else "starting"
 
-    def give(self, runs: List[_Run]) -> None:
+    def give(self, runs: list[_Run]) -> None:
         if not self.runs:
             self.since = time.monotonic()
         for number, run in enumerate(runs, self.given):
@@ -2936,7 +2914,7 @@ class _WorkerHandle:
         self.channel.send(_dumps(("run", self.given, [tuple(run.row) for run in runs])))
         self.given += len(runs)
 
-    def take_back(self) -> List[_Run]:
+    def take_back(self) -> list[_Run]:
         """The runs that had not started; they will not, as their permits are gone."""
         if not self.channel.takes_back:
             return []
@@ -2966,8 +2944,8 @@ class _WorkerHandle:
         with contextlib.suppress(OSError, ValueError):
             self.process.kill()
 
-    def exit_code(self) -> Optional[int]:
-        return cast(Optional[int], self.process.exitcode)
+    def exit_code(self) -> int | None:
+        return cast("int | None", self.process.exitcode)
 
     def close(self) -> None:
         self.channel.close()
@@ -3017,9 +2995,9 @@ class _Ending(NamedTuple):
 
     run: _Run
     outcome: Outcome
-    event: Optional[str] = None  # done, error; None: given back or cancelled.
-    packed: Optional[bytes] = None  # The pickled result; None = None.
-    error: Union[Exception, _Failure, None] = None
+    event: str | None = None  # done, error; None: given back or cancelled.
+    packed: bytes | None = None  # The pickled result; None = None.
+    error: Exception | _Failure | None = None
 
 
 def _value(ending: _Ending) -> Any:
@@ -3034,7 +3012,7 @@ def _value(ending: _Ending) -> Any:
         return RemoteError(failure.type_name, text, failure.traceback)
 
 
-def _resolve_futures(endings: List[Tuple[_TaskFuture, _Ending]]) -> None:
+def _resolve_futures(endings: list[tuple[_TaskFuture, _Ending]]) -> None:
     """In the thread of Futures, as unpickling and callbacks may take their time."""
     for future, ending in endings:
         if ending.event is None:
@@ -3047,7 +3025,7 @@ def _resolve_futures(endings: List[Tuple[_TaskFuture, _Ending]]) -> None:
             _resolve(future, value)
 
 
-def _checked_task_map(task_map: Any) -> Dict[str, TaskFunction]:
+def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
     if not isinstance(task_map, Mapping):
         raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
     if not task_map:
@@ -3059,10 +3037,10 @@ def _checked_task_map(task_map: Any) -> Dict[str, TaskFunction]:
     return dict(task_map)
 
 
-def _checked_keep_alive(keep_alive: Any) -> Union[float, str, None]:
+def _checked_keep_alive(keep_alive: Any) -> float | str | None:
     """Seconds, "always" or None."""
     if keep_alive is None or keep_alive == "always":
-        return cast(Optional[str], keep_alive)
+        return cast("str | None", keep_alive)
     if isinstance(keep_alive, str):
         raise _wrong_value("keep_alive", keep_alive, 'None, milliseconds, or "always"')
     return _checked_milliseconds("keep_alive", keep_alive)
@@ -3127,7 +3105,7 @@ def _register(cluster: Cluster, home: Mapping[str, Any], line: int) -> _Boot:
         if spec is not None and spec.name not in ("__main__", "__mp_main__"):
             entry = ("module", spec.name)
     try:
-        pickled: Optional[bytes] = _dumps(cluster.task_map)
+        pickled: bytes | None = _dumps(cluster.task_map)
     except Exception:
         pickled = None
     in_main = [
@@ -3161,6 +3139,8 @@ def _signals(act: Callable[[], None]) -> Iterator[None]:
 
 
 _running: set[Cluster] = set()
+
+
 def _at_exit() -> None:
     """The end of the main script: what leaving `with` does, for clusters still running."""
     for cluster in list(_running):
@@ -3182,7 +3162,7 @@ def _at_exit_once() -> None:
 
 
 KeepAlive = Union[int, timedelta, str, None]
-Broker = Callable[[Callable[[Any], None], Dict[str, Any]], Any]
+Broker = Callable[[Callable[[Any], None], dict[str, Any]], Any]
 _warned_all_cpus = False
 
 
@@ -3215,19 +3195,19 @@ class Cluster(concurrent.futures.Executor):
     def __init__(
         self,
         task_map: Mapping[str, TaskFunction],
-        queue: Optional[TaskQueue] = None,
+        queue: TaskQueue | None = None,
         *,
-        max_available_workers: Optional[int] = None,
-        refresh_rate: Union[int, timedelta] = 1000,
+        max_available_workers: int | None = None,
+        refresh_rate: int | timedelta = 1000,
         in_memory_only: bool = False,
-        message_broker: Optional[Broker] = None,
+        message_broker: Broker | None = None,
         logs: str = "all",
         keep_alive: KeepAlive = None,
         auto_initialize: bool = True,
         start_method: str = "spawn",
-        max_tasks_per_worker: Optional[int] = None,
+        max_tasks_per_worker: int | None = None,
         oversubscribe: bool = False,
-        shutdown_timeout: Union[float, timedelta] = 10.0,
+        shutdown_timeout: float | timedelta = 10.0,
     ) -> None:
         self.task_map = _checked_task_map(task_map)
         if queue is not None and not isinstance(queue, TaskQueue):
@@ -3264,15 +3244,15 @@ class Cluster(concurrent.futures.Executor):
         self._owner = ""
         self._start_lock = threading.Lock()
         self._started = False
-        self._wake: Optional[_WakeUp] = None
+        self._wake: _WakeUp | None = None
         self._inbox: collections.deque[Callable[[], Any]] = collections.deque()  # Any thread.
-        self._futures: Dict[str, _TaskFuture] = {}  # Of waiting tasks. Any thread adds.
-        self._workers: List[_WorkerHandle] = []
+        self._futures: dict[str, _TaskFuture] = {}  # Of waiting tasks. Any thread adds.
+        self._workers: list[_WorkerHandle] = []
         self._hand: collections.deque[_Run] = collections.deque()  # Claimed, not yet given.
         self._hand_since = 0.0
-        self._unsettled_here: List[_Ending] = []  # In memory: until the next turn.
-        self._unsettled: List[_Ending] = []  # Persistent: until the store has it.
-        self._expected: Dict[str, float] = {}  # Seconds, by task type.
+        self._unsettled_here: list[_Ending] = []  # In memory: until the next turn.
+        self._unsettled: list[_Ending] = []  # Persistent: until the store has it.
+        self._expected: dict[str, float] = {}  # Seconds, by task type.
         self._shares = dict.fromkeys(self.task_map, 1.0)
         self._logs_runs = False
         self._alarm = math.inf  # Monotonic: when the next wait ends at the latest.
@@ -3281,11 +3261,11 @@ class Cluster(concurrent.futures.Executor):
         self._last_available = 0.0
         self._worker_numbers = itertools.count(1)
         self._boot_after, self._failed_boots = 0.0, 0  # Back-off of dying starts.
-        self._boot_error: Optional[Exception] = None
+        self._boot_error: Exception | None = None
         self._look = True  # Something may be claimable in the store. Any thread sets it.
         self._news = False  # Something was added since this turn began. Any thread sets it.
         self._hungry = True  # New tasks could start at once: adding them ends the wait.
-        self._upcoming: Optional[List[int]] = []  # What next_due said; None: more than we take.
+        self._upcoming: list[int] | None = []  # What next_due said; None: more than we take.
         self._store_due = NEVER  # When the first of them that was not yet due is.
         self._store_busy = False  # A call is under way in the store thread...
         self._in_flight = 0  # ... with so many outcomes.
@@ -3335,7 +3315,7 @@ class Cluster(concurrent.futures.Executor):
             name = "taskpool-dispatcher"
             threading.Thread(target=self._dispatch, name=name, daemon=True).start()
 
-    def set_refresh_rate(self, refresh_rate: Union[int, timedelta]) -> None:
+    def set_refresh_rate(self, refresh_rate: int | timedelta) -> None:
         """Change `refresh_rate` (milliseconds). Does nothing in a worker."""
         self._refresh = _checked_milliseconds("refresh_rate", refresh_rate)
         if _is_master():
@@ -3366,9 +3346,7 @@ class Cluster(concurrent.futures.Executor):
             raise TypeError("submit() takes the parameters of add_task; this one cannot be given")
         if self._auto_initialize and not self._started:
             self.initialize()  # Again, in a fork.
-        row, if_exists = _make_row(
-            self.queue._now(), task_type, data, lane=self._owner, **options
-        )
+        row, if_exists = _make_row(self.queue._now(), task_type, data, lane=self._owner, **options)
         future = _TaskFuture(self, row)
         before = self._futures.get(row.id)
         self._futures[row.id] = future  # First: it may start before _add returns.
@@ -3391,7 +3369,7 @@ class Cluster(concurrent.futures.Executor):
         return future
 
     def map(  # type: ignore[override]
-        self, task_type: str, data: Iterable[Any], timeout: Optional[float] = None
+        self, task_type: str, data: Iterable[Any], timeout: float | None = None
     ) -> Iterator[Any]:
         """The results of one task for each of *data*, in order, as Executor.map."""
         return super().map(task_type, data, timeout=timeout)  # type: ignore[arg-type]
@@ -3419,7 +3397,7 @@ class Cluster(concurrent.futures.Executor):
                 return answer.result(0.1)
         return False
 
-    def drain(self, timeout: Union[float, timedelta, None] = None) -> bool:
+    def drain(self, timeout: float | timedelta | None = None) -> bool:
         """Wait until nothing that was due at the call is waiting or running.
 
         Retries included; only task types of the map count. False after *timeout* seconds.
@@ -3461,7 +3439,7 @@ class Cluster(concurrent.futures.Executor):
         for thread in self._event_threads():
             thread.flush(self._shutdown_timeout)
 
-    def workers(self) -> List[Dict[str, Any]]:
+    def workers(self) -> list[dict[str, Any]]:
         """The worker processes: pid, state (starting, idle, busy), task_id, task_type,
         and since when (an aware UTC datetime)."""
         self._use("workers")
@@ -3548,7 +3526,7 @@ class Cluster(concurrent.futures.Executor):
     def _begin_stop(self, seconds: float) -> None:
         self._post(lambda: self._stop(time.monotonic() + seconds))
 
-    def _event_threads(self) -> List[_Calls]:
+    def _event_threads(self) -> list[_Calls]:
         if not self._started:
             return []
         return [self._future_thread, self._listener_thread, self._broker_thread]
@@ -3625,7 +3603,7 @@ class Cluster(concurrent.futures.Executor):
         if self._inbox or (self._news and self._hungry):
             timeout = 0.0
         for key, events in self._selector.select(None if timeout == math.inf else timeout):
-            worker: Optional[_WorkerHandle] = key.data
+            worker: _WorkerHandle | None = key.data
             if worker is None:
                 wake.clear()
                 continue
@@ -3675,9 +3653,9 @@ class Cluster(concurrent.futures.Executor):
         worker: _WorkerHandle,
         now: float,
         seconds: float,
-        packed: Optional[bytes],
-        kept: Optional[str],
-        problem: Optional[str],
+        packed: bytes | None,
+        kept: str | None,
+        problem: str | None,
         opened: int,
     ) -> None:
         run = self._ended(worker, now, seconds)
@@ -3696,12 +3674,7 @@ class Cluster(concurrent.futures.Executor):
         self._settle(_Ending(run, outcome, "done", packed))
 
     def _on_fail(
-        self,
-        worker: _WorkerHandle,
-        now: float,
-        seconds: float,
-        failure: _Failure,
-        may_retry: bool,
+        self, worker: _WorkerHandle, now: float, seconds: float, failure: _Failure, may_retry: bool
     ) -> None:
         run = self._ended(worker, now, seconds)
         self._fail(run, failure, _error_text(failure), may_retry)
@@ -3726,7 +3699,7 @@ class Cluster(concurrent.futures.Executor):
             _log.info("cluster:%s:%s:\tstarted", run.row.task_type, run.row.id)
 
     def _fail(
-        self, run: _Run, error: Union[Exception, _Failure], text: str, may_retry: bool = True
+        self, run: _Run, error: Exception | _Failure, text: str, may_retry: bool = True
     ) -> None:
         """A charged start has failed: retry it, or fail it for good."""
         row = run.row
@@ -3798,7 +3771,7 @@ class Cluster(concurrent.futures.Executor):
             memory, outcomes = self.queue.in_memory._memory, [e.outcome for e in endings]
             self._settled(endings, memory.settle(self._owner, outcomes, self.queue._now()))
 
-    def _settled(self, endings: List[_Ending], held: List[bool]) -> None:
+    def _settled(self, endings: list[_Ending], held: list[bool]) -> None:
         """The store has recorded these endings, if their claims were still held."""
         resolvable = []
         for ending, was_held in zip(endings, held):
@@ -3870,7 +3843,7 @@ class Cluster(concurrent.futures.Executor):
         self._hear(worker) if worker.ended_at == math.inf else None
         self._bury(worker, code)
 
-    def _bury(self, worker: _WorkerHandle, code: Optional[int]) -> None:
+    def _bury(self, worker: _WorkerHandle, code: int | None) -> None:
         if worker.channel.takes_back and worker.ended_at == math.inf:
             self._selector.unregister(worker.channel)
         self._workers.remove(worker)
@@ -3898,7 +3871,7 @@ class Cluster(concurrent.futures.Executor):
         wait = back_off(BOOT_SECONDS, self._failed_boots, BOOT_CAP_SECONDS)
         self._boot_after = time.monotonic() + wait
 
-    def _on_silent_boot(self, worker: _WorkerHandle, code: Optional[int]) -> None:
+    def _on_silent_boot(self, worker: _WorkerHandle, code: int | None) -> None:
         self._on_failed_boot()
         died = WorkerDied(code, worker.pid)
         if code == 1:  # Python ended by an exception, of which it told on standard error.
@@ -3907,7 +3880,7 @@ class Cluster(concurrent.futures.Executor):
         elif self._failed_boots >= BOOT_TRIES:
             self._on_boot_error(TaskPoolError(f"{died}, {BOOT_TRIES} times in a row"))
 
-    def _on_boot_error(self, error: Exception, failure: Optional[_Failure] = None) -> None:
+    def _on_boot_error(self, error: Exception, failure: _Failure | None = None) -> None:
         """The entry file raised in a worker: say so once; fail the Futures that wait."""
         if self._boot_error is None:
             text = failure.traceback if failure else str(error)
@@ -3981,7 +3954,7 @@ class Cluster(concurrent.futures.Executor):
 
     # ---- Claiming
 
-    def _accepting(self) -> List[_WorkerHandle]:
+    def _accepting(self) -> list[_WorkerHandle]:
         return [w for w in self._workers if w.ready and not w.stopping and w.load < 1.0]
 
     def _room(self) -> float:
@@ -4009,7 +3982,7 @@ class Cluster(concurrent.futures.Executor):
             rows = memory.claim(self._owner, self._claimable(), room, now, self._until)
             self._take_in_hand(rows)
 
-    def _take_in_hand(self, rows: List[Row]) -> None:
+    def _take_in_hand(self, rows: list[Row]) -> None:
         shares = self._claimable()
         if rows and not self._hand:
             self._hand_since = time.monotonic()
@@ -4057,12 +4030,12 @@ class Cluster(concurrent.futures.Executor):
     def _store_turn(
         self,
         owner: str,
-        outcomes: List[Outcome],
+        outcomes: list[Outcome],
         types: Mapping[str, float],
         room: float,
         most: int,
         until: int,
-    ) -> Tuple[List[bool], List[Row], Optional[List[int]]]:
+    ) -> tuple[list[bool], list[Row], list[int] | None]:
         """What the store thread does for a turn. A look at an empty queue writes nothing."""
         store, held, rows = self.queue._store, [], []
         if outcomes:
@@ -4082,7 +4055,7 @@ class Cluster(concurrent.futures.Executor):
                 return held, rows, None
         return held, rows, upcoming
 
-    def _on_store_answer(self, endings: List[_Ending], room: float, answer: Any) -> None:
+    def _on_store_answer(self, endings: list[_Ending], room: float, answer: Any) -> None:
         self._store_busy, self._in_flight = False, 0
         if isinstance(answer, BaseException):
             self._unsettled = endings + self._unsettled
@@ -4112,7 +4085,7 @@ class Cluster(concurrent.futures.Executor):
 
     def _assign(self, now: float) -> None:
         """Give the tasks in hand to the workers with the most room."""
-        batches: Dict[_WorkerHandle, List[_Run]] = {}
+        batches: dict[_WorkerHandle, list[_Run]] = {}
         workers = self._accepting()
         while self._hand and workers:
             run = self._hand[0]
@@ -4200,7 +4173,7 @@ class Cluster(concurrent.futures.Executor):
         if not self._store_failures:
             self._on_store_failure(error)
 
-    def _on_watched(self, ended: List[Row], foreign: List[str]) -> None:
+    def _on_watched(self, ended: list[Row], foreign: list[str]) -> None:
         for row in ended:
             error = TaskPoolError(cast(str, row.error))
             run = _Run(row, 1.0, self._futures.pop(row.id, None))
@@ -4231,7 +4204,7 @@ class Cluster(concurrent.futures.Executor):
         else:
             self._store_thread.post(work)
 
-    def _compare(self, future: _TaskFuture, row: Optional[Row]) -> None:
+    def _compare(self, future: _TaskFuture, row: Row | None) -> None:
         task_id = future._row.id
         if self._futures.get(task_id) is not future:  # It was claimed in between.
             return
@@ -4310,8 +4283,10 @@ class Cluster(concurrent.futures.Executor):
         if self._mode == "finishing":
             self._end_stuck_conversations(now)
             memory, wall = self.queue.in_memory._memory, self.queue._now()
-            waiting = self._upcoming is None or self._upcoming or memory.next_due(
-                self._owner, self._shares, 1, wall, self._until
+            waiting = (
+                self._upcoming is None
+                or self._upcoming
+                or memory.next_due(self._owner, self._shares, 1, wall, self._until)
             )
             cannot = self._boot_error is not None and not self._accepting()
             unknown = self._store_busy or self._look_pending() or (waiting and not cannot)
@@ -4397,7 +4372,7 @@ OK, FAILURE, USAGE = 0, 1, 2  # Exit codes; argparse exits with 2 itself.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-def _demo_files() -> List[str]:
+def _demo_files() -> list[str]:
     """The .py files of this Python's standard library, the largest first."""
     library = os.path.dirname(os.__file__)
     files = []
@@ -4407,7 +4382,7 @@ def _demo_files() -> List[str]:
     return sorted(files, key=lambda file: (-os.path.getsize(file), file))
 
 
-def _demo_parse(job: Task) -> Dict[str, Any]:
+def _demo_parse(job: Task) -> dict[str, Any]:
     """Parse one file: its lines, functions, and longest function."""
     import ast
 
@@ -4420,7 +4395,7 @@ def _demo_parse(job: Task) -> Dict[str, Any]:
     return {"lines": source.count(b"\n"), "functions": len(sizes), "longest": longest}
 
 
-async def _demo_sleep(job: Task) -> List[int]:
+async def _demo_sleep(job: Task) -> list[int]:
     import asyncio
 
     async def one(number: int) -> int:
@@ -4433,14 +4408,13 @@ async def _demo_sleep(job: Task) -> List[int]:
 def _demo_talk(job: Task, toggle_ipc: Callable[..., Future[Any]]) -> Future[Any]:
     return toggle_ipc(
         lambda first: toggle_ipc(
-            lambda second: [first, second],
-            lambda send: send({"status": 3, "data": "and nested?"}),
+            lambda second: [first, second], lambda send: send({"status": 3, "data": "and nested?"})
         ),
         lambda send: send({"status": 2, "data": "master, do you hear me?"}),
     )
 
 
-def _demo_broker(respond: Callable[[Any], None], message: Dict[str, Any]) -> None:
+def _demo_broker(respond: Callable[[Any], None], message: dict[str, Any]) -> None:
     respond(f"{message['data']} yes")
 
 
@@ -4470,7 +4444,7 @@ def _demo_note(job: Task) -> None:
         file.write(f"{job.id}\n".encode())
 
 
-_DEMO_MAP: Dict[str, TaskFunction] = {
+_DEMO_MAP: dict[str, TaskFunction] = {
     "parse": _demo_parse, "sleep": _demo_sleep, "talk": _demo_talk, "flaky": _demo_flaky,
     "spin": _demo_spin, "suicide": _demo_suicide, "clock": _demo_clock, "note": _demo_note,
 }  # fmt: skip
@@ -4487,13 +4461,13 @@ class _Demo:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.broken: List[str] = []
+        self.broken: list[str] = []
         self.ended: collections.Counter[str] = collections.Counter()
-        self.parsed: Dict[str, Dict[str, Any]] = {}
-        self.order: List[str] = []
+        self.parsed: dict[str, dict[str, Any]] = {}
+        self.order: list[str] = []
         self.seconds = 0.0
 
-    def part(self, play: Callable[[], Tuple[bool, str]]) -> None:
+    def part(self, play: Callable[[], tuple[bool, str]]) -> None:
         """Show the code of one part, run it, and show what came of it."""
         import inspect
         import textwrap
@@ -4510,7 +4484,7 @@ class _Demo:
             self.broken.append(cast(str, play.__doc__))
 
     @staticmethod
-    def read(path: str) -> List[str]:
+    def read(path: str) -> list[str]:
         """The words in a file, if it is there."""
         return _read_text(path).split()
 
@@ -4548,7 +4522,7 @@ class _Demo:
             auto_initialize=False,
         )  # fmt: skip
 
-        def parse() -> Tuple[bool, str]:
+        def parse() -> tuple[bool, str]:
             """1. Parse the standard library: stored tasks, and urgent ones in memory first"""
             queue.add_tasks({"task_type": "parse", "data": file} for file in files[:-6])
             for rank, file in enumerate(urgent):
@@ -4562,7 +4536,7 @@ class _Demo:
             good = first and len(self.parsed) == len(files) and not queue.count()
             return good, f"{len(self.parsed)} files; urgent first: {first}"
 
-        def sleep() -> Tuple[bool, str]:
+        def sleep() -> tuple[bool, str]:
             """2. A task due in a second starts on time; an asyncio task runs meanwhile"""
             clock = cluster.submit("clock", due_date=timedelta(seconds=1))
             numbers = cluster.submit("sleep", 5).result()
@@ -4571,17 +4545,17 @@ class _Demo:
             good = 0 <= late < 0.5 and numbers == [0, 1, 2, 3, 4]
             return good, f"{numbers}, {late * 1000:.1f} ms late"
 
-        def talk() -> Tuple[bool, str]:
+        def talk() -> tuple[bool, str]:
             """3. A conversation: the task asks the master, and asks again in the answer"""
             answers = cluster.submit("talk").result()
             return answers[1] == "and nested? yes", repr(answers)
 
-        def flaky() -> Tuple[bool, str]:
+        def flaky() -> tuple[bool, str]:
             """4. A task that fails twice and then succeeds"""
             attempt = cluster.submit("flaky", retries=2, retry_delay=0.1).result()
             return attempt == 3, f"attempt {attempt} succeeded"
 
-        def kill() -> Tuple[bool, str]:
+        def kill() -> tuple[bool, str]:
             """5. A task over its timeout is killed; one kills its own worker; others go on"""
             spin = cluster.submit("spin", timeout=0.5)
             suicide = cluster.submit("suicide")
@@ -4590,7 +4564,7 @@ class _Demo:
             good = isinstance(errors[0], TaskTimeout) and isinstance(errors[1], WorkerDied)
             return good and len(neighbours) == 20, f"{errors[0]}; {errors[1]}; 20 neighbours done"
 
-        def restart() -> Tuple[bool, str]:
+        def restart() -> tuple[bool, str]:
             """6. A second master is killed with SIGKILL in mid-work; a third finishes its tasks"""
             path = os.path.join(self.folder, "restart.db")
             notes = os.path.join(self.folder, "notes")
@@ -4671,7 +4645,7 @@ _EPILOG = """\
 """
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 1 for failure, 2 for usage."""
     import argparse
 
