@@ -256,8 +256,15 @@ class Row(NamedTuple):
     error: str | None = None
     expires_at: int | None = None  # When a `done` row is removed.
     removed: int = 0  # 1: remove() was called during the run.
-    successor: str | None = None  # The Row that replaces this when its run ends, JSON.
+    successor: str | None = None  # What replaces this when its run ends: _packed_row.
+    repeat: str | None = None
+    progress: str | None = None
     in_memory: bool = False  # Not a column.
+
+
+def _packed_row(row: Row) -> str:
+    """A Row as text. By name, so that a later version with more columns can read it."""
+    return json.dumps(row._asdict())
 
 
 def _public_state(state: str) -> str:
@@ -657,7 +664,7 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
         )
     if row.successor is not None:
         # Its created_at stays: that is when it was added.
-        return Row._make(json.loads(row.successor))
+        return Row(**json.loads(row.successor))
     if outcome.state == "done" and row.keep_result is None:
         return None
     row = row._replace(
@@ -682,7 +689,7 @@ def after_interruption(row: Row, now: int) -> Row | None:
     interrupted = row.interrupted + 1
     if interrupted > INTERRUPTIONS:
         if row.successor is not None:
-            return Row._make(json.loads(row.successor))
+            return Row(**json.loads(row.successor))
         times = f"{INTERRUPTIONS} times in a row"
         error = f"Interrupted: its master died {times} while it ran this task alone"
         return row._replace(state="failed", owner="", interrupted=0, error=error)
@@ -711,7 +718,7 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
             'or if_exists="keep" or "replace"'
         )
     if old.state == "running":
-        return old._replace(successor=json.dumps(new), removed=0), new
+        return old._replace(successor=_packed_row(new), removed=0), new
     return new, new
 
 
@@ -1195,6 +1202,7 @@ class MemoryStore(Store):
 _COLUMNS = Row._fields[:-1]
 _LIST = ", ".join(_COLUMNS)
 
+SCHEMA_VERSION = 1  # Counts changes of what follows; see SQLiteStore._prepare.
 _SCHEMA = (
     """
     CREATE TABLE IF NOT EXISTS taskpool_task (
@@ -1206,7 +1214,7 @@ _SCHEMA = (
         keep_result REAL, lane TEXT NOT NULL, state TEXT NOT NULL,
         attempt INTEGER NOT NULL, claim INTEGER NOT NULL, owner TEXT NOT NULL,
         interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
-        removed INTEGER NOT NULL, successor TEXT)
+        removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT)
     """,
     # For _READY and _FOREIGN: what can be claimed, in order.
     """
@@ -1235,7 +1243,28 @@ _SCHEMA = (
     """
     CREATE TABLE IF NOT EXISTS taskpool_master (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL)
     """,
+    "CREATE TABLE IF NOT EXISTS taskpool_version (version INTEGER NOT NULL)",
 )
+
+# What leads from version n to n + 1. Never changed once released: it states old names.
+_SUCCESSOR_0 = (
+    "id task_type data priority created_at due_at ready_at retries retry_delay timeout "
+    "keep_result lane state attempt claim owner interrupted result error expires_at removed "
+    "successor in_memory".split()
+)
+_UPGRADES = (
+    (
+        "ALTER TABLE taskpool_task ADD COLUMN repeat TEXT",
+        "ALTER TABLE taskpool_task ADD COLUMN progress TEXT",
+        "UPDATE taskpool_task SET successor = json_object({}) WHERE successor IS NOT NULL".format(
+            ", ".join(
+                f"'{name}', json_extract(successor, '$[{index}]')"
+                for index, name in enumerate(_SUCCESSOR_0)
+            )
+        ),
+    ),
+)
+_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
 
 # -> waiting. Fails if the id is taken.
 _ADD = f"INSERT INTO taskpool_task ({_LIST}) VALUES ({', '.join('?' * len(_COLUMNS))})"
@@ -1355,8 +1384,8 @@ _COLUMN_TYPES: dict[str, tuple[type, ...]] = dict(
         + (_INT, _REAL, (*_REAL, _NULL), (*_REAL, _NULL), _TEXT, _TEXT)
         # attempt to interrupted
         + (_INT, _INT, _TEXT, _INT)
-        # result to successor
-        + ((str, _NULL), (str, _NULL), (int, _NULL), _INT, (str, _NULL)),
+        # result to progress
+        + ((str, _NULL), (str, _NULL), (int, _NULL), _INT, *[(str, _NULL)] * 3),
     )
 )
 
@@ -1461,20 +1490,55 @@ class SQLiteStore(Store):
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
+            self._version(db)  # A newer file is refused before anything is changed.
             self._use_wal(db)
             db.execute(f"PRAGMA synchronous = {self._synchronous}")
-            if not db.execute(
-                "SELECT 1 FROM sqlite_master WHERE name = 'taskpool_master'"
-            ).fetchone():
-                db.execute("BEGIN IMMEDIATE")
-                for statement in _SCHEMA:
-                    db.execute(statement)
-                db.execute("COMMIT")
+            if self._version(db) != SCHEMA_VERSION:
+                self._make_schema(db)
         except BaseException:
             db.close()
             raise
         self._connections.append(db)
         return db
+
+    def _version(self, db: sqlite3.Connection) -> int | None:
+        """The version of our tables, None if there are none. Raises StoreError if newer.
+
+        In a file of ours it is `user_version`, where other tools see it. In one that is
+        shared with an application that number is the application's: ours is in a table.
+        """
+        tables = {name for (name,) in db.execute(_TABLES)}
+        alone = all(name.startswith("taskpool_") for name in tables)
+        if "taskpool_task" not in tables:
+            version = None
+        elif alone:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+        elif "taskpool_version" in tables:
+            (version,) = db.execute("SELECT max(version) FROM taskpool_version").fetchone()
+        else:
+            version = 0
+        if (version or 0) > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.path}: made by a newer taskpool (schema {version}; this is "
+                f"{__version__}, schema {SCHEMA_VERSION}): update your taskpool.py"
+            )
+        return version
+
+    def _make_schema(self, db: sqlite3.Connection) -> None:
+        """Make the tables, or bring those of an older version up to date."""
+        db.execute("BEGIN IMMEDIATE")
+        version = self._version(db)  # Again: another process may have been quicker.
+        if version is not None:
+            for statements in _UPGRADES[version:]:
+                for statement in statements:
+                    db.execute(statement)
+        for statement in _SCHEMA:
+            db.execute(statement)
+        db.execute("DELETE FROM taskpool_version")
+        db.execute("INSERT INTO taskpool_version VALUES (?)", (SCHEMA_VERSION,))
+        if all(name.startswith("taskpool_") for (name,) in db.execute(_TABLES)):
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("COMMIT")
 
     def _use_wal(self, db: sqlite3.Connection) -> None:
         # The switch needs the file for itself and fails at once, whatever the timeout.

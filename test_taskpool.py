@@ -1146,6 +1146,81 @@ class TestSQLiteStore(StoreContract, InFolder):
             self.assertEqual(db.execute("SELECT * FROM task").fetchall(), [(1,)])
 
 
+SCHEMA_0 = """
+    CREATE TABLE taskpool_task (
+        seq INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE, task_type TEXT NOT NULL, data TEXT NOT NULL,
+        priority INTEGER NOT NULL, created_at INTEGER NOT NULL,
+        due_at INTEGER NOT NULL, ready_at INTEGER NOT NULL,
+        retries INTEGER NOT NULL, retry_delay REAL NOT NULL, timeout REAL,
+        keep_result REAL, lane TEXT NOT NULL, state TEXT NOT NULL,
+        attempt INTEGER NOT NULL, claim INTEGER NOT NULL, owner TEXT NOT NULL,
+        interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
+        removed INTEGER NOT NULL, successor TEXT);
+    CREATE TABLE taskpool_master (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL);
+    INSERT INTO taskpool_task (id, task_type, data, priority, created_at, due_at, ready_at, retries,
+        retry_delay, lane, state, attempt, claim, owner, interrupted, removed, successor)
+    VALUES ('old', 'x', '{"n":1.0}', 1, 1, 1, 1, 0, 1.0, '', 'ready', 0, 0, '', 0, 0, NULL),
+        ('busy', 'x', '{}', 1, 2, 2, 2, 0, 1.0, '', 'running', 1, 1, 'me', 0, 0,
+        '["busy", "x", "[2.0]", 5, 3, 3, 3, 0, 1.0, null, null, "", "ready", 0, 0, "", 0, null, null, null, 0, null, false]');
+"""
+
+
+class TestSchemaVersions(InFolder):
+    """Older files are brought up to date, newer ones are refused."""
+
+    def make(self, script, name="tasks.db"):
+        path = self.folder / name
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(script)
+        return path
+
+    def value(self, path, query):
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            return db.execute(query).fetchone()[0]
+
+    def test_an_older_file_keeps_its_tasks_and_gets_what_is_new(self):
+        path = self.make(SCHEMA_0)
+        with contextlib.closing(SQLiteStore(path)) as store:
+            self.assertEqual([r.id for r in store.find(Query(), NOW)], ["old", "busy"])
+            (got,) = store.claim("me", ["x"], 1, NOW)
+            self.assertEqual((got.id, got.data, got.repeat), ("old", '{"n":1.0}', None))
+            self.assertEqual(store.settle("me", [Outcome("busy", 1, "done")], NOW), [True])
+            (successor,) = store.find(Query(ids=["busy"]), NOW)
+            expected = ("[2.0]", 5, "ready", 0, False, None)
+            self.assertEqual(
+                (successor.data, successor.priority, successor.state, successor.claim,
+                 successor.in_memory, successor.timeout), expected,
+            )
+        self.assertEqual(self.value(path, "PRAGMA user_version"), taskpool.SCHEMA_VERSION)
+        fresh = self.queue("fresh.db")
+        fresh.count()
+        shape = "SELECT group_concat(name) FROM (SELECT name FROM pragma_table_info('taskpool_task') ORDER BY name)"
+        self.assertEqual(self.value(path, shape), self.value(self.folder / "fresh.db", shape))
+
+    def test_a_newer_file_is_refused_and_not_touched(self):
+        with self.queue("newer.db") as queue:
+            queue.add_task("x")
+        path = self.make("PRAGMA journal_mode = DELETE; PRAGMA user_version = 77", "newer.db")
+        before = path.read_bytes()
+        for call in (lambda: queue.add_task("y"), queue.find, queue.count):
+            with self.assertRaisesRegex(StoreError, r"newer\.db: made by a newer taskpool \(schema 77"):
+                call()
+        self.assertEqual(path.read_bytes(), before)
+        self.assertEqual([f.name for f in self.folder.iterdir()], ["newer.db"])
+
+    def test_the_version_of_an_applications_own_file_is_left_to_it(self):
+        path = self.make("CREATE TABLE mine (id); PRAGMA user_version = 77")
+        with TaskQueue(path) as queue:
+            queue.add_task("x")
+        self.assertEqual(self.value(path, "PRAGMA user_version"), 77)
+        with TaskQueue(path) as queue:
+            self.assertEqual(queue.count(), 1)
+        self.make("UPDATE taskpool_version SET version = 78")
+        with self.assertRaisesRegex(StoreError, "schema 78"):
+            queue.count()
+
+
 # --- Running tasks -------------------------------------------------------------------
 
 EVERYTHING = {
@@ -2929,8 +3004,8 @@ class TestStoresUnderPressure(InFolder):
         finally:
             logging.getLogger("taskpool").removeHandler(handler)
 
-    def test_ten_processes_open_a_fresh_file_at_once(self):
-        """SQ-07, SM-03."""
+    def test_ten_processes_open_a_fresh_or_older_file_at_once(self):
+        """SQ-07, SM-03. The files of odd turns are of version 0, with two tasks."""
         script = self.script(
             """
             import os, sys, time
@@ -2948,9 +3023,12 @@ class TestStoresUnderPressure(InFolder):
         for process in processes:
             self.assertEqual(process.stdout.readline(), "ready\n")
         for turn in range(10):
+            if turn % 2:
+                with contextlib.closing(sqlite3.connect(self.folder / f"fresh{turn}.db")) as db:
+                    db.executescript(SCHEMA_0)
             (self.folder / f"go{turn}").touch()
             eventually(lambda: all((self.folder / f"done{turn}.{i}").exists() or processes[i].poll() for i in range(10)))
-            self.assertEqual(self.queue(f"fresh{turn}.db").count(), 10)
+            self.assertEqual(self.queue(f"fresh{turn}.db").count(), 12 if turn % 2 else 10)
         for process in processes:
             _out, err = process.communicate(timeout=PATIENCE)
             self.assertEqual((process.returncode, err), (0, ""))
