@@ -387,9 +387,15 @@ class Task:
         return self._row.error
 
 
-def _new_id() -> str:
+_nonce = os.urandom(8).hex()  # Of this process; a fork draws another.
+_id_numbers = itertools.count()
+
+
+def _new_id(now: int) -> str:
     """A fresh id: time first, so that new ids are neighbours in the store's index."""
-    return f"{time.time_ns() // 1000:014x}{os.urandom(9).hex()}"
+    # Nothing random here: a system call lets go of the GIL, which costs more than all
+    # the rest of submit() while the dispatcher is busy.
+    return f"{now:014x}{_nonce}{next(_id_numbers):x}"
 
 
 def _shown(value: Any) -> str:
@@ -547,6 +553,7 @@ def _checked_json(value: Any) -> str:
 
 
 _NO_DATA: dict[str, Any] = {}
+_FRESH = tuple(Row._field_defaults.values())[:-1]  # The columns of a task's history.
 _IF_EXISTS = ("raise", "keep", "replace")
 
 
@@ -574,7 +581,7 @@ def _make_row(
     if in_memory is not False:
         _checked_bool("in_memory", in_memory)
     if task_id is None:
-        task_id = f"inMemory_{_new_id()}" if in_memory else _new_id()
+        task_id = f"inMemory_{_new_id(now)}" if in_memory else _new_id(now)
     else:
         _checked_text("task_id", task_id)
     if if_exists not in _IF_EXISTS:
@@ -589,13 +596,8 @@ def _make_row(
         keep_result = _checked_seconds("keep_result", keep_result, zero=True)
     due_at = now if due_date is None else _instant(due_date, now)
     state = "ready" if due_at <= now else "scheduled"
-    times = (now, due_at, due_at)
-    row = Row(
-        *(task_id, task_type, text, priority, *times),
-        *(retries, retry_delay, timeout, keep_result, lane, state),
-        in_memory=in_memory,
-    )
-    return row, if_exists
+    first = task_id, task_type, text, priority, now, due_at, due_at, retries, retry_delay
+    return Row._make((*first, timeout, keep_result, lane, state, *_FRESH, in_memory)), if_exists
 
 
 # --- Policies ------------------------------------------------------------------------
@@ -650,8 +652,8 @@ def share(expected: float | None) -> float:
 
 def claimed(row: Row, owner: str) -> Row:
     """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
-    # Three times as fast as _replace, and done for every task.
-    return Row(*row[:12], "running", row.attempt + 1, row.claim + 1, owner, *row[16:])
+    # Five times as fast as _replace, and done for every task.
+    return Row._make((*row[:12], "running", row[13] + 1, row[14] + 1, owner, *row[16:]))
 
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
@@ -748,6 +750,8 @@ def _after_fork_in_child() -> None:
     for end in list(_master_ends):
         with contextlib.suppress(OSError):
             end.close()
+    global _nonce
+    _nonce = os.urandom(8).hex()
     _master_ends.clear()
     _held_for_fork.clear()
     for thing in list(_reset_in_forks):
@@ -953,7 +957,9 @@ def _shares(types: Mapping[str, float] | Iterable[str]) -> Mapping[str, float]:
     return types if isinstance(types, Mapping) else dict.fromkeys(types, 1.0)
 
 
+_Place = tuple[str, str]  # (lane, task_type)
 _RankedRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
+_DatedRow = tuple[int, int, Row]  # (ready_at, insertion, row)
 
 
 def _fits(row: Row, query: Query, now: int) -> bool:
@@ -984,8 +990,8 @@ class MemoryStore(Store):
         """A forked child starts empty: the tasks belong to its parent."""
         self._lock = threading.RLock()  # Protects all below; held for a moment only.
         self._rows: dict[str, Row] = {}
-        self._ready: dict[tuple[str, str], list[_RankedRow]] = {}
-        self._scheduled: dict[tuple[str, str], list[tuple[int, int, Row]]] = {}
+        self._ready: dict[_Place, list[_RankedRow]] = collections.defaultdict(list)
+        self._scheduled: dict[_Place, list[_DatedRow]] = collections.defaultdict(list)
         self._expiring: list[tuple[int, str]] = []  # A heap of (expires_at, id).
         self._insertions = itertools.count()
         self._dead_entries = 0
@@ -997,7 +1003,7 @@ class MemoryStore(Store):
             try:
                 for new, if_exists in additions:
                     old = self._rows.get(new.id)
-                    stored, row = after_add(old, new, if_exists)
+                    stored, row = after_add(old, new, if_exists) if old else (new, new)
                     if stored is not None:
                         before.append((new.id, old))
                         self._put(stored)
@@ -1011,18 +1017,18 @@ class MemoryStore(Store):
     def _put(self, row: Row) -> None:
         if row.id in self._rows:
             self._dead_entries += 1
+            if self._dead_entries > 1000 + len(self._rows):
+                self._sweep()
         self._rows[row.id] = row
-        place = row.lane, row.task_type
         if row.state == "ready":
-            entry = (-row.priority, row.created_at, next(self._insertions), row)
-            heapq.heappush(self._ready.setdefault(place, []), entry)
+            heap = self._ready[row.lane, row.task_type]
+            number = next(self._insertions)
+            heapq.heappush(heap, (-row.priority, row.created_at, number, row))
         elif row.state == "scheduled":
-            due = (row.ready_at, next(self._insertions), row)
-            heapq.heappush(self._scheduled.setdefault(place, []), due)
+            due = self._scheduled[row.lane, row.task_type]
+            heapq.heappush(due, (row.ready_at, next(self._insertions), row))
         elif row.expires_at is not None:
             heapq.heappush(self._expiring, (row.expires_at, row.id))
-        if self._dead_entries > 1000 + len(self._rows):
-            self._sweep()
 
     def _drop(self, task_id: str) -> None:
         if self._rows.pop(task_id, None):
@@ -1067,7 +1073,7 @@ class MemoryStore(Store):
     ) -> list[Row]:
         if not self._rows:
             return []
-        shares = _shares(types)
+        shares, rows = _shares(types), self._rows
         taken: list[Row] = []
         later: list[Row] = []
         with self._lock:
@@ -1083,10 +1089,10 @@ class MemoryStore(Store):
                     break
                 else:
                     limit -= shares[row.task_type]
-                    self._rows[row.id] = running = claimed(row, owner)
+                    rows[row.id] = running = claimed(row, owner)
                     taken.append(running)
                 heapq.heappop(heap)
-                while heap and not self._alive(heap[0][3]):
+                while heap and rows.get(heap[0][3].id) is not heap[0][3]:
                     heapq.heappop(heap)
                 if heap:
                     heapq.heapreplace(heads, (heap[0], index))
@@ -2113,14 +2119,16 @@ class TaskQueue(_Tasks):
                 wrong = f"has no parameter {unknown[0]!r}" if unknown else "needs a 'task_type'"
                 raise TypeError(f"tasks[{index}]: add_task {wrong}")
             additions.append(_make_row(now, **task))
+        if not additions:
+            return []
+        if len({row.in_memory for row, _ in additions}) > 1:
+            raise ValueError("in_memory is True for some tasks; add those in a call of their own")
         return [Task(row) for row in self._add(additions)]
 
     def _add(self, additions: list[tuple[Row, str]]) -> list[Row]:
-        here = sum(row.in_memory for row, _ in additions)
-        if here not in (0, len(additions)):
-            raise ValueError("in_memory is True for some tasks; add those in a call of their own")
-        store = self._in_memory._store if here else self._store
-        rows = store.add(additions, self._now())
+        row = additions[0][0]
+        store = self._in_memory._store if row.in_memory else self._store
+        rows = store.add(additions, row.created_at)
         self._changed()
         return rows
 
@@ -2887,16 +2895,48 @@ class _ThreadedChannel:
 
 
 class _Run:
-    """One claim, while this master holds it."""
+    """One claim, while this master holds it, and until everybody was told of its end."""
 
-    __slots__ = ("asks", "cost", "deadline", "future", "number", "row", "verdict")
+    __slots__ = (
+        *("row", "cost", "future", "number", "deadline", "asks", "verdict"),
+        *("outcome", "event", "packed", "error"),
+    )
+    # Set when it has ended:
+    outcome: Outcome
+    event: str | None  # done, error; None: given back or cancelled.
+    packed: bytes | None  # The pickled result; None = None.
+    error: Exception | _Failure | None
 
     def __init__(self, row: Row, cost: float, future: _TaskFuture | None) -> None:
         self.row, self.cost, self.future = row, cost, future
         self.number = -1  # In the order in which its worker gets tasks.
         self.deadline = math.inf  # Monotonic, of its timeout.
-        self.asks: dict[int, Any] = {}  # Conversations that wait for an answer.
+        self.asks: dict[int, Any] | None = None  # Conversations that wait for an answer.
         self.verdict: str | None = None  # Why its worker was killed: timeout, cancel.
+
+    def end(
+        self,
+        outcome: Outcome,
+        event: str | None = None,
+        packed: bytes | None = None,
+        error: Exception | _Failure | None = None,
+    ) -> None:
+        self.outcome, self.event, self.packed, self.error = outcome, event, packed, error
+
+    def end_unheard(self, state: str, charged: bool) -> None:
+        """End without a word to listeners: given back, or cancelled."""
+        self.end(Outcome(self.row.id, self.row.claim, state, charged))
+
+    def value(self) -> Any:
+        """The result, or the exception. May take its time, and never raises."""
+        if self.error is not None:
+            return _rebuilt(self.error) if isinstance(self.error, _Failure) else self.error
+        try:
+            return None if self.packed is None else pickle.loads(self.packed)
+        except BaseException as error:
+            failure = _failure(error)
+            text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
+            return RemoteError(failure.type_name, text, failure.traceback)
 
 
 def _start_process(process: Any) -> None:
@@ -2965,16 +3005,16 @@ class _WorkerHandle:
     def give(self, runs: list[_Run]) -> None:
         if not self.runs:
             self.since = time.monotonic()
-        for number, run in enumerate(runs, self.given):
+        numbers = range(self.given, self.given + len(runs))
+        for number, run in zip(numbers, runs):
             run.number = number
-            self.runs.append(run)
             if run.row.timeout is not None:
                 # The worker tells the start; until then, allow for its getting there.
                 run.deadline = time.monotonic() + run.row.timeout + 1.0
+        self.runs += runs
         if self.channel.takes_back:
-            numbers = range(self.given, self.given + len(runs))
             with contextlib.suppress(OSError):
-                self._permits.write(b"".join(struct.pack("!Q", number) for number in numbers))
+                self._permits.write(struct.pack(f"!{len(runs)}Q", *numbers))
         self.channel.send(_dumps(("run", self.given, [tuple(run.row) for run in runs])))
         self.given += len(runs)
 
@@ -3019,6 +3059,37 @@ class _WorkerHandle:
             self.process.close()
 
 
+class _LeanCondition:
+    """What Future needs of a threading.Condition, which is made when somebody waits.
+
+    A Condition is seven objects that the garbage collector must look through, for each
+    of what may be a million Futures: as much work as all the rest of submit().
+    """
+
+    __slots__ = ("_condition", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._condition: threading.Condition | None = None
+
+    def acquire(self) -> None:
+        self._lock.acquire()
+
+    def release(self, *_: object) -> None:
+        self._lock.release()
+
+    __enter__, __exit__ = acquire, release
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self._condition is None:
+            self._condition = threading.Condition(self._lock)
+        return self._condition.wait(timeout)
+
+    def notify_all(self) -> None:
+        if self._condition is not None:
+            self._condition.notify_all()
+
+
 class _TaskFuture(Future[Any]):
     """The Future of a submitted task. `task` is the Task as it was added."""
 
@@ -3030,7 +3101,11 @@ class _TaskFuture(Future[Any]):
     _foreign = False  # The task may be run by another cluster.
 
     def __init__(self, cluster: Cluster, row: Row) -> None:
-        super().__init__()
+        # As Future.__init__, of which a test keeps watch, but for the condition.
+        self._condition: Any = _LeanCondition()
+        self._state, self._result, self._exception = "PENDING", None, None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
         self._row, self._cluster = row, cluster
 
     @property
@@ -3054,36 +3129,15 @@ class _TaskFuture(Future[Any]):
             self.set_running_or_notify_cancel()  # Tells concurrent.futures.wait().
 
 
-class _Ending(NamedTuple):
-    """How a run ended, until the store has it and everybody was told."""
-
-    run: _Run
-    outcome: Outcome
-    event: str | None = None  # done, error; None: given back or cancelled.
-    packed: bytes | None = None  # The pickled result; None = None.
-    error: Exception | _Failure | None = None
-
-
-def _value(ending: _Ending) -> Any:
-    """The result, or the exception, of a run. May take its time, and never raises."""
-    if ending.error is not None:
-        return _rebuilt(ending.error) if isinstance(ending.error, _Failure) else ending.error
-    try:
-        return None if ending.packed is None else pickle.loads(ending.packed)
-    except BaseException as error:
-        failure = _failure(error)
-        text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
-        return RemoteError(failure.type_name, text, failure.traceback)
-
-
-def _resolve_futures(endings: list[tuple[_TaskFuture, _Ending]]) -> None:
+def _resolve_futures(runs: list[_Run]) -> None:
     """In the thread of Futures, as unpickling and callbacks may take their time."""
-    for future, ending in endings:
-        if ending.event is None:
+    for run in runs:
+        future = cast(_TaskFuture, run.future)
+        if run.event is None:
             future._end_cancelled()
             continue
-        value = _value(ending)
-        if ending.event == "error" or (isinstance(value, RemoteError) and ending.packed):
+        value = run.value()
+        if run.event == "error" or (run.packed is not None and isinstance(value, RemoteError)):
             _resolve(future, error=value)
         else:
             _resolve(future, value)
@@ -3314,8 +3368,8 @@ class Cluster(concurrent.futures.Executor):
         self._workers: list[_WorkerHandle] = []
         self._hand: collections.deque[_Run] = collections.deque()  # Claimed, not yet given.
         self._hand_since = 0.0
-        self._unsettled_here: list[_Ending] = []  # In memory: until the next turn.
-        self._unsettled: list[_Ending] = []  # Persistent: until the store has it.
+        self._unsettled_here: list[_Run] = []  # Ended, in memory: until the next turn.
+        self._unsettled: list[_Run] = []  # Ended, persistent: until the store has it.
         self._expected: dict[str, float] = {}  # Seconds, by task type.
         self._shares = dict.fromkeys(self.task_map, 1.0)
         self._logs_runs = False
@@ -3398,7 +3452,10 @@ class Cluster(concurrent.futures.Executor):
         default is in_memory=True. Raises what add_task raises, and RuntimeError after
         shutdown().
         """
-        self._use("submit")
+        if not self._started:
+            self._use("submit")
+            if self._auto_initialize:
+                self.initialize()  # Again, in a fork.
         if self._mode != "running":
             raise RuntimeError("cannot submit after shutdown")
         if self._in_memory_only:
@@ -3408,8 +3465,6 @@ class Cluster(concurrent.futures.Executor):
             raise _wrong_value("task_type", task_type, f"one of this cluster's: {known}")
         if "lane" in options or (options.get("in_memory") is False and self._in_memory_only):
             raise TypeError("submit() takes the parameters of add_task; this one cannot be given")
-        if self._auto_initialize and not self._started:
-            self.initialize()  # Again, in a fork.
         row, if_exists = _make_row(self.queue._now(), task_type, data, lane=self._owner, **options)
         future = _TaskFuture(self, row)
         before = self._futures.get(row.id)
@@ -3734,8 +3789,8 @@ class Cluster(concurrent.futures.Executor):
                 "to wait for it",
                 *(row.task_type, row.id, opened, what),
             )
-        outcome = Outcome(row.id, row.claim, "done", result=kept, error=problem)
-        self._settle(_Ending(run, outcome, "done", packed))
+        run.end(Outcome(row.id, row.claim, "done", True, 0, kept, problem), "done", packed)
+        self._settle(run)
 
     def _on_fail(
         self, worker: _WorkerHandle, now: float, seconds: float, failure: _Failure, may_retry: bool
@@ -3777,7 +3832,8 @@ class Cluster(concurrent.futures.Executor):
         else:
             outcome = Outcome(row.id, row.claim, "failed", error=text)
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
-        self._settle(_Ending(run, outcome, "error", error=error))
+        run.end(outcome, "error", error=error)
+        self._settle(run)
 
     # ---- Conversations
 
@@ -3793,6 +3849,7 @@ class Cluster(concurrent.futures.Executor):
             if answered.acquire(blocking=False):
                 self._post(lambda: self._answer(worker, run, conversation, ok, value))
 
+        run.asks = run.asks or {}
         run.asks[conversation] = answer
         row, pid, broker = run.row, worker.pid, self._broker
 
@@ -3820,26 +3877,25 @@ class Cluster(concurrent.futures.Executor):
     def _answer(
         self, worker: _WorkerHandle, run: _Run, conversation: int, ok: bool, value: Any
     ) -> None:
-        if run in worker.runs and run.asks.pop(conversation, None) is not None:
+        if run in worker.runs and run.asks and run.asks.pop(conversation, None):
             worker.channel.send(_dumps(("answer", conversation, ok, value)))
 
     # ---- Outcomes
 
-    def _settle(self, ending: _Ending) -> None:
+    def _settle(self, run: _Run) -> None:
         """Have the store record how a run ended; who waits for it is told after that."""
-        (self._unsettled_here if ending.run.row.in_memory else self._unsettled).append(ending)
+        (self._unsettled_here if run.row.in_memory else self._unsettled).append(run)
 
     def _settle_in_memory(self) -> None:
         if self._unsettled_here:
-            endings, self._unsettled_here = self._unsettled_here, []
-            memory, outcomes = self.queue.in_memory._memory, [e.outcome for e in endings]
-            self._settled(endings, memory.settle(self._owner, outcomes, self.queue._now()))
+            runs, self._unsettled_here = self._unsettled_here, []
+            memory, outcomes = self.queue.in_memory._memory, [run.outcome for run in runs]
+            self._settled(runs, memory.settle(self._owner, outcomes, self.queue._now()))
 
-    def _settled(self, endings: list[_Ending], held: list[bool]) -> None:
-        """The store has recorded these endings, if their claims were still held."""
-        resolvable = []
-        for ending, was_held in zip(endings, held):
-            run, outcome = ending.run, ending.outcome
+    def _settled(self, runs: list[_Run], held: list[bool]) -> None:
+        """The store has recorded how these ended, if their claims were still held."""
+        resolvable, listeners = [], self.queue._listeners
+        for run, was_held in zip(runs, held):
             row, future = run.row, run.future
             if not was_held:
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
@@ -3850,24 +3906,24 @@ class Cluster(concurrent.futures.Executor):
                 continue
             if future is not None:
                 future._runs = False
-                waits = outcome.state == "ready"
+                waits = run.outcome.state == "ready"
                 if not waits or self._futures.setdefault(row.id, future) is not future:
-                    resolvable.append((future, ending))
-            listener = self.queue._listeners.get(ending.event or "")
-            if listener is not None:
-                self._call_listener(listener, ending)
+                    resolvable.append(run)
+            if run.event in listeners:
+                self._call_listener(listeners[run.event], run)
         if resolvable:
             self._future_thread.post(lambda: _resolve_futures(resolvable))
 
-    def _call_listener(self, listener: Listener, ending: _Ending) -> None:
-        state, result, error = ending.outcome.state, ending.outcome.result, ending.outcome.error
-        task = Task(ending.run.row._replace(state=state, owner="", result=result, error=error))
-        self._listener_thread.post(lambda: listener(_value(ending), task))
+    def _call_listener(self, listener: Listener, run: _Run) -> None:
+        _, _, state, _, _, result, error = run.outcome
+        task = Task(run.row._replace(state=state, owner="", result=result, error=error))
+        self._listener_thread.post(lambda: listener(run.value(), task))
 
     def _give_back(self, runs: Iterable[_Run]) -> None:
         """running -> waiting, uncharged, for what has not started (or must stop)."""
         for run in runs:
-            self._settle(_Ending(run, Outcome(run.row.id, run.row.claim, "ready", False)))
+            run.end_unheard("ready", charged=False)
+            self._settle(run)
         self._look = True
 
     # ---- Workers
@@ -3916,7 +3972,8 @@ class Cluster(concurrent.futures.Executor):
             run = worker.end_head(time.monotonic())
             row = run.row
             if run.verdict == "cancel":
-                self._settle(_Ending(run, Outcome(row.id, row.claim, "removed")))
+                run.end_unheard("removed", charged=True)
+                self._settle(run)
             elif run.verdict == "timeout":
                 late = TaskTimeout(f"{row.task_type!r} task {row.id!r} ran over {row.timeout:g} s")
                 self._fail(run, late, f"TaskTimeout: {late}")
@@ -4057,8 +4114,8 @@ class Cluster(concurrent.futures.Executor):
                 reason = f"StoreError: the stored task cannot be run: {row.error}"
                 outcome = Outcome(row.id, row.claim, "failed", error=reason)
                 _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, reason)
-                error = StoreError(reason)
-                self._settled([_Ending(run, outcome, "error", error=error)], [True])
+                run.end(outcome, "error", error=StoreError(reason))
+                self._settled([run], [True])
                 continue
             self._hand.append(run)
 
@@ -4075,10 +4132,10 @@ class Cluster(concurrent.futures.Executor):
             self._look, self._store_due = True, NEVER
         if not self._unsettled and not (self._look and claiming):
             return
-        endings, self._unsettled = self._unsettled, []
+        runs, self._unsettled = self._unsettled, []
         self._look = False
-        self._store_busy, self._in_flight = True, len(endings)
-        outcomes = [ending.outcome for ending in endings]
+        self._store_busy, self._in_flight = True, len(runs)
+        outcomes = [run.outcome for run in runs]
         owner, types, until = self._owner, dict(self._claimable()), self._until
         most = self._max_workers if claiming else 0
 
@@ -4087,7 +4144,7 @@ class Cluster(concurrent.futures.Executor):
                 answer: Any = self._store_turn(owner, outcomes, types, room, most, until)
             except BaseException as error:
                 answer = error
-            self._post(lambda: self._on_store_answer(endings, room, answer))
+            self._post(lambda: self._on_store_answer(runs, answer))
 
         self._store_thread.post(work)
 
@@ -4119,10 +4176,10 @@ class Cluster(concurrent.futures.Executor):
                 return held, rows, None
         return held, rows, upcoming
 
-    def _on_store_answer(self, endings: list[_Ending], room: float, answer: Any) -> None:
+    def _on_store_answer(self, runs: list[_Run], answer: Any) -> None:
         self._store_busy, self._in_flight = False, 0
         if isinstance(answer, BaseException):
-            self._unsettled = endings + self._unsettled
+            self._unsettled = runs + self._unsettled
             self._look = True
             self._on_store_failure(answer)
             return
@@ -4133,7 +4190,7 @@ class Cluster(concurrent.futures.Executor):
             _log.warning("the store works again")
         now = self.queue._now()
         self._store_due = min((due for due in self._upcoming or () if due > now), default=NEVER)
-        self._settled(endings, held)
+        self._settled(runs, held)
         self._take_in_hand(rows)
         self._look = self._look or self._upcoming is None
 
@@ -4243,7 +4300,8 @@ class Cluster(concurrent.futures.Executor):
             run = _Run(row, 1.0, self._futures.pop(row.id, None))
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, row.error)
             outcome = Outcome(row.id, row.claim, "failed", error=row.error)
-            self._settled([_Ending(run, outcome, "error", error=error)], [True])
+            run.end(outcome, "error", error=error)
+            self._settled([run], [True])
         if foreign:
             names = ", ".join(map(repr, foreign))
             _log.warning("tasks wait that this cluster has no function for: %s", names)
@@ -4315,7 +4373,8 @@ class Cluster(concurrent.futures.Executor):
     def _end_cancelled(self, run: _Run) -> None:
         if run.future is not None:
             run.future._end_cancelled()
-        self._settle(_Ending(run, Outcome(run.row.id, run.row.claim, "removed")))
+        run.end_unheard("removed", charged=True)
+        self._settle(run)
 
     def _begin_finish(self, until: int) -> None:
         if self._mode == "running":
@@ -4390,7 +4449,7 @@ class Cluster(concurrent.futures.Executor):
             return
         error = _failure(RuntimeError("the cluster was shut down before the broker answered"))
         for run in runs:
-            for answer in list(run.asks.values()):
+            for answer in list((run.asks or {}).values()):
                 answer(False, error)
 
     def _close(self) -> None:
