@@ -84,6 +84,7 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.process
+import operator
 import os
 import pickle
 import queue as _queues
@@ -121,7 +122,8 @@ __all__ = [
 
 AHEAD_SECONDS = 0.010  # Expected work that a worker may have claimed ahead (P5).
 AHEAD_TASKS = 256  # The same as a number of tasks: what a crash can give back.
-LEAST_SECONDS = AHEAD_SECONDS / AHEAD_TASKS  # Quicker tasks are no different (P5).
+LEAST_SHARE = 1 / AHEAD_TASKS  # Of a worker's room: quicker tasks are no different (P5).
+LEAST_SECONDS = AHEAD_SECONDS * LEAST_SHARE
 SLOW_SECONDS = 0.020  # A task that runs longer lets go of those queued behind it.
 LEASE_SECONDS = 30.0  # A master that has not renewed for this long is given up (P3).
 RENEW_SECONDS = 10.0  # Three chances to renew within one lease.
@@ -642,12 +644,12 @@ def share(expected: float | None) -> float:
 
     A type without history takes all. (P5: 10 ms of expected work, 256 tasks.)
 
-    >>> share(None), share(1.0), share(0.005), share(0.0) == 1 / 256
+    >>> share(None), share(1.0), share(0.005), share(0.0) == LEAST_SHARE
     (1.0, 1.0, 0.5, True)
     """
     if expected is None:
         return 1.0
-    return min(max(expected / AHEAD_SECONDS, 1 / AHEAD_TASKS), 1.0)
+    return min(max(expected / AHEAD_SECONDS, LEAST_SHARE), 1.0)
 
 
 def claimed(row: Row, owner: str) -> Row:
@@ -3059,6 +3061,9 @@ class _WorkerHandle:
             self.process.close()
 
 
+_load = operator.attrgetter("load")
+
+
 class _LeanCondition:
     """What Future needs of a threading.Condition, which is made when somebody waits.
 
@@ -3741,7 +3746,7 @@ class Cluster(concurrent.futures.Executor):
             message = pickle.loads(packed)
             kind = message[0]
             if kind == "done":
-                self._on_done(worker, now, *message[2:])
+                self._on_done(worker, now, message)
             elif kind == "fail":
                 self._on_fail(worker, now, *message[2:])
             elif kind == "start":
@@ -3767,16 +3772,8 @@ class Cluster(concurrent.futures.Executor):
         self._boot_error, self._failed_boots, self._boot_after = None, 0, 0.0
         self._look = True
 
-    def _on_done(
-        self,
-        worker: _WorkerHandle,
-        now: float,
-        seconds: float,
-        packed: bytes | None,
-        kept: str | None,
-        problem: str | None,
-        opened: int,
-    ) -> None:
+    def _on_done(self, worker: _WorkerHandle, now: float, message: tuple[Any, ...]) -> None:
+        _, _, seconds, packed, kept, problem, opened = message
         run = self._ended(worker, now, seconds)
         row = run.row
         if self._logs_runs:
@@ -3801,15 +3798,15 @@ class Cluster(concurrent.futures.Executor):
     def _ended(self, worker: _WorkerHandle, now: float, seconds: float) -> _Run:
         """The head of the worker's runs, which has ended after *seconds*."""
         run = worker.end_head(now)
-        self._learn(run.row.task_type, seconds)
         self._look = True
-        if worker.runs:
+        # Most are as quick as can be, and known to be: nothing to learn.
+        if seconds > LEAST_SECONDS or self._shares[run.row.task_type] > LEAST_SHARE:
+            self._learn(run.row.task_type, seconds)
+        if self._logs_runs and worker.runs:
             self._log_start(worker.runs[0])
         return run
 
     def _learn(self, task_type: str, seconds: float) -> None:
-        if seconds <= LEAST_SECONDS and self._shares[task_type] == 1 / AHEAD_TASKS:
-            return  # As quick as can be, and known to be.
         expected = learned(self._expected.get(task_type), seconds)
         self._expected[task_type], self._shares[task_type] = expected, share(expected)
 
@@ -4104,20 +4101,27 @@ class Cluster(concurrent.futures.Executor):
             self._take_in_hand(rows)
 
     def _take_in_hand(self, rows: list[Row]) -> None:
-        shares = self._claimable()
-        if rows and not self._hand:
+        if not rows:
+            return
+        if not self._hand:
             self._hand_since = time.monotonic()
+        shares, futures = self._claimable(), self._futures
         for row in rows:
             cost = 1.0 if row.interrupted else shares[row.task_type]
-            run = _Run(row, cost, self._futures.pop(row.id, None))
-            if row.state == "failed":  # It cannot be read; the store has set it aside.
-                reason = f"StoreError: the stored task cannot be run: {row.error}"
-                outcome = Outcome(row.id, row.claim, "failed", error=reason)
-                _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, reason)
-                run.end(outcome, "error", error=StoreError(reason))
-                self._settled([run], [True])
-                continue
-            self._hand.append(run)
+            run = _Run(row, cost, futures.pop(row.id, None))
+            if row.state == "running":
+                self._hand.append(run)
+            else:
+                self._on_unreadable(run)
+
+    def _on_unreadable(self, run: _Run) -> None:
+        """The row cannot be decoded; the store has set it aside as `failed`."""
+        row = run.row
+        reason = f"StoreError: the stored task cannot be run: {row.error}"
+        _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, reason)
+        outcome = Outcome(row.id, row.claim, "failed", error=reason)
+        run.end(outcome, "error", error=StoreError(reason))
+        self._settled([run], [True])
 
     def _use_store(self, now: float) -> None:
         """Send the store what ended, and for what can be claimed: one transaction."""
@@ -4210,7 +4214,7 @@ class Cluster(concurrent.futures.Executor):
         workers = self._accepting()
         while self._hand and workers:
             run = self._hand[0]
-            worker = min(workers, key=lambda worker: worker.load)
+            worker = min(workers, key=_load)
             if worker.load > 0 and worker.load + run.cost > 1.0 + 1e-9:
                 break
             self._hand.popleft()
