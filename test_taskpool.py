@@ -1327,7 +1327,7 @@ class TestExecutor(WithCluster):
 
     def test_its_futures_are_those_of_concurrent_futures(self):
         """They make their own attributes, so a new one in a later Python must turn this red."""
-        future = self.cluster.submit("hold", str(self.folder / "held"))
+        future = self.submit("hold", str(self.folder / "held"))
         self.assertLessEqual(set(vars(Future())), set(vars(future)))
         self.assertEqual(future._state, Future()._state)
         with self.assertRaises(concurrent.futures.TimeoutError):
