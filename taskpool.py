@@ -131,6 +131,7 @@ WARN_SECONDS = 60.0  # The same warning is not given more often.
 WATCH_SECONDS = 1.0  # How often masters look for dead masters.
 INTERRUPTIONS = 5  # Interrupted single claims after which a task fails (P3).
 BUSY_SECONDS = 30.0  # Longest wait for another process's write lock on SQLite.
+CHECKPOINT_PAGES = 4000  # Of SQLite's write-ahead log (16 MB): fewer and cheaper fsyncs.
 RETRY_CAP_SECONDS = 3600.0  # Longest wait before a retry.
 BOOT_SECONDS = 0.04  # First wait after a worker died as it started; then doubled...
 BOOT_CAP_SECONDS = 30.0  # ... up to this.
@@ -1484,9 +1485,12 @@ class SQLiteStore(Store):
         try:
             yield
         except sqlite3.Error as error:
-            if type(error) is sqlite3.DatabaseError:
-                self._stale = True  # Damaged, perhaps: look at the file afresh next time.
-            raise StoreError(f"{self.path}: {error}{self._hint()}") from error
+            raise self._store_error(error) from error
+
+    def _store_error(self, error: sqlite3.Error) -> StoreError:
+        if type(error) is sqlite3.DatabaseError:
+            self._stale = True  # Damaged, perhaps: look at the file afresh next time.
+        return StoreError(f"{self.path}: {error}{self._hint()}")
 
     def _identity(self) -> tuple[int, int]:
         """Which file has our name now. SQLite writes to the one that it opened, also when
@@ -1513,6 +1517,7 @@ class SQLiteStore(Store):
             self._version(db)  # A newer file is refused before anything is changed.
             self._use_wal(db)
             db.execute(f"PRAGMA synchronous = {self._synchronous}")
+            db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             if self._version(db) != SCHEMA_VERSION:
                 self._make_schema(db)
         except BaseException:
@@ -1631,8 +1636,24 @@ class SQLiteStore(Store):
             self._stale = False
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
+        if len(additions) == 1 and self._add_alone(additions[0][0]):
+            return [additions[0][0]]
         with self.transaction() as db:
             return [self._add(db, new, if_exists) for new, if_exists in additions]
+
+    def _add_alone(self, new: Row) -> bool:
+        """The usual case in one statement, which costs half of a transaction. False if
+        that could not be done: the id is taken, say."""
+        with self._write_lock:
+            if self._writer is None or self._writing or self._stale:
+                return False
+            try:
+                self._writer.execute(_ADD, new[:-1])
+            except sqlite3.IntegrityError:
+                return False
+            except sqlite3.Error as error:
+                raise self._store_error(error) from error
+            return self._opened == self._identity()
 
     def _add(self, db: sqlite3.Connection, new: Row, if_exists: str) -> Row:
         try:
