@@ -1237,7 +1237,7 @@ _SCHEMA = (
         interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
         removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT)
     """,
-    # For _READY and _FOREIGN: what can be claimed, in order.
+    # For _READY and _STARTABLE: what can be claimed, in order.
     """
     CREATE INDEX IF NOT EXISTS taskpool_ready
     ON taskpool_task (lane, task_type, priority DESC, created_at) WHERE state = 'ready'
@@ -1346,24 +1346,25 @@ AND owner NOT IN (SELECT owner FROM taskpool_master)
 _OPEN_LANE = "UPDATE taskpool_task SET lane = '' WHERE lane > '' AND lane = ?"
 _EXPIRE = "DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ?"
 
-# The distinct task types that wait, one index look-up each.
-_FOREIGN = """
+# The task types of a lane of which a task can start by then, one index look-up each.
+_STARTABLE = """
 WITH RECURSIVE
 ready(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'ready' AND lane = ''
+    SELECT min(task_type) FROM taskpool_task WHERE state = 'ready' AND lane = :lane
     UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'ready' AND lane = '' AND task_type > t)
+                      WHERE state = 'ready' AND lane = :lane AND task_type > t)
     FROM ready WHERE t IS NOT NULL),
 scheduled(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'scheduled' AND lane = ''
+    SELECT min(task_type) FROM taskpool_task WHERE state = 'scheduled' AND lane = :lane
     UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'scheduled' AND lane = '' AND task_type > t)
+                      WHERE state = 'scheduled' AND lane = :lane AND task_type > t)
     FROM scheduled WHERE t IS NOT NULL)
 SELECT t FROM ready WHERE t IS NOT NULL
 UNION SELECT t FROM scheduled WHERE t IS NOT NULL AND
     (SELECT min(ready_at) FROM taskpool_task
-     WHERE state = 'scheduled' AND lane = '' AND task_type = t) <= ?
+     WHERE state = 'scheduled' AND lane = :lane AND task_type = t) <= :instant
 """
+MANY_TYPES = 8  # From here on looking for what there is beats asking for each type.
 
 _OLDEST_FIRST = "ORDER BY created_at, seq LIMIT ? OFFSET ?"
 # waiting, failed, done -> (removed); a running task is marked.
@@ -1716,10 +1717,10 @@ class SQLiteStore(Store):
     ) -> list[Row]:
         most = math.ceil(limit / min(shares.values()))
         suspect = db.execute(_SUSPECT, (owner,)).fetchone() is not None
-        places = [(lane, t) for t in shares for lane in ("", owner)]
+        places = self._places(db, owner, shares, now)
         db.executemany(_PROMOTE, [(*place, now) for place in places])
         streams = [db.execute(_READY, (*place, until, most)) for place in places]
-        candidates = iter(streams[0]) if len(streams) == 1 else heapq.merge(*streams, key=_rank)
+        candidates = heapq.merge(*streams, key=_rank)
         taken: list[Row] = []
         taken_seq: list[tuple[str, int]] = []
         broken: list[tuple[str, int]] = []
@@ -1746,6 +1747,21 @@ class SQLiteStore(Store):
         db.executemany(_CLAIM, taken_seq)
         db.executemany(_SET_ASIDE, broken)
         return taken + broken_rows
+
+    @staticmethod
+    def _places(
+        db: sqlite3.Connection, owner: str, types: Iterable[str], instant: int
+    ) -> list[_Place]:
+        """The lanes and types to look at for tasks that can start by *instant*."""
+        known, lanes = set(types), ("", owner)
+        if len(known) < MANY_TYPES:
+            return [(lane, task_type) for task_type in known for lane in lanes]
+        return [
+            (lane, task_type)
+            for lane in lanes
+            for (task_type,) in db.execute(_STARTABLE, {"lane": lane, "instant": instant})
+            if task_type in known
+        ]
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
         with self.transaction() as db:
@@ -1813,7 +1829,7 @@ class SQLiteStore(Store):
     ) -> list[int]:
         due: list[int] = []
         with self._read() as db:
-            for place in [(lane, t) for t in types for lane in ("", owner)]:
+            for place in self._places(db, owner, types, NEVER):
                 (ready,) = db.execute(_COUNT_READY, (*place, until, limit)).fetchone()
                 due += [now] * ready
                 due += [at for (at,) in db.execute(_NEXT_DUE, (*place, until, limit))]
@@ -1822,7 +1838,8 @@ class SQLiteStore(Store):
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
         with self._read() as db:
-            return sorted(t for (t,) in db.execute(_FOREIGN, (now,)) if t not in known)
+            found = db.execute(_STARTABLE, {"lane": "", "instant": now})
+            return sorted(task_type for (task_type,) in found if task_type not in known)
 
     def find(self, query: Query, now: int) -> list[Row]:
         where, values = _where(query, now)
