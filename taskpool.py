@@ -131,6 +131,7 @@ WARN_SECONDS = 60.0  # The same warning is not given more often.
 WATCH_SECONDS = 1.0  # How often masters look for dead masters.
 INTERRUPTIONS = 5  # Interrupted single claims after which a task fails (P3).
 BUSY_SECONDS = 30.0  # Longest wait for another process's write lock on SQLite.
+PROMOTE_TASKS = 5_000  # Due tasks made ready at once; a million must not stop the rest.
 CHECKPOINT_PAGES = 4000  # Of SQLite's write-ahead log (16 MB): fewer and cheaper fsyncs.
 RETRY_CAP_SECONDS = 3600.0  # Longest wait before a retry.
 BOOT_SECONDS = 0.04  # First wait after a worker died as it started; then doubled...
@@ -1068,7 +1069,9 @@ class MemoryStore(Store):
         for task_type in types:
             for place in (("", task_type), (owner, task_type)):
                 scheduled = self._scheduled.get(place)
-                while scheduled and (scheduled[0][0] <= now or not self._alive(scheduled[0][2])):
+                for _ in range(PROMOTE_TASKS):
+                    if not scheduled or (scheduled[0][0] > now and self._alive(scheduled[0][2])):
+                        break
                     row = heapq.heappop(scheduled)[2]
                     if self._alive(row):
                         self._put(row._replace(state="ready"))
@@ -1295,9 +1298,11 @@ _ERASE = "DELETE FROM taskpool_task WHERE id = ?"
 _WRITE = f"UPDATE taskpool_task SET ({_LIST}) = ({', '.join('?' * len(_COLUMNS))}) WHERE id = ?"
 
 # scheduled -> ready
-_PROMOTE = """
-UPDATE taskpool_task SET state = 'ready'
-WHERE state = 'scheduled' AND lane = ? AND task_type = ? AND ready_at <= ?
+_PROMOTE = f"""
+UPDATE taskpool_task SET state = 'ready' WHERE seq IN (
+    SELECT seq FROM taskpool_task
+    WHERE state = 'scheduled' AND lane = ? AND task_type = ? AND ready_at <= ?
+    ORDER BY ready_at LIMIT {PROMOTE_TASKS})
 """
 # What claim() would take of one lane and type, best first.
 _READY = f"""

@@ -811,6 +811,20 @@ class StoreContract:
         self.add(*[row(str(i)) for i in range(50)])
         self.assertEqual([r.id for _ in range(50) for r in self.claim(1)], [str(i) for i in range(50)])
 
+    FLOOD = 2 * taskpool.PROMOTE_TASKS + 1
+
+    def test_tasks_that_come_due_together_are_all_served_however_many(self):
+        """A look makes no more than a part of them ready, so that it takes its time for none."""
+        soon = timedelta(seconds=1)
+        self.add(*[row(f"t{i}", due_date=soon) for i in range(self.FLOOD)])
+        later = NOW + SECOND
+        taken = []
+        while self.store.next_due("me", ["x"], 1, later):
+            got = self.claim(self.FLOOD, now=later)
+            self.assertTrue(got)
+            taken += got
+        self.assertEqual(sorted(r.id for r in taken), sorted(f"t{i}" for i in range(self.FLOOD)))
+
     def test_a_map_of_many_types_is_served_like_one_of_few(self):
         types = [f"type {i:02}" for i in range(40)]
         self.add(*[row(t, t, priority=i % 7) for i, t in enumerate(types[::2])], row("foreign", "y", priority=99))
