@@ -1018,6 +1018,7 @@ class TestSQLiteStore(StoreContract, InFolder):
             "_STARTABLE": "taskpool_ready .*taskpool_scheduled .*taskpool_scheduled ",
             "_HELD_BY": "taskpool_running", "_OWNERS": "taskpool_running", "_SUSPECT": "taskpool_running",
             "_OPEN_LANE": "taskpool_lane", "_EXPIRE": "taskpool_expires",
+            "_MASTERS": "sqlite_autoindex_taskpool_master_1",
             "_RENEW": "sqlite_autoindex_taskpool_master_1", "_LEAVE": "sqlite_autoindex_taskpool_master_1",
         }
         statements = {
@@ -1869,6 +1870,21 @@ class TestClusterOptions(InFolder):
         task = other.add_task("echo", keep_result=60)  # No event tells of it.
         cluster.set_refresh_rate(20)
         self.assertEqual(queue.wait(task.id, PATIENCE).state, "done")
+
+    def test_tasks_of_other_processes_start_without_waiting_for_the_poll(self):
+        """Each add rings a bell, or comes so soon after one that the second look finds it."""
+        queue = self.queue()
+        cluster = self.cluster({"echo": echo}, queue, refresh_rate=3_600_000)
+        cluster.submit("echo").result(PATIENCE)
+        self.run_script(
+            """
+            from taskpool import TaskQueue
+            queue = TaskQueue("tasks.db")
+            for burst in range(5):
+                for task in [queue.add_task("echo", keep_result=60) for _ in range(10)]:
+                    assert queue.wait(task.id, 60).state == "done"
+            """
+        )
 
     def test_the_start_method_of_the_program_is_not_fixed(self):
         """ENGINE 52, WP-04."""
