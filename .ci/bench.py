@@ -213,7 +213,8 @@ def main(rounds: int) -> None:
             ratios = [a / b for a, b in zip(ours, theirs) if a and b]
             if ratios:
                 median = statistics.median(value for value in theirs if value)
-                print(f"  {name:<24} {median:>12,.2f}   taskpool / this {statistics.median(ratios):.2f}")
+                ratio = statistics.median(ratios)
+                print(f"  {name:<24} {median:>12,.2f}   taskpool / this {ratio:.2f}")
 
 
 if __name__ == "__main__":
