@@ -102,7 +102,7 @@ from concurrent.futures import Future
 from datetime import datetime, timedelta, timezone
 from multiprocessing.connection import Connection
 from types import CoroutineType
-from typing import Any, Callable, NamedTuple, Union, cast
+from typing import Any, Callable, NamedTuple, TypeVar, Union, cast
 
 __version__ = "0.1.0"
 __all__ = [
@@ -1417,6 +1417,9 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     return " AND ".join(terms), values
 
 
+_T = TypeVar("_T")  # What is read or written.
+
+
 class SQLiteStore(Store):
     """Tasks in one SQLite file (WAL), shared by any number of processes of one machine.
 
@@ -1456,7 +1459,7 @@ class SQLiteStore(Store):
         self._reader: sqlite3.Connection | None = None
         self._opened = self._reading = (0, 0)  # The _identity that each has.
         self._stale = False  # Open again before the next write.
-        self._writing = 0  # The depth of transactions; > 0 only for the lock's holder.
+        self._grouping = 0  # The thread in transaction(), which holds the write lock.
         self._seen: dict[str, tuple[int, float]] = {}  # owner -> beat, and since when.
 
     @contextlib.contextmanager
@@ -1559,49 +1562,72 @@ class SQLiteStore(Store):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write_lock, self._errors():
-            if self._writing:
+            if self._grouping:
                 yield cast(sqlite3.Connection, self._writer)
                 return
-            if self._stale or self._opened != self._identity():
-                self.close()
-            if self._writer is None:
-                self._writer = self._open()
-                self._opened = self._identity()
-            db = self._writer
-            db.execute("BEGIN IMMEDIATE")
-            self._writing += 1
             try:
+                db = self._begin()
+                self._grouping = threading.get_ident()
                 yield db
-                db.execute("COMMIT")
-                if self._opened != self._identity():
-                    raise StoreError(f"{self.path}: the file was deleted or replaced")
+                self._commit(db)
             except BaseException:
-                # SQLite may have rolled back itself (full disk); keep the first error.
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
+                self._roll_back()
                 raise
             finally:
-                self._writing -= 1
+                self._grouping = 0
 
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[sqlite3.Connection]:
-        if self._write_lock.acquire(blocking=False):
+    def _write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Have *work* write in a transaction of its own, or in that of the caller.
+
+        This and _read are no context managers: a Ctrl-C between the entering of one and
+        its block would keep the lock as long as somebody looks at the KeyboardInterrupt.
+        """
+        with self._write_lock, self._errors():
+            if self._grouping:
+                return work(cast(sqlite3.Connection, self._writer))
             try:
-                if self._writing:
-                    with self._errors():
-                        yield cast(sqlite3.Connection, self._writer)
-                    return
-            finally:
-                self._write_lock.release()
-        with self._read_lock, self._errors():
-            if self._reader is not None and self._reading != self._identity():
-                self._connections.remove(self._reader)
-                self._reader.close()
-                self._reader = None
-            if self._reader is None:
-                self._reader = self._open()
-                self._reading = self._identity()
-            yield self._reader
+                db = self._begin()
+                result = work(db)
+                self._commit(db)
+                return result
+            except BaseException:
+                self._roll_back()
+                raise
+
+    def _begin(self) -> sqlite3.Connection:
+        if self._stale or self._opened != self._identity():
+            self.close()
+        if self._writer is None:
+            self._writer = self._open()
+            self._opened = self._identity()
+        self._roll_back()  # What a second Ctrl-C, just after the first, left open.
+        self._writer.execute("BEGIN IMMEDIATE")
+        return self._writer
+
+    def _commit(self, db: sqlite3.Connection) -> None:
+        db.execute("COMMIT")
+        if self._opened != self._identity():
+            raise StoreError(f"{self.path}: the file was deleted or replaced")
+
+    def _roll_back(self) -> None:
+        # SQLite may have rolled back itself (full disk); keep the first error.
+        if self._writer is not None and self._writer.in_transaction:
+            self._writer.execute("ROLLBACK")
+
+    def _read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Have *work* read, in a transaction() what was written there too."""
+        with self._errors():
+            if self._grouping == threading.get_ident():
+                return work(cast(sqlite3.Connection, self._writer))
+            with self._read_lock:
+                if self._reader is not None and self._reading != self._identity():
+                    self._connections.remove(self._reader)
+                    self._reader.close()
+                    self._reader = None
+                if self._reader is None:
+                    self._reader = self._open()
+                    self._reading = self._identity()
+                return work(self._reader)
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:
@@ -1611,8 +1637,7 @@ class SQLiteStore(Store):
             self._stale = False
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
-        with self.transaction() as db:
-            return [self._add(db, new, if_exists) for new, if_exists in additions]
+        return self._write(lambda db: [self._add(db, *addition) for addition in additions])
 
     def _add(self, db: sqlite3.Connection, new: Row, if_exists: str) -> Row:
         try:
@@ -1651,7 +1676,8 @@ class SQLiteStore(Store):
         shares = _shares(types)
         if not shares or limit <= 0:
             return []
-        with self.transaction() as db:
+
+        def work(db: sqlite3.Connection) -> list[Row]:
             try:
                 return self._claim(db, owner, shares, limit, now, until)
             except sqlite3.OperationalError as error:
@@ -1663,6 +1689,8 @@ class SQLiteStore(Store):
                 return self._claim(db, owner, shares, limit, now, until)
             finally:
                 db.text_factory = str
+
+        return self._write(work)
 
     def _claim(
         self,
@@ -1707,8 +1735,7 @@ class SQLiteStore(Store):
         return taken + broken_rows
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
-        with self.transaction() as db:
-            return [self._settle(db, owner, outcome, now) for outcome in outcomes]
+        return self._write(lambda db: [self._settle(db, owner, o, now) for o in outcomes])
 
     def _settle(self, db: sqlite3.Connection, owner: str, outcome: Outcome, now: int) -> bool:
         claim = outcome.id, outcome.claim, owner
@@ -1723,14 +1750,18 @@ class SQLiteStore(Store):
         return True
 
     def renew(self, owner: str, now: int) -> None:
-        with self.transaction() as db:
+        def work(db: sqlite3.Connection) -> None:
             if not db.execute(_RENEW, (owner,)).rowcount:
                 db.execute(_ENTER, (owner,))
             db.execute(_EXPIRE, (now,))
 
+        self._write(work)
+
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
-        with self._read() as db:
-            beats: dict[str, int] = dict(db.execute(_OWNERS).fetchall())
+        def look(db: sqlite3.Connection) -> dict[str, int]:
+            return dict(db.execute(_OWNERS).fetchall())
+
+        beats = self._read(look)
         beats.pop(owner, None)
         for other, beat in beats.items():
             if self._seen.get(other, (None,))[0] != beat:
@@ -1738,20 +1769,22 @@ class SQLiteStore(Store):
         self._seen = {other: seen for other, seen in self._seen.items() if other in beats}
         silent = [o for o, (_, since) in self._seen.items() if seconds - since >= LEASE_SECONDS]
         dead = [other for other in beats if other in silent or owner_is_dead(other)]
-        ended: list[Row] = []
-        for other in dead:
-            with self.transaction() as db:
-                # Looked at again, under the lock: it may have renewed in between.
-                if dict(db.execute(_OWNERS).fetchall()).get(other) == beats[other]:
+
+        def work(db: sqlite3.Connection) -> list[Row]:
+            # Looked at again, under the lock: some may have renewed in between.
+            again, ended = look(db), []
+            for other in dead:
+                if again.get(other) == beats[other]:
                     ended += self._give_back(db, other, now, after_interruption)
-        return ended
+            return ended
+
+        return self._write(work) if dead else []
 
     def leave(self, owner: str, now: int) -> None:
         def given_back(row: Row, now: int) -> Row | None:
             return after_run(row, Outcome(row.id, row.claim, "ready", charged=False), now)
 
-        with self.transaction() as db:
-            self._give_back(db, owner, now, given_back)
+        self._write(lambda db: self._give_back(db, owner, now, given_back))
 
     def _give_back(
         self, db: sqlite3.Connection, owner: str, now: int, after: Callable[[Row, int], Row | None]
@@ -1770,64 +1803,70 @@ class SQLiteStore(Store):
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
     ) -> list[int]:
-        due: list[int] = []
-        with self._read() as db:
+        def work(db: sqlite3.Connection) -> list[int]:
+            due: list[int] = []
             for place in [(lane, t) for t in types for lane in ("", owner)]:
                 (ready,) = db.execute(_COUNT_READY, (*place, until, limit)).fetchone()
                 due += [now] * ready
                 due += [at for (at,) in db.execute(_NEXT_DUE, (*place, until, limit))]
-        return sorted(due)[:limit]
+            return sorted(due)[:limit]
+
+        return self._read(work)
 
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
-        with self._read() as db:
-            return sorted(t for (t,) in db.execute(_FOREIGN, (now,)) if t not in known)
+        found = self._read(lambda db: db.execute(_FOREIGN, (now,)).fetchall())
+        return sorted(t for (t,) in found if t not in known)
 
     def find(self, query: Query, now: int) -> list[Row]:
         where, values = _where(query, now)
         limit = -1 if query.limit is None else query.limit
         statement = f"SELECT {_LIST} FROM taskpool_task WHERE {where} {_OLDEST_FIRST}"
-        with self._read() as db:
+        values += limit, query.offset
+
+        def work(db: sqlite3.Connection) -> list[Any]:
             try:
-                found = db.execute(statement, (*values, limit, query.offset)).fetchall()
+                return db.execute(statement, values).fetchall()
             except sqlite3.OperationalError as error:
                 if "decode" not in str(error):
                     raise
                 db.text_factory = lambda raw: _decoded(raw, raw.decode(errors="replace"))
                 try:
-                    found = db.execute(statement, (*values, limit, query.offset)).fetchall()
+                    return db.execute(statement, values).fetchall()
                 finally:
                     db.text_factory = str
-        return [Row(*columns) for columns in found]
+
+        return [Row(*columns) for columns in self._read(work)]
 
     def count(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self._read() as db:
-            found = db.execute(f"SELECT count(*) FROM taskpool_task WHERE {where}", values)
-            return cast(int, found.fetchone()[0])
+        statement = f"SELECT count(*) FROM taskpool_task WHERE {where}"
+        return cast(int, self._read(lambda db: db.execute(statement, values).fetchone()[0]))
 
     def remove(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self.transaction() as db:
-            marked = db.execute(f"{_MARK} AND {where}", values).rowcount
-            return marked + db.execute(f"{_REMOVE} AND {where}", values).rowcount
+        statements = f"{_MARK} AND {where}", f"{_REMOVE} AND {where}"
+        return self._write(lambda db: sum(db.execute(s, values).rowcount for s in statements))
 
     def retry(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self.transaction() as db:
-            found = db.execute(
-                f"SELECT {_LIST} FROM taskpool_task WHERE state = 'failed' AND {where}", values
-            ).fetchall()
+        statement = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'failed' AND {where}"
+
+        def work(db: sqlite3.Connection) -> int:
+            found = db.execute(statement, values).fetchall()
             for columns in found:
                 self._replace(db, Row(*columns), after_retry(Row(*columns), now))
             return len(found)
 
+        return self._write(work)
+
     def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
-        with self.transaction() as db:
-            old = self._row(db, task_id)
-            new = after_update(old, task_id, changes, now)
+        def work(db: sqlite3.Connection) -> Row:
+            new = after_update(self._row(db, task_id), task_id, changes, now)
             self._replace(db, new, new)
             return new
+
+        return self._write(work)
 
 
 # --- Queue ---------------------------------------------------------------------------
@@ -4194,6 +4233,7 @@ class Cluster(concurrent.futures.Executor):
         if self._next_refresh <= now:
             self._next_refresh = now + self._refresh
             self.queue.in_memory._memory.renew(self._owner, self.queue._now())
+            cast(_WakeUp, self._wake).clear()  # Ctrl-C may have come before its byte.
             self._look = True
             self._check_futures = self._check_futures or self._idle.is_set()
             if self._keep_alive is None and self._mode == "running" and not self._hand:
