@@ -942,7 +942,7 @@ class Store:
         raise NotImplementedError
 
     def transaction(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the calls inside one write, where the store can. Default: nothing."""
+        """Make the calls inside one write, and yield anything but None, if the store can."""
         return contextlib.nullcontext()
 
     def close(self) -> None:
@@ -1556,7 +1556,7 @@ class SQLiteStore(Store):
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.005)
-        if mode != "wal":
+        if mode != "wal" and not self._connections:  # Once.
             _log.warning("%s: WAL is not possible here; journal mode is %s", self.path, mode)
 
     @contextlib.contextmanager
@@ -2509,7 +2509,7 @@ class _WorkerProcess:
                 for offset, values in enumerate(rows):
                     if self._permitted(number + offset):
                         self._run(number + offset, Row._make(values))
-                del rows
+                del rows, values
             del message
 
     def _receive(self) -> Any:
@@ -2565,7 +2565,7 @@ class _WorkerProcess:
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: they end the task, not the worker.
             report = ("fail", number, time.perf_counter() - started, _failure(error), True)
-            error.__traceback__ = None  # Frees the frames, and what they hold.
+            traceback.clear_frames(error.__traceback__)  # Frees what they hold.
         self._current = -1
         opened = sum(not future.done() for _, future in self._conversations.values())
         self._conversations.clear()
@@ -4142,9 +4142,10 @@ class Cluster(concurrent.futures.Executor):
         """What the store thread does for a turn. A look at an empty queue writes nothing."""
         store, held, rows = self.queue._store, [], []
         if outcomes:
-            with store.transaction():
+            with store.transaction() as together:
                 held = store.settle(owner, outcomes, self.queue._now())
-                if room > 0:
+                # A claim that failed must not undo, or seem to undo, what is recorded.
+                if room > 0 and together is not None:
                     rows = store.claim(owner, types, room, self.queue._now(), until)
         if most and sum(types[row.task_type] for row in rows) >= room / 2 and rows:
             return held, rows, None

@@ -30,6 +30,7 @@ import textwrap
 import threading
 import time
 import unittest
+import unittest.mock
 from concurrent.futures import Future
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -43,6 +44,7 @@ from taskpool import (
     Query,
     RemoteError,
     SQLiteStore,
+    Store,
     StoreError,
     TaskQueue,
     TaskTimeout,
@@ -192,6 +194,14 @@ def hold(job):
     while not os.path.exists(job.data + ".end") and time.monotonic() < deadline:
         time.sleep(0.005)
     return "held"
+
+
+def hold_the_gil(job):
+    """Sleep in C code that does not let go of the interpreter."""
+    import ctypes
+
+    add_line(job)
+    ctypes.PyDLL(None).usleep(int(job.data["seconds"] * 1e6))
 
 
 def fail(job):
@@ -420,7 +430,10 @@ class Scaler:
 
 
 class TestWhatAddTaskTakes(InFolder):
-    """Wrong arguments raise at once and name the parameter; nothing is stored."""
+    """Wrong arguments raise at once and name the parameter; nothing is stored.
+
+    CK-06, PR-04, RT-03, SE-01, SE-06, ENGINE 19.
+    """
 
     WRONG = [  # (parameter, value, error)
         *[("task_type", v, TypeError) for v in (None, 5, b"x", ["x"])],
@@ -800,6 +813,7 @@ class StoreContract:
         self.assertEqual([(r.id, r.state) for r in self.store.find(Query(), NOW)], [("1", "running"), ("2", "failed")])
 
     def test_order_is_priority_then_age_then_insertion(self):
+        """PR-01, PR-02, PR-04."""
         ranks = [(5, 0), (1, -2), (1, -1), (0, 0), (-1, -9)]
         for order in (ranks, ranks[::-1], ranks[2:] + ranks[:2]):
             self.add(*[row(f"{p} {age}", priority=p, now=NOW + age) for p, age in order])
@@ -872,6 +886,7 @@ class StoreContract:
         self.assertEqual([at <= NOW + 5 * SECOND for at in due], [True] * 4)
 
     def test_if_exists_decides_by_the_state_of_the_old_one(self):
+        """SE-04."""
         self.add(row(priority=1))
         with self.assertRaisesRegex(DuplicateTask, "'t' is waiting"):
             self.add(row(priority=2))
@@ -1134,7 +1149,41 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.settle(neighbour, "ready", ready_at=NOW)
         self.assertEqual(self.look("neighbour").interrupted, 0)  # A run ended: reset.
 
+    def test_reading_and_running_keep_what_another_version_stored(self):
+        """TT-05: a state, a type and a column that this version does not know."""
+        queue = self.queue("store.db")
+        for task_id in ("state", "type", "good"):
+            queue.add_task("unknown" if task_id == "type" else "echo", task_id=task_id)
+        with contextlib.closing(sqlite3.connect(self.folder / "store.db")) as db:
+            db.execute("ALTER TABLE taskpool_task ADD COLUMN colour TEXT")
+            db.execute("UPDATE taskpool_task SET state = 'paused', colour = 'red' WHERE id = 'state'")
+            db.commit()
+            self.cluster({"echo": echo}, queue).shutdown()
+            self.assertEqual(queue.count(), 2)
+            self.assertEqual({t.id: t.state for t in queue.find()}, {"state": "paused", "type": "waiting"})
+            self.assertEqual(queue.find(due=True, state="waiting")[0].id, "type")
+            self.assertEqual((queue.retry(), queue.find_one(task_id="state").task_type), (0, "echo"))
+            found = db.execute("SELECT state, colour FROM taskpool_task WHERE id = 'state'").fetchall()
+        self.assertEqual(found, [("paused", "red")])
+
+    def test_where_wal_is_impossible_it_works_with_one_warning(self):
+        """SQ-07."""
+        class NoWAL(sqlite3.Connection):
+            def execute(self, statement, *values):
+                return super().execute(statement.replace("journal_mode = WAL", "journal_mode"), *values)
+
+        connect = functools.partial(sqlite3.connect, factory=NoWAL)
+        with unittest.mock.patch("sqlite3.connect", connect), self.assertLogs("taskpool", "WARNING") as logs:
+            queue = self.queue("plain.db")
+            with self.cluster({"echo": echo}, queue) as cluster:
+                self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(5)], list(range(5)))
+        self.assertEqual([record.levelname for record in logs.records], ["WARNING"])
+        self.assertIn("plain.db: WAL is not possible here; journal mode is delete", logs.output[0])
+
     def test_user_tables_in_the_same_file_are_left_alone(self):
+        """SM-03; an empty file is as good as none."""
+        (self.folder / "empty.db").touch()
+        self.assertEqual(self.queue("empty.db").add_task("x").state, "waiting")
         path = self.folder / "app.db"
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.execute("CREATE TABLE task (id)")
@@ -1180,6 +1229,7 @@ class TestSchemaVersions(InFolder):
             return db.execute(query).fetchone()[0]
 
     def test_an_older_file_keeps_its_tasks_and_gets_what_is_new(self):
+        """SM-03."""
         path = self.make(SCHEMA_0)
         with contextlib.closing(SQLiteStore(path)) as store:
             self.assertEqual([r.id for r in store.find(Query(), NOW)], ["old", "busy"])
@@ -1199,6 +1249,7 @@ class TestSchemaVersions(InFolder):
         self.assertEqual(self.value(path, shape), self.value(self.folder / "fresh.db", shape))
 
     def test_a_newer_file_is_refused_and_not_touched(self):
+        """SM-04, TT-05."""
         with self.queue("newer.db") as queue:
             queue.add_task("x")
         path = self.make("PRAGMA journal_mode = DELETE; PRAGMA user_version = 77", "newer.db")
@@ -1947,6 +1998,124 @@ class TestP1NothingIsLost(InFolder):
             self.assertEqual(queue.find_one().state, "waiting")  # It starts again.
 
 
+    def test_what_was_recorded_or_claimed_is_kept_when_the_next_call_fails(self):
+        """The store fails after each claim; or between two calls that it cannot group."""
+        class Failing(SQLiteStore):
+            claimed = False
+
+            def claim(self, *arguments):
+                rows = super().claim(*arguments)
+                self.claimed = bool(rows)
+                return rows
+
+            def next_due(self, *arguments):
+                if self.claimed:
+                    self.claimed = False
+                    raise StoreError("the look failed")
+                return super().next_due(*arguments)
+
+        class Ungrouped(SQLiteStore):
+            transaction = Store.transaction
+            turn = 0
+
+            def claim(self, *arguments):
+                self.turn += 1
+                if self.turn % 2:
+                    raise StoreError("the claim failed")
+                return super().claim(*arguments)
+
+        for kind in (Failing, Ungrouped):
+            with self.subTest(kind=kind.__name__), self.assertLogs("taskpool", "WARNING") as logs:
+                path = str(self.folder / kind.__name__)
+                with unittest.mock.patch.object(taskpool, "STORE_CAP_SECONDS", 0.01), TaskQueue(kind(path + ".db")) as queue:
+                    with self.cluster({"line": add_line}, queue) as cluster:
+                        futures = [cluster.submit("line", {"file": path}) for _ in range(40)]
+                        self.assertEqual([f.result(PATIENCE) for f in futures], [None] * 40)
+                    self.assertEqual(queue.count(), 0)
+                self.assertEqual(len(set(lines_of(path))), len(lines_of(path)), "one ran twice")
+            text = "\n".join(logs.output)
+            self.assertIn("failed; nothing is lost", text)
+            self.assertNotIn("claim was lost", text)
+
+    def test_an_add_that_raised_stored_nothing(self):
+        """DU-07: so that the caller may try again."""
+        with unittest.mock.patch.object(taskpool, "BUSY_SECONDS", 0.005):
+            queue, stop, errors, added = self.queue(), threading.Event(), 0, 0
+            queue.count()
+        db = sqlite3.connect(self.folder / "tasks.db", isolation_level=None, check_same_thread=False)
+        self.addCleanup(db.close)
+
+        def lock():
+            while not stop.is_set():
+                db.execute("BEGIN IMMEDIATE")
+                stop.wait(random.uniform(0, 0.02))
+                db.execute("COMMIT")
+                stop.wait(random.uniform(0, 0.002))
+
+        locker = threading.Thread(target=lock)
+        locker.start()
+        with unittest.mock.patch.object(taskpool, "BUSY_SECONDS", 0.005):
+            while errors < 5 or added < 50:
+                try:
+                    queue.add_task("x", task_id=str(added))
+                    added += 1
+                except StoreError as error:  # A DuplicateTask would be a lie of the one before.
+                    self.assertIn("locked", str(error))
+                    errors += 1
+        stop.set()
+        locker.join()
+        self.assertEqual(sorted(int(t.id) for t in queue.find()), list(range(added)))
+
+    def test_a_ctrl_c_anywhere_in_a_queue_call_loses_nothing_and_blocks_nobody(self):
+        """SQ-05: also not while the KeyboardInterrupt is looked at."""
+        queue, other = self.queue(), SQLiteStore(self.folder / "tasks.db")
+        self.addCleanup(other.close)
+        calls = {
+            "add": lambda n: queue.add_task("x", task_id=f"add{n}"), "find": lambda n: queue.find(task_id="none"),
+            "count": lambda n: queue.count(), "remove": lambda n: queue.remove(task_id=f"none{n}"),
+        }
+        with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:
+            for name, call in calls.items():
+                call("first")
+                for n in range(10_000):
+                    events = iter(range(n))
+
+                    def interrupt(frame, event, argument, events=events):
+                        ours = frame.f_code.co_filename.endswith(("taskpool.py", "contextlib.py"))
+                        if ours and event in ("call", "c_return") and next(events, None) is None:
+                            raise KeyboardInterrupt
+
+                    sys.setprofile(interrupt)  # Where CPython looks for signals.
+                    try:
+                        call(n)
+                        break
+                    except KeyboardInterrupt:
+                        sys.setprofile(None)
+                        task_id = f"after {name} {n}"
+                        queue.add_task("x", task_id=task_id)
+                        self.assertEqual(len(other.find(Query(ids=[task_id]), NOW)), 1, "it is not stored")
+                        other.remove(Query(ids=[task_id]), NOW)
+                        self.assertEqual(elsewhere.submit(queue.count, task_id=task_id).result(PATIENCE), 0)
+                        self.assertTrue(elsewhere.submit(queue.add_task, "x").result(PATIENCE))
+                    finally:
+                        sys.setprofile(None)
+                self.assertGreater(n, 20)
+
+    def test_a_retry_is_never_put_beyond_the_calendar(self):
+        """RT-01."""
+        for attempt in (60, 1100, 10**6):
+            for in_memory in (False, True):
+                queue = self.queue()
+                verbs = queue.in_memory if in_memory else queue
+                task = queue.add_task("fail", retries=10**7, retry_delay=1e300, in_memory=in_memory)
+                verbs._store.update(task.id, {"attempt": attempt}, NOW)
+                with self.cluster({"fail": fail}, queue):
+                    eventually(lambda: verbs.find_one(task_id=task.id).error)
+                    ready_at = verbs._store.find(Query(ids=[task.id]), NOW)[0].ready_at
+                    verbs.remove(task_id=task.id)
+                self.assertLessEqual(ready_at, (time.time() + 3601) * 1e6)
+
+
 class TestP2OnceAndOnlyOnce(InFolder):
     """P2 Each charged start runs once; a late outcome of a lost claim is discarded."""
 
@@ -1960,6 +2129,18 @@ class TestP2OnceAndOnlyOnce(InFolder):
             self.assertTrue(cluster.drain(PATIENCE))
         self.assertEqual(sorted(line.split()[0] for line in lines_of(path)), sorted(ids))
         self.assertEqual(first.count(), 0)
+
+    def test_a_claim_is_kept_for_longer_than_a_lease_by_a_master_that_lives(self):
+        """DU-01, DU-10: also while the task holds the GIL of its worker."""
+        leases = {"LEASE_SECONDS": 1.0, "RENEW_SECONDS": 0.05, "WATCH_SECONDS": 0.05}
+        with unittest.mock.patch.multiple(taskpool, **leases), unittest.mock.patch.object(taskpool, "owner_is_dead", return_value=False):
+            path = str(self.folder / "starts")
+            clusters = [self.cluster({"long": hold_the_gil}, self.queue()) for _ in range(2)]
+            clusters[0].queue.add_task("long", {"file": path, "seconds": 2.5})
+            self.assertTrue(clusters[0].drain(PATIENCE))
+            for cluster in clusters:
+                cluster.shutdown()
+        self.assertEqual(len(lines_of(path)), 1)
 
     def test_a_late_outcome_of_a_lost_claim_is_discarded(self):
         queue, path = self.queue(), str(self.folder / "hold")
@@ -2033,6 +2214,7 @@ class TestP4WorkerDead(WithCluster):
         self.assertEqual([f.result(PATIENCE) for f in echoes], list(range(200)))
 
     def test_the_neighbours_in_a_batch_run_once_and_uncharged(self):
+        """ENGINE 1: in both kinds of queue."""
         path = str(self.folder / "lines")
         for _ in range(30):  # Teaches the cluster that lines are quick: then they go in batches.
             self.result("line", {"file": str(self.folder / "warm")})
@@ -3289,6 +3471,7 @@ class TestTheFile(unittest.TestCase):
         self.assertIn("MIT", lines[0] + lines[1])
 
     def test_the_examples_in_docstrings_are_true(self):
+        """RT-01: back_off."""
         result = doctest.testmod(taskpool)
         self.assertEqual(result.failed, 0)
         self.assertGreater(result.attempted, 2)
