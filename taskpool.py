@@ -3044,6 +3044,10 @@ class _WorkerHandle:
 
     def kill(self) -> None:
         self.stopping = self.killed = True
+        self.end()
+
+    def end(self) -> None:
+        """Kill it, but as one that dies by itself: what it runs fails."""
         with contextlib.suppress(OSError, ValueError):
             self.process.kill()
 
@@ -3742,7 +3746,7 @@ class Cluster(concurrent.futures.Executor):
                 self._on_failed_boot()
                 self._on_boot_error(_rebuilt(message[1]), message[1])
         if worker.channel.ended and worker.ended_at == math.inf:
-            worker.ended_at = time.monotonic()
+            worker.ended_at, worker.load = time.monotonic(), math.inf  # No more tasks for it.
             if worker.channel.takes_back:
                 self._selector.unregister(worker.channel)
 
@@ -3939,7 +3943,7 @@ class Cluster(concurrent.futures.Executor):
         silent = now - worker.ended_at
         if code is None and silent < 1.0:
             if silent >= 0.05:  # It closed its pipe, but lives.
-                worker.kill()
+                worker.end()
             ending = worker.stopping or worker.ended_at < math.inf
             self._wake_at(now + (0.002 if ending else 0.5))
             return

@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import doctest
 import functools
+import gc
 import logging
 import math
 import multiprocessing
@@ -3020,9 +3021,9 @@ def misbehave(job):
 
         left, _right = socket.socketpair()
         left.recv(1)
-    if how == "close":
+    if how in ("close", "close and stay"):
         os.closerange(3, 64)
-        return "closed"
+        return time.sleep(PATIENCE) if how == "close and stay" else "closed"
     if how == "chdir":
         os.chdir("/")
         return "moved"
@@ -3087,6 +3088,7 @@ class TestHostileTasks(WithCluster):
                 eventually(lambda: not is_alive(pid))
 
     def test_a_task_that_harms_its_process_harms_no_other(self):
+        """EX-07."""
         for how, result in [
             ("chdir", "moved"), ("stdout", "printed"), ("handlers", "handled"), ("pool", [1, 2]), ("executor", 3),
             ("daemon", "left a thread"),
@@ -3095,7 +3097,9 @@ class TestHostileTasks(WithCluster):
                 self.assertEqual(self.misbehave(how).result(PATIENCE), result)
                 for i in range(4):
                     self.assertEqual(self.result("echo", i), i)
-        for how, kind in [("close", WorkerDied), ("segfault", WorkerDied), ("memory", MemoryError)]:
+        for how, kind in [
+            ("close", WorkerDied), ("close and stay", WorkerDied), ("segfault", WorkerDied), *[("memory", MemoryError)] * 5,
+        ]:
             with self.subTest(how=how):
                 error = self.misbehave(how).exception(PATIENCE)
                 self.assertIsInstance(error, kind)
@@ -3147,6 +3151,188 @@ class TestHostileTasks(WithCluster):
             """
         )
         self.assertEqual(out.split("\n"), ["True", "[] True", "True", ""])
+
+
+def waste(job):
+    """Fail with much memory in a frame, which an exception may hold in a cycle."""
+    held = b"x" * 20_000_000
+    if job.data == "chained":
+        try:
+            inner = ValueError("inner")
+            raise inner
+        except ValueError as error:
+            raise LookupError("outer") from error
+    raise ValueError(len(held))
+
+
+def memory_of(pid):
+    """Bytes of a process that are in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@unittest.skipUnless(LINUX, "measures by /proc")
+class TestNothingPilesUp(InFolder):
+    """P4: no process, thread, file descriptor or memory is left over."""
+
+    def test_a_worker_forgets_what_its_tasks_held(self):
+        """PF-03, ENGINE 32."""
+        task_map = {"waste": waste, "echo": echo, "pid": pid_of_worker}
+        cluster = self.cluster(task_map, max_available_workers=1, keep_alive="always", in_memory_only=True)
+        pid = cluster.submit("pid").result(PATIENCE)
+        for how in ("plain", "chained"):
+            for _ in range(3):
+                cluster.submit("waste", how).exception(PATIENCE)
+            before = memory_of(pid), memory_of(os.getpid())
+            for _ in range(12):
+                cluster.submit("waste", how).exception(PATIENCE)
+                self.assertLess(memory_of(pid) - before[0], 50_000_000, how)
+            self.assertLess(memory_of(os.getpid()) - before[1], 50_000_000, how)
+        before = memory_of(pid)
+        cluster.submit("echo", "x" * 70_000_000).result(PATIENCE)
+        eventually(lambda: memory_of(pid) - before < 30_000_000)  # Although it got nothing else to do.
+        self.assertEqual(cluster.submit("pid").result(PATIENCE), pid)
+
+    def test_a_master_forgets_what_ended_and_the_file_does_not_grow(self):
+        """PF-05, SQ-09."""
+        queue = self.queue()
+        cluster = self.cluster({"echo": echo, "fail": fail}, queue, keep_alive="always", logs="error")
+        queue.add_event_listener("done", lambda value, task: None)
+        logging.getLogger("taskpool").setLevel(logging.CRITICAL)
+        self.addCleanup(logging.getLogger("taskpool").setLevel, logging.NOTSET)
+
+        def round_():
+            for in_memory in (True, False):
+                futures = [cluster.submit("echo", [i], in_memory=in_memory) for i in range(500)]
+                futures += [cluster.submit("fail", in_memory=in_memory) for _ in range(20)]
+                concurrent.futures.wait(futures, PATIENCE)
+                del futures
+                queue.add_tasks({"task_type": "echo", "in_memory": in_memory} for _ in range(500))
+                self.assertTrue(cluster.drain(PATIENCE))
+            queue.remove(state="failed"), queue.in_memory.remove(state="failed")
+            gc.collect()
+            size = sum(file.stat().st_size for file in self.folder.glob("tasks.db*"))
+            return sys.getallocatedblocks(), size
+
+        for _ in range(3):
+            round_()
+        before, after = round_(), [round_() for _ in range(3)][-1]
+        self.assertLess(after[0] - before[0], 1500)  # Of 6000 tasks, not one block each.
+        self.assertLessEqual(after[1], before[1] + 100_000)
+        self.assertEqual((queue.count(), queue.in_memory.count()), (0, 0))
+
+    def test_twenty_starts_and_stops_leave_nothing(self):
+        """SG-10, LL-04."""
+        queue, records = self.queue(), []
+        handler = logging.Handler()
+        handler.emit = records.append
+        logging.getLogger("taskpool").addHandler(handler)
+        self.addCleanup(logging.getLogger("taskpool").removeHandler, handler)
+
+        def look():
+            mine = [t.name for t in threading.enumerate() if t.name.startswith("taskpool")]
+            return len(os.listdir("/proc/self/fd")), mine, len(children(os.getpid()))
+
+        def turn(number):
+            cluster = self.cluster({"fail": fail, "pid": pid_of_worker}, queue, start_method="fork", keep_alive="always")
+            pids.append(cluster.submit("pid", in_memory=bool(number % 2)).result(PATIENCE))
+            future = cluster.submit("fail", task_id=f"turn {number}", keep_result=60)
+            self.assertIsInstance(future.exception(PATIENCE), ValueError)
+            with contextlib.suppress(ZeroDivisionError):
+                if number % 4 == 0:
+                    cluster.shutdown()
+                elif number % 4 == 1:
+                    cluster.shutdown(wait=False)
+                elif number % 4 == 2:
+                    with cluster:
+                        cluster.submit("pid")
+                else:
+                    with cluster:
+                        raise ZeroDivisionError
+            self.assertTrue(cluster._closed.wait(PATIENCE))
+
+        pids = []
+        turn(0)
+        before = eventually(lambda: look() if not look()[1] else None)
+        for number in range(1, 20):
+            turn(number)
+        eventually(lambda: look() == before, f"{look()} like {before}")
+        self.assertFalse(any(map(is_alive, pids)))
+        lines = [record.getMessage() for record in records]
+        self.assertEqual([sum(f"turn {n}:\tfailed" in line for line in lines) for n in range(20)], [1] * 20)
+
+    def test_ignored_deaths_many_files_and_few_descriptors(self):
+        """SG-08, SG-11, ENGINE 77: SIGCHLD ignored; descriptors over 1024; a low limit."""
+        out = self.run_script(
+            """
+            import os, resource, signal, sys, time
+            from taskpool import Cluster, TaskQueue
+            def pid(job): return os.getpid()
+            def die(job): os._exit(4)
+            def descriptors(): return len(os.listdir("/proc/self/fd"))
+            def limit(most): resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            def until(condition):
+                deadline = time.monotonic() + 60
+                while not condition() and time.monotonic() < deadline: time.sleep(0.005)
+            def idle(): return [w["pid"] for w in cluster.workers() if w["state"] == "idle"]
+            if __name__ == "__main__":
+                hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+                options = {"in_memory_only": True, "oversubscribe": True, "logs": "error"}
+                limit(min(hard, 4096) if hard >= 0 else 4096)
+                files = [open(os.devnull) for _ in range(1500)] if hard < 0 or hard > 1600 else []
+                with Cluster({"pid": pid}, TaskQueue("x.db"), max_available_workers=2, **options) as cluster:
+                    print(len(set(cluster.map("pid", range(20)))) > 0)
+                for file in files: file.close()
+                with Cluster({"pid": pid}, TaskQueue("x.db"), max_available_workers=1, max_tasks_per_worker=1,
+                             start_method="fork", **options) as cluster:
+                    list(cluster.map("pid", range(5)))
+                    before = descriptors()
+                    limit(before + 20)
+                    print(len(set(cluster.map("pid", range(80)))))
+                    until(lambda: descriptors() <= before)
+                    print(descriptors() <= before)
+                limit(1024)
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+                with Cluster({"pid": pid, "die": die}, TaskQueue("x.db"), max_available_workers=3, keep_alive="always",
+                             start_method="fork", **options) as cluster:
+                    until(lambda: len(idle()) == 3)
+                    before, first = descriptors(), idle()
+                    futures = [cluster.submit("die") for _ in range(3)]
+                    print(["exit code unknown" in str(f.exception()) for f in futures])
+                    until(lambda: len(idle()) == 3)
+                    second = idle()
+                    for victim in second: os.kill(victim, signal.SIGKILL)
+                    until(lambda: len(idle()) == 3 and not set(idle()) & set(second))
+                    print(len({*first, *second, *idle()}), descriptors() <= before)
+            """
+        )
+        self.assertEqual(out, "True\n80\nTrue\n[True, True, True]\n9 True\n", self.stderr)
+
+    def test_workers_that_die_as_they_start_cost_little(self):
+        """TT-04: each start after a longer pause, in which the master sleeps."""
+        turns, starts = [], []
+        with self.assertLogs("taskpool", "ERROR") as logs:
+            cluster = self.cluster({"deadly": Deadly()}, max_available_workers=1, auto_initialize=False, in_memory_only=True)
+            turn, start = cluster._turn, cluster._start_worker
+            cluster._turn = lambda: (turns.append(1), turn())
+            cluster._start_worker = lambda: (starts.append(time.monotonic()), start())[1]
+            cluster.initialize()
+            cluster.queue.add_task("deadly", in_memory=True)
+            eventually(lambda: len(starts) >= 6)
+        for number, (one, two) in enumerate(zip(starts, starts[1:])):
+            self.assertGreaterEqual(two - one, taskpool.BOOT_SECONDS * 2**number)
+        self.assertLess(len(turns), 600)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("code 4 (while starting)".split(" (")[0], logs.output[0])
+
+
+class Deadly:
+    """A task function that ends the process that unpickles it."""
+
+    def __call__(self, job):
+        pass
+
+    def __reduce__(self):
+        return os._exit, (4,)
 
 
 class TestStoresUnderPressure(InFolder):
