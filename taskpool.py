@@ -135,6 +135,7 @@ BOOT_CAP_SECONDS = 30.0  # ... up to this.
 STORE_SECONDS = 0.1  # The same for a store that fails...
 STORE_CAP_SECONDS = 5.0  # ... up to this.
 BOOT_TRIES = 5  # Silent deaths of starting workers, in a row, that count as an error.
+WAIT_SECONDS = 3600.0  # Longest wait of a dispatcher: selectors overflow at 24 days.
 EXIT_SECONDS = 2.0  # A worker told to stop is killed after this long.
 ERROR_CHARS = 10_000  # Messages of exceptions are cut to this, tracebacks to 4 times.
 EXCEPTION_BYTES = 1_000_000  # A larger pickled exception travels as text only.
@@ -674,7 +675,8 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
         state = "ready" if outcome.ready_at <= now else "scheduled"
         return row._replace(state=state, ready_at=outcome.ready_at)
     if outcome.state == "done":
-        return row._replace(expires_at=now + int(cast(float, row.keep_result) * 1e6))
+        kept = int(min(cast(float, row.keep_result) * 1e6, NEVER - now - 1))  # Fits in a store.
+        return row._replace(expires_at=now + kept)
     return row
 
 
@@ -3255,7 +3257,7 @@ def _at_exit() -> None:
             try:
                 cluster.shutdown()
             except KeyboardInterrupt:
-                cluster._closed.wait(cluster._shutdown_timeout + EXIT_SECONDS)
+                cluster._closed.wait(min(cluster._shutdown_timeout, WAIT_SECONDS) + EXIT_SECONDS)
 
 
 _at_exit_registered = False
@@ -3706,10 +3708,10 @@ class Cluster(concurrent.futures.Executor):
         self._hungry = len(self._workers) < self._max_workers or any(
             not worker.runs for worker in self._workers
         )
-        timeout = max(0.0, self._alarm - time.monotonic())
+        timeout = min(max(0.0, self._alarm - time.monotonic()), WAIT_SECONDS)
         if self._inbox or (self._news and self._hungry):
             timeout = 0.0
-        for key, events in self._selector.select(None if timeout == math.inf else timeout):
+        for key, events in self._selector.select(timeout):
             worker: _WorkerHandle | None = key.data
             if worker is None:
                 wake.clear()

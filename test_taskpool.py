@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import queue as queues
 import random
 import re
 import shutil
@@ -180,6 +181,12 @@ def add_line(job):
     os.close(fd)
 
 
+def line_and_perhaps_die(job):
+    add_line(job)
+    if job.data.get("die"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def lines_of(path):
     return Path(path).read_text().split("\n")[:-1] if Path(path).exists() else []
 
@@ -295,12 +302,30 @@ def raise_kind(job):
     if kind == "eof":
         raise EOFError("mine")
     if kind == "huge":
-        raise ValueError("x" * 30_000_000)
+        raise ValueError("x" * 200_000_000)
     if kind == "surrogate":
         raise ValueError("gl\u0101\udcff")
     if kind == "deep":
         return raise_kind(job)
+    if kind == "base":
+        raise Bare("bare")
+    if kind in LIKE_OURS:
+        raise LIKE_OURS[kind]("database is locked")
     return None
+
+
+class Bare(BaseException):
+    pass
+
+
+LIKE_OURS = {
+    kind.__name__: kind
+    for kind in (
+        BrokenPipeError, ConnectionResetError, InterruptedError, StopIteration, queues.Empty, sqlite3.OperationalError,
+        concurrent.futures.CancelledError, concurrent.futures.InvalidStateError, BlockingIOError, StoreError, GeneratorExit,
+        asyncio.CancelledError,
+    )
+}
 
 
 def return_kind(job):
@@ -767,6 +792,8 @@ class StoreContract:
         self.add(row(keep_result=10))
         self.settle(self.claim()[0], "done", result="[1]")
         self.assertEqual((self.look().state, self.look().result), ("done", "[1]"))
+        self.add(row("ages", keep_result=1e300))  # CK-06: beyond every integer.
+        self.assertTrue(self.settle(self.claim()[0], "done", result="[2]"))
         self.store.renew("me", NOW + 9 * SECOND)
         self.assertIsNotNone(self.look())
         self.store.renew("me", NOW + 10 * SECOND)
@@ -1284,7 +1311,7 @@ EVERYTHING = {
     "forget": ping_and_forget, "die": ping_and_die, "bad message": fail_in_on_message,
     "bad initialize": fail_in_initialize, "add": add_from_task, "cluster": use_cluster_in_task,
     "pid": pid_of_worker, "line": add_line, "kill first": kill_at_first, "badly": end_badly,
-    "partial": functools.partial(double_with, 3), "method": Scaler(4).scale,
+    "end": line_and_perhaps_die, "partial": functools.partial(double_with, 3), "method": Scaler(4).scale,
 }
 
 
@@ -1469,11 +1496,11 @@ class TestFailures(WithCluster):
         self.assertIn("in fail", str(error.__cause__))
 
     def test_an_exception_that_cannot_be_rebuilt_becomes_a_remote_error(self):
-        """EX-01, EX-03, EX-05, ENGINE 22, 23."""
+        """EX-01, EX-03, EX-05, EX-09, ENGINE 22, 23."""
         for kind, type_name, text in [
             ("odd", "Odd", "1: odd"), ("unprintable", "Unprintable", ""), ("exit", "SystemExit", "disk missing"),
             ("exit0", "SystemExit", "0"), ("interrupt", "KeyboardInterrupt", ""), ("local", "Local", "inside"),
-            ("lock", "ValueError", "holds a lock"), ("huge", "ValueError", "xxx"),
+            ("lock", "ValueError", "holds a lock"), ("huge", "ValueError", "xxx"), ("base", "Bare", "bare"),
         ]:
             with self.subTest(kind=kind):
                 error = self.error("raise_kind", kind)
@@ -1491,9 +1518,13 @@ class TestFailures(WithCluster):
 
     def test_errors_that_look_like_the_pools_own_are_plain_task_errors(self):
         """EX-06."""
-        for kind, error in [("timeout", TimeoutError), ("eof", EOFError), ("deep", RecursionError), ("surrogate", ValueError)]:
+        for kind, error in [("timeout", TimeoutError), ("eof", EOFError), ("deep", RecursionError), ("surrogate", ValueError), *LIKE_OURS.items()]:
             with self.subTest(kind=kind):
-                self.assertIs(type(self.error("raise_kind", kind)), error)
+                caught = self.error("raise_kind", kind)
+                if issubclass(error, Exception):
+                    self.assertIs(type(caught), error)
+                else:
+                    self.assertTrue(caught.type_name.endswith(kind), caught.type_name)
 
     def test_a_result_that_cannot_travel_fails_that_task_only(self):
         """SE-09, ENGINE 20, 22."""
@@ -1619,6 +1650,19 @@ class TestListeners(InFolder):
             cluster.drain(PATIENCE)
             eventually(lambda: len(told) == 6)
         self.assertIn("from a listener", "\n".join(logs.output))
+
+    def test_the_error_listener_hears_of_every_way_to_die(self):
+        """TO-07: once for each failed start."""
+        queue, told = self.queue(), []
+        queue.add_event_listener("error", lambda value, task: told.append((task.id, type(value), task.state)))
+        with self.cluster({"badly": end_badly}, queue) as cluster:
+            for how in ("kill", "exit", "sleep"):
+                data = {"file": str(self.folder / how), "how": how}
+                queue.add_task("badly", data, task_id=how, timeout=0.3, retries=1, retry_delay=0)
+            self.assertTrue(cluster.drain(PATIENCE))
+        kinds = [("exit", WorkerDied), ("kill", WorkerDied), ("sleep", TaskTimeout)]
+        expected = [(how, kind, state) for how, kind in kinds for state in ("failed", "waiting")]
+        self.assertEqual(sorted(told, key=lambda one: (one[0], one[2])), expected)
 
     def test_a_listener_may_add_tasks_and_shut_down(self):
         queue, told = self.queue(), []
@@ -1832,7 +1876,7 @@ class TestClusterOptions(InFolder):
         self.assertEqual(future.result(PATIENCE), 5)
 
     def test_a_worker_is_replaced_after_max_tasks_per_worker(self):
-        """SG-11, ENGINE 10."""
+        """SG-11, ENGINE 10, 28."""
         for most in (1, 3):
             cluster = self.cluster(
                 {"pid": pid_of_worker}, max_tasks_per_worker=most, max_available_workers=1, keep_alive="always"
@@ -1841,6 +1885,10 @@ class TestClusterOptions(InFolder):
             counts = collections.Counter(f.result(PATIENCE) for f in futures)
             self.assertEqual(sorted(counts.values()), [most] * (9 // most))
             cluster.shutdown()
+        cluster = self.cluster({"large": return_kind}, max_tasks_per_worker=1)
+        futures = [cluster.submit("large", "large") for _ in range(3)]
+        cluster.shutdown()  # At once: what is due is finished first.
+        self.assertEqual([len(f.result(0)) for f in futures], [3_000_000] * 3)
 
     def test_the_last_task_of_a_retiring_worker_times_out_and_is_charged(self):
         """RT-03: as any other task."""
@@ -1852,10 +1900,40 @@ class TestClusterOptions(InFolder):
                 self.assertIsInstance(future.exception(PATIENCE), kind)
                 self.assertEqual([line.split()[1] for line in lines_of(path)], ["1", "2"])
 
+    def test_a_worker_that_is_closed_for_idleness_gets_no_task(self):
+        """ENGINE 11: tasks come just as their worker is closed."""
+        method = "fork" if "fork" in METHODS else "spawn"
+        cluster = self.cluster(
+            {"echo": echo}, keep_alive=4, refresh_rate=4, start_method=method, in_memory_only=True, max_available_workers=1
+        )
+        chance = random.Random(1)
+        for i in range(120):
+            self.assertEqual(cluster.submit("echo", i).result(PATIENCE), i)
+            threading.Event().wait(chance.uniform(0.002, 0.010))
+        self.assertGreater(next(cluster._worker_numbers), 5)
+
     def test_max_workers_counts_usable_cpus(self):
+        """ENGINE 61: by affinity, and by the quota of a container."""
         if hasattr(os, "sched_getaffinity"):
-            self.assertLessEqual(Cluster.max_workers(), len(os.sched_getaffinity(0)))
+            usable = os.sched_getaffinity(0)
+            self.assertLessEqual(Cluster.max_workers(), len(usable))
+            os.sched_setaffinity(0, {min(usable)})
+            self.addCleanup(os.sched_setaffinity, 0, usable)
+            self.assertEqual(Cluster.max_workers(), 1)
+            os.sched_setaffinity(0, usable)
+        for text, most in [("50000 100000", 1), ("100001 100000", 2), ("max 100000", 10**6), ("", 10**6)]:
+            with unittest.mock.patch.object(taskpool, "_read_text", lambda path, text=text: text):
+                self.assertLessEqual(Cluster.max_workers(), most)
         self.assertGreaterEqual(Cluster.max_workers(), 1)
+
+    def test_the_longest_durations_are_slept_through(self):
+        """CK-06: what is a month away or more overflows no timer."""
+        longest = {"refresh_rate": 2**63 - 1, "keep_alive": 2**63 - 1, "shutdown_timeout": 1e300}
+        cluster = self.cluster({"echo": echo}, in_memory_only=True, **longest)
+        cluster.submit("echo", due_date=datetime(9999, 12, 31))
+        future = cluster.submit("echo", timeout=1e300, retries=1, retry_delay=1e300)
+        self.assertEqual(future.result(PATIENCE), None)
+        self.assertEqual(cluster.submit("echo", 5).result(PATIENCE), 5)
 
     def test_set_refresh_rate_changes_the_poll(self):
         queue, other = self.queue(), self.queue()
@@ -2179,7 +2257,7 @@ class TestP3MasterDead(InFolder):
     """
 
     def test_a_new_master_takes_over_at_once_and_no_worker_is_left(self):
-        """CR-01, CR-10, SG-07, ENGINE 65."""
+        """CR-01, CR-10, CR-11, SG-07, ENGINE 65."""
         queue = self.queue()
         for i in range(4):
             queue.add_task("note", task_id=str(i))
@@ -2199,13 +2277,14 @@ class TestP3MasterDead(InFolder):
         lines = lines_of(self.folder / "lines")
         self.assertEqual({line.split()[0] for line in lines}, {"0", "1", "2", "3"})
         self.assertEqual({line.split()[1] for line in lines}, {"1"})  # Not charged.
+        self.assertEqual(queue.add_task("note", task_id="0").attempt, 0)  # Its id is free again.
 
 
 class TestP4WorkerDead(WithCluster):
     """P4 Only the task that a dead worker was running is charged."""
 
     def test_a_worker_that_dies_costs_one_attempt_of_one_task(self):
-        """CR-09."""
+        """CR-09, RT-05, ENGINE 1."""
         paths = [str(self.folder / str(i)) for i in range(3)]
         futures = [self.submit("kill first", {"file": p}, retries=1, retry_delay=0) for p in paths]
         echoes = [self.submit("echo", i, in_memory=True) for i in range(200)]
@@ -2215,17 +2294,21 @@ class TestP4WorkerDead(WithCluster):
         self.assertEqual([f.result(PATIENCE) for f in echoes], list(range(200)))
 
     def test_the_neighbours_in_a_batch_run_once_and_uncharged(self):
-        """ENGINE 1: in both kinds of queue."""
-        path = str(self.folder / "lines")
-        for _ in range(30):  # Teaches the cluster that lines are quick: then they go in batches.
-            self.result("line", {"file": str(self.folder / "warm")})
-        tasks = [{"task_type": "line", "data": {"file": path}, "task_id": f"t{i:03}"} for i in range(300)]
-        tasks[150] = {"task_type": "badly", "data": {"file": path, "how": "kill"}, "task_id": "t150"}
-        self.shared_queue.add_tasks(tasks)
-        eventually(lambda: self.shared_queue.count(state=["waiting", "running"]) == 0)
-        lines = lines_of(path)
-        self.assertEqual(sorted(lines), [f"t{i:03} 1" for i in range(300)])
-        self.assertEqual([t.id for t in self.shared_queue.find()], ["t150"])
+        """ENGINE 1: tasks of one type, in both kinds of queue."""
+        for in_memory in (False, True):
+            path = str(self.folder / f"lines {in_memory}")
+            verbs = self.shared_queue.in_memory if in_memory else self.shared_queue
+            for _ in range(30):  # Teaches the cluster that these are quick: then they go in batches.
+                self.result("end", {"file": str(self.folder / "warm")}, in_memory=in_memory)
+            tasks = [
+                {"task_type": "end", "data": {"file": path, "die": i == 150}, "task_id": f"t{i:03}", "in_memory": in_memory}
+                for i in range(300)
+            ]
+            self.shared_queue.add_tasks(tasks)
+            eventually(lambda: verbs.count(state=["waiting", "running"]) == 0)
+            self.assertEqual(sorted(lines_of(path)), [f"t{i:03} 1" for i in range(300)])
+            self.assertEqual([t.id for t in verbs.find()], ["t150"])
+            verbs.remove(state="failed")
 
     @unittest.skipUnless(LINUX, "counts by /proc")
     def test_dead_workers_leave_no_zombie_and_no_descriptor(self):
@@ -2299,8 +2382,22 @@ class TestP5Order(InFolder):
             self.assertEqual(futures[3].result(PATIENCE), "held")
             os.remove(path + ".end")
 
+    def test_nor_behind_one_that_holds_the_gil(self):
+        cluster = self.cluster({"mixed": mixed}, keep_alive="always")
+        for _i in range(50):
+            cluster.submit("mixed", None, in_memory=True).result(PATIENCE)
+        for in_memory in (True, False):
+            slow = {"file": str(self.folder / "gil"), "seconds": 2 * PATIENCE}
+            tasks = [slow if i == 3 else None for i in range(100)]
+            futures = [cluster.submit("mixed", data, in_memory=in_memory) for data in tasks]
+            self.assertEqual(len(concurrent.futures.wait(futures[:3] + futures[4:], PATIENCE).not_done), 0)
+            self.assertFalse(futures[3].done())
+            self.assertTrue(cluster.cancel(futures[3].task.id))
+
 
 def mixed(job):
+    if isinstance(job.data, dict):
+        hold_the_gil(job)
     return hold(job) if job.data else None
 
 
