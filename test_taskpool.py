@@ -2844,7 +2844,7 @@ class TestEnds(InFolder):
         self.assertTrue(cluster._closed.is_set())
 
     def test_an_entry_file_that_raises_in_the_worker_is_a_boot_error(self):
-        """TT-04, ENGINE 7."""
+        """TT-04, ENGINE 7, 34, 35."""
         for body, text in [
             ("raise ImportError('no such thing')", "standard error"), ("sys.exit(1)", "code 1"),
             ("import os; os._exit(4)", "code 4"),
@@ -2854,11 +2854,13 @@ class TestEnds(InFolder):
                 from taskpool import Cluster, TaskQueue
                 if __name__ != "__main__":
                     {body}
-                def f(job): pass
+                import functools
+                def f(job, ballast=None): pass
                 if __name__ == "__main__":
                     queue = TaskQueue("tasks.db")
                     stored = queue.add_task("f", task_id="stored")
-                    cluster = Cluster({{"f": f}}, queue, max_available_workers=1)
+                    large = functools.partial(f, ballast="x" * 500_000)  # More than a pipe holds.
+                    cluster = Cluster({{"f": large}}, queue, max_available_workers=1)
                     print("future", cluster.submit("f").exception())
                     for wait in (cluster.drain, cluster.run):
                         try:
@@ -2877,20 +2879,26 @@ class TestEnds(InFolder):
 
     @unittest.skipUnless(LINUX, "looks into /proc")
     def test_every_way_to_end_a_program_leaves_no_process(self):
-        """SG-10, ENGINE 64, 71, 79."""
+        """SG-10, ENGINE 64, 65, 67, 71, 79: with an idle, a busy, and a GIL-holding worker."""
         source = """
-            import os, signal, sys, time
+            import ctypes, os, signal, sys, time
             from taskpool import Cluster, TaskQueue
             def busy(job):
+                open("busy", "w").close()
                 while True: pass
+            def gil(job):
+                open("gil", "w").close()
+                ctypes.PyDLL(None).sleep(60)
             def pid(job): return os.getpid()
             if __name__ == "__main__":
-                cluster = Cluster({"busy": busy, "pid": pid}, TaskQueue("tasks.db"), max_available_workers=2,
-                                  keep_alive="always", shutdown_timeout=0.1, in_memory_only=True, oversubscribe=True)
+                cluster = Cluster({"busy": busy, "gil": gil, "pid": pid}, TaskQueue("tasks.db"), max_available_workers=3,
+                                  keep_alive="always", shutdown_timeout=0.1, in_memory_only=True, oversubscribe=True,
+                                  start_method=sys.argv[2])
                 cluster.submit("pid").result()
                 if sys.argv[1] != "script":
-                    cluster.submit("busy")
-                    while not any(w["state"] == "busy" for w in cluster.workers()): time.sleep(0.005)
+                    cluster.submit("busy"), cluster.submit("gil")
+                    while not (os.path.exists("busy") and os.path.exists("gil")): time.sleep(0.005)
+                while any(w["state"] == "starting" for w in cluster.workers()): time.sleep(0.005)
                 print(*[w["pid"] for w in cluster.workers()], flush=True)
                 how = sys.argv[1]
                 if how == "_exit": os._exit(0)
@@ -2900,11 +2908,134 @@ class TestEnds(InFolder):
                 if how == "exit": sys.exit(3)
                 if how == "raise": raise ValueError
         """
-        for how, code in [("_exit", 0), ("kill", -9), ("term", -15), ("exit", 3), ("raise", 1), ("script", 0)]:
-            with self.subTest(how=how):
-                pids = list(map(int, self.run_script(source, how, code=code).split()))
-                self.assertEqual(len(pids), 2)
-                eventually(lambda: not any(map(is_alive, pids)), seconds=10)
+        for how, code, methods in [
+            ("_exit", 0, ["spawn"]), ("kill", -9, METHODS), ("term", -15, ["spawn"]), ("exit", 3, ["spawn"]),
+            ("raise", 1, ["spawn"]), ("script", 0, METHODS),
+        ]:
+            for method in methods:
+                with self.subTest(how=how, method=method):
+                    pids = list(map(int, self.run_script(source, how, method, code=code).split()))
+                    self.assertEqual(len(pids), 3)
+                    eventually(lambda: not any(map(is_alive, pids)), "the end of all workers", 10)
+                    for name in ("busy", "gil"):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.remove(self.folder / name)
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_signals_while_workers_start_end_the_program_too(self):
+        """SG-01, ENGINE 74: one, or two, while the entry file takes its time in the worker."""
+        source = """
+            import os, sys, time
+            from taskpool import Cluster, TaskQueue
+            def f(job): pass
+            if __name__ != "__main__":
+                open("booting", "w").close()
+                time.sleep(60)
+            if __name__ == "__main__":
+                cluster = Cluster({"f": f}, TaskQueue("tasks.db"), max_available_workers=1)
+                cluster.run()
+                print("stopped")
+        """
+        queue, script = self.queue(), self.script(source)
+        queue.add_task("f", task_id="stored")
+        for numbers in ([signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]):
+            with self.subTest(numbers=numbers):
+                process = self.start(script)
+                eventually((self.folder / "booting").exists)
+                workers = children(process.pid)
+                for number in numbers:
+                    process.send_signal(number)
+                out, err = process.communicate(timeout=PATIENCE)
+                self.assertEqual((out, err, process.returncode), ("stopped\n", "", 0))
+                eventually(lambda: not any(map(is_alive, workers)))
+                self.assertEqual([(t.id, t.state, t.attempt) for t in queue.find()], [("stored", "waiting", 0)])
+                os.remove(self.folder / "booting")
+
+    def test_a_storm_of_signals_is_two_signals(self):
+        """LL-06: while all threads log."""
+        out = self.run_script(
+            """
+            import logging, os, signal, sys, threading, time
+            from taskpool import Cluster, TaskQueue
+            def hold(job): time.sleep(60)
+            if __name__ == "__main__":
+                logging.basicConfig(level=logging.DEBUG, filename="log")
+                for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+                def storm():
+                    while not any(w["state"] == "busy" for w in cluster.workers()): time.sleep(0.005)
+                    for i in range(400):
+                        os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM)[i % 2])
+                        logging.getLogger("taskpool").info("storm %d", i)
+                class Chatty(TaskQueue):
+                    def clock(self):
+                        logging.info("what time is it?")
+                        return time.time()
+                cluster = Cluster({"hold": hold}, Chatty("tasks.db"), max_available_workers=1, shutdown_timeout=60)
+                cluster.queue.add_task("hold")
+                thread = threading.Thread(target=storm)
+                thread.start()
+                cluster.run()
+                thread.join()
+                print("stopped", signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+            """
+        )
+        self.assertEqual((out, self.stderr), ("stopped True\n", ""))
+        self.assertEqual([(t.state, t.attempt) for t in self.queue().find()], [("waiting", 0)])
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_the_end_waits_for_exit_handlers_but_not_for_threads_and_children(self):
+        """ENGINE 80, 82, 85."""
+        out = self.run_script(
+            """
+            import atexit, os, subprocess, sys, threading, time
+            import taskpool
+            from taskpool import Cluster, TaskQueue
+            def leave(job):
+                threading.Thread(target=time.sleep, args=(60,)).start()
+                child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                return os.getpid(), child.pid
+            def idle(job): return os.getpid()
+            if __name__ != "__main__":
+                atexit.register(lambda: open(f"left {os.getpid()}", "w").close())
+            if __name__ == "__main__":
+                taskpool.EXIT_SECONDS = 0.5
+                with Cluster({"leave": leave}, TaskQueue("x.db"), max_available_workers=1, in_memory_only=True) as cluster:
+                    print(*cluster.submit("leave").result())
+                taskpool.EXIT_SECONDS = 60.0
+                with Cluster({"idle": idle}, TaskQueue("x.db"), max_available_workers=1, in_memory_only=True) as cluster:
+                    print(cluster.submit("idle").result())
+            """
+        )
+        stuck, child, idle = map(int, out.split())
+        os.kill(child, signal.SIGKILL)  # It is the task's own: see the manual.
+        self.assertFalse(is_alive(stuck) or is_alive(idle))
+        self.assertTrue((self.folder / f"left {idle}").exists())
+
+    def test_the_end_in_one_thread_and_submits_in_others_never_lock_each_other(self):
+        """ENGINE 31: also submits that fail."""
+        for wait in (True, False):
+            cluster = self.cluster({"echo": echo}, start_method="fork" if "fork" in METHODS else "spawn", in_memory_only=True)
+            begun, accepted = threading.Event(), []
+
+            def work():
+                while True:
+                    for data in (1, {1, 2}):
+                        try:
+                            accepted.append(cluster.submit("echo", data))
+                        except TypeError:
+                            begun.set()
+                        except RuntimeError:  # After shutdown.
+                            return
+
+            threads = [threading.Thread(target=work) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            begun.wait(PATIENCE)
+            cluster.shutdown(wait=wait)
+            for thread in threads:
+                thread.join(PATIENCE)
+                self.assertFalse(thread.is_alive())
+            self.assertEqual(len(concurrent.futures.wait(accepted, PATIENCE).not_done), 0)
 
 
 # --- Attacks ---------------------------------------------------------------------------
@@ -3095,7 +3226,8 @@ def leave_a_grandchild(job):
 def misbehave(job):
     """Run for ever, in a way that is hard to end; or do harm to the process."""
     how = job.data["how"]
-    Path(job.data["file"]).write_text(str(os.getpid()))
+    if how != "write":
+        Path(job.data["file"]).write_text(str(os.getpid()))
     if how == "spin":
         while True:
             pass
@@ -3155,6 +3287,15 @@ def misbehave(job):
 
         sys.stderr = None
         ctypes.string_at(0)
+    if how == "write":
+        with open(job.data["file"], "a" if job.attempt > 1 else "w") as file:
+            while True:
+                print(job.attempt, file=file, flush=True)
+                time.sleep(0.002)
+    if how == "term to exit":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
+    if how.startswith("term"):
+        os.kill(os.getpid(), signal.SIGTERM)
     if how == "daemon":
         threading.Thread(target=time.sleep, args=(PATIENCE,), daemon=True).start()
         return "left a thread"
@@ -3176,7 +3317,7 @@ class TestHostileTasks(WithCluster):
         return self.submit("misbehave", {"how": how, "file": self.file}, **options)
 
     def test_a_timeout_ends_every_way_to_run_for_ever(self):
-        """TO-01, TO-03, TO-05, ENGINE 8."""
+        """TO-01, TO-03, ENGINE 8, 16."""
         for how in ("sleep", "spin", "regex", "gil", "signals", "thread", "child", "socket"):
             with self.subTest(how=how):
                 error = self.misbehave(how, timeout=0.3).exception(PATIENCE)
@@ -3210,6 +3351,47 @@ class TestHostileTasks(WithCluster):
         for i in range(10):
             self.assertEqual(self.result("echo", i, in_memory=True), i)
         self.assertEqual(len(big.result(PATIENCE)), 200_000_000)
+
+    def test_a_flood_of_submits_while_the_dispatcher_is_held_up_blocks_nobody(self):
+        """ENGINE 29: the wake-up pipe is not filled by them."""
+        release, futures = threading.Event(), []
+        self.shared._post(lambda: release.wait(PATIENCE))
+
+        def work():
+            futures.extend([self.submit("echo", i, in_memory=True) for i in range(1000)])
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+            self.assertFalse(thread.is_alive())
+        release.set()
+        self.assertEqual(sum(future.result(PATIENCE) for future in futures), 4 * sum(range(1000)))
+        self.shared._wake._pending = True  # As a Ctrl-C before its byte leaves it.
+        eventually(lambda: not self.shared._wake._pending)
+
+    def test_no_attempt_runs_beside_the_next_one(self):
+        """TO-05."""
+        path = self.folder / "attempts"
+        error = self.submit("misbehave", {"how": "write", "file": str(path)}, timeout=0.3, retries=1, retry_delay=0)
+        self.assertIsInstance(error.exception(PATIENCE), TaskTimeout)
+        attempts = path.read_text().split()
+        self.assertEqual(attempts, sorted(attempts))
+        self.assertEqual(set(attempts), {"1", "2"})
+
+    def test_a_worker_dies_of_sigterm_whatever_the_master_does_with_it(self):
+        """ENGINE 14, 76: also under fork, and after a task made it a SystemExit."""
+        previous = signal.signal(signal.SIGTERM, lambda *_: self.fail("the master's own handler ran"))
+        self.addCleanup(signal.signal, signal.SIGTERM, previous)
+        with self.cluster({"misbehave": misbehave}, start_method="fork", max_available_workers=1) as cluster:
+            data = {"how": "term", "file": str(self.folder / "pid")}
+            error = cluster.submit("misbehave", data).exception(PATIENCE)
+            self.assertEqual((type(error), error.exit_code), (WorkerDied, -signal.SIGTERM))
+            data["how"] = "term to exit"
+            error = cluster.submit("misbehave", data).exception(PATIENCE)
+            self.assertEqual(error.type_name, "SystemExit")
+        self.assertFalse(is_alive(int((self.folder / "pid").read_text())))
 
     def test_large_data_travel_both_ways_without_a_deadlock(self):
         text = "x" * 2_000_000
@@ -3265,6 +3447,163 @@ def waste(job):
 def memory_of(pid):
     """Bytes of a process that are in memory."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class TestOddPlaces(InFolder):
+    """P4 where processes, pipes, text or threads are not as usual."""
+
+    def test_the_channel_of_windows_does_the_same(self):
+        """ENGINE 58: two threads for each worker, one task at a time."""
+        with unittest.mock.patch.object(taskpool, "_Channel", taskpool._ThreadedChannel):
+            cluster = self.cluster(
+                {**EVERYTHING, "misbehave": misbehave}, message_broker=answer_pings, keep_alive="always", refresh_rate=20
+            )
+            self.assertEqual(list(cluster.map("echo", range(50))), list(range(50)))
+            self.assertEqual(len(cluster.submit("return_kind", "large").result(PATIENCE)), 3_000_000)
+            self.assertEqual(len(cluster.submit("echo", "x" * 2_000_000).result(PATIENCE)), 2_000_000)
+            self.assertEqual(cluster.submit("three deep").result(PATIENCE), [f"pong ping {i}" for i in (1, 2, 3)])
+            self.assertEqual(str(cluster.submit("fail").exception(PATIENCE)), "attempt 1")
+            data = {"how": "kill", "file": str(self.folder / "lines")}
+            self.assertIsInstance(cluster.submit("badly", data, retries=1, retry_delay=0).exception(PATIENCE), WorkerDied)
+            data = {"how": "close", "file": str(self.folder / "pid")}
+            self.assertIsInstance(cluster.submit("misbehave", data).exception(PATIENCE), WorkerDied)
+            data["how"] = "gil"
+            self.assertIsInstance(cluster.submit("misbehave", data, timeout=0.3).exception(PATIENCE), TaskTimeout)
+            path = str(self.folder / "hold")
+            held = cluster.submit("hold", path)
+            eventually(lambda: os.path.exists(path + ".started"))
+            self.assertTrue(cluster.cancel(held.task.id))
+            eventually(held.cancelled)
+            victims = [w["pid"] for w in cluster.workers()]
+            for victim in victims:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+            self.assertEqual(list(cluster.map("echo", range(50))), list(range(50)))
+            pids = [w["pid"] for w in cluster.workers()]
+            cluster.shutdown()
+            eventually(lambda: not any(map(is_alive, pids + victims)) or not LINUX)
+            with self.cluster({"pid": pid_of_worker}, max_tasks_per_worker=1) as cluster:
+                self.assertEqual(len(set(cluster.map("pid", range(4)))), 4)
+
+    @unittest.skipUnless("forkserver" in METHODS and LINUX, "needs forkserver")
+    def test_a_killed_forkserver_costs_its_workers_and_is_replaced(self):
+        """ENGINE 40, 41, 43: the entry file may also be preloaded in it."""
+        out = self.run_script(
+            """
+            import multiprocessing, os, signal, time
+            from multiprocessing.forkserver import _forkserver
+            from taskpool import Cluster, TaskQueue
+            def hold(job):
+                open("pid", "w").write(str(os.getpid()))
+                time.sleep(60)
+            cluster = Cluster({"hold": hold, "pid": lambda job: os.getpid()}, TaskQueue("x.db"), max_available_workers=1,
+                              start_method="forkserver", in_memory_only=True, auto_initialize=False)
+            if Cluster.is_master():
+                multiprocessing.set_forkserver_preload(["__main__"])
+                cluster.initialize()
+                future = cluster.submit("hold")
+                while not (os.path.exists("pid") and open("pid").read()): time.sleep(0.005)
+                os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
+                print(type(future.exception()).__name__, cluster.submit("pid").result() > 0)
+                deadline, pid = time.monotonic() + 60, open("pid").read()
+                while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline: time.sleep(0.005)
+                print(os.path.exists(f"/proc/{pid}"))
+            """
+        )
+        self.assertEqual(out, "WorkerDied True\nFalse\n", self.stderr)
+
+    @unittest.skipUnless("fork" in METHODS, "needs fork")
+    def test_forks_of_a_program_with_busy_threads_do_not_hang(self):
+        """WP-03, ENGINE 37, 38, 83."""
+        out = self.run_script(
+            """
+            import io, importlib, logging, os, random, sqlite3, sys, threading
+            import colorsys, taskpool
+            from taskpool import Cluster, TaskQueue
+            def task(job):
+                logging.warning("in %d", os.getpid())
+                importlib.reload(colorsys)
+                return os.getpid(), random.random()
+            def busy():
+                db = sqlite3.connect("user.db", isolation_level=None)
+                while not stop.wait(0.001):
+                    logging.warning("busy")
+                    importlib.reload(colorsys)
+                    db.execute("SELECT 1").fetchone()
+                    queue.count()
+            if __name__ == "__main__":
+                logging.basicConfig()
+                stop, queue = threading.Event(), TaskQueue("tasks.db")
+                threads = [threading.Thread(target=busy) for _ in range(8)]
+                for thread in threads: thread.start()
+                with Cluster({"task": task}, queue, max_available_workers=4, max_tasks_per_worker=1, oversubscribe=True,
+                             start_method="fork", logs="error") as cluster:
+                    results = list(cluster.map("task", range(30)))
+                stop.set()
+                print(len({pid for pid, _ in results}), len({number for _, number in results}))
+            """
+        )
+        self.assertEqual(out, "30 30\n", self.stderr)
+
+    def test_any_text_passes_where_output_is_ascii_or_closed(self):
+        """SE-07."""
+        source = r"""
+            import logging, os, sys
+            from taskpool import Cluster, TaskQueue
+            def bad(job): raise ValueError("gl\u0101\u017e \U0001f600 \udcff")
+            def same(job):
+                print("gl\u0101\u017e")
+                return "gl\u0101\u017e \U0001f600 \udcff"
+            if __name__ == "__main__":
+                logging.basicConfig(level=logging.INFO)
+                with Cluster({"\u043f\u043e\u0447\u0442\u0430": bad, "same": same, "echo": len}, TaskQueue("tasks.db"),
+                             max_available_workers=1) as cluster:
+                    error = cluster.submit("\u043f\u043e\u0447\u0442\u0430").exception()
+                    result = cluster.submit("same", keep_result=60, task_id="kept").result
+                    try: result = result()
+                    except UnicodeEncodeError as failed: result = failed.object
+                with open("out", "w", encoding="ascii", errors="backslashreplace") as file:
+                    print(ascii(str(error)), ascii(result), file=file)
+        """
+        ascii_only = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+        def close():
+            os.close(1), os.close(2)
+
+        for options in ({}, {"preexec_fn": close} if os.name == "posix" else {}):
+            self.run_script(source, env=ascii_only, **options)
+            text = r"'gl\u0101\u017e \U0001f600 \udcff'"
+            said = (self.folder / "out").read_text()
+            self.assertTrue(said.startswith(text), said)
+            self.assertIn(r"gl\u0101\u017e", said[len(text):])
+            failed = self.queue().find_one(state="failed", task_type="\u043f\u043e\u0447\u0442\u0430")
+            self.assertIn("ValueError: gl\u0101\u017e \U0001f600 \\udcff", failed.error)
+            self.queue().remove(state=["failed", "done"])
+
+    def test_each_event_is_one_line_of_the_programs_own_logging(self):
+        """LL-04: with two clusters, started again and again, set up before or after."""
+        out = self.run_script(
+            """
+            import logging, sys
+            if sys.argv[1] == "before": logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+            from taskpool import Cluster, TaskQueue
+            if sys.argv[1] == "after": logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+            def f(job): pass
+            if __name__ == "__main__":
+                for turn in range(3):
+                    clusters = [Cluster({"f": f}, TaskQueue(f"{n}.db"), max_available_workers=1, start_method=sys.argv[2]) for n in "ab"]
+                    for n, cluster in zip("ab", clusters): cluster.submit("f", task_id=f"{n}{turn}").result()
+                    for cluster in clusters: cluster.shutdown()
+                print(len(logging.getLogger().handlers), logging.getLogger("taskpool").propagate, logging.getLogger().level)
+            """,
+            "before", METHODS[-1],
+        )
+        lines = out.splitlines()
+        for turn in range(3):
+            for name in "ab":
+                self.assertEqual(sum(line == f"cluster:f:{name}{turn}:\tstarted" for line in lines), 1)
+                self.assertEqual(sum(line.startswith(f"cluster:f:{name}{turn}:\tdone in") for line in lines), 1)
+        self.assertEqual(lines[-1], "1 True 20")
 
 
 @unittest.skipUnless(LINUX, "measures by /proc")
