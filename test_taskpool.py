@@ -1330,6 +1330,25 @@ class TestExecutor(WithCluster):
         done, waiting = concurrent.futures.wait(futures, PATIENCE)
         self.assertEqual((len(done), len(waiting)), (5, 0))
 
+    def test_its_futures_are_those_of_concurrent_futures(self):
+        """They make their own attributes, so a new one in a later Python must turn this red."""
+        future = self.submit("hold", str(self.folder / "held"))
+        self.assertLessEqual(set(vars(Future())), set(vars(future)))
+        self.assertEqual(future._state, Future()._state)
+        with self.assertRaises(concurrent.futures.TimeoutError):
+            future.result(0.01)
+        done, called = [], []
+        future.add_done_callback(called.append)
+        threads = [threading.Thread(target=lambda: done.append(future.result())) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        self.assertFalse(concurrent.futures.wait([future, future], timeout=0.01).done)
+        (self.folder / "held.end").touch()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual((done, called), (["held"] * 3, [future]))
+        self.assertEqual(next(concurrent.futures.as_completed([future])), future)
+
     def test_a_future_is_cancelled_while_it_waits_and_not_while_it_runs(self):
         for in_memory in (False, True):
             with self.subTest(in_memory=in_memory):
