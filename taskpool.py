@@ -33,8 +33,9 @@ The life of a task (each arrow is a method of Store)
        add                claim                settle: done
     --------> waiting --------------> running ---------------> (removed), or `done`
                 ^                      |  |                     if keep_result was given
-                |  settle: retry, or   |  |    settle: failed
-                |  given back; recover |  +------------------> failed
+                |  settle: retry, next |  |    settle: failed
+                |  slot of `repeat`, or|  +------------------> failed
+                |  given back; recover |                         |
                 +----------------------+                         |
                 |                retry                           |
                 +------------------------------------------------+
@@ -612,12 +613,12 @@ class Row(NamedTuple):
     claim: int = 0  # The fencing token: grows with every claim, never reset.
     owner: str = ""  # Who holds the claim, while running.
     interrupted: int = 0  # Claims that ended with their master, since a run ended.
-    result: str | None = None  # JSON text, with keep_result.
+    result: str | None = None  # JSON text, with keep_result or repeat.
     error: str | None = None
     expires_at: int | None = None  # When a `done` row is removed.
     removed: int = 0  # 1: remove() was called during the run.
     successor: str | None = None  # What replaces this when its run ends: _packed_row.
-    repeat: str | None = None
+    repeat: str | None = None  # JSON text: microseconds, or the arguments of Cron.
     progress: str | None = None
     in_memory: bool = False  # Not a column.
 
@@ -637,6 +638,17 @@ def _decode(text: str) -> Any:
     except ValueError:
         end = -1
     return value if end == len(text) else json.loads(text)
+
+
+@lru_cache(maxsize=1024)
+def _read_repeat(text: str) -> timedelta | Cron:
+    """Task.repeat from its column. Raises ValueError if that cannot be read (here)."""
+    value = json.loads(text)
+    if type(value) is list and [type(word) for word in value] == [str, str]:
+        return Cron(*value)
+    if type(value) is int and 0 < value <= timedelta.max // _MICROSECOND:
+        return value * _MICROSECOND
+    raise ValueError(f"{text!r} is neither microseconds nor a cron text and a zone")
 
 
 def _public_state(state: str) -> str:
@@ -749,13 +761,19 @@ class Task:
         return self._row.timeout
 
     @property
+    def repeat(self) -> timedelta | Cron | None:
+        """How it repeats: an interval, a Cron, or None for not at all."""
+        return None if self._row.repeat is None else _read_repeat(self._row.repeat)
+
+    @property
     def result(self) -> Any:
-        """The JSON result of a `done` task that was added with keep_result."""
+        """The JSON result of a `done` task that was added with keep_result; of a repeating
+        task that of its last run."""
         return None if self._row.result is None else json.loads(self._row.result)
 
     @property
     def error(self) -> str | None:
-        """The last failure: type, message and traceback as text."""
+        """The failure of its last run: type, message and traceback as text."""
         return self._row.error
 
 
@@ -877,6 +895,20 @@ def _instant(due_date: Any, now: int) -> int:
     raise _wrong_type("due_date", due_date, allowed)
 
 
+def _checked_repeat(repeat: Any) -> timedelta | Cron:
+    allowed = "a timedelta over 0, a cron text, or a Cron"
+    if isinstance(repeat, timedelta) and repeat <= timedelta():
+        raise _wrong_value("repeat", repeat, allowed)
+    if type(repeat) is str:
+        try:
+            return Cron(repeat)
+        except ValueError as error:
+            raise ValueError(f"repeat: {error}") from None
+    if not isinstance(repeat, (timedelta, Cron)):
+        raise _wrong_type("repeat", repeat, allowed)
+    return repeat
+
+
 _encode = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")
 ).encode
@@ -938,6 +970,7 @@ def _make_row(
     task_id: Any = None,
     due_date: Any = None,
     in_memory: Any = False,
+    repeat: Any = None,
     retries: Any = 0,
     retry_delay: Any = 1.0,
     timeout: Any = None,
@@ -966,10 +999,18 @@ def _make_row(
         timeout = _checked_seconds("timeout", timeout)
     if keep_result is not None:
         keep_result = _checked_seconds("keep_result", keep_result, zero=True)
+    if repeat is not None:
+        rule = _checked_repeat(repeat)
+        if isinstance(rule, timedelta):
+            repeat = str(rule // _MICROSECOND)
+        else:
+            repeat = json.dumps([str(rule), rule.tz])
+            due_date = rule.next(_datetime(now)) if due_date is None else due_date
     due_at = now if due_date is None else _instant(due_date, now)
     state = "ready" if due_at <= now else "scheduled"
     first = task_id, task_type, text, priority, now, due_at, due_at, retries, retry_delay
-    return Row._make((*first, timeout, keep_result, lane, state, *_FRESH, in_memory)), if_exists
+    row = Row._make((*first, timeout, keep_result, lane, state, *_FRESH, in_memory))
+    return (row if repeat is None else row._replace(repeat=repeat)), if_exists
 
 
 # --- Policies ------------------------------------------------------------------------
@@ -1022,10 +1063,43 @@ def share(expected: float | None) -> float:
     return min(max(expected / AHEAD_SECONDS, LEAST_SHARE), 1.0)
 
 
+def next_slot(repeat: str, due_at: int, now: int) -> int | None:
+    """When a task that was due at *due_at* repeats, or None: later than that and than *now*.
+
+    So missed slots are made up by one run, and a clock set back runs no slot twice.
+
+    >>> next_slot("10", 100, 100), next_slot("10", 100, 137), next_slot("10", 100, 0)
+    (110, 140, 110)
+    """
+    try:
+        rule = _read_repeat(repeat)
+    except ValueError:
+        return now  # So that the next claim() sets the task aside, and says why.
+    try:
+        if isinstance(rule, Cron):
+            return _instant(rule.next(_datetime(max(now, due_at))), now)
+        interval = rule // _MICROSECOND
+        return _instant(_datetime(due_at + (max(now - due_at, 0) // interval + 1) * interval), now)
+    except (OverflowError, ValueError):  # There is no year 10000.
+        return None
+
+
 def claimed(row: Row, owner: str) -> Row:
     """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
     # Five times as fast as _replace, and done for every task.
     return Row._make((*row[:12], "running", row[13] + 1, row[14] + 1, owner, *row[16:]))
+
+
+def after_end(row: Row, now: int) -> Row | None:
+    """done, failed -> waiting for its next slot, if it has one; else kept, or None."""
+    slot = None if row.repeat is None else next_slot(row.repeat, row.due_at, now)
+    if slot is not None:
+        return row._replace(state="scheduled", attempt=0, due_at=slot, ready_at=slot)
+    if row.state == "failed":
+        return row
+    if row.keep_result is None:
+        return None
+    return row._replace(expires_at=now + int(row.keep_result * 1e6))
 
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
@@ -1039,7 +1113,7 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     if row.successor is not None:
         # Its created_at stays: that is when it was added.
         return Row(**json.loads(row.successor))
-    if outcome.state == "done" and row.keep_result is None:
+    if outcome.state == "done" and row.keep_result is None and row.repeat is None:
         return None
     row = row._replace(
         state=outcome.state, owner="", interrupted=0, result=outcome.result, error=outcome.error
@@ -1047,9 +1121,12 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     if outcome.state == "ready":
         state = "ready" if outcome.ready_at <= now else "scheduled"
         return row._replace(state=state, ready_at=outcome.ready_at)
-    if outcome.state == "done":
-        return row._replace(expires_at=now + int(cast(float, row.keep_result) * 1e6))
-    return row
+    return after_end(row, now)
+
+
+def has_run(row: Row, before: Row) -> bool:
+    """Whether a run of a repeating task has ended since it was *before*."""
+    return row.repeat is not None and row.due_at > before.due_at and row.claim > before.claim
 
 
 def after_interruption(row: Row, now: int) -> Row | None:
@@ -1066,7 +1143,8 @@ def after_interruption(row: Row, now: int) -> Row | None:
             return Row(**json.loads(row.successor))
         times = f"{INTERRUPTIONS} times in a row"
         error = f"Interrupted: its master died {times} while it ran this task alone"
-        return row._replace(state="failed", owner="", interrupted=0, error=error)
+        row = row._replace(state="failed", owner="", lane="", interrupted=0)
+        return after_end(row._replace(result=None, error=error), now)
     return row._replace(
         state="ready", attempt=max(row.attempt - 1, 0), owner="", interrupted=interrupted, lane=""
     )
@@ -1084,7 +1162,7 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
     """
     if old is None or old.state in ("failed", "done"):
         return new, new
-    if if_exists == "keep":
+    if if_exists == "keep" and not old.removed:
         return None, old
     if if_exists == "raise":
         raise DuplicateTask(
@@ -1687,7 +1765,7 @@ WHERE state = 'ready' AND lane = ? AND task_type = ? AND due_at <= ? LIMIT ?)
 # a later one has another number.
 _HELD = "id = ? AND claim = ? AND owner = ? AND state = 'running'"
 # running -> (removed), the common end of a run.
-_FINISH = f"DELETE FROM taskpool_task WHERE {_HELD} AND successor IS NULL"
+_FINISH = f"DELETE FROM taskpool_task WHERE {_HELD} AND successor IS NULL AND repeat IS NULL"
 _HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE {_HELD}"
 _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner = ?"
 
@@ -1748,6 +1826,11 @@ def _unusable(columns: Sequence[Any]) -> str:
     for name, value in zip(_COLUMNS, columns):
         if type(value) not in _COLUMN_TYPES[name]:
             return f"column {name} holds {_shown(value)}"
+    repeat = columns[_COLUMNS.index("repeat")]
+    try:
+        repeat is None or _read_repeat(repeat)
+    except (ValueError, RecursionError) as error:
+        return f"column repeat: {error}"
     return ""
 
 
@@ -2159,7 +2242,7 @@ class SQLiteStore(Store):
             row = Row(*found)
             following = after(row, now)
             self._replace(db, row, following)
-            if following is not None and following.state == "failed":
+            if following is not None and not (following.interrupted or row.successor):
                 ended.append(following)
         db.execute(_OPEN_LANE, (owner,))
         db.execute(_LEAVE, (owner,))
@@ -2342,13 +2425,17 @@ class _Tasks:
     def update(self, task_id: str, **changes: Any) -> Task:
         """Change a waiting task and return it.
 
-        *changes*: data, priority, due_date, retries, retry_delay, timeout, keep_result,
-        as in add_task. Raises ValueError if the task is not waiting.
+        *changes*: data, priority, due_date, repeat, retries, retry_delay, timeout and
+        keep_result, as in add_task. A new *repeat* without *due_date* has its first run as
+        there; None leaves one run, at the due date. Raises ValueError if the task is not
+        waiting.
         """
         store, now = self._usable("update"), self._now()
         _checked_text("task_id", task_id)
-        columns = {"due_date": ("due_at", "ready_at")}
-        allowed = "data priority due_date retries retry_delay timeout keep_result".split()
+        columns: dict[str, tuple[str, ...]] = {"due_date": ("due_at", "ready_at")}
+        if changes.get("repeat") is not None and "due_date" not in changes:
+            columns["repeat"] = ("repeat", "due_at", "ready_at")
+        allowed = "data priority due_date repeat retries retry_delay timeout keep_result".split()
         for name in changes:
             if name not in allowed:
                 raise TypeError(f"update() cannot change {name!r}; give {', '.join(allowed)}")
@@ -2455,6 +2542,7 @@ class TaskQueue(_Tasks):
         task_id: str | None = None,
         due_date: datetime | timedelta | None = None,
         in_memory: bool = False,
+        repeat: timedelta | str | Cron | None = None,
         retries: int = 0,
         retry_delay: float | timedelta = 1.0,
         timeout: float | timedelta | None = None,
@@ -2468,6 +2556,9 @@ class TaskQueue(_Tasks):
         first. *due_date* is the earliest start: a datetime (naive = local time), a
         timedelta from now, or None = now. A failure is followed by up to *retries*
         further starts, the n-th after `retry_delay * 2**(n-1)` seconds, at most an hour.
+        With *repeat*, a timedelta, a cron text (UTC) or a Cron, it goes back to waiting for
+        its next slot when a run ended, however that did; without *due_date* the first slot
+        is now, or the cron's next time.
         A run longer than *timeout* seconds is killed. The finished task is kept with its
         JSON result for *keep_result* seconds; None = removed at once. *if_exists* says
         what a waiting or running task of the same *task_id* does: "raise" DuplicateTask,
@@ -2486,6 +2577,7 @@ class TaskQueue(_Tasks):
             task_id=task_id,
             due_date=due_date,
             in_memory=in_memory,
+            repeat=repeat,
             retries=retries,
             retry_delay=retry_delay,
             timeout=timeout,
@@ -2527,14 +2619,15 @@ class TaskQueue(_Tasks):
     def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
         """Wait until a task ended, in whatever process it runs, and return it.
 
-        Its state is `done` or `failed`. A task that is gone is taken for done without a
-        kept result (its task_type is "" if this call never saw it). Raises TimeoutError
-        after *timeout* seconds.
+        Its state is `done` or `failed`; or `waiting`, if it repeats: then the end of the run
+        that is under way, or comes next, is waited for. A task that is gone is taken for
+        done without a kept result (its task_type is "" if this call never saw it). Raises
+        TimeoutError after *timeout* seconds.
         """
         _refuse_rerun("wait")
         query = Query(ids=[_checked_text("task_id", task_id)])
         seconds = math.inf if timeout is None else _checked_seconds("timeout", timeout, zero=True)
-        deadline, pause, row = time.monotonic() + seconds, 0.002, None
+        deadline, pause, row, first = time.monotonic() + seconds, 0.002, None, None
         stores = [self._store] if _worker else [self._in_memory._store, self._store]
         while True:
             found = [row for store in stores for row in store.find(query, self._now())]
@@ -2542,7 +2635,8 @@ class TaskQueue(_Tasks):
                 gone = row or Row(task_id, "", "null", 0, 0, 0, 0, 0, 0.0, None, None, "", "")
                 return Task(gone._replace(state="done", owner=""))
             row = found[0]
-            if row.state in ("failed", "done"):
+            first = first or row
+            if row.state in ("failed", "done") or has_run(row, first):
                 return Task(row)
             left = deadline - time.monotonic()
             if left <= 0:
@@ -2571,7 +2665,7 @@ class TaskQueue(_Tasks):
 
 
 _ADD_PARAMETERS = frozenset(
-    "task_type data priority task_id due_date in_memory retries retry_delay timeout "
+    "task_type data priority task_id due_date in_memory repeat retries retry_delay timeout "
     "keep_result if_exists".split()
 )
 
@@ -2968,14 +3062,15 @@ class _WorkerProcess:
 
     @staticmethod
     def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
-        """The result as JSON, and why it is not kept: for tasks with keep_result."""
-        if row.keep_result is None:
+        """The result as JSON, and why it is not kept: for tasks that stay."""
+        if row.keep_result is None and row.repeat is None:
             return None, None
         try:
             _check_json(value, "result", 0)
             return _encode(value), None
         except (TypeError, ValueError) as error:
-            return None, f"the result is kept as None: {error}"
+            problem = f"the result is kept as None: {error}"
+            return None, None if row.keep_result is None else problem
 
     def _toggle_ipc(self) -> Callable[..., Future[Any]]:
         """The `toggle_ipc` of the running task."""
@@ -3852,11 +3947,11 @@ class Cluster(concurrent.futures.Executor):
         """Add a task and return its Future; *options* are those of add_task.
 
         Only this cluster runs it, while it lives. The Future resolves at the final end,
-        after retries: with the result, the task's own exception (or a RemoteError that
-        tells of it), WorkerDied or TaskTimeout. `future.task` is the Task;
-        `future.cancel()` removes it if it waits. In an `in_memory_only` cluster the
-        default is in_memory=True. Raises what add_task raises, and RuntimeError after
-        shutdown().
+        after retries (of the first run, if it repeats): with the result, the task's own
+        exception (or a RemoteError that tells of it), WorkerDied or TaskTimeout.
+        `future.task` is the Task; `future.cancel()` removes it if it waits. In an
+        `in_memory_only` cluster the default is in_memory=True. Raises what add_task raises,
+        and RuntimeError after shutdown().
         """
         if not self._started:
             self._use("submit")
@@ -4314,7 +4409,10 @@ class Cluster(concurrent.futures.Executor):
 
     def _call_listener(self, listener: Listener, run: _Run) -> None:
         _, _, state, _, _, result, error = run.outcome
-        task = Task(run.row._replace(state=state, owner="", result=result, error=error))
+        row, now = run.row, self.queue._now()
+        if row.repeat and row.state == "running" and next_slot(row.repeat, row.due_at, now):
+            state = "scheduled"
+        task = Task(row._replace(state=state, owner="", result=result, error=error))
         self._listener_thread.post(lambda: listener(run.value(), task))
 
     def _give_back(self, runs: Iterable[_Run]) -> None:
@@ -4707,7 +4805,7 @@ class Cluster(concurrent.futures.Executor):
             error = TaskPoolError(cast(str, row.error))
             run = _Run(row, 1.0, self._futures.pop(row.id, None))
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, row.error)
-            outcome = Outcome(row.id, row.claim, "failed", error=row.error)
+            outcome = Outcome(row.id, row.claim, row.state, error=row.error)
             run.end(outcome, "error", error=error)
             self._settled([run], [True])
         if foreign:
@@ -4744,8 +4842,11 @@ class Cluster(concurrent.futures.Executor):
         elif row.state == "done":
             self._futures.pop(task_id, None)
             _resolve(future, Task(row).result)
-        elif row.state == "failed" and future._foreign:
+        elif future._foreign and (row.state == "failed" or has_run(row, future._row)):
             self._futures.pop(task_id, None)
+            if row.error is None:
+                _resolve(future, Task(row).result)
+                return
             name, _, text = (row.error or "").partition("\n")[0].partition(": ")
             _resolve(future, error=RemoteError(name, text, row.error or ""))
 
