@@ -182,6 +182,21 @@ def add_line(job):
     os.close(fd)
 
 
+def add_slot(job):
+    """Append the slot that runs and the id of the master, then end in the way that data name."""
+    fd = os.open(job.data["file"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(fd, f"{job.due_date.isoformat()} {os.getppid()} {job.attempt}\n".encode())
+    os.close(fd)
+    how = job.data.get("how", "return")
+    if how == "raise":
+        raise ValueError("bad")
+    if how == "exit":
+        os._exit(3)
+    if how == "hang":
+        time.sleep(PATIENCE)
+    return (job.result or 0) + 1  # Of the last run.
+
+
 def lines_of(path):
     return Path(path).read_text().split("\n")[:-1] if Path(path).exists() else []
 
@@ -944,6 +959,120 @@ class StoreContract:
         got = self.claim(owner="you", now=NOW + 90_000 * SECOND)
         self.assertEqual([(r.id, r.attempt) for r in got], [("a", 1), ("b", 1), ("c", 1)])
 
+    def test_a_repeating_task_goes_back_to_waiting_for_its_next_slot(self):
+        """DU-03: the end of the run and the next slot are one step."""
+        self.add(row(repeat=timedelta(seconds=10), retries=1))
+        (first,) = self.claim()
+        self.assertTrue(self.settle(first, "done", now=NOW + 3 * SECOND, result="7"))
+        self.assertFalse(self.settle(first, "done"))
+        found = self.look()
+        self.assertEqual((found.state, found.due_at, found.ready_at), ("scheduled", NOW + 10 * SECOND, NOW + 10 * SECOND))
+        self.assertEqual((found.attempt, found.result, found.error, found.created_at), (0, "7", None, NOW))
+        self.assertEqual(self.store.next_due("me", ["x"], 5, NOW), [NOW + 10 * SECOND])
+        self.assertEqual(self.claim(now=NOW + 10 * SECOND - 1), [])
+        (second,) = self.claim(now=NOW + 10 * SECOND)
+        self.assertEqual((second.attempt, second.claim, second.result), (1, first.claim + 1, "7"))
+        self.assertTrue(self.settle(second, "done", now=NOW + 10 * SECOND))  # Without a result, too.
+        self.assertEqual((self.look().due_at, self.look().result), (NOW + 20 * SECOND, None))
+
+    def test_missed_slots_are_made_up_by_one_run(self):
+        """RC-07, RC-11, RC-16."""
+        day = 86_400 * SECOND
+        self.add(row("interval", repeat=timedelta(seconds=60)), row("cron", repeat="* * * * *"))
+        late = NOW + 4 * day + 7 * SECOND
+        self.assertEqual(len(self.claim(now=late)), 2)
+        for claimed in self.store.find(Query(), NOW):
+            self.settle(claimed, "done", now=late, result="1")
+            due = self.look(claimed.id).due_at
+            self.assertTrue(late < due <= late + 60 * SECOND)
+            self.assertEqual((due - claimed.due_at) % (60 * SECOND), 0)
+        self.assertEqual(self.claim(now=late), [])
+
+    def test_a_failed_run_keeps_the_schedule_and_its_error_until_one_succeeds(self):
+        """RC-10, RC-12, CR-03."""
+        self.add(row(repeat=timedelta(seconds=10), retries=1))
+        self.settle(self.claim()[0], "ready", ready_at=NOW + SECOND, error="E: one")
+        self.assertEqual((self.look().due_at, self.look().attempt), (NOW, 1))  # A retry of this slot.
+        self.settle(self.claim(now=NOW + SECOND)[0], "failed", now=NOW + 2 * SECOND, error="E: two")
+        found = self.look()
+        self.assertEqual((found.state, found.due_at, found.attempt, found.error), ("scheduled", NOW + 10 * SECOND, 0, "E: two"))
+        self.settle(self.claim(now=found.due_at)[0], "done", now=found.due_at, result="1")
+        self.assertEqual((self.look().error, self.look().due_at), (None, NOW + 20 * SECOND))
+
+    def test_a_clock_set_back_runs_no_slot_twice(self):
+        """CK-01, CK-04, DU-08."""
+        for repeat in (timedelta(seconds=60), "* * * * *"):
+            self.add(row(repeat=repeat, now=NOW - NOW % (60 * SECOND), due_date=timedelta()))
+            slots = []
+            for offset in (0, -300_000, -3600 * SECOND, 0, 30 * SECOND):
+                (claimed,) = self.claim(now=self.look().due_at)
+                slots.append(claimed.due_at)
+                self.settle(claimed, "done", now=claimed.due_at + offset, result="1")
+            self.assertEqual([b - a for a, b in zip(slots, slots[1:])], [60 * SECOND] * 4)
+            self.store.remove(Query(ids=["t"]), NOW)
+
+    def test_a_cron_starts_at_its_next_time_and_follows_its_zone(self):
+        zone_or_skip("Europe/Berlin")
+        cron, now = Cron("30 2 * * *", "Europe/Berlin"), datetime(2024, 3, 30, 12, tzinfo=timezone.utc)
+        self.add(row(repeat=cron, now=(now - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1)))
+        for slot in first_runs(cron, now, 3):
+            due = self.look().due_at
+            self.assertEqual(taskpool._datetime(due), slot)
+            self.settle(self.claim(now=due)[0], "done", now=due, result="1")
+
+    def test_a_given_due_date_is_the_first_slot(self):
+        for repeat in (timedelta(seconds=60), "0 0 * * *"):
+            self.add(row(repeat=repeat, due_date=timedelta(seconds=5)))
+            self.assertEqual(self.look().due_at, NOW + 5 * SECOND)
+            self.store.remove(Query(ids=["t"]), NOW)
+
+    def test_a_run_given_back_is_the_same_slot_again(self):
+        self.add(row(repeat=timedelta(seconds=10)))
+        self.settle(self.claim()[0], "ready", charged=False)
+        (again,) = self.claim(now=NOW + 15 * SECOND)
+        self.assertEqual((again.due_at, again.attempt), (NOW, 1))
+
+    def test_remove_or_cancel_during_a_run_ends_the_repeat(self):
+        for state in ("done", "failed", "removed"):
+            self.add(row(repeat=timedelta(seconds=10)))
+            (running,) = self.claim()
+            if state != "removed":
+                self.assertEqual(self.store.remove(Query(ids=["t"]), NOW), 1)
+            self.assertTrue(self.settle(running, state, error="E"))
+            self.assertIsNone(self.look())
+
+    def test_a_task_removed_during_its_run_can_be_added_again(self):
+        """if_exists="keep" does not keep what is about to go."""
+        self.add(row(repeat=timedelta(seconds=10)))
+        (running,) = self.claim()
+        self.store.remove(Query(ids=["t"]), NOW)
+        self.add(row(repeat=timedelta(seconds=99)), if_exists="keep")
+        self.settle(running, "done", result="1")
+        self.assertEqual((self.look().state, self.look().repeat), ("ready", "99000000"))
+
+    def test_replace_changes_the_repeat_also_during_a_run(self):
+        self.add(row(repeat=timedelta(seconds=10)))
+        self.add(row(repeat=timedelta(seconds=20)), if_exists="keep")
+        self.assertEqual(self.look().repeat, "10000000")
+        self.add(row(repeat=timedelta(seconds=30)), if_exists="replace")
+        (running,) = self.claim()
+        self.assertEqual(running.repeat, "30000000")
+        self.add(row(repeat=timedelta(seconds=40), due_date=timedelta(seconds=5)), if_exists="replace")
+        self.settle(running, "done", result="1")
+        self.assertEqual((self.look().due_at, self.look().repeat), (NOW + 5 * SECOND, "40000000"))
+        self.assertEqual(self.store.count(Query(), NOW), 1)
+
+    def test_a_repeat_without_a_further_slot_ends_as_other_tasks(self):
+        year_9999 = (datetime.max.replace(tzinfo=timezone.utc) - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1)
+        for repeat in (timedelta.max, timedelta(days=400), "0 0 1 1 *"):
+            for state, keep, left in (("done", None, None), ("done", 60, "done"), ("failed", None, "failed")):
+                self.add(row(repeat=repeat, keep_result=keep, due_date=datetime(9999, 1, 1, tzinfo=timezone.utc)))
+                (running,) = self.claim(now=year_9999)
+                self.settle(running, state, now=year_9999, result="1", error="E")
+                found = self.look()
+                self.assertEqual(found and found.state, left)
+                self.store.remove(Query(ids=["t"]), NOW)
+
     def test_add_is_all_or_nothing(self):
         self.add(row("b", priority=7))
         with self.assertRaises(DuplicateTask):
@@ -1138,6 +1267,40 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.assertEqual((neighbour.id, neighbour.attempt, neighbour.interrupted), ("neighbour", 1, 1))
         self.settle(neighbour, "ready", ready_at=NOW)
         self.assertEqual(self.look("neighbour").interrupted, 0)  # A run ended: reset.
+
+    def test_an_interruption_keeps_the_slot_and_the_fifth_the_schedule(self):
+        """CR-03, P3."""
+        self.add(row(repeat=timedelta(seconds=10), lane="far0"))
+        for number in range(6):
+            (claimed,) = self.claim(owner=f"far{number}")
+            self.assertEqual((claimed.due_at, claimed.attempt), (NOW, 1))
+            self.store.recover("me", number * 99.0, NOW)
+            ended = self.store.recover("me", number * 99.0 + 31, NOW)
+        self.assertEqual([r.id for r in ended], ["t"])  # So that it is reported.
+        found = self.look()
+        self.assertEqual((found.state, found.due_at, found.attempt, found.lane), ("scheduled", NOW + 10 * SECOND, 0, ""))
+        self.assertIn("Interrupted", found.error)
+        (again,) = self.claim(now=NOW + 10 * SECOND)
+        self.assertEqual(again.interrupted, 0)
+
+    def test_a_repeat_that_cannot_be_read_is_set_aside_and_says_why(self):
+        """A zone that this machine does not have, say."""
+        bad = ("x", "{}", "0", "-5", "[1, 2]", '["* * * * *"]', '["0 0 30 2 *", "UTC"]', '["@daily", "No/Where"]', "[" * 9999)
+        for number, text in enumerate(bad):
+            self.add(row(str(number))._replace(repeat=text))
+        self.add(row("good", repeat="@daily", due_date=timedelta()))
+        claimed = {r.id: r for r in self.claim(20)}
+        self.assertEqual(claimed.pop("good").state, "running")
+        self.assertEqual({r.state for r in claimed.values()}, {"failed"})
+        self.assertIn("tzdata", self.look("7").error)
+        self.settle(self.look("good"), "done", result="1")
+        # Changed during the run: the next claim sets it aside.
+        self.add(row("t", repeat="@daily", due_date=timedelta()))
+        (running,) = self.claim()
+        with self.store.transaction() as db:
+            db.execute("UPDATE taskpool_task SET repeat = 'x' WHERE id = 't'")
+        self.settle(running, "done", result="1")
+        self.assertEqual(self.claim()[0].state, "failed")
 
     def test_user_tables_in_the_same_file_are_left_alone(self):
         path = self.folder / "app.db"
@@ -3693,6 +3856,235 @@ class TestCronAroundClockChanges(unittest.TestCase):
                              "0 0-23/2 */2 * *", f"{changes} {hour} * * 0-5"):
                     self.check(text, name, walls)
         self.assertGreater(changes, 25)
+
+
+class TestRepeat(InFolder):
+    """Repeating tasks, on real clusters."""
+
+    def slots(self, path):
+        return [line.split()[0] for line in lines_of(path)]
+
+    def test_what_repeat_takes(self):
+        """CN-06: refused by add_task, never taken for "now"."""
+        queue = self.queue()
+        wrong_values = (timedelta(), timedelta(seconds=-1), "", "* * * *", "0 0 30 2 *", "@every 5m", "5", "nope")
+        for wrong in (5, 0, 1.5, True, b"* * * * *", ["* * * * *"], datetime.now(), *wrong_values):
+            expected = ValueError if wrong in wrong_values else TypeError
+            for add in (queue.add_task, lambda kind, **given: queue.add_tasks([{"task_type": kind, **given}])):
+                with self.subTest(wrong=wrong), self.assertRaisesRegex(expected, "^repeat") as caught:
+                    add("x", repeat=wrong)
+                self.assertIs(type(caught.exception), expected)
+        self.assertEqual(queue.count(), 0)
+        cron = Cron("0 9 * * 1-5")
+        for repeat in (timedelta(microseconds=1), timedelta(days=400, seconds=1), "@daily", cron, None):
+            task = queue.add_task("x", repeat=repeat)
+            self.assertEqual(task.repeat, Cron(repeat) if type(repeat) is str else repeat)
+            self.assertEqual(queue.find_one(task_id=task.id), task)
+
+    def test_the_first_slot_is_now_or_the_crons_next_time_or_the_due_date(self):
+        queue = self.queue()
+        queue.clock = lambda: NOW / SECOND
+        now = taskpool._datetime(NOW)
+        self.assertEqual(queue.add_task("x", repeat=timedelta(hours=1)).due_date, now)
+        self.assertEqual(queue.add_task("x", repeat="@daily").due_date, Cron("@daily").next(now))
+        later = now + timedelta(minutes=5)
+        self.assertEqual(queue.add_task("x", repeat="@daily", due_date=later).due_date, later)
+
+    def test_a_thousand_slots_do_not_drift(self):
+        """And none is run twice or before its time, whatever the delays."""
+        chance = random.Random(4)
+        for repeat, seconds in (("700000", 0.7), ('["*/7 * * * * *", "UTC"]', None)):
+            due, now, slots = NOW, NOW, []
+            for _ in range(1000):
+                now = max(now, due) + int(chance.choice((0, 1, 0.3, 5)) * chance.random() * SECOND)  # It ran.
+                slots.append(due)
+                due = taskpool.next_slot(repeat, due, now)
+                self.assertGreater(due, now)
+                self.assertLess(due - now, 8 * SECOND)
+            self.assertEqual(sorted(set(slots)), slots)
+            if seconds:
+                self.assertEqual({(slot - NOW) % int(seconds * SECOND) for slot in slots}, {0})
+            else:
+                self.assertEqual({slot // SECOND % 60 % 7 for slot in slots[1:]}, {0})
+
+    def test_each_slot_runs_once_in_two_clusters_and_says_what_was_stored(self):
+        """DU-03, RC-16."""
+        path, told = str(self.folder / "lines"), []
+        queues = self.queue(), self.queue()
+        for queue in queues:
+            queue.add_event_listener("done", lambda value, task: told.append((task.state, task.due_date, value)))
+            self.cluster({"slot": add_slot}, queue)
+        interval = timedelta(milliseconds=20)
+        first = queues[0].add_task("slot", {"file": path}, repeat=interval).due_date
+        eventually(lambda: len(told) > 30)
+        self.assertEqual(queues[0].remove(state=["waiting", "running"]), 1)
+        eventually(lambda: not queues[0].count() and len(told) == len(lines_of(path)))
+        slots = [datetime.fromisoformat(slot) for slot in self.slots(path)]
+        self.assertEqual(len(set(slots)), len(slots))
+        self.assertEqual({(slot - first) % interval for slot in slots}, {timedelta()})
+        self.assertEqual([value for *_, value in sorted(told, key=lambda item: item[1])], list(range(1, len(slots) + 1)))
+        self.assertEqual({state for state, *_ in told}, {"waiting"})
+        self.assertEqual(sorted(due for _, due, _ in told), sorted(slots))
+
+    def test_every_kind_of_failure_keeps_the_schedule(self):
+        """RC-10, RC-12, CR-03."""
+        queue, told = self.queue(), []
+        queue.add_event_listener("error", lambda value, task: told.append((task.id, task.state, task.attempt)))
+        self.cluster({"slot": add_slot}, queue)
+        for how in ("raise", "exit", "hang"):
+            data = {"file": str(self.folder / how), "how": how}
+            queue.add_task("slot", data, task_id=how, repeat=timedelta(milliseconds=50), timeout=0.3 if how == "hang" else None)
+        both = {"file": str(self.folder / "in memory"), "how": "raise"}
+        queue.add_task("slot", both, task_id="in memory", in_memory=True, retries=1, retry_delay=0, repeat=timedelta(milliseconds=50))
+        for how in ("raise", "exit", "hang", "in memory"):
+            eventually(lambda: len(set(self.slots(self.folder / how))) >= 3, how)
+        for how, error in (("raise", "ValueError: bad"), ("exit", "WorkerDied"), ("hang", "TaskTimeout")):
+            self.assertIn(error, queue.find_one(task_id=how).error)
+        self.assertEqual({state for _, state, _ in told}, {"waiting"})
+        self.assertEqual({(i, attempt) for i, _, attempt in told if i == "in memory"}, {("in memory", 1), ("in memory", 2)})
+        queue.remove(state=["waiting", "running"])
+        queue.in_memory.remove(task_id="in memory")
+
+    def test_a_future_is_the_first_run_and_the_schedule_goes_on_in_its_cluster(self):
+        path, first, second = str(self.folder / "lines"), self.queue(), self.queue()
+        self.cluster({"slot": add_slot}, second)
+        cluster = self.cluster({"slot": add_slot}, first)
+        future = cluster.submit("slot", {"file": path}, task_id="s", repeat=timedelta(milliseconds=20))
+        self.assertEqual(future.result(PATIENCE), 1)
+        eventually(lambda: len(lines_of(path)) > 5)
+        self.assertEqual(first.find_one(task_id="s").repeat, timedelta(milliseconds=20))
+        # Of one that is there already: its next end, in whatever cluster.
+        kept = cluster.submit("slot", {"file": path}, task_id="s", repeat="@daily", if_exists="keep")
+        self.assertGreater(kept.result(PATIENCE), 1)
+        self.assertGreater(second.wait("s", PATIENCE).result, 1)
+        self.assertTrue(cluster.cancel("s") or eventually(lambda: cluster.cancel("s")))
+        eventually(lambda: first.count() == 0)
+        failing = cluster.submit("slot", {"file": path, "how": "raise"}, task_id="f", repeat=timedelta(hours=1))
+        self.assertIsInstance(failing.exception(PATIENCE), ValueError)
+        self.assertEqual(first.find_one(task_id="f").state, "waiting")
+
+    def test_a_kept_repeat_of_another_cluster_resolves_the_future_with_its_next_end(self):
+        path, first, second = str(self.folder / "lines"), self.queue(), self.queue()
+        for how in ("return", "raise"):
+            runner, asker = self.cluster({"slot": add_slot}, first), self.cluster({"other": echo, "slot": add_slot}, second)
+            runner.submit("slot", {"file": path, "how": how}, task_id=how, repeat=timedelta(milliseconds=400)).exception(PATIENCE)
+            future = asker.submit("slot", {"file": path}, task_id=how, if_exists="keep")
+            self.assertEqual(future.task.repeat, timedelta(milliseconds=400))
+            error = future.exception(PATIENCE)
+            self.assertEqual(None if error is None else str(error), None if how == "return" else "ValueError: bad")
+            for cluster in (runner, asker):
+                cluster.shutdown(wait=False)
+            first.remove(task_id=how)
+
+    def test_the_end_runs_what_was_due_once(self):
+        queue, path = self.queue(), str(self.folder / "lines")
+        for number in range(3):
+            queue.add_task("slot", {"file": path}, task_id=str(number), repeat=timedelta(microseconds=1 + number))
+        queue.add_task("slot", {"file": path}, in_memory=True, task_id="memory", repeat=timedelta(microseconds=1))
+        cluster = self.cluster({"slot": add_slot}, queue, auto_initialize=False)
+        cluster._begin_finish(queue._now())  # Before it starts: as if shut down at once.
+        cluster.initialize()
+        self.assertTrue(cluster._closed.wait(PATIENCE))
+        self.assertEqual(len(lines_of(path)), 4)
+        self.assertEqual([task.state for task in queue.find()], ["waiting"] * 3)
+
+    def test_starting_a_program_again_keeps_one_schedule(self):
+        """RC-01, RC-03, RC-04, DU-06: also eight times at once."""
+        script = self.script("""
+            import sys
+            from datetime import timedelta
+            from taskpool import Cluster, TaskQueue
+            def slot(job):
+                with open("lines", "a") as file:
+                    file.write(f"{job.due_date}\\n")
+            if __name__ == "__main__":
+                queue = TaskQueue("tasks.db")
+                repeat = timedelta(hours=int(sys.argv[1]))
+                task = queue.add_task("slot", task_id="report", repeat=repeat, if_exists=sys.argv[2])
+                with Cluster({"slot": slot}, queue, max_available_workers=1):
+                    pass
+        """)
+        starts = [self.start(script, 1, "keep") for _ in range(8)]
+        for process in starts:
+            _, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, err), (0, ""))
+        self.assertEqual(len(lines_of(self.folder / "lines")), 1)
+        queue = self.queue()
+        (task,) = queue.find()
+        self.assertEqual((task.repeat, task.due_date - task.created_at), (timedelta(hours=1), timedelta(hours=1)))
+        process = self.start(script, 5, "replace")  # Starts afresh: now.
+        process.communicate(timeout=PATIENCE)
+        (task,) = queue.find()
+        self.assertEqual((task.repeat, len(lines_of(self.folder / "lines"))), (timedelta(hours=5), 2))
+
+    def test_two_tasks_with_the_same_rule_are_two_schedules(self):
+        """RC-06."""
+        queue = self.queue()
+        for number in range(2):
+            queue.add_task("mail", {"user": number}, repeat="@daily")
+        self.assertEqual(queue.count(), 2)
+
+    def test_a_master_killed_during_a_run_costs_that_run_only(self):
+        """RC-12, CR-03."""
+        path, queue = self.folder / "lines", self.queue()
+        queue.add_task("note", task_id="n", repeat=timedelta(hours=1))
+        script = self.script(TestP3MasterDead.MASTER)
+        first = self.start(script)
+        eventually(lambda: len(lines_of(path)) == 1)
+        first.kill()
+        first.wait()
+        (self.folder / "end").touch()
+        out, err = self.start(script).communicate(timeout=PATIENCE)
+        self.assertEqual(out, "master\ndrained\n", err)
+        self.assertEqual(lines_of(path), ["n 1", "n 1"])
+        (task,) = queue.find()
+        self.assertEqual((task.state, task.due_date - task.created_at), ("waiting", timedelta(hours=1)))
+
+    def test_a_clock_that_jumps_runs_each_slot_once_and_missed_ones_as_one(self):
+        """RC-07, CK-01, CK-04."""
+        for in_memory in (False, True):
+            queue, path = self.queue(f"{in_memory}.db"), str(self.folder / str(in_memory))
+            queue.clock = Clock()
+            cluster = self.cluster({"slot": add_slot}, queue)
+            tasks = queue.in_memory if in_memory else queue
+            queue.add_task("slot", {"file": path}, task_id="s", in_memory=in_memory, repeat=timedelta(hours=1))
+            for count, offset in ((1, 0), (2, 3600), (2, 1800), (2, 3600), (3, 7200), (4, 400_000), (4, 100_000)):
+                queue.clock.offset = offset
+                self.assertTrue(cluster.drain(PATIENCE))
+                eventually(lambda: len(lines_of(path)) == count, f"{count} runs at {offset} s")
+                self.assertTrue(cluster.drain(PATIENCE))
+            self.assertEqual(len(set(self.slots(path))), 4)
+            self.assertEqual(tasks.find_one(task_id="s").state, "waiting")
+            cluster.shutdown()
+
+    def test_update_changes_a_repeat_and_ends_it(self):
+        queue, path = self.queue(), str(self.folder / "lines")
+        now = queue.add_task("slot", {"file": path}, task_id="s", repeat="@yearly").due_date
+        self.assertEqual(queue.update("s", priority=3).repeat, Cron("@yearly"))
+        changed = queue.update("s", repeat=Cron("@hourly"))
+        self.assertEqual((changed.repeat, changed.due_date), (Cron("@hourly"), Cron("@hourly").next(changed.created_at)))
+        changed = queue.update("s", repeat=timedelta(hours=1), due_date=timedelta(days=1))
+        self.assertGreater(changed.due_date - changed.created_at, timedelta(hours=23))
+        with self.assertRaisesRegex(ValueError, "^repeat"):
+            queue.update("s", repeat="nope")
+        changed = queue.update("s", repeat=timedelta(hours=1))  # From now on.
+        self.assertLess(changed.due_date, now)
+        self.assertEqual(queue.update("s", repeat=None).due_date, changed.due_date)
+        with self.cluster({"slot": add_slot}, queue):
+            pass
+        self.assertEqual((queue.count(), len(lines_of(path))), (0, 1))
+
+    def test_remove_during_a_run_ends_it(self):
+        for in_memory in (False, True):
+            queue, path = self.queue(), str(self.folder / f"hold{in_memory}")
+            cluster, tasks = self.cluster({"hold": hold}, queue), queue.in_memory if in_memory else queue
+            queue.add_task("hold", path, in_memory=in_memory, repeat=timedelta(milliseconds=1))
+            eventually(lambda: os.path.exists(path + ".started"))
+            self.assertEqual(tasks.remove(task_type="hold"), 1)
+            Path(path + ".end").touch()
+            eventually(lambda: tasks.count() == 0)
+            self.assertTrue(cluster.drain(PATIENCE))
+            cluster.shutdown()
 
 
 # --- The file, the manual, the demo ----------------------------------------------------
