@@ -1657,6 +1657,7 @@ class MemoryStore(Store):
 
 _COLUMNS = Row._fields[:-1]
 _LIST = ", ".join(_COLUMNS)
+_REPEAT = _COLUMNS.index("repeat")
 
 SCHEMA_VERSION = 1  # Counts changes of what follows; see SQLiteStore._prepare.
 _SCHEMA = (
@@ -1826,11 +1827,11 @@ def _unusable(columns: Sequence[Any]) -> str:
     for name, value in zip(_COLUMNS, columns):
         if type(value) not in _COLUMN_TYPES[name]:
             return f"column {name} holds {_shown(value)}"
-    repeat = columns[_COLUMNS.index("repeat")]
-    try:
-        repeat is None or _read_repeat(repeat)
-    except (ValueError, RecursionError) as error:
-        return f"column repeat: {error}"
+    if columns[_REPEAT] is not None:
+        try:
+            _read_repeat(columns[_REPEAT])
+        except (ValueError, RecursionError) as error:
+            return f"column repeat: {error}"
     return ""
 
 
@@ -2433,7 +2434,7 @@ class _Tasks:
         store, now = self._usable("update"), self._now()
         _checked_text("task_id", task_id)
         columns: dict[str, tuple[str, ...]] = {"due_date": ("due_at", "ready_at")}
-        if changes.get("repeat") is not None and "due_date" not in changes:
+        if changes.get("repeat") is not None:
             columns["repeat"] = ("repeat", "due_at", "ready_at")
         allowed = "data priority due_date repeat retries retry_delay timeout keep_result".split()
         for name in changes:
