@@ -132,9 +132,12 @@ SLOW_SECONDS = 0.020  # A task that runs longer lets go of those queued behind i
 LEASE_SECONDS = 30.0  # A master that has not renewed for this long is given up (P3).
 RENEW_SECONDS = 10.0  # Three chances to renew within one lease.
 WARN_SECONDS = 60.0  # The same warning is not given more often.
+OWNERS_SECONDS = 0.1  # How often producers look which masters there are, and ...
+KNOCK_SECONDS = 0.002  # ... how often they wake them.
 WATCH_SECONDS = 1.0  # How often masters look for dead masters.
 INTERRUPTIONS = 5  # Interrupted single claims after which a task fails (P3).
 BUSY_SECONDS = 30.0  # Longest wait for another process's write lock on SQLite.
+PROMOTE_TASKS = 5_000  # Due tasks made ready at once; a million must not stop the rest.
 CHECKPOINT_PAGES = 4000  # Of SQLite's write-ahead log (16 MB): fewer and cheaper fsyncs.
 RETRY_CAP_SECONDS = 3600.0  # Longest wait before a retry.
 BOOT_SECONDS = 0.04  # First wait after a worker died as it started; then doubled...
@@ -1270,10 +1273,11 @@ def _here() -> str:
         return ""
 
 
-def _new_owner() -> str:
-    """A name for a running cluster, from which others can see whether it died."""
+def _new_owner(port: int) -> str:
+    """A name for a running cluster, from which others can see whether it died, and on
+    which port it hears of new tasks (see _WakeUp)."""
     pid = os.getpid()
-    return f"{_here()}|{pid}|{_process_start(pid)}|{os.urandom(8).hex()}"
+    return f"{_here()}|{pid}|{_process_start(pid)}|{os.urandom(8).hex()}|{port}"
 
 
 def owner_is_dead(owner: str) -> bool:
@@ -1284,6 +1288,18 @@ def owner_is_dead(owner: str) -> bool:
     if not start or not pid.isdigit() or place != _here():
         return False
     return _process_start(int(pid)) != start
+
+
+def _wake_owners(owners: Iterable[str]) -> None:
+    """Tell other masters of this machine that there is something new. May be lost."""
+    me = str(os.getpid())
+    places = [owner.split("|") for owner in owners]
+    ports = [int(p[4]) for p in places if len(p) == 5 and p[0] == _here() and p[1] != me]
+    if ports:
+        with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as knock:
+            knock.setblocking(False)
+            for port in ports:
+                knock.sendto(b"!", ("127.0.0.1", port))
 
 
 # --- Stores --------------------------------------------------------------------------
@@ -1361,6 +1377,10 @@ class Store:
     def leave(self, owner: str, now: int) -> None:
         """Give back, uncharged, all that *owner* still holds, and forget it."""
         raise NotImplementedError
+
+    def owners(self) -> list[str]:
+        """Who renewed and did not leave, to be woken by producers. Default: nobody is."""
+        return []
 
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
@@ -1503,7 +1523,9 @@ class MemoryStore(Store):
         for task_type in types:
             for place in (("", task_type), (owner, task_type)):
                 scheduled = self._scheduled.get(place)
-                while scheduled and (scheduled[0][0] <= now or not self._alive(scheduled[0][2])):
+                for _ in range(PROMOTE_TASKS):
+                    if not scheduled or (scheduled[0][0] > now and self._alive(scheduled[0][2])):
+                        break
                     row = heapq.heappop(scheduled)[2]
                     if self._alive(row):
                         self._put(row._replace(state="ready"))
@@ -1673,7 +1695,7 @@ _SCHEMA = (
         interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
         removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT)
     """,
-    # For _READY and _FOREIGN: what can be claimed, in order.
+    # For _READY and _STARTABLE: what can be claimed, in order.
     """
     CREATE INDEX IF NOT EXISTS taskpool_ready
     ON taskpool_task (lane, task_type, priority DESC, created_at) WHERE state = 'ready'
@@ -1731,9 +1753,11 @@ _ERASE = "DELETE FROM taskpool_task WHERE id = ?"
 _WRITE = f"UPDATE taskpool_task SET ({_LIST}) = ({', '.join('?' * len(_COLUMNS))}) WHERE id = ?"
 
 # scheduled -> ready
-_PROMOTE = """
-UPDATE taskpool_task SET state = 'ready'
-WHERE state = 'scheduled' AND lane = ? AND task_type = ? AND ready_at <= ?
+_PROMOTE = f"""
+UPDATE taskpool_task SET state = 'ready' WHERE seq IN (
+    SELECT seq FROM taskpool_task
+    WHERE state = 'scheduled' AND lane = ? AND task_type = ? AND ready_at <= ?
+    ORDER BY ready_at LIMIT {PROMOTE_TASKS})
 """
 # What claim() would take of one lane and type, best first.
 _READY = f"""
@@ -1773,6 +1797,7 @@ _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner
 _RENEW = "UPDATE taskpool_master SET beat = beat + 1 WHERE owner = ?"
 _ENTER = "INSERT INTO taskpool_master (owner, beat) VALUES (?, 0)"
 _LEAVE = "DELETE FROM taskpool_master WHERE owner = ?"
+_MASTERS = "SELECT owner FROM taskpool_master"
 # Holders of claims that are not in the table of masters count as silent masters.
 _OWNERS = """
 SELECT owner, beat FROM taskpool_master
@@ -1782,24 +1807,25 @@ AND owner NOT IN (SELECT owner FROM taskpool_master)
 _OPEN_LANE = "UPDATE taskpool_task SET lane = '' WHERE lane > '' AND lane = ?"
 _EXPIRE = "DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ?"
 
-# The distinct task types that wait, one index look-up each.
-_FOREIGN = """
+# The task types of a lane of which a task can start by then, one index look-up each.
+_STARTABLE = """
 WITH RECURSIVE
 ready(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'ready' AND lane = ''
+    SELECT min(task_type) FROM taskpool_task WHERE state = 'ready' AND lane = :lane
     UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'ready' AND lane = '' AND task_type > t)
+                      WHERE state = 'ready' AND lane = :lane AND task_type > t)
     FROM ready WHERE t IS NOT NULL),
 scheduled(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'scheduled' AND lane = ''
+    SELECT min(task_type) FROM taskpool_task WHERE state = 'scheduled' AND lane = :lane
     UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'scheduled' AND lane = '' AND task_type > t)
+                      WHERE state = 'scheduled' AND lane = :lane AND task_type > t)
     FROM scheduled WHERE t IS NOT NULL)
 SELECT t FROM ready WHERE t IS NOT NULL
 UNION SELECT t FROM scheduled WHERE t IS NOT NULL AND
     (SELECT min(ready_at) FROM taskpool_task
-     WHERE state = 'scheduled' AND lane = '' AND task_type = t) <= ?
+     WHERE state = 'scheduled' AND lane = :lane AND task_type = t) <= :instant
 """
+MANY_TYPES = 8  # From here on looking for what there is beats asking for each type.
 
 _OLDEST_FIRST = "ORDER BY created_at, seq LIMIT ? OFFSET ?"
 # waiting, failed, done -> (removed); a running task is marked.
@@ -2157,10 +2183,10 @@ class SQLiteStore(Store):
     ) -> list[Row]:
         most = math.ceil(limit / min(shares.values()))
         suspect = db.execute(_SUSPECT, (owner,)).fetchone() is not None
-        places = [(lane, t) for t in shares for lane in ("", owner)]
+        places = self._places(db, owner, shares, now)
         db.executemany(_PROMOTE, [(*place, now) for place in places])
         streams = [db.execute(_READY, (*place, until, most)) for place in places]
-        candidates = iter(streams[0]) if len(streams) == 1 else heapq.merge(*streams, key=_rank)
+        candidates = heapq.merge(*streams, key=_rank)
         taken: list[Row] = []
         taken_seq: list[tuple[str, int]] = []
         broken: list[tuple[str, int]] = []
@@ -2187,6 +2213,21 @@ class SQLiteStore(Store):
         db.executemany(_CLAIM, taken_seq)
         db.executemany(_SET_ASIDE, broken)
         return taken + broken_rows
+
+    @staticmethod
+    def _places(
+        db: sqlite3.Connection, owner: str, types: Iterable[str], instant: int
+    ) -> list[_Place]:
+        """The lanes and types to look at for tasks that can start by *instant*."""
+        known, lanes = set(types), ("", owner)
+        if len(known) < MANY_TYPES:
+            return [(lane, task_type) for task_type in known for lane in lanes]
+        return [
+            (lane, task_type)
+            for lane in lanes
+            for (task_type,) in db.execute(_STARTABLE, {"lane": lane, "instant": instant})
+            if task_type in known
+        ]
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
         with self.transaction() as db:
@@ -2235,6 +2276,10 @@ class SQLiteStore(Store):
         with self.transaction() as db:
             self._give_back(db, owner, now, given_back)
 
+    def owners(self) -> list[str]:
+        with self._read() as db:
+            return [owner for (owner,) in db.execute(_MASTERS)]
+
     def _give_back(
         self, db: sqlite3.Connection, owner: str, now: int, after: Callable[[Row, int], Row | None]
     ) -> list[Row]:
@@ -2254,7 +2299,7 @@ class SQLiteStore(Store):
     ) -> list[int]:
         due: list[int] = []
         with self._read() as db:
-            for place in [(lane, t) for t in types for lane in ("", owner)]:
+            for place in self._places(db, owner, types, NEVER):
                 (ready,) = db.execute(_COUNT_READY, (*place, until, limit)).fetchone()
                 due += [now] * ready
                 due += [at for (at,) in db.execute(_NEXT_DUE, (*place, until, limit))]
@@ -2263,7 +2308,8 @@ class SQLiteStore(Store):
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
         with self._read() as db:
-            return sorted(t for (t,) in db.execute(_FOREIGN, (now,)) if t not in known)
+            found = db.execute(_STARTABLE, {"lane": "", "instant": now})
+            return sorted(task_type for (task_type,) in found if task_type not in known)
 
     def find(self, query: Query, now: int) -> list[Row]:
         where, values = _where(query, now)
@@ -2509,6 +2555,8 @@ class TaskQueue(_Tasks):
         self._in_memory = InMemoryTasks(self)
         self._watchers: tuple[Any, ...] = ()  # Running clusters: have _queue_changed().
         self._listeners: dict[str, Listener] = {}
+        self._owners: list[str] = []  # Masters to wake, as of when we looked last.
+        self._next_owners = self._next_knock = 0.0  # Monotonic.
 
     def __enter__(self) -> TaskQueue:
         return self
@@ -2533,6 +2581,18 @@ class TaskQueue(_Tasks):
             _worker.tell_master_of_changes()
         for watcher in self._watchers:
             watcher._queue_changed(removed)
+
+    def _wake_others(self) -> None:
+        """Have the masters in other processes look at the store, so that they need not
+        poll it. Not for each of many tasks: who is woken looks again a little later."""
+        now = time.monotonic()
+        if now >= self._next_owners:
+            self._next_owners = now + OWNERS_SECONDS
+            with contextlib.suppress(StoreError):
+                self._owners = self._store.owners()
+        if self._owners and now >= self._next_knock:
+            self._next_knock = now + KNOCK_SECONDS
+            _wake_owners(self._owners)
 
     def add_task(
         self,
@@ -2615,6 +2675,8 @@ class TaskQueue(_Tasks):
         store = self._in_memory._store if row.in_memory else self._store
         rows = store.add(additions, row.created_at)
         self._changed()
+        if not row.in_memory:
+            self._wake_others()
         return rows
 
     def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
@@ -3215,14 +3277,22 @@ class _Calls:
 
 
 class _WakeUp:
-    """Ends the dispatcher's wait, from any thread: at most one byte is under way."""
+    """Ends the dispatcher's wait, from any thread: at most one byte is under way.
+
+    The same for other processes that add tasks is `bell`, a datagram socket on loopback.
+    What it says is not read: whoever rings it causes a look at the store, no more.
+    """
 
     def __init__(self) -> None:
         self.reader, self._writer = socket.socketpair()
-        self.reader.setblocking(False)
-        self._writer.setblocking(False)
+        self.bell, self.port = socket.socket(type=socket.SOCK_DGRAM), 0
+        with contextlib.suppress(OSError):  # Without it they wait for `refresh_rate`.
+            self.bell.bind(("127.0.0.1", 0))
+            self.port = self.bell.getsockname()[1]
         self._pending = False
-        _master_ends.update((self.reader, self._writer))
+        for end in (self.reader, self._writer, self.bell):
+            end.setblocking(False)
+            _master_ends.add(end)
 
     def set(self) -> None:
         if not self._pending:
@@ -3236,8 +3306,13 @@ class _WakeUp:
             self.reader.recv(64)
         self._pending = False
 
+    def clear_bell(self) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                self.bell.recv(64)
+
     def close(self) -> None:
-        for end in (self.reader, self._writer):
+        for end in (self.reader, self._writer, self.bell):
             _master_ends.discard(end)
             end.close()
 
@@ -3883,6 +3958,8 @@ class Cluster(concurrent.futures.Executor):
         self._boot_after, self._failed_boots = 0.0, 0  # Back-off of dying starts.
         self._boot_error: Exception | None = None
         self._look = True  # Something may be claimable in the store. Any thread sets it.
+        self._added = False  # Something was added since the last look: claim first.
+        self._look_again = math.inf  # Monotonic: a second look after the bell.
         self._news = False  # Something was added since this turn began. Any thread sets it.
         self._hungry = True  # New tasks could start at once: adding them ends the wait.
         self._upcoming: list[int] | None = []  # What next_due said; None: more than we take.
@@ -3923,11 +4000,13 @@ class Cluster(concurrent.futures.Executor):
             self._future_thread = _Calls("futures")
             self._listener_thread = _Calls("listener")
             self._broker_thread = _Calls("broker")
-            self._owner = _new_owner()
             self._wake = _WakeUp()
+            self._owner = _new_owner(self._wake.port)
             self._context = multiprocessing.get_context(self._start_method)
             self._selector = selectors.DefaultSelector()
-            self._selector.register(self._wake.reader, selectors.EVENT_READ, None)
+            self._selector.register(self._wake.reader, selectors.EVENT_READ, self._wake.clear)
+            if self._wake.port and not self._in_memory_only:
+                self._selector.register(self._wake.bell, selectors.EVENT_READ, self._on_bell)
             _master_ends.add(self._selector)
             self.queue._watchers += (self,)
             _running.add(self)
@@ -4138,7 +4217,7 @@ class Cluster(concurrent.futures.Executor):
         self._wake_up()
 
     def _queue_changed(self, removed: bool) -> None:
-        self._look = self._news = True
+        self._look = self._news = self._added = True
         if removed:
             self._check_futures = True
         if removed or self._hungry:
@@ -4201,9 +4280,9 @@ class Cluster(concurrent.futures.Executor):
         self._keep_house(now)
         self._settle_in_memory()
         self._claim_in_memory()
+        self._assign(now)
         self._use_store(now)
         self._scale(now)
-        self._assign(now)
         self._progress(now)
         if self._mode != "closed":
             self._receive()
@@ -4214,7 +4293,6 @@ class Cluster(concurrent.futures.Executor):
 
     def _receive(self) -> None:
         """The only wait: for workers, other threads, or the alarm."""
-        wake = cast(_WakeUp, self._wake)
         # When all workers have work, a turn follows soon anyhow: new tasks need not end
         # the wait, and add up meanwhile.
         self._hungry = len(self._workers) < self._max_workers or any(
@@ -4224,9 +4302,9 @@ class Cluster(concurrent.futures.Executor):
         if self._inbox or (self._news and self._hungry):
             timeout = 0.0
         for key, events in self._selector.select(None if timeout == math.inf else timeout):
-            worker: _WorkerHandle | None = key.data
-            if worker is None:
-                wake.clear()
+            worker = key.data
+            if not isinstance(worker, _WorkerHandle):
+                worker()
                 continue
             if events & selectors.EVENT_WRITE:
                 worker.channel.flush()
@@ -4235,6 +4313,12 @@ class Cluster(concurrent.futures.Executor):
         for worker in self._workers:
             if not worker.channel.takes_back:
                 self._hear(worker)
+
+    def _on_bell(self) -> None:
+        """Another process has added a task, and perhaps more, for which it did not ring."""
+        cast(_WakeUp, self._wake).clear_bell()
+        self._look = self._added = True
+        self._look_again = time.monotonic() + 2 * KNOCK_SECONDS
 
     def _hear(self, worker: _WorkerHandle) -> None:
         """Take in what a worker has sent."""
@@ -4633,12 +4717,15 @@ class Cluster(concurrent.futures.Executor):
             return
         claiming = self._mode in ("running", "finishing")
         room = self._room() if claiming else 0.0
+        if self._look_again <= now:
+            self._look, self._look_again = True, math.inf
+        self._wake_at(self._look_again)
         if self._store_due <= self.queue._now():
             self._look, self._store_due = True, NEVER
         if not self._unsettled and not (self._look and claiming):
             return
         runs, self._unsettled = self._unsettled, []
-        self._look = False
+        added, self._look, self._added = self._added, False, False
         self._store_busy, self._in_flight = True, len(runs)
         outcomes = [run.outcome for run in runs]
         owner, types, until = self._owner, dict(self._claimable()), self._until
@@ -4646,7 +4733,7 @@ class Cluster(concurrent.futures.Executor):
 
         def work() -> None:
             try:
-                answer: Any = self._store_turn(owner, outcomes, types, room, most, until)
+                answer: Any = self._store_turn(owner, outcomes, types, room, most, until, added)
             except BaseException as error:
                 answer = error
             self._post(lambda: self._on_store_answer(runs, answer))
@@ -4661,21 +4748,21 @@ class Cluster(concurrent.futures.Executor):
         room: float,
         most: int,
         until: int,
+        added: bool,
     ) -> tuple[list[bool], list[Row], list[int] | None]:
         """What the store thread does for a turn. A look at an empty queue writes nothing."""
         store, held, rows = self.queue._store, [], []
-        if outcomes:
+        if outcomes or (added and room > 0):
             with store.transaction():
-                held = store.settle(owner, outcomes, self.queue._now())
+                if outcomes:
+                    held = store.settle(owner, outcomes, self.queue._now())
                 if room > 0:
                     rows = store.claim(owner, types, room, self.queue._now(), until)
-        if most and sum(types[row.task_type] for row in rows) >= room / 2 and rows:
-            return held, rows, None
-        if outcomes and most:
-            return held, rows, None  # Recorded and claimed; the next turn looks on.
+            if most and (outcomes or rows):
+                return held, rows, None  # The next turn looks on.
         now = self.queue._now()
         upcoming = store.next_due(owner, types, most, now, until) if most else []
-        if room > 0 and upcoming and upcoming[0] <= now and not rows:
+        if room > 0 and upcoming and upcoming[0] <= now:
             rows = store.claim(owner, types, room, now, until)
             if rows:
                 return held, rows, None

@@ -831,6 +831,33 @@ class StoreContract:
         self.add(*[row(str(i)) for i in range(50)])
         self.assertEqual([r.id for _ in range(50) for r in self.claim(1)], [str(i) for i in range(50)])
 
+    FLOOD = 2 * taskpool.PROMOTE_TASKS + 1
+
+    def test_tasks_that_come_due_together_are_all_served_however_many(self):
+        """A look makes no more than a part of them ready, so that it takes its time for none."""
+        soon = timedelta(seconds=1)
+        self.add(*[row(f"t{i}", due_date=soon) for i in range(self.FLOOD)])
+        later = NOW + SECOND
+        taken = []
+        while self.store.next_due("me", ["x"], 1, later):
+            got = self.claim(self.FLOOD, now=later)
+            self.assertTrue(got)
+            taken += got
+        self.assertEqual(sorted(r.id for r in taken), sorted(f"t{i}" for i in range(self.FLOOD)))
+
+    def test_a_map_of_many_types_is_served_like_one_of_few(self):
+        types = [f"type {i:02}" for i in range(40)]
+        self.add(*[row(t, t, priority=i % 7) for i, t in enumerate(types[::2])], row("foreign", "y", priority=99))
+        self.add(row("mine", types[1], lane="me", priority=8), row("hers", types[3], lane="she", priority=9))
+        self.add(row("soon", types[5], due_date=timedelta(seconds=5), priority=9))
+        self.assertEqual(self.store.next_due("me", types, 100, NOW), [NOW] * 21 + [NOW + 5 * SECOND])
+        taken = self.store.claim("me", types, 100, NOW)
+        self.assertEqual(taken[0].id, "mine")
+        expected = sorted(range(20), key=lambda i: (-(i % 7), i))
+        self.assertEqual([r.id for r in taken[1:]], [types[::2][i] for i in expected])
+        (soon,) = self.store.claim("me", types, 100, NOW + 5 * SECOND)
+        self.assertEqual(soon.id, "soon")
+
     def test_order_holds_across_types_and_lanes(self):
         for order in (1, -1):
             rows = [
@@ -1110,26 +1137,38 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.add(row("a"), row("b"))
         self.assertEqual([r.id for r in self.other().find(Query(), NOW)], ["a", "b"])
 
-    def test_indexes_serve_the_claim_and_the_timer(self):
+    def test_an_index_serves_every_statement(self):
         """EXPLAIN of the constants: no scan of the table, no sorting (PF-01, MG-09)."""
         self.add(row())
         db = sqlite3.connect(self.folder / "store.db")
         self.addCleanup(db.close)
-        for statement, index in [
-            (taskpool._READY, "taskpool_ready"), (taskpool._COUNT_READY, "taskpool_ready"),
-            (taskpool._NEXT_DUE, "taskpool_scheduled"), (taskpool._PROMOTE, "taskpool_scheduled"),
-            (taskpool._SUSPECT, "taskpool_running"), (taskpool._HELD_BY, "taskpool_running"),
-            (taskpool._OPEN_LANE, "taskpool_lane"), (taskpool._EXPIRE, "taskpool_expires"),
-            (taskpool._FINISH, "sqlite_autoindex"), (taskpool._CLAIM, "PRIMARY KEY"),
-            (taskpool._OWNERS, "taskpool_running"), (taskpool._FOREIGN, "taskpool_ready"),
-        ]:
-            values = [0] * statement.count("?")
-            plan = [r[3] for r in db.execute("EXPLAIN QUERY PLAN " + statement, values)]
-            with self.subTest(statement=statement):
-                text = "\n".join(plan)
-                self.assertIn(index, text)
-                self.assertNotIn("TEMP B-TREE FOR ORDER", text)
-                self.assertNotRegex(text, r"SCAN (TABLE )?taskpool_task($|\n)")
+        by_id = "sqlite_autoindex_taskpool_task_1"
+        served = {
+            "_BY_ID": by_id, "_ERASE": by_id, "_WRITE": by_id, "_FINISH": by_id, "_HELD_ROW": by_id,
+            "_REMOVE": by_id, "_MARK": by_id,
+            "_CLAIM": "PRIMARY KEY", "_SET_ASIDE": "PRIMARY KEY",
+            "_READY": "taskpool_ready", "_COUNT_READY": "taskpool_ready",
+            "_PROMOTE": "taskpool_scheduled", "_NEXT_DUE": "taskpool_scheduled",
+            "_STARTABLE": "taskpool_ready .*taskpool_scheduled .*taskpool_scheduled ",
+            "_HELD_BY": "taskpool_running", "_OWNERS": "taskpool_running", "_SUSPECT": "taskpool_running",
+            "_OPEN_LANE": "taskpool_lane", "_EXPIRE": "taskpool_expires",
+            "_MASTERS": "sqlite_autoindex_taskpool_master_1",
+            "_RENEW": "sqlite_autoindex_taskpool_master_1", "_LEAVE": "sqlite_autoindex_taskpool_master_1",
+        }
+        statements = {
+            name: value for name, value in vars(taskpool).items()
+            if isinstance(value, str) and re.match(r"\s*(SELECT|UPDATE|DELETE|WITH)\b", value) and name != "_TABLES"
+        }
+        self.assertEqual(set(statements), set(served))
+        for name, statement in statements.items():
+            if name in ("_REMOVE", "_MARK"):  # The filters of the user follow.
+                statement += " AND id IN (?)"
+            values = {"lane": 0, "instant": 0} if ":lane" in statement else [0] * statement.count("?")
+            plan = "\n".join(r[3] for r in db.execute("EXPLAIN QUERY PLAN " + statement, values))
+            with self.subTest(statement=name, plan=plan):
+                self.assertRegex(plan, re.compile(served[name], re.DOTALL))
+                self.assertNotIn("TEMP B-TREE FOR ORDER", plan)
+                self.assertNotRegex(plan, r"SCAN (TABLE )?taskpool_task($|\n)")
 
     def test_a_row_that_cannot_be_read_is_set_aside_and_the_others_run(self):
         """CR-08, SQ-05, TT-05."""
@@ -1999,6 +2038,21 @@ class TestClusterOptions(InFolder):
         task = other.add_task("echo", keep_result=60)  # No event tells of it.
         cluster.set_refresh_rate(20)
         self.assertEqual(queue.wait(task.id, PATIENCE).state, "done")
+
+    def test_tasks_of_other_processes_start_without_waiting_for_the_poll(self):
+        """Each add rings a bell, or comes so soon after one that the second look finds it."""
+        queue = self.queue()
+        cluster = self.cluster({"echo": echo}, queue, refresh_rate=3_600_000)
+        cluster.submit("echo").result(PATIENCE)
+        self.run_script(
+            """
+            from taskpool import TaskQueue
+            queue = TaskQueue("tasks.db")
+            for burst in range(5):
+                for task in [queue.add_task("echo", keep_result=60) for _ in range(10)]:
+                    assert queue.wait(task.id, 60).state == "done"
+            """
+        )
 
     def test_the_start_method_of_the_program_is_not_fixed(self):
         """ENGINE 52, WP-04."""
