@@ -1146,7 +1146,7 @@ def after_interruption(row: Row, now: int) -> Row | None:
             return Row(**json.loads(row.successor))
         times = f"{INTERRUPTIONS} times in a row"
         error = f"Interrupted: its master died {times} while it ran this task alone"
-        row = row._replace(state="failed", owner="", lane="", interrupted=0)
+        row = row._replace(state="failed", owner="", interrupted=0)
         return after_end(row._replace(result=None, error=error), now)
     return row._replace(
         state="ready", attempt=max(row.attempt - 1, 0), owner="", interrupted=interrupted, lane=""

@@ -4094,6 +4094,23 @@ class TestRepeat(InFolder):
         (task,) = queue.find()
         self.assertEqual((task.state, task.due_date - task.created_at), ("waiting", timedelta(hours=1)))
 
+    def test_the_fifth_interruption_is_told_as_an_error_of_a_waiting_task(self):
+        """P3."""
+        class Interrupted(SQLiteStore):
+            ended = [row("t", repeat=timedelta(hours=1))._replace(state="scheduled", error="Interrupted: 5 times")]
+
+            def recover(self, owner, seconds, now):
+                ended, Interrupted.ended = Interrupted.ended, []
+                return ended
+
+        told = []
+        with TaskQueue(Interrupted(self.folder / "tasks.db")) as queue, self.assertLogs("taskpool", "ERROR"):
+            queue.add_event_listener("error", lambda value, task: told.append((task.id, task.state, str(value))))
+            cluster = self.cluster({"x": echo}, queue)
+            eventually(lambda: told)
+            cluster.shutdown()
+        self.assertEqual(told, [("t", "waiting", "Interrupted: 5 times")])
+
     def test_a_clock_that_jumps_runs_each_slot_once_and_missed_ones_as_one(self):
         """RC-07, CK-01, CK-04."""
         for in_memory in (False, True):
