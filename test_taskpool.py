@@ -3967,7 +3967,7 @@ class TestRepeat(InFolder):
         queues = self.queue(), self.queue()
         for queue in queues:
             queue.add_event_listener("done", lambda value, task: told.append((task.state, task.due_date, value)))
-            self.cluster({"slot": add_slot}, queue)
+            self.cluster({"slot": add_slot}, queue, keep_alive="always")
         interval = timedelta(milliseconds=20)
         first = queues[0].add_task("slot", {"file": path}, repeat=interval).due_date
         eventually(lambda: len(told) > 30)
@@ -3984,20 +3984,22 @@ class TestRepeat(InFolder):
         """RC-10, RC-12, CR-03."""
         queue, told = self.queue(), []
         queue.add_event_listener("error", lambda value, task: told.append((task.id, task.state, task.attempt)))
-        self.cluster({"slot": add_slot}, queue)
-        for how in ("raise", "exit", "hang"):
-            data = {"file": str(self.folder / how), "how": how}
-            queue.add_task("slot", data, task_id=how, repeat=timedelta(milliseconds=50), timeout=0.3 if how == "hang" else None)
-        both = {"file": str(self.folder / "in memory"), "how": "raise"}
-        queue.add_task("slot", both, task_id="in memory", in_memory=True, retries=1, retry_delay=0, repeat=timedelta(milliseconds=50))
-        for how in ("raise", "exit", "hang", "in memory"):
-            eventually(lambda: len(set(self.slots(self.folder / how))) >= 3, how)
-        for how, error in (("raise", "ValueError: bad"), ("exit", "WorkerDied"), ("hang", "TaskTimeout")):
+        self.cluster({"slot": add_slot}, queue, keep_alive="always")
+        errors = {"raise": "ValueError: bad", "exit": "WorkerDied", "hang": "TaskTimeout"}
+        for how, error in errors.items():
+            path = str(self.folder / how)
+            timeout = 0.3 if how == "hang" else None
+            queue.add_task("slot", {"file": path, "how": how}, task_id=how, timeout=timeout, repeat=timedelta(milliseconds=10))
+            eventually(lambda: len(set(self.slots(path))) >= 3, how)
             self.assertIn(error, queue.find_one(task_id=how).error)
+            queue.remove(task_id=how)
+        path, retried = str(self.folder / "retried"), {"task_id": "retried", "retries": 1, "retry_delay": 0}
+        data = {"file": path, "how": "raise"}
+        queue.add_task("slot", data, in_memory=True, repeat=timedelta(milliseconds=10), **retried)
+        eventually(lambda: len(set(self.slots(path))) >= 3, "in memory")
+        queue.in_memory.remove(task_id="retried")
+        eventually(lambda: {attempt for i, _, attempt in list(told) if i == "retried"} == {1, 2})
         self.assertEqual({state for _, state, _ in told}, {"waiting"})
-        self.assertEqual({(i, attempt) for i, _, attempt in told if i == "in memory"}, {("in memory", 1), ("in memory", 2)})
-        queue.remove(state=["waiting", "running"])
-        queue.in_memory.remove(task_id="in memory")
 
     def test_a_future_is_the_first_run_and_the_schedule_goes_on_in_its_cluster(self):
         path, first, second = str(self.folder / "lines"), self.queue(), self.queue()
@@ -4070,6 +4072,12 @@ class TestRepeat(InFolder):
         process.communicate(timeout=PATIENCE)
         (task,) = queue.find()
         self.assertEqual((task.repeat, len(lines_of(self.folder / "lines"))), (timedelta(hours=5), 2))
+
+    def test_only_the_end_of_a_run_ends_a_wait(self):
+        """Not a claim given back, nor a due date changed by update()."""
+        before = row(repeat=timedelta(hours=1))
+        for claim, due_at, expected in ((1, NOW, False), (0, NOW + 9, False), (1, NOW + 9, True)):
+            self.assertEqual(taskpool.has_run(before._replace(claim=claim, due_at=due_at), before), expected)
 
     def test_two_tasks_with_the_same_rule_are_two_schedules(self):
         """RC-06."""
