@@ -3601,7 +3601,7 @@ class _WorkerHandle:
         taken = [run for run in self.runs if run.number in numbers]
         for run in taken:
             self.runs.remove(run)
-            self.load -= run.cost
+        self.load = sum(run.cost for run in self.runs)
         return taken
 
     def end_head(self, now: float) -> _Run:
@@ -4517,11 +4517,12 @@ class Cluster(concurrent.futures.Executor):
                 self._give_back(worker.take_back())
                 head.verdict = "timeout"
                 worker.kill()
-            elif len(worker.runs) > 1 and worker.since + SLOW_SECONDS <= now:
+            elif head and len(worker.runs) > 1 and worker.since + SLOW_SECONDS <= now:
                 self._give_back(worker.take_back())
-                slow = cast(_Run, head).row.task_type
-                self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.since))
-                worker.load = max(worker.load, 1.0)
+                if head in worker.runs:  # Else the system is so slow that it has not begun.
+                    slow = head.row.task_type
+                    self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.since))
+                    head.cost = worker.load = 1.0
             if worker.kill_at <= now:
                 worker.kill()
             self._look_at_exit(worker, now)
@@ -5356,6 +5357,123 @@ def _demo() -> int:
     return OK
 
 
+# --- Bench ---------------------------------------------------------------------------
+# `python taskpool.py bench`: what this machine does. .ci/bench.py runs peers beside it.
+
+
+def _bench_nothing(job: Task) -> None:
+    """The task of which only the queue's own work is seen."""
+
+
+def _bench_late(job: Task) -> float:
+    """Seconds from just before add_task to the start of the function."""
+    return time.time() - cast(float, job.data)
+
+
+_BENCH_MAP: dict[str, TaskFunction] = {"nothing": _bench_nothing, "late": _bench_late}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
+def _resident_bytes() -> int:
+    """The memory of this process; 0 where /proc does not tell."""
+    pages = _read_text("/proc/self/statm").split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
+
+
+def _bench_claims(path: str, waiting: int) -> float:
+    """Seconds for claim and settle of one task while so many others wait. (Median)"""
+    store, now = SQLiteStore(path), time.time_ns() // 1000
+
+    def add(count: int, task_type: str) -> None:
+        for start in range(0, count, 10_000):
+            part = range(start, min(start + 10_000, count))
+            store.add([_make_row(now, task_type) for _ in part], now)
+
+    def claim_and_settle() -> None:
+        (row,) = store.claim("bench", ["nothing"], 1, now)
+        store.settle("bench", [Outcome(row.id, row.claim, "done")], now)
+
+    for task_type in ("nothing", "foreign"):
+        add(waiting // 2, task_type)
+    add(1000, "nothing")
+    seconds = _median(_seconds(claim_and_settle) for _ in range(1000))
+    store.close()
+    return seconds
+
+
+def _bench_latency(cluster: Cluster, in_memory: bool) -> float:
+    def once() -> float:
+        time.sleep(0.002)  # An idle cluster, not a busy one.
+        return cast(float, cluster.submit("late", time.time(), in_memory=in_memory).result())
+
+    return _median(once() for _ in range(200))
+
+
+def _bench_lines(folder: str) -> Iterator[tuple[str, str]]:
+    """What was measured, and the number, as they come."""
+    queue = TaskQueue(os.path.join(folder, "bench.db"))
+    options: Any = {"keep_alive": "always", "auto_initialize": False}
+    cluster = Cluster(_BENCH_MAP, queue, **options)
+
+    before, count = _resident_bytes(), 200_000
+    add = lambda: [queue.add_task("nothing", in_memory=True) for _ in range(count)]  # noqa: E731
+    yield "add_task in memory", f"{count / _seconds(add):,.0f} a second"
+    if before:
+        yield "a waiting task in memory", f"{(_resident_bytes() - before) / count:,.0f} bytes"
+    queue.in_memory.remove(state="waiting")
+
+    add = lambda: [queue.add_task("nothing") for _ in range(5000)]  # noqa: E731
+    yield "add_task", f"{5000 / _seconds(add):,.0f} a second"
+    many = [{"task_type": "nothing"}] * 50_000
+    yield "add_tasks", f"{50_000 / _seconds(lambda: queue.add_tasks(many)):,.0f} a second"
+    cluster.initialize()
+    while queue.count(state="waiting") > 54_000:
+        time.sleep(0.001)
+    left = queue.count()
+    yield "stored tasks run", f"{left / _seconds(cluster.drain):,.0f} a second"
+
+    def submit() -> None:
+        for future in [cluster.submit("nothing", in_memory=True) for _ in range(20_000)]:
+            future.result()
+
+    rates = [20_000 / _seconds(submit) for _ in range(3)]
+    yield "submit to result, in memory", f"{_median(rates):,.0f} a second"
+    for in_memory, what in ((False, "stored"), (True, "in memory")):
+        ms = _bench_latency(cluster, in_memory) * 1000
+        yield f"until an idle worker starts, {what}", f"{ms:.2f} ms"
+    cluster.shutdown()
+
+    def start() -> None:
+        with Cluster(_BENCH_MAP, queue, in_memory_only=True) as fresh:
+            fresh.submit("nothing").result()
+
+    yield "start and end of a cluster", f"{_seconds(start) * 1000:.0f} ms"
+    queue.close()
+    for waiting in (1_000, 100_000, 1_000_000):
+        us = _bench_claims(os.path.join(folder, f"{waiting}.db"), waiting) * 1e6
+        yield f"claim and settle, {waiting:,} waiting", f"{us:.0f} us"
+
+
+def _bench() -> int:
+    import tempfile
+
+    print(f"taskpool {__version__}, Python {sys.version.split()[0]}, {_usable_cpus()} CPUs")
+    with tempfile.TemporaryDirectory(prefix="taskpool-bench-") as folder:
+        for what, number in _bench_lines(folder):
+            print(f"  {what:<40} {number:>20}", flush=True)
+    return OK
+
+
 # --- Command line --------------------------------------------------------------------
 
 
@@ -5376,10 +5494,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--demo", action="store_true", help="show it at work, on real files")
+    parser.add_argument("command", nargs="?", choices=["bench"])
     parser.add_argument("--version", action="version", version=f"taskpool {__version__}")
     options = parser.parse_args(arguments)
     if options.demo:
         return _demo()
+    if options.command == "bench":
+        return _bench()
     parser.print_usage(sys.stderr)
     return USAGE
 
