@@ -33,8 +33,9 @@ The life of a task (each arrow is a method of Store)
        add                claim                settle: done
     --------> waiting --------------> running ---------------> (removed), or `done`
                 ^                      |  |                     if keep_result was given
-                |  settle: retry, or   |  |    settle: failed
-                |  given back; recover |  +------------------> failed
+                |  settle: retry, next |  |    settle: failed
+                |  slot of `repeat`, or|  +------------------> failed
+                |  given back; recover |                         |
                 +----------------------+                         |
                 |                retry                           |
                 +------------------------------------------------+
@@ -67,8 +68,8 @@ Units: durations are seconds (or a timedelta), but `refresh_rate` and an integer
 `keep_alive` are milliseconds, as in nschwarz:cluster, from which this descends.
 Instants are datetimes outside and integer microseconds since 1970 (UTC) inside.
 
-Map of the file: errors, tasks, policies, stores, queue, messages, worker, master,
-demo and command line. Each part uses only the parts above it.
+Map of the file: errors, cron, tasks, policies, stores, queue, messages, worker,
+master, demo and command line. Each part uses only the parts above it.
 """
 
 from __future__ import annotations
@@ -98,9 +99,11 @@ import threading
 import time
 import traceback
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone, tzinfo
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from types import CoroutineType
 from typing import Any, Callable, NamedTuple, TypeVar, Union, cast
@@ -108,6 +111,7 @@ from typing import Any, Callable, NamedTuple, TypeVar, Union, cast
 __version__ = "0.1.0"
 __all__ = [
     "Cluster",
+    "Cron",
     "DuplicateTask",
     "RemoteError",
     "SQLiteStore",
@@ -232,6 +236,360 @@ class _RemoteTraceback(Exception):
         return f'\n"""\n{self.args[0]}"""'
 
 
+# --- Cron ----------------------------------------------------------------------------
+# When is the next run? Arithmetic with calendars and clocks, which knows of no task.
+
+_DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June", "July", "August"),
+    *("September", "October", "November", "December"),
+)
+_MONTH_LENGTHS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+_MACROS = {
+    "@YEARLY": "0 0 1 1 *",
+    "@ANNUALLY": "0 0 1 1 *",
+    "@MONTHLY": "0 0 1 * *",
+    "@WEEKLY": "0 0 * * 0",
+    "@DAILY": "0 0 * * *",
+    "@MIDNIGHT": "0 0 * * *",
+    "@HOURLY": "0 * * * *",
+}
+_ORDINALS = {"L": "last", "1": "first", "2": "second", "3": "third", "4": "fourth", "5": "fifth"}
+
+
+def _number(word: str) -> int:
+    """Plain digits as a number, else -1. Three digits suffice to be out of any range."""
+    return int(word.lstrip("0")[:3] or 0) if word.isdigit() and word.isascii() else -1
+
+
+class _Field(NamedTuple):
+    """One of the fields of a cron text: reads its part of the text, or says it in words."""
+
+    name: str
+    unit: str
+    every: range  # The values that * stands for.
+    allowed: str
+    names: tuple[str, ...] = ()
+
+    def error(self, item: str) -> ValueError:
+        """What is wrong with a list item, with a hint if it is one of the usual slips."""
+        span, slash, step = item.partition("/")
+        size, short = len(self.every), span[:3]
+        if _number(step) > size and self.unit not in ("month", "weekday"):
+            interval = f"repeat=timedelta({self.unit}s={step})"
+            hint = f"every {step} {self.unit}s is {interval}, a step is 1 to {size}"
+        elif slash and not 1 <= _number(step) <= size:
+            hint = f"a step is 1 to {size}"
+        elif "" in span.split("-"):
+            hint = "a value is missing"
+        elif span.isalpha() and any(name.startswith(short.capitalize()) for name in self.names):
+            hint = f"write {short}, names have three letters"
+        elif "~" in span or span in ("H", "R") or span.startswith(("H(", "R(")):
+            hint = "random values (H, R, ~) are not supported"
+        elif "L" in span:
+            hint = "L is the last day of a month, 5L or FRIL its last Friday; L-3 is not supported"
+        else:
+            hint = "there is no such value"
+        lists = "and lists (1,2), ranges (1-5) and steps (*/2) of these"
+        return ValueError(f"{self.name} {item!r}: {hint}; allowed: {self.allowed}, {lists}")
+
+    def value(self, word: str, item: str) -> int:
+        """The value of a number or name; *item* is what to blame if it is neither."""
+        names = [] if word.isdigit() else [name[:3].upper() for name in self.names]
+        value = self.every[names.index(word)] if word in names else _number(word)
+        if value in self.every or (value == 7 and self.unit == "weekday"):
+            return value
+        raise self.error(item)
+
+    def values(self, text: str) -> Sequence[int]:
+        """The values of a text without marks such as L, sorted."""
+        if text == "*":
+            return self.every
+        if (number := _number(text)) in self.every:
+            return (number,)
+        every, size, found = self.every, len(self.every), set[int]()
+        for item in text.split(","):
+            span, slash, step_word = item.partition("/")
+            start, dash, stop = span.partition("-")
+            step = _number(step_word) if slash else 1
+            if not 1 <= step <= size:
+                raise self.error(item)
+            first = every[0] if span == "*" else self.value(start, item)
+            last = every[-1] if slash or span == "*" else first
+            if dash:
+                last = self.value(stop, item)
+            last += size if last < first else 0  # 22-4 wraps around: 22-28, less 24 from 24 on.
+            found.update(every[(at - every[0]) % size] for at in range(first, last + 1, step))
+        return sorted(found)
+
+    def marked_values(self, text: str) -> list[tuple[int, str]]:
+        """Pairs of value and mark: 5 is (5, ""), 5W (5, "W"), 5L (5, "L"), FRI#2 (5, "2"), and
+        the last day of the month is 0: L is (0, ""), LW (0, "W"). None for * and ?."""
+        found, is_date = [], self.unit == "day"
+        for item in text.split(",") if text not in ("*", "?") else ():
+            word, mark = item[:-1], item[-1:]
+            if is_date and item in ("L", "LW"):
+                found.append((0, item[1:]))
+            elif word and mark == ("W" if is_date else "L"):
+                found.append((self.value(word, item), mark))
+            elif not is_date and word[-1:] == "#" and mark in "12345":
+                found.append((self.value(word[:-1], item), mark))
+            else:
+                found += [(value, "") for value in self.values(item)]
+        return found
+
+    def say(self, text: str) -> str:
+        """The text, or a part of it, in words."""
+        if "," in text:
+            return " and ".join(self.say(item) for item in text.split(","))
+        span, _, step = text.partition("/")
+        if step or span == "*":
+            every = f"every {step} {self.unit}s" if step else f"every {self.unit}"
+            return every if span == "*" else f"{every} from {self.say(span)}"
+        if "-" in text:
+            return " to ".join(self.say(word) for word in text.split("-"))
+        word, mark = text[:-1].rstrip("#"), text[-1]
+        if "#" in text or (mark in "LW" and self.unit != "month"):
+            which = _ORDINALS.get(mark, "working day nearest to")
+            return f"the {which} {self.say(word) if word else 'day'}"
+        value = self.value(text, text) - self.every[0]
+        return self.names[value % len(self.names)] if self.names else f"{self.unit} {int(text)}"
+
+
+_SECOND = _Field("second", "second", range(60), "0-59")
+_MINUTE = _Field("minute", "minute", range(60), "0-59")
+_HOUR = _Field("hour", "hour", range(24), "0-23")
+_DATE = _Field("day-of-month", "day", range(1, 32), "1-31, L, LW, 15W, or ? alone")
+_MONTH = _Field("month", "month", range(1, 13), "1-12, JAN-DEC", _MONTHS)
+_WEEKDAY = _Field("day-of-week", "weekday", range(7), "0-7, SUN-SAT, 5L, FRI#2, or ? alone", _DAYS)
+
+
+def _cron_fields(text: str) -> list[str]:
+    """The five or six fields in capitals, macros replaced."""
+    macro = text.strip(" \t").encode().upper().decode()  # As bytes: no other letter gets ASCII.
+    if macro.startswith("@") and macro not in _MACROS:
+        raise ValueError(
+            f"no such macro; allowed: {', '.join(_MACROS).lower()}; @reboot has no time, and "
+            "instead of @every 5m use repeat=timedelta(minutes=5)"
+        )
+    parts = [part for part in _MACROS.get(macro, macro).replace("\t", " ").split(" ") if part]
+    if len(parts) not in (5, 6):
+        year = " (a year field is not supported)" if len(parts) == 7 else ""
+        allowed = "[second] minute hour day-of-month month day-of-week"
+        raise ValueError(f"{len(parts)} fields{year}; allowed: {allowed}")
+    return parts
+
+
+@lru_cache(maxsize=1024)
+def _month_kind(year: int, month: int) -> tuple[int, int]:
+    """The weekday of a month's first day (0: Sunday), and its length."""
+    leap = month == 2 and year % (400 if year % 100 == 0 else 4) == 0
+    return date(year, month, 1).isoweekday() % 7, _MONTH_LENGTHS[month - 1] + leap
+
+
+@lru_cache(maxsize=1024)  # next() asks twice, and mostly about the same few days.
+def _clock_change(zone: tzinfo, day: int) -> tuple[datetime, datetime] | None:
+    """From what to what the clock is put, if that skips or repeats a time of the day (ordinal)."""
+    start = datetime.fromordinal(day).replace(tzinfo=zone)
+    end = start.replace(hour=23, minute=59, second=59, fold=1)
+    before, after = start.utcoffset() or timedelta(), end.utcoffset() or timedelta()
+    if before == after:
+        return None
+    instant = start.replace(tzinfo=timezone.utc) - max(before, after)  # It is before the change.
+    for power in range(17, -1, -1):  # Halving, as zones put clocks by any length, at any time.
+        probe = instant + timedelta(seconds=2**power)
+        instant = probe if probe.astimezone(zone).utcoffset() == before else instant
+    new = (instant + timedelta(seconds=1)).astimezone(zone)
+    return new - (after - before), new
+
+
+class _Times:
+    """The times that a cron text means, on a clock that is never changed."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            self.fields = _cron_fields(text)
+            *second, minute, hour, day, month, weekday = self.fields
+            self.seconds = _SECOND.values(second[0]) if second else (0,)
+            self.minutes, self.hours = _MINUTE.values(minute), _HOUR.values(hour)
+            self.months = _MONTH.values(month)
+            self._dates, self._weekdays = _DATE.marked_values(day), _WEEKDAY.marked_values(weekday)
+            # As in Debian: */2 counts as a star, 1-31 does not.
+            self._needs_both = day[0] in "*?" or weekday[0] in "*?"
+            self._known_days: dict[tuple[int, int], Sequence[int]] = {}
+            months = itertools.product(range(2000, 2028), self.months)  # Of all calendars.
+            if not any(self._days(year, month) for year, month in months):
+                raise ValueError("never fires, no date matches")
+        except ValueError as error:
+            raise ValueError(f"cron text {text!r}: {error}") from None
+
+    def _days(self, year: int, month: int) -> Sequence[int]:
+        """The matching days of a month, sorted."""
+        kind = _month_kind(year, month)
+        days = self._known_days.get(kind)
+        if days is None:
+            days = self._known_days[kind] = self._days_of_kind(*kind)
+        return days
+
+    def _days_of_kind(self, first: int, length: int) -> Sequence[int]:
+        every, dates, weekdays = range(1, length + 1), set[int](), set[int]()
+        for number, mark in self._dates:
+            day = number or length
+            if mark:
+                working = [at for at in every if 0 < (first + at - 1) % 7 < 6]
+                day = min(working, key=lambda at: abs(at - day))
+            if number <= length:
+                dates.add(day)
+        for weekday, mark in self._weekdays:
+            same = every[(weekday - first) % 7 :: 7]
+            weekdays.update(same["L12345".index(mark) - 1 :][:1] if mark else same)
+        if self._dates and self._weekdays:
+            return sorted(dates & weekdays if self._needs_both else dates | weekdays)
+        return sorted(dates or weekdays) if self._dates or self._weekdays else every
+
+    def following(self, moment: datetime) -> datetime:
+        """The first of these times after *moment*, in its zone."""
+        hours, minutes, seconds, months = self.hours, self.minutes, self.seconds, self.months
+        year, month, day = moment.year, moment.month, moment.day
+        hour, minute, second = moment.hour, moment.minute, moment.second
+        days = self._days(year, month) if month in months else ()
+        today = day in days
+        if today and hour in hours and minute in minutes and second < seconds[-1]:
+            second = seconds[bisect_right(seconds, second)]
+        elif today and hour in hours and minute < minutes[-1]:
+            minute, second = minutes[bisect_right(minutes, minute)], seconds[0]
+        elif today and hour < hours[-1]:
+            hour, minute, second = hours[bisect_right(hours, hour)], minutes[0], seconds[0]
+        else:
+            hour, minute, second = hours[0], minutes[0], seconds[0]
+            days = days[bisect_right(days, day) :]
+            place = year * len(months) + bisect_right(months, month)
+            while not days:
+                year, month = place // len(months), months[place % len(months)]
+                days = self._days(year, month)
+                place += 1
+            day = days[0]
+        return datetime(year, month, day, hour, minute, second, tzinfo=moment.tzinfo)
+
+
+_times = lru_cache(maxsize=1024)(_Times)  # A text is often read more than once.
+
+
+class Cron:
+    """A schedule in cron's notation: `Cron("0 9 * * 1-5", "Europe/Paris").next()`.
+
+    *text* is minute, hour, day-of-month, month and day-of-week; or six fields, the second
+    first; or @yearly @annually @monthly @weekly @daily @midnight @hourly. *tz* is the zone
+    of its clock. Raises ValueError if the text is wrong or never matches (30 February), or
+    the zone is unknown; TypeError if they are not str.
+
+    Rules of crontab(5) and cron(8), Vixie's as in Debian; L, W, # and ? as in Quartz, but 0
+    and 7 are Sunday. Ranges wrap around (22-4). `5/15` is `5-59/15`. If a day field begins
+    with * or is ?, a day must match both, otherwise one is enough: `0 0 13 * 5` is each 13th
+    and each Friday. If hour, minute or a written second begins with *, the job runs when the
+    clock shows a matching time: not in a skipped hour, twice in a repeated one. Others run
+    once for each matching time: a skipped one right after the clock change, a repeated one
+    at first.
+    """
+
+    def __init__(self, text: str, tz: str = "UTC") -> None:
+        if not isinstance(text, str) or not isinstance(tz, str):
+            raise TypeError(f"text and tz of a Cron must be str, not {text!r} and {tz!r}")
+        self._text, self.tz = text, tz
+        self._zone: tzinfo = timezone.utc
+        if tz != "UTC":  # Which works on Windows, too, where there is no time zone data.
+            from zoneinfo import ZoneInfo  # Slow to import.
+
+            try:
+                self._zone = ZoneInfo(tz)
+            except (LookupError, ValueError, OSError):  # OSError: some are folders, "America".
+                raise ValueError(
+                    f"tz {tz!r} is unknown; allowed: names such as 'Europe/Paris' "
+                    "(if none works, `pip install tzdata`)"
+                ) from None
+        self._times = _times(text)
+        self._is_interval = "*" in [field[0] for field in self._times.fields[:-3]]
+
+    def _after(self, moment: datetime) -> datetime:
+        """The first run after *moment*; both are in the zone, and so compare as clock times."""
+        found, zone = self._times.following(moment), self._zone
+        if self.tz == "UTC":
+            return found
+        change, fold = _clock_change(zone, moment.toordinal()), moment.fold
+        tick = timedelta(seconds=1)
+        if change and change[1] <= moment < change[0]:  # The clock shows this time twice.
+            if found >= change[0] and self._is_interval and not fold:
+                found, fold = self._times.following(change[1] - tick), 1
+            if found < change[0] and (self._is_interval or not fold):
+                return found.replace(fold=fold)
+            found = self._times.following(change[0] - tick)
+        while (change := _clock_change(zone, found.toordinal())) and change[0] <= found < change[
+            1
+        ]:
+            if not self._is_interval:
+                return change[1]
+            found = self._times.following(change[1] - tick)
+        return found
+
+    def next(self, after: datetime | None = None) -> datetime:
+        """The first run later than *after* (aware; None: now), in zone tz; ValueError if none."""
+        after = datetime.now(timezone.utc) if after is None else after
+        if not isinstance(after, datetime):
+            raise TypeError(f"after must be a datetime, not {after!r}")
+        if after.utcoffset() is None:
+            raise ValueError(f"after must be aware (have a tzinfo), {after!r} is not")
+        try:  # By way of UTC, because *after* may be a time that the zone's clock skips.
+            return self._after(after.astimezone(timezone.utc).astimezone(self._zone))
+        except (ValueError, OverflowError):  # datetime has no year 10000.
+            raise ValueError(f"{self!r} has no run after {after}, up to the year 9999") from None
+
+    def __iter__(self) -> Iterator[datetime]:
+        """The runs from now on, one after the other."""
+        moment = None
+        while True:
+            moment = self.next(moment)
+            yield moment
+
+    def explain(self) -> str:
+        """The schedule in words, with what becomes of it when the zone's clock is changed."""
+        *clock, day, month, weekday = self._times.fields
+        times = [
+            ":".join(f"{number:02}" for number in time[: len(clock)])
+            for time in itertools.product(
+                self._times.hours, self._times.minutes, self._times.seconds
+            )
+        ]
+        when = " and ".join(times)
+        if self._is_interval or len(times) > 4:
+            fields = zip((_SECOND, _MINUTE, _HOUR)[-len(clock) :], clock)
+            when = " of ".join(field.say(part) for field, part in fields)
+        when = when.replace("s of every hour", "s") if when.startswith("every") else f"at {when}"
+        days = (" if it is " if "*" in day[0] + weekday[0] else " or ").join(
+            field.say(part)
+            for field, part in ((_DATE, day), (_WEEKDAY, weekday))
+            if part not in ("*", "?")
+        )
+        parts = when, days, "" if month == "*" else _MONTH.say(month), self.tz
+        rule = "has no run, a repeated one two" if self._is_interval else "runs right after it"
+        change = "" if self.tz == "UTC" else f"; a time skipped by the clock change {rule}"
+        return ", ".join(filter(None, parts)) + change
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cron) and (self._times.fields, self.tz) == (
+            other._times.fields,
+            other.tz,
+        )
+
+    def __hash__(self) -> int:
+        return hash((*self._times.fields, self.tz))
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"Cron({self._text!r}, {self.tz!r})"
+
+
 # --- Tasks ---------------------------------------------------------------------------
 # The values that travel, and what may be in them. Nothing here does I/O.
 
@@ -259,12 +617,12 @@ class Row(NamedTuple):
     claim: int = 0  # The fencing token: grows with every claim, never reset.
     owner: str = ""  # Who holds the claim, while running.
     interrupted: int = 0  # Claims that ended with their master, since a run ended.
-    result: str | None = None  # JSON text, with keep_result.
+    result: str | None = None  # JSON text, with keep_result or repeat.
     error: str | None = None
     expires_at: int | None = None  # When a `done` row is removed.
     removed: int = 0  # 1: remove() was called during the run.
     successor: str | None = None  # What replaces this when its run ends: _packed_row.
-    repeat: str | None = None
+    repeat: str | None = None  # JSON text: microseconds, or the arguments of Cron.
     progress: str | None = None
     in_memory: bool = False  # Not a column.
 
@@ -284,6 +642,17 @@ def _decode(text: str) -> Any:
     except ValueError:
         end = -1
     return value if end == len(text) else json.loads(text)
+
+
+@lru_cache(maxsize=1024)
+def _read_repeat(text: str) -> timedelta | Cron:
+    """Task.repeat from its column. Raises ValueError if that cannot be read (here)."""
+    value = json.loads(text)
+    if type(value) is list and [type(word) for word in value] == [str, str]:
+        return Cron(*value)
+    if type(value) is int and 0 < value <= timedelta.max // _MICROSECOND:
+        return value * _MICROSECOND
+    raise ValueError(f"{text!r} is neither microseconds nor a cron text and a zone")
 
 
 def _public_state(state: str) -> str:
@@ -396,13 +765,19 @@ class Task:
         return self._row.timeout
 
     @property
+    def repeat(self) -> timedelta | Cron | None:
+        """How it repeats: an interval, a Cron, or None for not at all."""
+        return None if self._row.repeat is None else _read_repeat(self._row.repeat)
+
+    @property
     def result(self) -> Any:
-        """The JSON result of a `done` task that was added with keep_result."""
+        """The JSON result of a `done` task that was added with keep_result; of a repeating
+        task that of its last run."""
         return None if self._row.result is None else json.loads(self._row.result)
 
     @property
     def error(self) -> str | None:
-        """The last failure: type, message and traceback as text."""
+        """The failure of its last run: type, message and traceback as text."""
         return self._row.error
 
 
@@ -524,6 +899,20 @@ def _instant(due_date: Any, now: int) -> int:
     raise _wrong_type("due_date", due_date, allowed)
 
 
+def _checked_repeat(repeat: Any) -> timedelta | Cron:
+    allowed = "a timedelta over 0, a cron text, or a Cron"
+    if isinstance(repeat, timedelta) and repeat <= timedelta():
+        raise _wrong_value("repeat", repeat, allowed)
+    if type(repeat) is str:
+        try:
+            return Cron(repeat)
+        except ValueError as error:
+            raise ValueError(f"repeat: {error}") from None
+    if not isinstance(repeat, (timedelta, Cron)):
+        raise _wrong_type("repeat", repeat, allowed)
+    return repeat
+
+
 _encode = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")
 ).encode
@@ -585,6 +974,7 @@ def _make_row(
     task_id: Any = None,
     due_date: Any = None,
     in_memory: Any = False,
+    repeat: Any = None,
     retries: Any = 0,
     retry_delay: Any = 1.0,
     timeout: Any = None,
@@ -613,10 +1003,18 @@ def _make_row(
         timeout = _checked_seconds("timeout", timeout)
     if keep_result is not None:
         keep_result = _checked_seconds("keep_result", keep_result, zero=True)
+    if repeat is not None:
+        rule = _checked_repeat(repeat)
+        if isinstance(rule, timedelta):
+            repeat = str(rule // _MICROSECOND)
+        else:
+            repeat = json.dumps([str(rule), rule.tz])
+            due_date = rule.next(_datetime(now)) if due_date is None else due_date
     due_at = now if due_date is None else _instant(due_date, now)
     state = "ready" if due_at <= now else "scheduled"
     first = task_id, task_type, text, priority, now, due_at, due_at, retries, retry_delay
-    return Row._make((*first, timeout, keep_result, lane, state, *_FRESH, in_memory)), if_exists
+    row = Row._make((*first, timeout, keep_result, lane, state, *_FRESH, in_memory))
+    return (row if repeat is None else row._replace(repeat=repeat)), if_exists
 
 
 # --- Policies ------------------------------------------------------------------------
@@ -669,10 +1067,44 @@ def share(expected: float | None) -> float:
     return min(max(expected / AHEAD_SECONDS, LEAST_SHARE), 1.0)
 
 
+def next_slot(repeat: str, due_at: int, now: int) -> int | None:
+    """When a task that was due at *due_at* repeats, or None: later than that and than *now*.
+
+    So missed slots are made up by one run, and a clock set back runs no slot twice.
+
+    >>> next_slot("10", 100, 100), next_slot("10", 100, 137), next_slot("10", 100, 0)
+    (110, 140, 110)
+    """
+    try:
+        rule = _read_repeat(repeat)
+    except ValueError:
+        return now  # So that the next claim() sets the task aside, and says why.
+    try:
+        if isinstance(rule, Cron):
+            return _instant(rule.next(_datetime(max(now, due_at))), now)
+        interval = rule // _MICROSECOND
+        return _instant(_datetime(due_at + (max(now - due_at, 0) // interval + 1) * interval), now)
+    except (OverflowError, ValueError):  # There is no year 10000.
+        return None
+
+
 def claimed(row: Row, owner: str) -> Row:
     """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
     # Five times as fast as _replace, and done for every task.
     return Row._make((*row[:12], "running", row[13] + 1, row[14] + 1, owner, *row[16:]))
+
+
+def after_end(row: Row, now: int) -> Row | None:
+    """done, failed -> waiting for its next slot, if it has one; else kept, or None."""
+    slot = None if row.repeat is None else next_slot(row.repeat, row.due_at, now)
+    if slot is not None:
+        return row._replace(state="scheduled", attempt=0, due_at=slot, ready_at=slot)
+    if row.state == "failed":
+        return row
+    if row.keep_result is None:
+        return None
+    kept = int(min(row.keep_result * 1e6, NEVER - now - 1))  # Fits in a store.
+    return row._replace(expires_at=now + kept)
 
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
@@ -686,7 +1118,7 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     if row.successor is not None:
         # Its created_at stays: that is when it was added.
         return Row(**json.loads(row.successor))
-    if outcome.state == "done" and row.keep_result is None:
+    if outcome.state == "done" and row.keep_result is None and row.repeat is None:
         return None
     row = row._replace(
         state=outcome.state, owner="", interrupted=0, result=outcome.result, error=outcome.error
@@ -694,10 +1126,12 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     if outcome.state == "ready":
         state = "ready" if outcome.ready_at <= now else "scheduled"
         return row._replace(state=state, ready_at=outcome.ready_at)
-    if outcome.state == "done":
-        kept = int(min(cast(float, row.keep_result) * 1e6, NEVER - now - 1))  # Fits in a store.
-        return row._replace(expires_at=now + kept)
-    return row
+    return after_end(row, now)
+
+
+def has_run(row: Row, before: Row) -> bool:
+    """Whether a run of a repeating task has ended since it was *before*."""
+    return row.repeat is not None and row.due_at > before.due_at and row.claim > before.claim
 
 
 def after_interruption(row: Row, now: int) -> Row | None:
@@ -714,7 +1148,8 @@ def after_interruption(row: Row, now: int) -> Row | None:
             return Row(**json.loads(row.successor))
         times = f"{INTERRUPTIONS} times in a row"
         error = f"Interrupted: its master died {times} while it ran this task alone"
-        return row._replace(state="failed", owner="", interrupted=0, error=error)
+        row = row._replace(state="failed", owner="", interrupted=0)
+        return after_end(row._replace(result=None, error=error), now)
     return row._replace(
         state="ready", attempt=max(row.attempt - 1, 0), owner="", interrupted=interrupted, lane=""
     )
@@ -732,7 +1167,7 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
     """
     if old is None or old.state in ("failed", "done"):
         return new, new
-    if if_exists == "keep":
+    if if_exists == "keep" and not old.removed:
         return None, old
     if if_exists == "raise":
         raise DuplicateTask(
@@ -1246,6 +1681,7 @@ class MemoryStore(Store):
 
 _COLUMNS = Row._fields[:-1]
 _LIST = ", ".join(_COLUMNS)
+_REPEAT = _COLUMNS.index("repeat")
 
 SCHEMA_VERSION = 1  # Counts changes of what follows; see SQLiteStore._prepare.
 _SCHEMA = (
@@ -1356,7 +1792,7 @@ WHERE state = 'ready' AND lane = ? AND task_type = ? AND due_at <= ? LIMIT ?)
 # a later one has another number.
 _HELD = "id = ? AND claim = ? AND owner = ? AND state = 'running'"
 # running -> (removed), the common end of a run.
-_FINISH = f"DELETE FROM taskpool_task WHERE {_HELD} AND successor IS NULL"
+_FINISH = f"DELETE FROM taskpool_task WHERE {_HELD} AND successor IS NULL AND repeat IS NULL"
 _HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE {_HELD}"
 _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner = ?"
 
@@ -1419,6 +1855,11 @@ def _unusable(columns: Sequence[Any]) -> str:
     for name, value in zip(_COLUMNS, columns):
         if type(value) not in _COLUMN_TYPES[name]:
             return f"column {name} holds {_shown(value)}"
+    if columns[_REPEAT] is not None:
+        try:
+            _read_repeat(columns[_REPEAT])
+        except (ValueError, RecursionError) as error:
+            return f"column repeat: {error}"
     return ""
 
 
@@ -1882,7 +2323,7 @@ class SQLiteStore(Store):
             row = Row(*found)
             following = after(row, now)
             self._replace(db, row, following)
-            if following is not None and following.state == "failed":
+            if following is not None and not (following.interrupted or row.successor):
                 ended.append(following)
         db.execute(_OPEN_LANE, (owner,))
         db.execute(_LEAVE, (owner,))
@@ -2072,13 +2513,17 @@ class _Tasks:
     def update(self, task_id: str, **changes: Any) -> Task:
         """Change a waiting task and return it.
 
-        *changes*: data, priority, due_date, retries, retry_delay, timeout, keep_result,
-        as in add_task. Raises ValueError if the task is not waiting.
+        *changes*: data, priority, due_date, repeat, retries, retry_delay, timeout and
+        keep_result, as in add_task. A new *repeat* without *due_date* has its first run as
+        there; None leaves one run, at the due date. Raises ValueError if the task is not
+        waiting.
         """
         store, now = self._usable("update"), self._now()
         _checked_text("task_id", task_id)
-        columns = {"due_date": ("due_at", "ready_at")}
-        allowed = "data priority due_date retries retry_delay timeout keep_result".split()
+        columns: dict[str, tuple[str, ...]] = {"due_date": ("due_at", "ready_at")}
+        if changes.get("repeat") is not None:
+            columns["repeat"] = ("repeat", "due_at", "ready_at")
+        allowed = "data priority due_date repeat retries retry_delay timeout keep_result".split()
         for name in changes:
             if name not in allowed:
                 raise TypeError(f"update() cannot change {name!r}; give {', '.join(allowed)}")
@@ -2199,6 +2644,7 @@ class TaskQueue(_Tasks):
         task_id: str | None = None,
         due_date: datetime | timedelta | None = None,
         in_memory: bool = False,
+        repeat: timedelta | str | Cron | None = None,
         retries: int = 0,
         retry_delay: float | timedelta = 1.0,
         timeout: float | timedelta | None = None,
@@ -2212,6 +2658,9 @@ class TaskQueue(_Tasks):
         first. *due_date* is the earliest start: a datetime (naive = local time), a
         timedelta from now, or None = now. A failure is followed by up to *retries*
         further starts, the n-th after `retry_delay * 2**(n-1)` seconds, at most an hour.
+        With *repeat*, a timedelta, a cron text (UTC) or a Cron, it goes back to waiting for
+        its next slot when a run ended, however that did; without *due_date* the first slot
+        is now, or the cron's next time.
         A run longer than *timeout* seconds is killed. The finished task is kept with its
         JSON result for *keep_result* seconds; None = removed at once. *if_exists* says
         what a waiting or running task of the same *task_id* does: "raise" DuplicateTask,
@@ -2230,6 +2679,7 @@ class TaskQueue(_Tasks):
             task_id=task_id,
             due_date=due_date,
             in_memory=in_memory,
+            repeat=repeat,
             retries=retries,
             retry_delay=retry_delay,
             timeout=timeout,
@@ -2273,14 +2723,15 @@ class TaskQueue(_Tasks):
     def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
         """Wait until a task ended, in whatever process it runs, and return it.
 
-        Its state is `done` or `failed`. A task that is gone is taken for done without a
-        kept result (its task_type is "" if this call never saw it). Raises TimeoutError
-        after *timeout* seconds.
+        Its state is `done` or `failed`; or `waiting`, if it repeats: then the end of the run
+        that is under way, or comes next, is waited for. A task that is gone is taken for
+        done without a kept result (its task_type is "" if this call never saw it). Raises
+        TimeoutError after *timeout* seconds.
         """
         _refuse_rerun("wait")
         query = Query(ids=[_checked_text("task_id", task_id)])
         seconds = math.inf if timeout is None else _checked_seconds("timeout", timeout, zero=True)
-        deadline, pause, row = time.monotonic() + seconds, 0.002, None
+        deadline, pause, row, first = time.monotonic() + seconds, 0.002, None, None
         stores = [self._store] if _worker else [self._in_memory._store, self._store]
         while True:
             found = [row for store in stores for row in store.find(query, self._now())]
@@ -2288,7 +2739,8 @@ class TaskQueue(_Tasks):
                 gone = row or Row(task_id, "", "null", 0, 0, 0, 0, 0, 0.0, None, None, "", "")
                 return Task(gone._replace(state="done", owner=""))
             row = found[0]
-            if row.state in ("failed", "done"):
+            first = first or row
+            if row.state in ("failed", "done") or has_run(row, first):
                 return Task(row)
             left = deadline - time.monotonic()
             if left <= 0:
@@ -2317,7 +2769,7 @@ class TaskQueue(_Tasks):
 
 
 _ADD_PARAMETERS = frozenset(
-    "task_type data priority task_id due_date in_memory retries retry_delay timeout "
+    "task_type data priority task_id due_date in_memory repeat retries retry_delay timeout "
     "keep_result if_exists".split()
 )
 
@@ -2714,14 +3166,15 @@ class _WorkerProcess:
 
     @staticmethod
     def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
-        """The result as JSON, and why it is not kept: for tasks with keep_result."""
-        if row.keep_result is None:
+        """The result as JSON, and why it is not kept: for tasks that stay."""
+        if row.keep_result is None and row.repeat is None:
             return None, None
         try:
             _check_json(value, "result", 0)
             return _encode(value), None
         except (TypeError, ValueError) as error:
-            return None, f"the result is kept as None: {error}"
+            problem = f"the result is kept as None: {error}"
+            return None, None if row.keep_result is None else problem
 
     def _toggle_ipc(self) -> Callable[..., Future[Any]]:
         """The `toggle_ipc` of the running task."""
@@ -3619,11 +4072,11 @@ class Cluster(concurrent.futures.Executor):
         """Add a task and return its Future; *options* are those of add_task.
 
         Only this cluster runs it, while it lives. The Future resolves at the final end,
-        after retries: with the result, the task's own exception (or a RemoteError that
-        tells of it), WorkerDied or TaskTimeout. `future.task` is the Task;
-        `future.cancel()` removes it if it waits. In an `in_memory_only` cluster the
-        default is in_memory=True. Raises what add_task raises, and RuntimeError after
-        shutdown().
+        after retries (of the first run, if it repeats): with the result, the task's own
+        exception (or a RemoteError that tells of it), WorkerDied or TaskTimeout.
+        `future.task` is the Task; `future.cancel()` removes it if it waits. In an
+        `in_memory_only` cluster the default is in_memory=True. Raises what add_task raises,
+        and RuntimeError after shutdown().
         """
         if not self._started:
             self._use("submit")
@@ -4086,7 +4539,10 @@ class Cluster(concurrent.futures.Executor):
 
     def _call_listener(self, listener: Listener, run: _Run) -> None:
         _, _, state, _, _, result, error = run.outcome
-        task = Task(run.row._replace(state=state, owner="", result=result, error=error))
+        row, now = run.row, self.queue._now()
+        if row.repeat and row.state == "running" and next_slot(row.repeat, row.due_at, now):
+            state = "scheduled"
+        task = Task(row._replace(state=state, owner="", result=result, error=error))
         self._listener_thread.post(lambda: listener(run.value(), task))
 
     def _give_back(self, runs: Iterable[_Run]) -> None:
@@ -4485,7 +4941,7 @@ class Cluster(concurrent.futures.Executor):
             error = TaskPoolError(cast(str, row.error))
             run = _Run(row, 1.0, self._futures.pop(row.id, None))
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, row.error)
-            outcome = Outcome(row.id, row.claim, "failed", error=row.error)
+            outcome = Outcome(row.id, row.claim, row.state, error=row.error)
             run.end(outcome, "error", error=error)
             self._settled([run], [True])
         if foreign:
@@ -4522,8 +4978,11 @@ class Cluster(concurrent.futures.Executor):
         elif row.state == "done":
             self._futures.pop(task_id, None)
             _resolve(future, Task(row).result)
-        elif row.state == "failed" and future._foreign:
+        elif future._foreign and (row.state == "failed" or has_run(row, future._row)):
             self._futures.pop(task_id, None)
+            if row.error is None:
+                _resolve(future, Task(row).result)
+                return
             name, _, text = (row.error or "").partition("\n")[0].partition(": ")
             _resolve(future, error=RemoteError(name, text, row.error or ""))
 
