@@ -1850,11 +1850,18 @@ def _rank(candidate: Sequence[Any]) -> tuple[int, int, int]:
     return -priority, created_at, seq
 
 
+@lru_cache(maxsize=1000)
+def _wrong_column(kinds: tuple[type, ...]) -> str | None:
+    """The first column whose value has a type that it cannot have."""
+    named = zip(_COLUMNS, kinds)
+    return next((name for name, kind in named if kind not in _COLUMN_TYPES[name]), None)
+
+
 def _unusable(columns: Sequence[Any]) -> str:
     """Why a stored row cannot be a Row ("" if it can): SQLite keeps any type anywhere."""
-    for name, value in zip(_COLUMNS, columns):
-        if type(value) not in _COLUMN_TYPES[name]:
-            return f"column {name} holds {_shown(value)}"
+    wrong = _wrong_column(tuple(map(type, columns)))
+    if wrong is not None:
+        return f"column {wrong} holds {_shown(columns[_COLUMNS.index(wrong)])}"
     if columns[_REPEAT] is not None:
         try:
             _read_repeat(columns[_REPEAT])
