@@ -564,6 +564,7 @@ def _make_row(
     timeout: Any = None,
     keep_result: Any = None,
     if_exists: Any = "raise",
+    connection: Any = None,
     lane: str = "",
 ) -> tuple[Row, str]:
     """The new Row and its `if_exists`, or the error that add_task documents."""
@@ -587,6 +588,8 @@ def _make_row(
         timeout = _checked_seconds("timeout", timeout)
     if keep_result is not None:
         keep_result = _checked_seconds("keep_result", keep_result, zero=True)
+    if connection is not None and not isinstance(connection, sqlite3.Connection):
+        raise _wrong_type("connection", connection, "a sqlite3.Connection to the queue's file")
     due_at = now if due_date is None else _instant(due_date, now)
     state = "ready" if due_at <= now else "scheduled"
     times = (now, due_at, due_at)
@@ -1265,6 +1268,7 @@ _UPGRADES = (
     ),
 )
 _TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+_FILES = "PRAGMA database_list"  # Rows of number, name, file.
 
 # -> waiting. Fails if the id is taken.
 _ADD = f"INSERT INTO taskpool_task ({_LIST}) VALUES ({', '.join('?' * len(_COLUMNS))})"
@@ -1494,14 +1498,16 @@ class SQLiteStore(Store):
             self._use_wal(db)
             db.execute(f"PRAGMA synchronous = {self._synchronous}")
             if self._version(db) != SCHEMA_VERSION:
+                db.execute("BEGIN IMMEDIATE")
                 self._make_schema(db)
+                db.execute("COMMIT")
         except BaseException:
             db.close()
             raise
         self._connections.append(db)
         return db
 
-    def _version(self, db: sqlite3.Connection) -> int | None:
+    def _version(self, db: sqlite3.Connection | sqlite3.Cursor) -> int | None:
         """The version of our tables, None if there are none. Raises StoreError if newer.
 
         In a file of ours it is `user_version`, where other tools see it. In one that is
@@ -1524,9 +1530,8 @@ class SQLiteStore(Store):
             )
         return version
 
-    def _make_schema(self, db: sqlite3.Connection) -> None:
-        """Make the tables, or bring those of an older version up to date."""
-        db.execute("BEGIN IMMEDIATE")
+    def _make_schema(self, db: sqlite3.Connection | sqlite3.Cursor) -> None:
+        """Make the tables, or bring those of an older version up to date: in a transaction."""
         version = self._version(db)  # Again: another process may have been quicker.
         if version is not None:
             for statements in _UPGRADES[version:]:
@@ -1538,7 +1543,6 @@ class SQLiteStore(Store):
         db.execute("INSERT INTO taskpool_version VALUES (?)", (SCHEMA_VERSION,))
         if all(name.startswith("taskpool_") for (name,) in db.execute(_TABLES)):
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        db.execute("COMMIT")
 
     def _use_wal(self, db: sqlite3.Connection) -> None:
         # The switch needs the file for itself and fails at once, whatever the timeout.
@@ -1614,7 +1618,47 @@ class SQLiteStore(Store):
         with self.transaction() as db:
             return [self._add(db, new, if_exists) for new, if_exists in additions]
 
-    def _add(self, db: sqlite3.Connection, new: Row, if_exists: str) -> Row:
+    def add_through(
+        self, connection: sqlite3.Connection, additions: Sequence[tuple[Row, str]]
+    ) -> list[Row]:
+        """add() in the transaction of the caller's own *connection* to the same file.
+
+        Begins one where sqlite3 would; neither commits nor rolls it back.
+        """
+        factory = connection.text_factory
+        db = sqlite3.Cursor(connection)  # Without the connection's row_factory.
+        with self._errors():
+            try:
+                connection.text_factory = str
+                main = next(file for _, name, file in db.execute(_FILES) if name == "main")
+                if not (main and os.path.exists(self.path) and os.path.samefile(main, self.path)):
+                    text = f"connection is to {main or 'memory'}; give one to {self.path}"
+                    raise ValueError(text)
+                # From Python 3.12 on isolation_level counts only if autocommit is -1.
+                legacy = getattr(connection, "autocommit", -1) == -1
+                if (
+                    legacy
+                    and not connection.in_transaction
+                    and connection.isolation_level is not None
+                ):
+                    db.execute(f"BEGIN {connection.isolation_level}")
+                db.execute("SAVEPOINT taskpool")
+                try:
+                    if self._version(db) != SCHEMA_VERSION:
+                        self._make_schema(db)
+                    rows = [self._add(db, new, if_exists) for new, if_exists in additions]
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back all.
+                        db.execute("ROLLBACK TO taskpool")
+                        db.execute("RELEASE taskpool")
+                    raise
+                db.execute("RELEASE taskpool")
+                return rows
+            finally:
+                connection.text_factory = factory
+                db.close()
+
+    def _add(self, db: sqlite3.Connection | sqlite3.Cursor, new: Row, if_exists: str) -> Row:
         try:
             db.execute(_ADD, new[:-1])
             return new
@@ -1627,11 +1671,11 @@ class SQLiteStore(Store):
             self._replace(db, old, stored)
         return row
 
-    def _row(self, db: sqlite3.Connection, task_id: str) -> Row | None:
+    def _row(self, db: sqlite3.Connection | sqlite3.Cursor, task_id: str) -> Row | None:
         found = db.execute(_BY_ID, (task_id,)).fetchone()
         return None if found is None else Row(*found)
 
-    def _replace(self, db: sqlite3.Connection, old: Row, new: Row | None) -> None:
+    def _replace(self, db: sqlite3.Connection | sqlite3.Cursor, old: Row, new: Row | None) -> None:
         """Write *new* in the place of *old*; a new task goes to the end of the line."""
         if new is not None and (new.id, new.created_at) == (old.id, old.created_at):
             db.execute(_WRITE, (*new[:-1], old.id))
@@ -2062,6 +2106,7 @@ class TaskQueue(_Tasks):
         timeout: float | timedelta | None = None,
         keep_result: float | timedelta | None = None,
         if_exists: str = "raise",
+        connection: sqlite3.Connection | None = None,
     ) -> Task:
         """Store one task and return it. It is safe from then on (P1).
 
@@ -2074,7 +2119,8 @@ class TaskQueue(_Tasks):
         JSON result for *keep_result* seconds; None = removed at once. *if_exists* says
         what a waiting or running task of the same *task_id* does: "raise" DuplicateTask,
         "keep" (it is returned), "replace" (if it is running, the new one follows it).
-        Durations may be timedeltas.
+        With your own *connection* to the same SQLite file the task exists if and only if
+        your transaction commits. Durations may be timedeltas.
 
         Raises TypeError or ValueError, naming the parameter, before anything is stored;
         RuntimeError for *in_memory* in a worker; StoreError if the store failed.
@@ -2093,18 +2139,20 @@ class TaskQueue(_Tasks):
             timeout=timeout,
             keep_result=keep_result,
             if_exists=if_exists,
+            connection=connection,
         )
-        return Task(self._add([addition])[0])
+        return Task(self._add([addition], connection)[0])
 
     def add_tasks(self, tasks: Iterable[Mapping[str, Any]]) -> list[Task]:
         """Store many tasks in one transaction: all of them, or none if one is refused.
 
         Each is a dict with the parameters of add_task as keys. Persistent and in-memory
-        tasks cannot be mixed in one call. Raises what add_task raises.
+        tasks cannot be mixed in one call, nor different connections. Raises what add_task
+        raises.
         """
         _refuse_rerun("add_tasks")
         now = self._now()
-        additions = []
+        additions, connections = [], []
         for index, task in enumerate(tasks):
             if not isinstance(task, Mapping):
                 raise _wrong_type(f"tasks[{index}]", task, "a dict of add_task's parameters")
@@ -2113,14 +2161,27 @@ class TaskQueue(_Tasks):
                 wrong = f"has no parameter {unknown[0]!r}" if unknown else "needs a 'task_type'"
                 raise TypeError(f"tasks[{index}]: add_task {wrong}")
             additions.append(_make_row(now, **task))
-        return [Task(row) for row in self._add(additions)]
+            connections.append(task.get("connection"))
+        if any(connection is not connections[0] for connection in connections):
+            raise ValueError("connection differs between tasks; add those in a call of their own")
+        connection = connections[0] if connections else None
+        return [Task(row) for row in self._add(additions, connection)]
 
-    def _add(self, additions: list[tuple[Row, str]]) -> list[Row]:
+    def _add(
+        self, additions: list[tuple[Row, str]], connection: sqlite3.Connection | None = None
+    ) -> list[Row]:
         here = sum(row.in_memory for row, _ in additions)
         if here not in (0, len(additions)):
             raise ValueError("in_memory is True for some tasks; add those in a call of their own")
         store = self._in_memory._store if here else self._store
-        rows = store.add(additions, self._now())
+        if connection is None:
+            rows = store.add(additions, self._now())
+        elif not isinstance(store, SQLiteStore):
+            raise _wrong_value("connection", connection, "None: this task is not stored in SQLite")
+        else:
+            rows = store.add_through(connection, additions)
+            if connection.in_transaction:
+                return rows  # Nobody else can see them yet.
         self._changed()
         return rows
 
@@ -2172,7 +2233,7 @@ class TaskQueue(_Tasks):
 
 _ADD_PARAMETERS = frozenset(
     "task_type data priority task_id due_date in_memory retries retry_delay timeout "
-    "keep_result if_exists".split()
+    "keep_result if_exists connection".split()
 )
 
 
@@ -3406,6 +3467,10 @@ class Cluster(concurrent.futures.Executor):
         if type(task_type) is str and task_type and task_type not in self.task_map:
             known = ", ".join(map(repr, self.task_map))
             raise _wrong_value("task_type", task_type, f"one of this cluster's: {known}")
+        if options.get("connection") is not None:
+            raise TypeError(
+                "submit() takes no connection; use add_task, and queue.wait for the end"
+            )
         if "lane" in options or (options.get("in_memory") is False and self._in_memory_only):
             raise TypeError("submit() takes the parameters of add_task; this one cannot be given")
         if self._auto_initialize and not self._started:

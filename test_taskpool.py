@@ -442,6 +442,7 @@ class TestWhatAddTaskTakes(InFolder):
         *[("keep_result", v, ValueError) for v in (-1, math.inf)],
         *[("if_exists", v, TypeError) for v in (None, 1)],
         ("if_exists", "ignore", ValueError),
+        *[("connection", v, TypeError) for v in ("tasks.db", 5)],
     ]
 
     def test_a_wrong_argument_raises_and_names_its_parameter(self):
@@ -1144,6 +1145,111 @@ class TestSQLiteStore(StoreContract, InFolder):
             queue.add_task("x")
         with contextlib.closing(sqlite3.connect(path)) as db:
             self.assertEqual(db.execute("SELECT * FROM task").fetchall(), [(1,)])
+
+
+class TestOwnTransaction(InFolder):
+    """connection=: the task exists if and only if the caller's transaction commits."""
+
+    def setUp(self):
+        super().setUp()
+        self.tasks = self.queue()
+        self.connection = self.connect()
+        self.connection.execute("CREATE TABLE invoice (id)")
+
+    def connect(self, name="tasks.db", **options):
+        connection = sqlite3.connect(name if name == ":memory:" else self.folder / name, **options)
+        self.addCleanup(connection.close)
+        return connection
+
+    def invoices(self):
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            return [number for (number,) in db.execute("SELECT id FROM invoice")]
+
+    def add(self, task_id, connection=None, **options):
+        return self.tasks.add_task("mail", task_id=task_id, connection=connection or self.connection, **options)
+
+    def ids(self):
+        return [task.id for task in self.tasks.find()]
+
+    def test_it_follows_the_transaction_also_in_a_file_without_our_tables(self):
+        for end in ("rollback", "commit"):
+            self.connection.execute("INSERT INTO invoice VALUES (1)")
+            self.add("receipt")
+            with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as other:
+                tables = "SELECT count(*) FROM sqlite_master WHERE name = 'taskpool_task'"
+                self.assertEqual(other.execute(tables).fetchone(), (0,))
+            getattr(self.connection, end)()
+            committed = end == "commit"
+            self.assertEqual((self.ids(), self.invoices()), (["receipt"], [1]) if committed else ([], []))
+            if not committed:  # Now without the tables that find() made.
+                self.tasks.close()
+                self.connection.executescript("DROP TABLE taskpool_task; DROP TABLE taskpool_version")
+        self.assertEqual(self.tasks.find_one().data, {})
+
+    def test_it_begins_a_transaction_where_sqlite3_would(self):
+        self.tasks.count()
+        self.add("a")
+        self.assertTrue(self.connection.in_transaction)
+        self.assertEqual(self.ids(), [])
+        self.connection.rollback()
+        kinds = [({"isolation_level": "IMMEDIATE"}, True), ({"isolation_level": None}, False)]
+        if sys.version_info >= (3, 12):
+            kinds += [({"autocommit": True}, False), ({"autocommit": False}, True)]
+        for number, (options, waits) in enumerate(kinds):
+            with self.subTest(**options):
+                connection = self.connect(**options)
+                before = self.ids()
+                self.add(f"kind {number}", connection)
+                self.assertEqual(self.ids(), before if waits else [*before, f"kind {number}"])
+                connection.commit()
+                self.assertEqual(self.ids(), [*before, f"kind {number}"])
+
+    def test_an_error_leaves_the_transaction_as_it_was(self):
+        self.add("taken")
+        self.connection.execute("INSERT INTO invoice VALUES (1)")
+        many = [{"task_type": "mail", "task_id": i, "connection": self.connection} for i in ("a", "taken", "b")]
+        with self.assertRaises(DuplicateTask):
+            self.tasks.add_tasks(many)
+        self.assertTrue(self.connection.in_transaction)
+        self.connection.commit()
+        self.assertEqual((self.ids(), self.invoices()), (["taken"], [1]))
+        self.assertEqual(len(self.tasks.add_tasks(many[::2])), 2)
+        self.assertEqual(self.add("a", if_exists="keep").id, "a")
+        self.assertEqual(self.add("taken", if_exists="replace", priority=7).priority, 7)
+        self.connection.commit()
+        self.assertEqual(self.ids(), ["a", "b", "taken"])
+
+    def test_the_factories_of_the_connection_do_not_matter_and_stay(self):
+        factories = self.connection.row_factory, self.connection.text_factory = sqlite3.Row, bytes
+        self.add("a", data={"text": "\u00e9"})
+        self.assertEqual(self.add("a", if_exists="keep").data, {"text": "\u00e9"})
+        self.assertEqual((self.connection.row_factory, self.connection.text_factory), factories)
+
+    def test_a_cluster_runs_it_after_the_commit(self):
+        with self.cluster({"mail": echo}, self.tasks):
+            self.add("a", keep_result=60, data=[1])
+            self.connection.commit()
+            self.assertEqual(self.tasks.wait("a", PATIENCE).result, [1])
+        with self.cluster({"mail": echo}, self.tasks, refresh_rate=3_600_000) as cluster:
+            cluster.drain()
+            self.add("b", self.connect(isolation_level=None), keep_result=60)  # Committed: seen at once.
+            self.assertEqual(self.tasks.wait("b", PATIENCE).state, "done")
+
+    def test_what_cannot_work_is_refused(self):
+        elsewhere, closed = self.connect("other.db"), self.connect()
+        closed.close()
+        mixed = [{"task_type": "x", "connection": c} for c in (self.connection, self.connect())]
+        for call, error, text in (
+            (lambda: self.add("a", elsewhere), ValueError, r"connection is to .*other\.db; give one to .*tasks\.db"),
+            (lambda: self.add("a", self.connect(":memory:")), ValueError, "connection is to memory"),
+            (lambda: self.add("a", in_memory=True), ValueError, "connection is .*None"),
+            (lambda: self.add("a", closed), StoreError, "tasks.db: Cannot operate on a closed"),
+            (lambda: self.tasks.add_tasks(mixed), ValueError, "connection differs"),
+            (lambda: self.cluster({"x": echo}).submit("x", connection=self.connection), TypeError, "connection"),
+        ):
+            with self.assertRaisesRegex(error, text):
+                call()
+        self.assertEqual(self.ids(), [])
 
 
 SCHEMA_0 = """
