@@ -77,6 +77,7 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import heapq
 import itertools
 import json
@@ -135,6 +136,8 @@ BOOT_CAP_SECONDS = 30.0  # ... up to this.
 STORE_SECONDS = 0.1  # The same for a store that fails...
 STORE_CAP_SECONDS = 5.0  # ... up to this.
 BOOT_TRIES = 5  # Silent deaths of starting workers, in a row, that count as an error.
+REPORT_SECONDS = 0.1  # Between two reports of job.progress that leave a worker...
+REPORT_STORE_SECONDS = 1.0  # ... and between two that a master stores.
 EXIT_SECONDS = 2.0  # A worker told to stop is killed after this long.
 ERROR_CHARS = 10_000  # Messages of exceptions are cut to this, tracebacks to 4 times.
 EXCEPTION_BYTES = 1_000_000  # A larger pickled exception travels as text only.
@@ -241,7 +244,8 @@ class Row(NamedTuple):
     priority: int
     created_at: int  # Microseconds since 1970, like all instants here.
     due_at: int  # The due date. Retries do not move it.
-    ready_at: int  # The earliest start: the due date, or that of the next retry.
+    ready_at: int  # The earliest start: the due date, or that of the next retry. While it
+    # is running: when it was claimed.
     retries: int
     retry_delay: float  # Seconds.
     timeout: float | None  # Seconds.
@@ -258,7 +262,7 @@ class Row(NamedTuple):
     removed: int = 0  # 1: remove() was called during the run.
     successor: str | None = None  # What replaces this when its run ends: _packed_row.
     repeat: str | None = None
-    progress: str | None = None
+    progress: str | None = None  # JSON of a Progress: the last report of its run.
     in_memory: bool = False  # Not a column.
 
 
@@ -275,18 +279,32 @@ def _datetime(instant: int) -> datetime:
     return _EPOCH + instant * _MICROSECOND
 
 
+class Progress(NamedTuple):
+    """What a task reported last, by `job.progress(done, total, note)`."""
+
+    done: float
+    total: float | None = None
+    note: str | None = None
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise RuntimeError("progress can be reported by the running task only, with its `job`")
+
+
 class Task:
     """One task, as it was when you looked. Immutable.
 
     Returned by add_task and find, and passed to your functions as `job`.
     """
 
-    __slots__ = ("_data", "_row")
+    __slots__ = ("_data", "_report", "_row")
     _row: Row
     _data: Any
+    _report: Callable[..., None]  # Only of the `job` of a running task.
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Row, report: Callable[..., None] | None = None) -> None:
         object.__setattr__(self, "_row", row)
+        if report is not None:
+            object.__setattr__(self, "_report", report)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Task is immutable; cannot set {name!r} (see TaskQueue.update)")
@@ -386,6 +404,15 @@ class Task:
         """The last failure: type, message and traceback as text."""
         return self._row.error
 
+    @property
+    def progress(self) -> Any:
+        """In the running task a function: `job.progress(done, total=None, note=None)` reports
+        how far it is. Elsewhere its last report, with these as attributes; None if none."""
+        try:
+            return self._report
+        except AttributeError:
+            return self._row.progress and Progress(*json.loads(self._row.progress))
+
 
 def _new_id() -> str:
     """A fresh id: time first, so that new ids are neighbours in the store's index."""
@@ -467,6 +494,17 @@ def _checked_seconds(name: str, value: Any, zero: bool = False) -> float:
     if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
         raise _wrong_value(name, value, allowed)
     return seconds
+
+
+def _checked_progress(done: Any, total: Any = None, note: Any = None) -> Progress:
+    for name, value in (("done", done), ("total", total)):
+        if type(value) not in (int, float) and not (value is None and name == "total"):
+            raise _wrong_type(name, value, "a number of 0 or more")
+        if value is not None and not 0 <= value <= MAX_INT:  # Neither is NaN.
+            raise _wrong_value(name, value, "a number of 0 or more")
+    if note is not None:
+        _checked_text("note", note)
+    return Progress(done, total, note)
 
 
 def _checked_milliseconds(name: str, value: Any) -> float:
@@ -610,11 +648,12 @@ class Outcome(NamedTuple):
 
     id: str
     claim: int
-    state: str  # done, failed, ready (start again at ready_at), or removed.
+    state: str  # done, failed, ready (start again at ready_at), removed; running: a report.
     charged: bool = True  # False: given back; the start does not count.
     ready_at: int = 0
     result: str | None = None  # JSON text.
     error: str | None = None
+    progress: str | None = None  # JSON of a Progress.
 
 
 def back_off(seconds: float, failures: int, most: float) -> float:
@@ -651,20 +690,25 @@ def share(expected: float | None) -> float:
     return min(max(expected / AHEAD_SECONDS, 1 / AHEAD_TASKS), 1.0)
 
 
-def claimed(row: Row, owner: str) -> Row:
+def claimed(row: Row, owner: str, now: int) -> Row:
     """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
     # Three times as fast as _replace, and done for every task.
-    return Row(*row[:12], "running", row.attempt + 1, row.claim + 1, owner, *row[16:])
+    claim = "running", row.attempt + 1, row.claim + 1, owner
+    return Row._make((*row[:6], now, *row[7:12], *claim, *row[16:]))
 
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     """running -> the Row that follows, or None if the task is over and gone."""
+    if outcome.progress is not None:
+        row = row._replace(progress=outcome.progress)
+    if outcome.state == "running":
+        return row
     if row.removed or outcome.state == "removed":
         return None
     if not outcome.charged:
-        return row._replace(
-            state="ready", attempt=max(row.attempt - 1, 0), owner="", ready_at=outcome.ready_at
-        )
+        attempt = max(row.attempt - 1, 0)
+        row = row._replace(state="ready", attempt=attempt, owner="", progress=None)
+        return row._replace(ready_at=outcome.ready_at)
     if row.successor is not None:
         # Its created_at stays: that is when it was added.
         return Row(**json.loads(row.successor))
@@ -675,7 +719,7 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     )
     if outcome.state == "ready":
         state = "ready" if outcome.ready_at <= now else "scheduled"
-        return row._replace(state=state, ready_at=outcome.ready_at)
+        return row._replace(state=state, ready_at=outcome.ready_at, progress=None)
     if outcome.state == "done":
         return row._replace(expires_at=now + int(cast(float, row.keep_result) * 1e6))
     return row
@@ -696,14 +740,14 @@ def after_interruption(row: Row, now: int) -> Row | None:
         times = f"{INTERRUPTIONS} times in a row"
         error = f"Interrupted: its master died {times} while it ran this task alone"
         return row._replace(state="failed", owner="", interrupted=0, error=error)
-    return row._replace(
-        state="ready", attempt=max(row.attempt - 1, 0), owner="", interrupted=interrupted, lane=""
-    )
+    row = row._replace(state="ready", attempt=max(row.attempt - 1, 0), owner="", progress=None)
+    return row._replace(interrupted=interrupted, lane="")
 
 
 def after_retry(row: Row, now: int) -> Row:
     """failed -> waiting, with a fresh set of attempts."""
-    return row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="")
+    row = row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="")
+    return row._replace(progress=None)
 
 
 def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Row]:
@@ -1086,7 +1130,7 @@ class MemoryStore(Store):
                     break
                 else:
                     limit -= shares[row.task_type]
-                    self._rows[row.id] = running = claimed(row, owner)
+                    self._rows[row.id] = running = claimed(row, owner, now)
                     taken.append(running)
                 heapq.heappop(heap)
                 while heap and not self._alive(heap[0][3]):
@@ -1291,7 +1335,8 @@ ORDER BY priority DESC, created_at, seq LIMIT ?
 # ready -> running
 _CLAIM = """
 UPDATE taskpool_task
-SET state = 'running', owner = ?, claim = claim + 1, attempt = attempt + 1 WHERE seq = ?
+SET state = 'running', owner = ?, ready_at = ?, claim = claim + 1, attempt = attempt + 1
+WHERE seq = ?
 """
 # ready -> failed, for rows that cannot be read: they must not block the rest.
 _SET_ASIDE = "UPDATE taskpool_task SET state = 'failed', error = ? WHERE seq = ?"
@@ -1724,7 +1769,7 @@ class SQLiteStore(Store):
         streams = [db.execute(_READY, (*place, until, most)) for place in places]
         candidates = iter(streams[0]) if len(streams) == 1 else heapq.merge(*streams, key=_rank)
         taken: list[Row] = []
-        taken_seq: list[tuple[str, int]] = []
+        taken_seq: list[tuple[str, int, int]] = []
         broken: list[tuple[str, int]] = []
         broken_rows: list[Row] = []
         for seq, *columns in candidates:
@@ -1740,8 +1785,8 @@ class SQLiteStore(Store):
             if cost > limit + 1e-9 or (row.interrupted and taken):
                 break
             limit -= cost
-            taken.append(claimed(row, owner))
-            taken_seq.append((owner, seq))
+            taken.append(claimed(row, owner, now))
+            taken_seq.append((owner, now, seq))
             if row.interrupted:
                 break
         for stream in streams:
@@ -1872,6 +1917,63 @@ class SQLiteStore(Store):
             new = after_update(old, task_id, changes, now)
             self._replace(db, new, new)
             return new
+
+
+# --- Calls ---------------------------------------------------------------------------
+# How a task's function is called: in a worker, or here by TaskQueue.run_due.
+
+
+class _Reports:
+    """Reports of job.progress on their way out: at most ten a second, and the last one."""
+
+    def __init__(self, send: Callable[[int, str], None]) -> None:
+        self._send = send  # Given the number of the run and the JSON of a Progress.
+        self._lock = threading.Lock()  # Protects all below, from the timer.
+        self._number = -1  # Of the running task, or -1.
+        self._unsent: Progress | None = None
+        self._next = 0.0  # Monotonic: when the next one may go.
+        self._timer: threading.Timer | None = None  # Sends what waits for that.
+
+    def begin(self, number: int) -> Callable[..., None]:
+        """The `job.progress` of a run that begins."""
+        self._number = number
+        return functools.partial(self._report, number)
+
+    def _report(
+        self, number: int, done: float, total: float | None = None, note: str | None = None
+    ) -> None:
+        report = _checked_progress(done, total, note)
+        with self._lock:
+            if number != self._number:
+                raise RuntimeError("progress was called after its task had ended")
+            self._unsent = report
+            wait = self._next - time.monotonic()
+            if wait <= 0:
+                self._flush()
+            elif self._timer is None:
+                self._timer = threading.Timer(wait, self._on_timer)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _on_timer(self) -> None:
+        with self._lock:
+            self._timer = None
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._unsent is not None:
+            self._next = time.monotonic() + REPORT_SECONDS
+            self._send(self._number, _encode(self._unsent))
+            self._unsent = None
+
+    def end(self) -> None:
+        """The run has ended: send what is left."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._flush()
+            self._number = -1
 
 
 # --- Queue ---------------------------------------------------------------------------
@@ -2048,6 +2150,7 @@ class InMemoryTasks(_Tasks):
 
 
 Listener = Callable[[Any, Task], Any]
+EVENTS = ("done", "error", "progress")
 
 
 class TaskQueue(_Tasks):
@@ -2212,23 +2315,24 @@ class TaskQueue(_Tasks):
             pause = min(pause * 1.5, 0.1)
 
     def add_event_listener(self, event: str, callback: Listener) -> None:
-        """Have *callback(value, task)* called for each "done" or "error" of a cluster here.
+        """Have *callback(value, task)* called for each event of a cluster here.
 
-        *value* is the result, or the exception. "error" comes for every failed attempt;
+        *event* is "done", "error" or "progress"; *value* is the result, the exception, or
+        what `job.progress` was given. "error" comes for every failed attempt;
         `task.state` tells whether it waits for a retry or `failed` for good. It is called
         in a thread of its own, after the state was stored; what it raises is logged. A
         second listener of an event replaces the first. Master only: does nothing while a
         worker runs your file again.
         """
-        _checked_choice("event", event, ("done", "error"))
+        _checked_choice("event", event, EVENTS)
         if not callable(callback):
             raise _wrong_type("callback", callback, "a function of (value, task)")
         if _is_master():
             self._listeners[event] = callback
 
     def remove_event_listener(self, event: str) -> None:
-        """Forget the listener of "done" or "error", if there is one."""
-        self._listeners.pop(_checked_choice("event", event, ("done", "error")), None)
+        """Forget the listener of that event, if there is one."""
+        self._listeners.pop(_checked_choice("event", event, EVENTS), None)
 
 
 _ADD_PARAMETERS = frozenset(
@@ -2246,6 +2350,7 @@ _ADD_PARAMETERS = frozenset(
 #                   ("stop",)
 #   to the master   ("ready",)   ("boot error", failure)
 #                   ("start", number)                    of a task with a timeout
+#                   ("progress", number, report)         JSON of a Progress
 #                   ("done", number, seconds, value, json, problem, open conversations)
 #                   ("fail", number, seconds, failure, may_retry)
 #                   ("ask", number, conversation, message)
@@ -2508,6 +2613,7 @@ class _WorkerProcess:
         self._conversation_ids = itertools.count(1)
         self._conversations: dict[int, tuple[Callable[[Any], Any], Future[Any]]] = {}
         self._current = -1  # The number of the running task, or -1.
+        self._reports = _Reports(self._send_report)
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Send to the master; called by any thread."""
@@ -2518,6 +2624,10 @@ class _WorkerProcess:
     def tell_master_of_changes(self) -> None:
         with contextlib.suppress(OSError):
             self.send(("changed",))
+
+    def _send_report(self, number: int, report: str) -> None:
+        with contextlib.suppress(OSError):
+            self.send(("progress", number, report))
 
     def serve(self) -> None:
         """Run what comes down the channel until told to stop."""
@@ -2571,7 +2681,7 @@ class _WorkerProcess:
         started = time.perf_counter()
         report: tuple[Any, ...]
         try:
-            task = Task(row)
+            task = Task(row, self._reports.begin(number))
             try:
                 task.data  # noqa: B018 - Decoded here, so that bad rows fail for good.
             except ValueError as error:
@@ -2589,6 +2699,7 @@ class _WorkerProcess:
             report = ("fail", number, time.perf_counter() - started, _failure(error), True)
             error.__traceback__ = None  # Frees the frames, and what they hold.
         self._current = -1
+        self._reports.end()
         opened = sum(not future.done() for _, future in self._conversations.values())
         self._conversations.clear()
         for stream in (sys.stdout, sys.stderr):
@@ -3012,6 +3123,7 @@ class _WorkerHandle:
         self.stopping = False  # Told to leave, or killed: gets no more tasks.
         self.killed = False  # By us: what it ran without a verdict is given back.
         self.runs: collections.deque[_Run] = collections.deque()  # In its hands, in order.
+        self.reported = False  # The first of them has reported what the store has not.
         self.load = 0.0  # The sum of their costs; 1 = no room.
         self.given = 0  # Tasks given so far.
         self.since = time.monotonic()  # In this state, or with this head of runs.
@@ -3392,6 +3504,7 @@ class Cluster(concurrent.futures.Executor):
         self._hungry = True  # New tasks could start at once: adding them ends the wait.
         self._upcoming: list[int] | None = []  # What next_due said; None: more than we take.
         self._store_due = NEVER  # When the first of them that was not yet due is.
+        self._reported, self._next_report = False, 0.0  # Some worker has; when it is stored.
         self._store_busy = False  # A call is under way in the store thread...
         self._in_flight = 0  # ... with so many outcomes.
         self._store_retry, self._store_failures, self._failing_since = 0.0, 0, 0.0
@@ -3759,6 +3872,8 @@ class Cluster(concurrent.futures.Executor):
                 run.deadline = time.monotonic() + cast(float, run.row.timeout)
             elif kind == "ask":
                 self._on_ask(worker, *message[1:])
+            elif kind == "progress":
+                self._on_progress(worker, message[2])
             elif kind == "changed":
                 self._look = True
             elif kind == "ready":
@@ -3776,6 +3891,30 @@ class Cluster(concurrent.futures.Executor):
         worker.ready, worker.since = True, time.monotonic()
         self._boot_error, self._failed_boots, self._boot_after = None, 0, 0.0
         self._look = True
+
+    def _on_progress(self, worker: _WorkerHandle, report: str) -> None:
+        run = worker.runs[0]
+        run.row = run.row._replace(progress=report)
+        worker.reported = self._reported = True
+        listener = self.queue._listeners.get("progress")
+        if listener is not None:
+            task = Task(run.row)
+            self._listener_thread.post(lambda: listener(task.progress, task))
+
+    def _store_reports(self, now: float) -> None:
+        """Have the stores record what running tasks reported, once a second."""
+        if self._store_failures:
+            self._next_report = now + REPORT_STORE_SECONDS
+        if now < self._next_report:
+            self._wake_at(self._next_report)
+            return
+        self._next_report, self._reported = now + REPORT_STORE_SECONDS, False
+        for worker in self._workers:
+            row = worker.runs[0].row if worker.runs and worker.reported else None
+            worker.reported = False
+            if row is not None and row.progress is not None:
+                outcome = Outcome(row.id, row.claim, "running", progress=row.progress)
+                self._settle(_Ending(worker.runs[0], outcome))
 
     def _on_done(
         self,
@@ -3799,7 +3938,9 @@ class Cluster(concurrent.futures.Executor):
                 "to wait for it",
                 *(row.task_type, row.id, opened, what),
             )
-        outcome = Outcome(row.id, row.claim, "done", result=kept, error=problem)
+        outcome = Outcome(
+            row.id, row.claim, "done", result=kept, error=problem, progress=row.progress
+        )
         self._settle(_Ending(run, outcome, "done", packed))
 
     def _on_fail(
@@ -3840,7 +3981,7 @@ class Cluster(concurrent.futures.Executor):
             what = f"attempt {row.attempt} of {row.retries + 1} failed, next in {delay:g} s"
             _log.warning("cluster:%s:%s:\t%s: %s", row.task_type, row.id, what, first_line)
         else:
-            outcome = Outcome(row.id, row.claim, "failed", error=text)
+            outcome = Outcome(row.id, row.claim, "failed", error=text, progress=row.progress)
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
         self._settle(_Ending(run, outcome, "error", error=error))
 
@@ -3906,6 +4047,8 @@ class Cluster(concurrent.futures.Executor):
         for ending, was_held in zip(endings, held):
             run, outcome = ending.run, ending.outcome
             row, future = run.row, run.future
+            if outcome.state == "running":  # A report.
+                continue
             if not was_held:
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
                 _log.warning(text, row.task_type, row.id)
@@ -4264,6 +4407,8 @@ class Cluster(concurrent.futures.Executor):
             if self._keep_alive is None and self._mode == "running" and not self._hand:
                 self._retire_idle(now)
         self._wake_at(self._next_refresh)
+        if self._reported:
+            self._store_reports(now)
         if self._check_futures and self._futures and not self._store_busy:
             self._check_futures = False
             self._look_after_futures()

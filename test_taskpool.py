@@ -800,6 +800,31 @@ class StoreContract:
         self.assertEqual(self.store.settle("me", outcomes, NOW), [True, False, True, True])
         self.assertEqual([(r.id, r.state) for r in self.store.find(Query(), NOW)], [("1", "running"), ("2", "failed")])
 
+    def test_a_report_is_recorded_and_ends_with_the_next_run(self):
+        self.add(row(retries=1, keep_result=9))
+        (first,) = self.claim()
+        self.assertTrue(self.settle(first, "running", progress="[1,3,null]"))
+        self.assertFalse(self.settle(first, "running", owner="other", progress="[9,9,null]"))
+        self.assertEqual((self.look().state, self.look().progress, self.look().claim), ("running", "[1,3,null]", 1))
+        self.settle(first, "ready", ready_at=NOW, progress="[2,3,null]")
+        self.assertEqual((self.look().state, self.look().progress), ("ready", None))
+        (second,) = self.claim()
+        self.settle(second, "running", progress="[1,3,null]")
+        self.store.remove(Query(ids=["t"]), NOW)
+        self.assertTrue(self.settle(second, "running", progress="[3,3,null]"))  # It runs on.
+        self.assertEqual(self.look().state, "running")
+        self.settle(second, "done", result="1")
+        self.add(row("u", keep_result=9))
+        self.settle(self.claim()[0], "done", result="1", progress="[3,3,\"end\"]")
+        self.assertEqual(self.look("u").progress, "[3,3,\"end\"]")
+
+    def test_a_running_task_tells_since_when(self):
+        self.add(row())
+        self.claim(now=NOW + SECOND)
+        self.assertEqual((self.look().ready_at, self.look().due_at), (NOW + SECOND, NOW))
+        self.store.leave("me", NOW + 2 * SECOND)
+        self.assertEqual(len(self.claim(now=NOW)), 1)  # A clock set back does not hold it.
+
     def test_order_is_priority_then_age_then_insertion(self):
         ranks = [(5, 0), (1, -2), (1, -1), (0, 0), (-1, -9)]
         for order in (ranks, ranks[::-1], ranks[2:] + ranks[:2]):
@@ -1690,6 +1715,100 @@ class TestListeners(InFolder):
         queue.add_task("echo", 1)
         self.assertTrue(cluster._closed.wait(PATIENCE))
         self.assertEqual(told, [1, 2, 3, 4, 5])
+
+
+class TestProgress(InFolder):
+    """job.progress(done, total=None, note=None) shows how far a task is."""
+
+    def test_it_is_seen_by_find_and_the_listener_and_the_last_one_is_kept(self):
+        for in_memory in (False, True):
+            with self.subTest(in_memory=in_memory):
+                heard = []
+                queue = self.queue(f"{in_memory}.db")
+                for event in ("progress", "done"):
+                    queue.add_event_listener(event, lambda value, task, e=event: heard.append((e, value, task)))
+                flag, verbs = str(self.folder / f"flag {in_memory}"), queue.in_memory if in_memory else queue
+                with self.cluster({"steps": progress_and_hold}, queue) as cluster:
+                    future = cluster.submit("steps", flag, in_memory=in_memory, keep_result=60)
+                    task = future.task
+                    self.assertIsNone(task.progress)
+                    # Of a thousand reports the last is seen, although the task says no more.
+                    eventually(lambda: verbs.find_one(task_id=task.id).progress == (999, 1000, "half way"))
+                    self.assertEqual((verbs.find_one().progress.note, future.done()), ("half way", False))
+                    Path(flag + ".end").touch()
+                    ended = queue.wait(task.id, PATIENCE)
+                self.assertEqual((ended.state, ended.progress), ("done", (1000, 1000, None)))
+                reports = [(value, t) for e, value, t in heard if e == "progress"]
+                self.assertEqual([e for e, _, _ in heard], ["progress"] * len(reports) + ["done"])
+                self.assertEqual([value for value, _ in reports][-1:], [(1000, 1000, None)])
+                self.assertEqual({(value == t.progress, t.state) for value, t in reports}, {(True, "running")})
+                self.assertLess(len(reports), 50)
+                self.assertEqual(heard[-1][2].progress.done, 1000)
+
+    def test_a_failed_run_keeps_it_and_a_retry_begins_anew(self):
+        queue = self.queue()
+        queue.add_task("steps", "fail", task_id="a")
+        queue.add_task("steps", "fail", task_id="b", retries=1, retry_delay=3600)
+        queue.add_task("steps", "die", task_id="c")
+        with self.cluster({"steps": progress_and_end}, queue):
+            eventually(lambda: queue.count(state="failed") == 2 and queue.find_one(task_id="b").attempt == 1)
+            self.assertEqual(queue.find_one(task_id="a").progress, (1, 2, None))
+            self.assertIsNone(queue.find_one(task_id="b").progress)
+            queue.update("b", due_date=None)
+            self.assertEqual(queue.retry(task_id="a"), 1)
+            eventually(lambda: queue.count(state="failed") == 3)
+        found = {task.id: task.progress for task in queue.find()}
+        self.assertEqual(found, {"a": (1, 2, None), "b": None, "c": (1, 2, None)})
+        queue.retry(task_id="c")
+        self.assertIsNone(queue.find_one(task_id="c").progress)
+
+    def test_wrong_arguments_fail_the_task_and_other_tasks_cannot_report(self):
+        queue = self.queue()
+        wrong = {
+            "TypeError: done is '5' (str)": ["5"], "TypeError: done is True": [True], "ValueError: done is -1": [-1],
+            "ValueError: done is nan": ["nan"], "TypeError: total is 'x'": [1, "x"], "ValueError: total is -3": [1, -3],
+            "TypeError: note is 5": [1, 2, 5], "ValueError: note is ''": [1, 2, ""], "TypeError: done is None": [None],
+        }
+        tasks = [queue.add_task("steps", data) for data in wrong.values()]
+        with self.cluster({"steps": progress_with}, queue, max_available_workers=1, keep_alive="always") as cluster:
+            cluster.drain(PATIENCE)
+            self.assertEqual(cluster.submit("steps", "late").result(PATIENCE), "progress was called after its task had ended")
+        for text, task in zip(wrong, tasks):
+            self.assertIn(text, queue.find_one(task_id=task.id).error)
+        with self.assertRaisesRegex(RuntimeError, "running task only"):
+            taskpool.Progress(1, 2)(3)
+
+
+def progress_and_hold(job):
+    for step in range(1000):
+        job.progress(step, 1000, "half way")
+    deadline = time.monotonic() + PATIENCE
+    while not os.path.exists(job.data + ".end") and time.monotonic() < deadline:
+        time.sleep(0.005)
+    job.progress(998, 1000)
+    job.progress(1000, 1000)
+
+
+def progress_and_end(job):
+    if job.attempt == 1:
+        job.progress(0, 2)
+        job.progress(1, 2)
+    if job.data == "die":
+        time.sleep(0.3)  # Longer than a report may wait.
+        os._exit(1)
+    raise ValueError("after half")
+
+
+def progress_with(job):
+    if job.data == "late":
+        old, caught = progress_with.last, []
+        try:
+            old(1)
+        except RuntimeError as error:
+            caught.append(str(error))
+        return caught[0]
+    progress_with.last = job.progress
+    return job.progress(*(math.nan if value == "nan" else value for value in job.data))
 
 
 class TestConversations(WithCluster):
