@@ -33,8 +33,9 @@ The life of a task (each arrow is a method of Store)
        add                claim                settle: done
     --------> waiting --------------> running ---------------> (removed), or `done`
                 ^                      |  |                     if keep_result was given
-                |  settle: retry, or   |  |    settle: failed
-                |  given back; recover |  +------------------> failed
+                |  settle: retry, next |  |    settle: failed
+                |  slot of `repeat`, or|  +------------------> failed
+                |  given back; recover |                         |
                 +----------------------+                         |
                 |                retry                           |
                 +------------------------------------------------+
@@ -67,8 +68,8 @@ Units: durations are seconds (or a timedelta), but `refresh_rate` and an integer
 `keep_alive` are milliseconds, as in nschwarz:cluster, from which this descends.
 Instants are datetimes outside and integer microseconds since 1970 (UTC) inside.
 
-Map of the file: errors, tasks, policies, stores, queue, messages, worker, master,
-demo and command line. Each part uses only the parts above it.
+Map of the file: errors, cron, tasks, policies, stores, queue, messages, worker,
+master, demo and command line. Each part uses only the parts above it.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.process
+import operator
 import os
 import pickle
 import queue as _queues
@@ -98,9 +100,11 @@ import threading
 import time
 import traceback
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone, tzinfo
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from types import CoroutineType
 from typing import Any, Callable, NamedTuple, Union, cast
@@ -108,6 +112,7 @@ from typing import Any, Callable, NamedTuple, Union, cast
 __version__ = "0.1.0"
 __all__ = [
     "Cluster",
+    "Cron",
     "DuplicateTask",
     "RemoteError",
     "SQLiteStore",
@@ -122,7 +127,8 @@ __all__ = [
 
 AHEAD_SECONDS = 0.010  # Expected work that a worker may have claimed ahead (P5).
 AHEAD_TASKS = 256  # The same as a number of tasks: what a crash can give back.
-LEAST_SECONDS = AHEAD_SECONDS / AHEAD_TASKS  # Quicker tasks are no different (P5).
+LEAST_SHARE = 1 / AHEAD_TASKS  # Of a worker's room: quicker tasks are no different (P5).
+LEAST_SECONDS = AHEAD_SECONDS * LEAST_SHARE
 SLOW_SECONDS = 0.020  # A task that runs longer lets go of those queued behind it.
 LEASE_SECONDS = 30.0  # A master that has not renewed for this long is given up (P3).
 RENEW_SECONDS = 10.0  # Three chances to renew within one lease.
@@ -130,6 +136,7 @@ WARN_SECONDS = 60.0  # The same warning is not given more often.
 WATCH_SECONDS = 1.0  # How often masters look for dead masters.
 INTERRUPTIONS = 5  # Interrupted single claims after which a task fails (P3).
 BUSY_SECONDS = 30.0  # Longest wait for another process's write lock on SQLite.
+CHECKPOINT_PAGES = 4000  # Of SQLite's write-ahead log (16 MB): fewer and cheaper fsyncs.
 RETRY_CAP_SECONDS = 3600.0  # Longest wait before a retry.
 BOOT_SECONDS = 0.04  # First wait after a worker died as it started; then doubled...
 BOOT_CAP_SECONDS = 30.0  # ... up to this.
@@ -228,6 +235,360 @@ class _RemoteTraceback(Exception):
         return f'\n"""\n{self.args[0]}"""'
 
 
+# --- Cron ----------------------------------------------------------------------------
+# When is the next run? Arithmetic with calendars and clocks, which knows of no task.
+
+_DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June", "July", "August"),
+    *("September", "October", "November", "December"),
+)
+_MONTH_LENGTHS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+_MACROS = {
+    "@YEARLY": "0 0 1 1 *",
+    "@ANNUALLY": "0 0 1 1 *",
+    "@MONTHLY": "0 0 1 * *",
+    "@WEEKLY": "0 0 * * 0",
+    "@DAILY": "0 0 * * *",
+    "@MIDNIGHT": "0 0 * * *",
+    "@HOURLY": "0 * * * *",
+}
+_ORDINALS = {"L": "last", "1": "first", "2": "second", "3": "third", "4": "fourth", "5": "fifth"}
+
+
+def _number(word: str) -> int:
+    """Plain digits as a number, else -1. Three digits suffice to be out of any range."""
+    return int(word.lstrip("0")[:3] or 0) if word.isdigit() and word.isascii() else -1
+
+
+class _Field(NamedTuple):
+    """One of the fields of a cron text: reads its part of the text, or says it in words."""
+
+    name: str
+    unit: str
+    every: range  # The values that * stands for.
+    allowed: str
+    names: tuple[str, ...] = ()
+
+    def error(self, item: str) -> ValueError:
+        """What is wrong with a list item, with a hint if it is one of the usual slips."""
+        span, slash, step = item.partition("/")
+        size, short = len(self.every), span[:3]
+        if _number(step) > size and self.unit not in ("month", "weekday"):
+            interval = f"repeat=timedelta({self.unit}s={step})"
+            hint = f"every {step} {self.unit}s is {interval}, a step is 1 to {size}"
+        elif slash and not 1 <= _number(step) <= size:
+            hint = f"a step is 1 to {size}"
+        elif "" in span.split("-"):
+            hint = "a value is missing"
+        elif span.isalpha() and any(name.startswith(short.capitalize()) for name in self.names):
+            hint = f"write {short}, names have three letters"
+        elif "~" in span or span in ("H", "R") or span.startswith(("H(", "R(")):
+            hint = "random values (H, R, ~) are not supported"
+        elif "L" in span:
+            hint = "L is the last day of a month, 5L or FRIL its last Friday; L-3 is not supported"
+        else:
+            hint = "there is no such value"
+        lists = "and lists (1,2), ranges (1-5) and steps (*/2) of these"
+        return ValueError(f"{self.name} {item!r}: {hint}; allowed: {self.allowed}, {lists}")
+
+    def value(self, word: str, item: str) -> int:
+        """The value of a number or name; *item* is what to blame if it is neither."""
+        names = [] if word.isdigit() else [name[:3].upper() for name in self.names]
+        value = self.every[names.index(word)] if word in names else _number(word)
+        if value in self.every or (value == 7 and self.unit == "weekday"):
+            return value
+        raise self.error(item)
+
+    def values(self, text: str) -> Sequence[int]:
+        """The values of a text without marks such as L, sorted."""
+        if text == "*":
+            return self.every
+        if (number := _number(text)) in self.every:
+            return (number,)
+        every, size, found = self.every, len(self.every), set[int]()
+        for item in text.split(","):
+            span, slash, step_word = item.partition("/")
+            start, dash, stop = span.partition("-")
+            step = _number(step_word) if slash else 1
+            if not 1 <= step <= size:
+                raise self.error(item)
+            first = every[0] if span == "*" else self.value(start, item)
+            last = every[-1] if slash or span == "*" else first
+            if dash:
+                last = self.value(stop, item)
+            last += size if last < first else 0  # 22-4 wraps around: 22-28, less 24 from 24 on.
+            found.update(every[(at - every[0]) % size] for at in range(first, last + 1, step))
+        return sorted(found)
+
+    def marked_values(self, text: str) -> list[tuple[int, str]]:
+        """Pairs of value and mark: 5 is (5, ""), 5W (5, "W"), 5L (5, "L"), FRI#2 (5, "2"), and
+        the last day of the month is 0: L is (0, ""), LW (0, "W"). None for * and ?."""
+        found, is_date = [], self.unit == "day"
+        for item in text.split(",") if text not in ("*", "?") else ():
+            word, mark = item[:-1], item[-1:]
+            if is_date and item in ("L", "LW"):
+                found.append((0, item[1:]))
+            elif word and mark == ("W" if is_date else "L"):
+                found.append((self.value(word, item), mark))
+            elif not is_date and word[-1:] == "#" and mark in "12345":
+                found.append((self.value(word[:-1], item), mark))
+            else:
+                found += [(value, "") for value in self.values(item)]
+        return found
+
+    def say(self, text: str) -> str:
+        """The text, or a part of it, in words."""
+        if "," in text:
+            return " and ".join(self.say(item) for item in text.split(","))
+        span, _, step = text.partition("/")
+        if step or span == "*":
+            every = f"every {step} {self.unit}s" if step else f"every {self.unit}"
+            return every if span == "*" else f"{every} from {self.say(span)}"
+        if "-" in text:
+            return " to ".join(self.say(word) for word in text.split("-"))
+        word, mark = text[:-1].rstrip("#"), text[-1]
+        if "#" in text or (mark in "LW" and self.unit != "month"):
+            which = _ORDINALS.get(mark, "working day nearest to")
+            return f"the {which} {self.say(word) if word else 'day'}"
+        value = self.value(text, text) - self.every[0]
+        return self.names[value % len(self.names)] if self.names else f"{self.unit} {int(text)}"
+
+
+_SECOND = _Field("second", "second", range(60), "0-59")
+_MINUTE = _Field("minute", "minute", range(60), "0-59")
+_HOUR = _Field("hour", "hour", range(24), "0-23")
+_DATE = _Field("day-of-month", "day", range(1, 32), "1-31, L, LW, 15W, or ? alone")
+_MONTH = _Field("month", "month", range(1, 13), "1-12, JAN-DEC", _MONTHS)
+_WEEKDAY = _Field("day-of-week", "weekday", range(7), "0-7, SUN-SAT, 5L, FRI#2, or ? alone", _DAYS)
+
+
+def _cron_fields(text: str) -> list[str]:
+    """The five or six fields in capitals, macros replaced."""
+    macro = text.strip(" \t").encode().upper().decode()  # As bytes: no other letter gets ASCII.
+    if macro.startswith("@") and macro not in _MACROS:
+        raise ValueError(
+            f"no such macro; allowed: {', '.join(_MACROS).lower()}; @reboot has no time, and "
+            "instead of @every 5m use repeat=timedelta(minutes=5)"
+        )
+    parts = [part for part in _MACROS.get(macro, macro).replace("\t", " ").split(" ") if part]
+    if len(parts) not in (5, 6):
+        year = " (a year field is not supported)" if len(parts) == 7 else ""
+        allowed = "[second] minute hour day-of-month month day-of-week"
+        raise ValueError(f"{len(parts)} fields{year}; allowed: {allowed}")
+    return parts
+
+
+@lru_cache(maxsize=1024)
+def _month_kind(year: int, month: int) -> tuple[int, int]:
+    """The weekday of a month's first day (0: Sunday), and its length."""
+    leap = month == 2 and year % (400 if year % 100 == 0 else 4) == 0
+    return date(year, month, 1).isoweekday() % 7, _MONTH_LENGTHS[month - 1] + leap
+
+
+@lru_cache(maxsize=1024)  # next() asks twice, and mostly about the same few days.
+def _clock_change(zone: tzinfo, day: int) -> tuple[datetime, datetime] | None:
+    """From what to what the clock is put, if that skips or repeats a time of the day (ordinal)."""
+    start = datetime.fromordinal(day).replace(tzinfo=zone)
+    end = start.replace(hour=23, minute=59, second=59, fold=1)
+    before, after = start.utcoffset() or timedelta(), end.utcoffset() or timedelta()
+    if before == after:
+        return None
+    instant = start.replace(tzinfo=timezone.utc) - max(before, after)  # It is before the change.
+    for power in range(17, -1, -1):  # Halving, as zones put clocks by any length, at any time.
+        probe = instant + timedelta(seconds=2**power)
+        instant = probe if probe.astimezone(zone).utcoffset() == before else instant
+    new = (instant + timedelta(seconds=1)).astimezone(zone)
+    return new - (after - before), new
+
+
+class _Times:
+    """The times that a cron text means, on a clock that is never changed."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            self.fields = _cron_fields(text)
+            *second, minute, hour, day, month, weekday = self.fields
+            self.seconds = _SECOND.values(second[0]) if second else (0,)
+            self.minutes, self.hours = _MINUTE.values(minute), _HOUR.values(hour)
+            self.months = _MONTH.values(month)
+            self._dates, self._weekdays = _DATE.marked_values(day), _WEEKDAY.marked_values(weekday)
+            # As in Debian: */2 counts as a star, 1-31 does not.
+            self._needs_both = day[0] in "*?" or weekday[0] in "*?"
+            self._known_days: dict[tuple[int, int], Sequence[int]] = {}
+            months = itertools.product(range(2000, 2028), self.months)  # Of all calendars.
+            if not any(self._days(year, month) for year, month in months):
+                raise ValueError("never fires, no date matches")
+        except ValueError as error:
+            raise ValueError(f"cron text {text!r}: {error}") from None
+
+    def _days(self, year: int, month: int) -> Sequence[int]:
+        """The matching days of a month, sorted."""
+        kind = _month_kind(year, month)
+        days = self._known_days.get(kind)
+        if days is None:
+            days = self._known_days[kind] = self._days_of_kind(*kind)
+        return days
+
+    def _days_of_kind(self, first: int, length: int) -> Sequence[int]:
+        every, dates, weekdays = range(1, length + 1), set[int](), set[int]()
+        for number, mark in self._dates:
+            day = number or length
+            if mark:
+                working = [at for at in every if 0 < (first + at - 1) % 7 < 6]
+                day = min(working, key=lambda at: abs(at - day))
+            if number <= length:
+                dates.add(day)
+        for weekday, mark in self._weekdays:
+            same = every[(weekday - first) % 7 :: 7]
+            weekdays.update(same["L12345".index(mark) - 1 :][:1] if mark else same)
+        if self._dates and self._weekdays:
+            return sorted(dates & weekdays if self._needs_both else dates | weekdays)
+        return sorted(dates or weekdays) if self._dates or self._weekdays else every
+
+    def following(self, moment: datetime) -> datetime:
+        """The first of these times after *moment*, in its zone."""
+        hours, minutes, seconds, months = self.hours, self.minutes, self.seconds, self.months
+        year, month, day = moment.year, moment.month, moment.day
+        hour, minute, second = moment.hour, moment.minute, moment.second
+        days = self._days(year, month) if month in months else ()
+        today = day in days
+        if today and hour in hours and minute in minutes and second < seconds[-1]:
+            second = seconds[bisect_right(seconds, second)]
+        elif today and hour in hours and minute < minutes[-1]:
+            minute, second = minutes[bisect_right(minutes, minute)], seconds[0]
+        elif today and hour < hours[-1]:
+            hour, minute, second = hours[bisect_right(hours, hour)], minutes[0], seconds[0]
+        else:
+            hour, minute, second = hours[0], minutes[0], seconds[0]
+            days = days[bisect_right(days, day) :]
+            place = year * len(months) + bisect_right(months, month)
+            while not days:
+                year, month = place // len(months), months[place % len(months)]
+                days = self._days(year, month)
+                place += 1
+            day = days[0]
+        return datetime(year, month, day, hour, minute, second, tzinfo=moment.tzinfo)
+
+
+_times = lru_cache(maxsize=1024)(_Times)  # A text is often read more than once.
+
+
+class Cron:
+    """A schedule in cron's notation: `Cron("0 9 * * 1-5", "Europe/Paris").next()`.
+
+    *text* is minute, hour, day-of-month, month and day-of-week; or six fields, the second
+    first; or @yearly @annually @monthly @weekly @daily @midnight @hourly. *tz* is the zone
+    of its clock. Raises ValueError if the text is wrong or never matches (30 February), or
+    the zone is unknown; TypeError if they are not str.
+
+    Rules of crontab(5) and cron(8), Vixie's as in Debian; L, W, # and ? as in Quartz, but 0
+    and 7 are Sunday. Ranges wrap around (22-4). `5/15` is `5-59/15`. If a day field begins
+    with * or is ?, a day must match both, otherwise one is enough: `0 0 13 * 5` is each 13th
+    and each Friday. If hour, minute or a written second begins with *, the job runs when the
+    clock shows a matching time: not in a skipped hour, twice in a repeated one. Others run
+    once for each matching time: a skipped one right after the clock change, a repeated one
+    at first.
+    """
+
+    def __init__(self, text: str, tz: str = "UTC") -> None:
+        if not isinstance(text, str) or not isinstance(tz, str):
+            raise TypeError(f"text and tz of a Cron must be str, not {text!r} and {tz!r}")
+        self._text, self.tz = text, tz
+        self._zone: tzinfo = timezone.utc
+        if tz != "UTC":  # Which works on Windows, too, where there is no time zone data.
+            from zoneinfo import ZoneInfo  # Slow to import.
+
+            try:
+                self._zone = ZoneInfo(tz)
+            except (LookupError, ValueError, OSError):  # OSError: some are folders, "America".
+                raise ValueError(
+                    f"tz {tz!r} is unknown; allowed: names such as 'Europe/Paris' "
+                    "(if none works, `pip install tzdata`)"
+                ) from None
+        self._times = _times(text)
+        self._is_interval = "*" in [field[0] for field in self._times.fields[:-3]]
+
+    def _after(self, moment: datetime) -> datetime:
+        """The first run after *moment*; both are in the zone, and so compare as clock times."""
+        found, zone = self._times.following(moment), self._zone
+        if self.tz == "UTC":
+            return found
+        change, fold = _clock_change(zone, moment.toordinal()), moment.fold
+        tick = timedelta(seconds=1)
+        if change and change[1] <= moment < change[0]:  # The clock shows this time twice.
+            if found >= change[0] and self._is_interval and not fold:
+                found, fold = self._times.following(change[1] - tick), 1
+            if found < change[0] and (self._is_interval or not fold):
+                return found.replace(fold=fold)
+            found = self._times.following(change[0] - tick)
+        while (change := _clock_change(zone, found.toordinal())) and change[0] <= found < change[
+            1
+        ]:
+            if not self._is_interval:
+                return change[1]
+            found = self._times.following(change[1] - tick)
+        return found
+
+    def next(self, after: datetime | None = None) -> datetime:
+        """The first run later than *after* (aware; None: now), in zone tz; ValueError if none."""
+        after = datetime.now(timezone.utc) if after is None else after
+        if not isinstance(after, datetime):
+            raise TypeError(f"after must be a datetime, not {after!r}")
+        if after.utcoffset() is None:
+            raise ValueError(f"after must be aware (have a tzinfo), {after!r} is not")
+        try:  # By way of UTC, because *after* may be a time that the zone's clock skips.
+            return self._after(after.astimezone(timezone.utc).astimezone(self._zone))
+        except (ValueError, OverflowError):  # datetime has no year 10000.
+            raise ValueError(f"{self!r} has no run after {after}, up to the year 9999") from None
+
+    def __iter__(self) -> Iterator[datetime]:
+        """The runs from now on, one after the other."""
+        moment = None
+        while True:
+            moment = self.next(moment)
+            yield moment
+
+    def explain(self) -> str:
+        """The schedule in words, with what becomes of it when the zone's clock is changed."""
+        *clock, day, month, weekday = self._times.fields
+        times = [
+            ":".join(f"{number:02}" for number in time[: len(clock)])
+            for time in itertools.product(
+                self._times.hours, self._times.minutes, self._times.seconds
+            )
+        ]
+        when = " and ".join(times)
+        if self._is_interval or len(times) > 4:
+            fields = zip((_SECOND, _MINUTE, _HOUR)[-len(clock) :], clock)
+            when = " of ".join(field.say(part) for field, part in fields)
+        when = when.replace("s of every hour", "s") if when.startswith("every") else f"at {when}"
+        days = (" if it is " if "*" in day[0] + weekday[0] else " or ").join(
+            field.say(part)
+            for field, part in ((_DATE, day), (_WEEKDAY, weekday))
+            if part not in ("*", "?")
+        )
+        parts = when, days, "" if month == "*" else _MONTH.say(month), self.tz
+        rule = "has no run, a repeated one two" if self._is_interval else "runs right after it"
+        change = "" if self.tz == "UTC" else f"; a time skipped by the clock change {rule}"
+        return ", ".join(filter(None, parts)) + change
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cron) and (self._times.fields, self.tz) == (
+            other._times.fields,
+            other.tz,
+        )
+
+    def __hash__(self) -> int:
+        return hash((*self._times.fields, self.tz))
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"Cron({self._text!r}, {self.tz!r})"
+
+
 # --- Tasks ---------------------------------------------------------------------------
 # The values that travel, and what may be in them. Nothing here does I/O.
 
@@ -256,12 +617,12 @@ class Row(NamedTuple):
     claim: int = 0  # The fencing token: grows with every claim, never reset.
     owner: str = ""  # Who holds the claim, while running.
     interrupted: int = 0  # Claims that ended with their master, since a run ended.
-    result: str | None = None  # JSON text, with keep_result.
+    result: str | None = None  # JSON text, with keep_result or repeat.
     error: str | None = None
     expires_at: int | None = None  # When a `done` row is removed.
     removed: int = 0  # 1: remove() was called during the run.
     successor: str | None = None  # What replaces this when its run ends: _packed_row.
-    repeat: str | None = None
+    repeat: str | None = None  # JSON text: microseconds, or the arguments of Cron.
     progress: str | None = None  # JSON of a Progress: the last report of its run.
     in_memory: bool = False  # Not a column.
 
@@ -269,6 +630,29 @@ class Row(NamedTuple):
 def _packed_row(row: Row) -> str:
     """A Row as text. By name, so that a later version with more columns can read it."""
     return json.dumps(row._asdict())
+
+
+_raw_decode = json.JSONDecoder().raw_decode
+
+
+def _decode(text: str) -> Any:
+    """As json.loads, in a third of its time for the short texts that we wrote."""
+    try:
+        value, end = _raw_decode(text)
+    except ValueError:
+        end = -1
+    return value if end == len(text) else json.loads(text)
+
+
+@lru_cache(maxsize=1024)
+def _read_repeat(text: str) -> timedelta | Cron:
+    """Task.repeat from its column. Raises ValueError if that cannot be read (here)."""
+    value = json.loads(text)
+    if type(value) is list and [type(word) for word in value] == [str, str]:
+        return Cron(*value)
+    if type(value) is int and 0 < value <= timedelta.max // _MICROSECOND:
+        return value * _MICROSECOND
+    raise ValueError(f"{text!r} is neither microseconds nor a cron text and a zone")
 
 
 def _public_state(state: str) -> str:
@@ -341,7 +725,7 @@ class Task:
         try:
             return self._data
         except AttributeError:
-            object.__setattr__(self, "_data", json.loads(self._row.data))
+            object.__setattr__(self, "_data", _decode(self._row.data))
             return self._data
 
     @property
@@ -395,13 +779,19 @@ class Task:
         return self._row.timeout
 
     @property
+    def repeat(self) -> timedelta | Cron | None:
+        """How it repeats: an interval, a Cron, or None for not at all."""
+        return None if self._row.repeat is None else _read_repeat(self._row.repeat)
+
+    @property
     def result(self) -> Any:
-        """The JSON result of a `done` task that was added with keep_result."""
+        """The JSON result of a `done` task that was added with keep_result; of a repeating
+        task that of its last run."""
         return None if self._row.result is None else json.loads(self._row.result)
 
     @property
     def error(self) -> str | None:
-        """The last failure: type, message and traceback as text."""
+        """The failure of its last run: type, message and traceback as text."""
         return self._row.error
 
     @property
@@ -414,9 +804,15 @@ class Task:
             return self._row.progress and Progress(*json.loads(self._row.progress))
 
 
-def _new_id() -> str:
+_nonce = os.urandom(8).hex()  # Of this process; a fork draws another.
+_id_numbers = itertools.count()
+
+
+def _new_id(now: int) -> str:
     """A fresh id: time first, so that new ids are neighbours in the store's index."""
-    return f"{time.time_ns() // 1000:014x}{os.urandom(9).hex()}"
+    # Nothing random here: a system call lets go of the GIL, which costs more than all
+    # the rest of submit() while the dispatcher is busy.
+    return f"{now:014x}{_nonce}{next(_id_numbers):x}"
 
 
 def _shown(value: Any) -> str:
@@ -537,6 +933,20 @@ def _instant(due_date: Any, now: int) -> int:
     raise _wrong_type("due_date", due_date, allowed)
 
 
+def _checked_repeat(repeat: Any) -> timedelta | Cron:
+    allowed = "a timedelta over 0, a cron text, or a Cron"
+    if isinstance(repeat, timedelta) and repeat <= timedelta():
+        raise _wrong_value("repeat", repeat, allowed)
+    if type(repeat) is str:
+        try:
+            return Cron(repeat)
+        except ValueError as error:
+            raise ValueError(f"repeat: {error}") from None
+    if not isinstance(repeat, (timedelta, Cron)):
+        raise _wrong_type("repeat", repeat, allowed)
+    return repeat
+
+
 _encode = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")
 ).encode
@@ -585,6 +995,7 @@ def _checked_json(value: Any) -> str:
 
 
 _NO_DATA: dict[str, Any] = {}
+_FRESH = tuple(Row._field_defaults.values())[:-1]  # The columns of a task's history.
 _IF_EXISTS = ("raise", "keep", "replace")
 
 
@@ -597,6 +1008,7 @@ def _make_row(
     task_id: Any = None,
     due_date: Any = None,
     in_memory: Any = False,
+    repeat: Any = None,
     retries: Any = 0,
     retry_delay: Any = 1.0,
     timeout: Any = None,
@@ -613,7 +1025,7 @@ def _make_row(
     if in_memory is not False:
         _checked_bool("in_memory", in_memory)
     if task_id is None:
-        task_id = f"inMemory_{_new_id()}" if in_memory else _new_id()
+        task_id = f"inMemory_{_new_id(now)}" if in_memory else _new_id(now)
     else:
         _checked_text("task_id", task_id)
     if if_exists not in _IF_EXISTS:
@@ -628,15 +1040,18 @@ def _make_row(
         keep_result = _checked_seconds("keep_result", keep_result, zero=True)
     if connection is not None and not isinstance(connection, sqlite3.Connection):
         raise _wrong_type("connection", connection, "a sqlite3.Connection to the queue's file")
+    if repeat is not None:
+        rule = _checked_repeat(repeat)
+        if isinstance(rule, timedelta):
+            repeat = str(rule // _MICROSECOND)
+        else:
+            repeat = json.dumps([str(rule), rule.tz])
+            due_date = rule.next(_datetime(now)) if due_date is None else due_date
     due_at = now if due_date is None else _instant(due_date, now)
     state = "ready" if due_at <= now else "scheduled"
-    times = (now, due_at, due_at)
-    row = Row(
-        *(task_id, task_type, text, priority, *times),
-        *(retries, retry_delay, timeout, keep_result, lane, state),
-        in_memory=in_memory,
-    )
-    return row, if_exists
+    first = task_id, task_type, text, priority, now, due_at, due_at, retries, retry_delay
+    row = Row._make((*first, timeout, keep_result, lane, state, *_FRESH, in_memory))
+    return (row if repeat is None else row._replace(repeat=repeat)), if_exists
 
 
 # --- Policies ------------------------------------------------------------------------
@@ -682,19 +1097,53 @@ def share(expected: float | None) -> float:
 
     A type without history takes all. (P5: 10 ms of expected work, 256 tasks.)
 
-    >>> share(None), share(1.0), share(0.005), share(0.0) == 1 / 256
+    >>> share(None), share(1.0), share(0.005), share(0.0) == LEAST_SHARE
     (1.0, 1.0, 0.5, True)
     """
     if expected is None:
         return 1.0
-    return min(max(expected / AHEAD_SECONDS, 1 / AHEAD_TASKS), 1.0)
+    return min(max(expected / AHEAD_SECONDS, LEAST_SHARE), 1.0)
+
+
+def next_slot(repeat: str, due_at: int, now: int) -> int | None:
+    """When a task that was due at *due_at* repeats, or None: later than that and than *now*.
+
+    So missed slots are made up by one run, and a clock set back runs no slot twice.
+
+    >>> next_slot("10", 100, 100), next_slot("10", 100, 137), next_slot("10", 100, 0)
+    (110, 140, 110)
+    """
+    try:
+        rule = _read_repeat(repeat)
+    except ValueError:
+        return now  # So that the next claim() sets the task aside, and says why.
+    try:
+        if isinstance(rule, Cron):
+            return _instant(rule.next(_datetime(max(now, due_at))), now)
+        interval = rule // _MICROSECOND
+        return _instant(_datetime(due_at + (max(now - due_at, 0) // interval + 1) * interval), now)
+    except (OverflowError, ValueError):  # There is no year 10000.
+        return None
 
 
 def claimed(row: Row, owner: str, now: int) -> Row:
     """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
-    # Three times as fast as _replace, and done for every task.
-    claim = "running", row.attempt + 1, row.claim + 1, owner
+    # Five times as fast as _replace, and done for every task.
+    claim = "running", row[13] + 1, row[14] + 1, owner
     return Row._make((*row[:6], now, *row[7:12], *claim, *row[16:]))
+
+
+def after_end(row: Row, now: int) -> Row | None:
+    """done, failed -> waiting for its next slot, if it has one; else kept, or None."""
+    slot = None if row.repeat is None else next_slot(row.repeat, row.due_at, now)
+    if slot is not None:
+        row = row._replace(state="scheduled", attempt=0, due_at=slot, ready_at=slot)
+        return row._replace(progress=None)
+    if row.state == "failed":
+        return row
+    if row.keep_result is None:
+        return None
+    return row._replace(expires_at=now + int(row.keep_result * 1e6))
 
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
@@ -712,7 +1161,7 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     if row.successor is not None:
         # Its created_at stays: that is when it was added.
         return Row(**json.loads(row.successor))
-    if outcome.state == "done" and row.keep_result is None:
+    if outcome.state == "done" and row.keep_result is None and row.repeat is None:
         return None
     row = row._replace(
         state=outcome.state, owner="", interrupted=0, result=outcome.result, error=outcome.error
@@ -720,9 +1169,12 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     if outcome.state == "ready":
         state = "ready" if outcome.ready_at <= now else "scheduled"
         return row._replace(state=state, ready_at=outcome.ready_at, progress=None)
-    if outcome.state == "done":
-        return row._replace(expires_at=now + int(cast(float, row.keep_result) * 1e6))
-    return row
+    return after_end(row, now)
+
+
+def has_run(row: Row, before: Row) -> bool:
+    """Whether a run of a repeating task has ended since it was *before*."""
+    return row.repeat is not None and row.due_at > before.due_at and row.claim > before.claim
 
 
 def after_interruption(row: Row, now: int) -> Row | None:
@@ -739,7 +1191,8 @@ def after_interruption(row: Row, now: int) -> Row | None:
             return Row(**json.loads(row.successor))
         times = f"{INTERRUPTIONS} times in a row"
         error = f"Interrupted: its master died {times} while it ran this task alone"
-        return row._replace(state="failed", owner="", interrupted=0, error=error)
+        row = row._replace(state="failed", owner="", lane="", interrupted=0)
+        return after_end(row._replace(result=None, error=error), now)
     row = row._replace(state="ready", attempt=max(row.attempt - 1, 0), owner="", progress=None)
     return row._replace(interrupted=interrupted, lane="")
 
@@ -757,7 +1210,7 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
     """
     if old is None or old.state in ("failed", "done"):
         return new, new
-    if if_exists == "keep":
+    if if_exists == "keep" and not old.removed:
         return None, old
     if if_exists == "raise":
         raise DuplicateTask(
@@ -795,6 +1248,8 @@ def _after_fork_in_child() -> None:
     for end in list(_master_ends):
         with contextlib.suppress(OSError):
             end.close()
+    global _nonce
+    _nonce = os.urandom(8).hex()
     _master_ends.clear()
     _held_for_fork.clear()
     for thing in list(_reset_in_forks):
@@ -1000,7 +1455,9 @@ def _shares(types: Mapping[str, float] | Iterable[str]) -> Mapping[str, float]:
     return types if isinstance(types, Mapping) else dict.fromkeys(types, 1.0)
 
 
+_Place = tuple[str, str]  # (lane, task_type)
 _RankedRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
+_DatedRow = tuple[int, int, Row]  # (ready_at, insertion, row)
 
 
 def _fits(row: Row, query: Query, now: int) -> bool:
@@ -1031,8 +1488,8 @@ class MemoryStore(Store):
         """A forked child starts empty: the tasks belong to its parent."""
         self._lock = threading.RLock()  # Protects all below; held for a moment only.
         self._rows: dict[str, Row] = {}
-        self._ready: dict[tuple[str, str], list[_RankedRow]] = {}
-        self._scheduled: dict[tuple[str, str], list[tuple[int, int, Row]]] = {}
+        self._ready: dict[_Place, list[_RankedRow]] = collections.defaultdict(list)
+        self._scheduled: dict[_Place, list[_DatedRow]] = collections.defaultdict(list)
         self._expiring: list[tuple[int, str]] = []  # A heap of (expires_at, id).
         self._insertions = itertools.count()
         self._dead_entries = 0
@@ -1044,7 +1501,7 @@ class MemoryStore(Store):
             try:
                 for new, if_exists in additions:
                     old = self._rows.get(new.id)
-                    stored, row = after_add(old, new, if_exists)
+                    stored, row = after_add(old, new, if_exists) if old else (new, new)
                     if stored is not None:
                         before.append((new.id, old))
                         self._put(stored)
@@ -1058,18 +1515,18 @@ class MemoryStore(Store):
     def _put(self, row: Row) -> None:
         if row.id in self._rows:
             self._dead_entries += 1
+            if self._dead_entries > 1000 + len(self._rows):
+                self._sweep()
         self._rows[row.id] = row
-        place = row.lane, row.task_type
         if row.state == "ready":
-            entry = (-row.priority, row.created_at, next(self._insertions), row)
-            heapq.heappush(self._ready.setdefault(place, []), entry)
+            heap = self._ready[row.lane, row.task_type]
+            number = next(self._insertions)
+            heapq.heappush(heap, (-row.priority, row.created_at, number, row))
         elif row.state == "scheduled":
-            due = (row.ready_at, next(self._insertions), row)
-            heapq.heappush(self._scheduled.setdefault(place, []), due)
+            due = self._scheduled[row.lane, row.task_type]
+            heapq.heappush(due, (row.ready_at, next(self._insertions), row))
         elif row.expires_at is not None:
             heapq.heappush(self._expiring, (row.expires_at, row.id))
-        if self._dead_entries > 1000 + len(self._rows):
-            self._sweep()
 
     def _drop(self, task_id: str) -> None:
         if self._rows.pop(task_id, None):
@@ -1114,7 +1571,7 @@ class MemoryStore(Store):
     ) -> list[Row]:
         if not self._rows:
             return []
-        shares = _shares(types)
+        shares, rows = _shares(types), self._rows
         taken: list[Row] = []
         later: list[Row] = []
         with self._lock:
@@ -1130,10 +1587,10 @@ class MemoryStore(Store):
                     break
                 else:
                     limit -= shares[row.task_type]
-                    self._rows[row.id] = running = claimed(row, owner, now)
+                    rows[row.id] = running = claimed(row, owner, now)
                     taken.append(running)
                 heapq.heappop(heap)
-                while heap and not self._alive(heap[0][3]):
+                while heap and rows.get(heap[0][3].id) is not heap[0][3]:
                     heapq.heappop(heap)
                 if heap:
                     heapq.heapreplace(heads, (heap[0], index))
@@ -1313,6 +1770,9 @@ _UPGRADES = (
 )
 _TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
 _FILES = "PRAGMA database_list"  # Rows of number, name, file.
+# Does nothing, but as a write: it waits for the lock, where a transaction that has only
+# read fails at once if another process wrote meanwhile.
+_LOCK = "PRAGMA main.incremental_vacuum(1)"
 
 # -> waiting. Fails if the id is taken.
 _ADD = f"INSERT INTO taskpool_task ({_LIST}) VALUES ({', '.join('?' * len(_COLUMNS))})"
@@ -1358,7 +1818,7 @@ WHERE state = 'ready' AND lane = ? AND task_type = ? AND due_at <= ? LIMIT ?)
 # a later one has another number.
 _HELD = "id = ? AND claim = ? AND owner = ? AND state = 'running'"
 # running -> (removed), the common end of a run.
-_FINISH = f"DELETE FROM taskpool_task WHERE {_HELD} AND successor IS NULL"
+_FINISH = f"DELETE FROM taskpool_task WHERE {_HELD} AND successor IS NULL AND repeat IS NULL"
 _HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE {_HELD}"
 _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner = ?"
 
@@ -1419,6 +1879,11 @@ def _unusable(columns: Sequence[Any]) -> str:
     for name, value in zip(_COLUMNS, columns):
         if type(value) not in _COLUMN_TYPES[name]:
             return f"column {name} holds {_shown(value)}"
+    repeat = columns[_COLUMNS.index("repeat")]
+    try:
+        repeat is None or _read_repeat(repeat)
+    except (ValueError, RecursionError) as error:
+        return f"column repeat: {error}"
     return ""
 
 
@@ -1513,9 +1978,12 @@ class SQLiteStore(Store):
         try:
             yield
         except sqlite3.Error as error:
-            if type(error) is sqlite3.DatabaseError:
-                self._stale = True  # Damaged, perhaps: look at the file afresh next time.
-            raise StoreError(f"{self.path}: {error}{self._hint()}") from error
+            raise self._store_error(error) from error
+
+    def _store_error(self, error: sqlite3.Error) -> StoreError:
+        if type(error) is sqlite3.DatabaseError:
+            self._stale = True  # Damaged, perhaps: look at the file afresh next time.
+        return StoreError(f"{self.path}: {error}{self._hint()}")
 
     def _identity(self) -> tuple[int, int]:
         """Which file has our name now. SQLite writes to the one that it opened, also when
@@ -1542,6 +2010,7 @@ class SQLiteStore(Store):
             self._version(db)  # A newer file is refused before anything is changed.
             self._use_wal(db)
             db.execute(f"PRAGMA synchronous = {self._synchronous}")
+            db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             if self._version(db) != SCHEMA_VERSION:
                 db.execute("BEGIN IMMEDIATE")
                 self._make_schema(db)
@@ -1660,6 +2129,8 @@ class SQLiteStore(Store):
             self._stale = False
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
+        if len(additions) == 1 and self._add_alone(additions[0][0]):
+            return [additions[0][0]]
         with self.transaction() as db:
             return [self._add(db, new, if_exists) for new, if_exists in additions]
 
@@ -1680,15 +2151,13 @@ class SQLiteStore(Store):
                     text = f"connection is to {main or 'memory'}; give one to {self.path}"
                     raise ValueError(text)
                 # From Python 3.12 on isolation_level counts only if autocommit is -1.
-                legacy = getattr(connection, "autocommit", -1) == -1
-                if (
-                    legacy
-                    and not connection.in_transaction
-                    and connection.isolation_level is not None
-                ):
-                    db.execute(f"BEGIN {connection.isolation_level}")
+                level = connection.isolation_level
+                if getattr(connection, "autocommit", -1) == -1 and level is not None:
+                    if not connection.in_transaction:
+                        db.execute(f"BEGIN {level}")
                 db.execute("SAVEPOINT taskpool")
                 try:
+                    db.execute(_LOCK)
                     if self._version(db) != SCHEMA_VERSION:
                         self._make_schema(db)
                     rows = [self._add(db, new, if_exists) for new, if_exists in additions]
@@ -1702,6 +2171,20 @@ class SQLiteStore(Store):
             finally:
                 connection.text_factory = factory
                 db.close()
+
+    def _add_alone(self, new: Row) -> bool:
+        """The usual case in one statement, which costs half of a transaction. False if
+        that could not be done: the id is taken, say."""
+        with self._write_lock:
+            if self._writer is None or self._writing or self._stale:
+                return False
+            try:
+                self._writer.execute(_ADD, new[:-1])
+            except sqlite3.IntegrityError:
+                return False
+            except sqlite3.Error as error:
+                raise self._store_error(error) from error
+            return self._opened == self._identity()
 
     def _add(self, db: sqlite3.Connection | sqlite3.Cursor, new: Row, if_exists: str) -> Row:
         try:
@@ -1850,7 +2333,7 @@ class SQLiteStore(Store):
             row = Row(*found)
             following = after(row, now)
             self._replace(db, row, following)
-            if following is not None and following.state == "failed":
+            if following is not None and not (following.interrupted or row.successor):
                 ended.append(following)
         db.execute(_OPEN_LANE, (owner,))
         db.execute(_LEAVE, (owner,))
@@ -2090,13 +2573,17 @@ class _Tasks:
     def update(self, task_id: str, **changes: Any) -> Task:
         """Change a waiting task and return it.
 
-        *changes*: data, priority, due_date, retries, retry_delay, timeout, keep_result,
-        as in add_task. Raises ValueError if the task is not waiting.
+        *changes*: data, priority, due_date, repeat, retries, retry_delay, timeout and
+        keep_result, as in add_task. A new *repeat* without *due_date* has its first run as
+        there; None leaves one run, at the due date. Raises ValueError if the task is not
+        waiting.
         """
         store, now = self._usable("update"), self._now()
         _checked_text("task_id", task_id)
-        columns = {"due_date": ("due_at", "ready_at")}
-        allowed = "data priority due_date retries retry_delay timeout keep_result".split()
+        columns: dict[str, tuple[str, ...]] = {"due_date": ("due_at", "ready_at")}
+        if changes.get("repeat") is not None and "due_date" not in changes:
+            columns["repeat"] = ("repeat", "due_at", "ready_at")
+        allowed = "data priority due_date repeat retries retry_delay timeout keep_result".split()
         for name in changes:
             if name not in allowed:
                 raise TypeError(f"update() cannot change {name!r}; give {', '.join(allowed)}")
@@ -2204,6 +2691,7 @@ class TaskQueue(_Tasks):
         task_id: str | None = None,
         due_date: datetime | timedelta | None = None,
         in_memory: bool = False,
+        repeat: timedelta | str | Cron | None = None,
         retries: int = 0,
         retry_delay: float | timedelta = 1.0,
         timeout: float | timedelta | None = None,
@@ -2218,6 +2706,9 @@ class TaskQueue(_Tasks):
         first. *due_date* is the earliest start: a datetime (naive = local time), a
         timedelta from now, or None = now. A failure is followed by up to *retries*
         further starts, the n-th after `retry_delay * 2**(n-1)` seconds, at most an hour.
+        With *repeat*, a timedelta, a cron text (UTC) or a Cron, it goes back to waiting for
+        its next slot when a run ended, however that did; without *due_date* the first slot
+        is now, or the cron's next time.
         A run longer than *timeout* seconds is killed. The finished task is kept with its
         JSON result for *keep_result* seconds; None = removed at once. *if_exists* says
         what a waiting or running task of the same *task_id* does: "raise" DuplicateTask,
@@ -2237,6 +2728,7 @@ class TaskQueue(_Tasks):
             task_id=task_id,
             due_date=due_date,
             in_memory=in_memory,
+            repeat=repeat,
             retries=retries,
             retry_delay=retry_delay,
             timeout=timeout,
@@ -2265,20 +2757,21 @@ class TaskQueue(_Tasks):
                 raise TypeError(f"tasks[{index}]: add_task {wrong}")
             additions.append(_make_row(now, **task))
             connections.append(task.get("connection"))
+        if not additions:
+            return []
+        if len({row.in_memory for row, _ in additions}) > 1:
+            raise ValueError("in_memory is True for some tasks; add those in a call of their own")
         if any(connection is not connections[0] for connection in connections):
             raise ValueError("connection differs between tasks; add those in a call of their own")
-        connection = connections[0] if connections else None
-        return [Task(row) for row in self._add(additions, connection)]
+        return [Task(row) for row in self._add(additions, connections[0])]
 
     def _add(
         self, additions: list[tuple[Row, str]], connection: sqlite3.Connection | None = None
     ) -> list[Row]:
-        here = sum(row.in_memory for row, _ in additions)
-        if here not in (0, len(additions)):
-            raise ValueError("in_memory is True for some tasks; add those in a call of their own")
-        store = self._in_memory._store if here else self._store
+        row = additions[0][0]
+        store = self._in_memory._store if row.in_memory else self._store
         if connection is None:
-            rows = store.add(additions, self._now())
+            rows = store.add(additions, row.created_at)
         elif not isinstance(store, SQLiteStore):
             raise _wrong_value("connection", connection, "None: this task is not stored in SQLite")
         else:
@@ -2291,14 +2784,15 @@ class TaskQueue(_Tasks):
     def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
         """Wait until a task ended, in whatever process it runs, and return it.
 
-        Its state is `done` or `failed`. A task that is gone is taken for done without a
-        kept result (its task_type is "" if this call never saw it). Raises TimeoutError
-        after *timeout* seconds.
+        Its state is `done` or `failed`; or `waiting`, if it repeats: then the end of the run
+        that is under way, or comes next, is waited for. A task that is gone is taken for
+        done without a kept result (its task_type is "" if this call never saw it). Raises
+        TimeoutError after *timeout* seconds.
         """
         _refuse_rerun("wait")
         query = Query(ids=[_checked_text("task_id", task_id)])
         seconds = math.inf if timeout is None else _checked_seconds("timeout", timeout, zero=True)
-        deadline, pause, row = time.monotonic() + seconds, 0.002, None
+        deadline, pause, row, first = time.monotonic() + seconds, 0.002, None, None
         stores = [self._store] if _worker else [self._in_memory._store, self._store]
         while True:
             found = [row for store in stores for row in store.find(query, self._now())]
@@ -2306,7 +2800,8 @@ class TaskQueue(_Tasks):
                 gone = row or Row(task_id, "", "null", 0, 0, 0, 0, 0, 0.0, None, None, "", "")
                 return Task(gone._replace(state="done", owner=""))
             row = found[0]
-            if row.state in ("failed", "done"):
+            first = first or row
+            if row.state in ("failed", "done") or has_run(row, first):
                 return Task(row)
             left = deadline - time.monotonic()
             if left <= 0:
@@ -2336,7 +2831,7 @@ class TaskQueue(_Tasks):
 
 
 _ADD_PARAMETERS = frozenset(
-    "task_type data priority task_id due_date in_memory retries retry_delay timeout "
+    "task_type data priority task_id due_date in_memory repeat retries retry_delay timeout "
     "keep_result if_exists connection".split()
 )
 
@@ -2601,9 +3096,9 @@ class _WorkerProcess:
     the channel, so that answers come through while the task runs.
     """
 
-    def __init__(self, channel: Connection, permits: Connection | None) -> None:
+    def __init__(self, incoming: Connection, outgoing: Connection, permits: Any) -> None:
         self.task_map: Mapping[str, TaskFunction] = {}
-        self._channel = channel
+        self._incoming, self._outgoing = incoming, outgoing
         self._send_lock = threading.Lock()  # A message must not be cut by another.
         self._permits = permits
         self._permit = -1  # The number of the last permit read.
@@ -2619,7 +3114,7 @@ class _WorkerProcess:
         """Send to the master; called by any thread."""
         packed = _dumps(message)
         with self._send_lock:
-            self._channel.send_bytes(packed)
+            self._outgoing.send_bytes(packed)
 
     def tell_master_of_changes(self) -> None:
         with contextlib.suppress(OSError):
@@ -2645,7 +3140,7 @@ class _WorkerProcess:
             del message
 
     def _receive(self) -> Any:
-        return pickle.loads(self._channel.recv_bytes())
+        return pickle.loads(self._incoming.recv_bytes())
 
     def _read(self) -> None:
         """The body of the reader thread."""
@@ -2682,8 +3177,8 @@ class _WorkerProcess:
         report: tuple[Any, ...]
         try:
             task = Task(row, self._reports.begin(number))
-            try:
-                task.data  # noqa: B018 - Decoded here, so that bad rows fail for good.
+            try:  # Here, so that what cannot be decoded fails for good.
+                object.__setattr__(task, "_data", _decode(row.data))
             except ValueError as error:
                 wrong = RuntimeError(f"the stored data cannot be decoded: {error}")
                 report = ("fail", number, 0.0, _failure(wrong), False)
@@ -2703,8 +3198,10 @@ class _WorkerProcess:
         opened = sum(not future.done() for _, future in self._conversations.values())
         self._conversations.clear()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
+            try:  # noqa: SIM105 - Done for every task: suppress() costs more than flush().
                 stream.flush()
+            except Exception:
+                pass
         self.send((*report, opened) if report[0] == "done" else report)
 
     def _call(self, task: Task) -> Any:
@@ -2738,14 +3235,15 @@ class _WorkerProcess:
 
     @staticmethod
     def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
-        """The result as JSON, and why it is not kept: for tasks with keep_result."""
-        if row.keep_result is None:
+        """The result as JSON, and why it is not kept: for tasks that stay."""
+        if row.keep_result is None and row.repeat is None:
             return None, None
         try:
             _check_json(value, "result", 0)
             return _encode(value), None
         except (TypeError, ValueError) as error:
-            return None, f"the result is kept as None: {error}"
+            problem = f"the result is kept as None: {error}"
+            return None, None if row.keep_result is None else problem
 
     def _toggle_ipc(self) -> Callable[..., Future[Any]]:
         """The `toggle_ipc` of the running task."""
@@ -2808,7 +3306,9 @@ class _WorkerProcess:
         threading.Thread(target=answer, name="taskpool-answer", daemon=True).start()
 
 
-def _worker_main(channel: Connection, permits: Connection | None, life: Connection) -> None:
+def _worker_main(
+    incoming: Connection, outgoing: Connection, permits: Connection | None, life: Connection
+) -> None:
     """The life of a worker process, from its first line to its exit."""
     global _worker
     # Ctrl-C reaches the whole process group; only the master answers to it. Under fork
@@ -2819,14 +3319,14 @@ def _worker_main(channel: Connection, permits: Connection | None, life: Connecti
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    _worker = worker = _WorkerProcess(channel, permits)
+    _worker = worker = _WorkerProcess(incoming, outgoing, permits)
     _die_with_master(life)
     with contextlib.suppress(Exception):
         import faulthandler
 
         faulthandler.enable()
     with contextlib.suppress(EOFError, OSError):  # The master is gone.
-        boot: _Boot = pickle.loads(channel.recv_bytes())[1]
+        boot: _Boot = pickle.loads(incoming.recv_bytes())[1]
         try:
             worker.task_map = _find_task_map(boot)
         except BaseException as error:
@@ -2917,8 +3417,7 @@ class _WakeUp:
 def _own(connection: Connection) -> Any:
     """A raw, non-blocking file for the master's end of a pipe, in place of *connection*."""
     descriptor = os.dup(connection.fileno())
-    both = connection.readable and connection.writable
-    mode = "r+b" if both else "rb" if connection.readable else "wb"
+    mode = "rb" if connection.readable else "wb"
     connection.close()
     os.set_blocking(descriptor, False)
     end = open(descriptor, mode, buffering=0)  # noqa: SIM115
@@ -2936,21 +3435,24 @@ _READ_BYTES = 1 << 18
 
 
 class _Channel:
-    """The master's end of a worker's channel, without blocking: buffers both ways.
+    """The master's ends of a worker's pipes, without blocking: buffers both ways.
 
-    The framing is that of multiprocessing's Connection, which the worker uses.
+    The framing is that of multiprocessing's Connection, which the worker uses. Two pipes,
+    as a small message through a socket costs three times as much.
     """
 
     takes_back = True  # With permits: see _WorkerHandle.take_back.
 
-    def __init__(self, connection: Connection, wake: Callable[[], None]) -> None:
-        self._file = _own(connection)
+    def __init__(
+        self, incoming: Connection, outgoing: Connection, wake: Callable[[], None]
+    ) -> None:
+        self._incoming, self.outgoing = _own(incoming), _own(outgoing)
         self._received = bytearray()
         self._unsent: collections.deque[memoryview] = collections.deque()
-        self.ended = False  # The worker's end is closed, or broken.
+        self.ended = False  # The worker has closed its end, and all was read.
 
     def fileno(self) -> int:
-        return cast(int, self._file.fileno())
+        return cast(int, self._incoming.fileno())
 
     @property
     def is_full(self) -> bool:
@@ -2970,22 +3472,21 @@ class _Channel:
         try:
             while self._unsent:
                 chunk = self._unsent[0]
-                sent = self._file.write(chunk)
+                sent = self.outgoing.write(chunk)
                 if sent is None:
                     return
                 if sent < len(chunk):
                     self._unsent[0] = chunk[sent:]
                 else:
                     self._unsent.popleft()
-        except OSError:
-            self.ended = True
+        except OSError:  # Nobody reads; what the worker has sent is still to be read.
             self._unsent.clear()
 
     def receive(self) -> Iterator[bytes]:
         """The messages that have arrived; of a flood, a part, so that others get a turn."""
         try:
             for _ in range(16):
-                chunk = self._file.read(_READ_BYTES)
+                chunk = self._incoming.read(_READ_BYTES)
                 if not chunk:
                     self.ended = self.ended or chunk is not None
                     break
@@ -3008,7 +3509,8 @@ class _Channel:
         del self._received[:start]
 
     def close(self) -> None:
-        _disown(self._file)
+        _disown(self._incoming)
+        _disown(self.outgoing)
 
 
 class _ThreadedChannel:
@@ -3020,19 +3522,21 @@ class _ThreadedChannel:
     takes_back = False
     is_full = False
 
-    def __init__(self, connection: Connection, wake: Callable[[], None]) -> None:
-        self._connection, self._wake = connection, wake
+    def __init__(
+        self, incoming: Connection, outgoing: Connection, wake: Callable[[], None]
+    ) -> None:
+        self._incoming, self._outgoing, self._wake = incoming, outgoing, wake
         self._received: collections.deque[bytes] = collections.deque()
         self.ended = False
         self._sender = _Calls("send")
         self._hung_up = False
         threading.Thread(target=self._read, name="taskpool-receive", daemon=True).start()
-        _master_ends.add(connection)
+        _master_ends.update((incoming, outgoing))
 
     def send(self, message: bytes) -> None:
         def send() -> None:
             with contextlib.suppress(OSError, ValueError):
-                self._connection.send_bytes(message)
+                self._outgoing.send_bytes(message)
 
         self._sender.post(send)
 
@@ -3042,7 +3546,7 @@ class _ThreadedChannel:
     def _read(self) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._received.append(self._connection.recv_bytes())
+                self._received.append(self._incoming.recv_bytes())
                 self._wake()
         self._hung_up = True
         self._wake()
@@ -3055,20 +3559,53 @@ class _ThreadedChannel:
 
     def close(self) -> None:
         self._sender.stop()
-        _disown(self._connection)
+        _disown(self._incoming)
+        _disown(self._outgoing)
 
 
 class _Run:
-    """One claim, while this master holds it."""
+    """One claim, while this master holds it, and until everybody was told of its end."""
 
-    __slots__ = ("asks", "cost", "deadline", "future", "number", "row", "verdict")
+    __slots__ = (
+        *("row", "cost", "future", "number", "deadline", "asks", "verdict"),
+        *("outcome", "event", "packed", "error"),
+    )
+    # Set when it has ended:
+    outcome: Outcome
+    event: str | None  # done, error; None: given back or cancelled.
+    packed: bytes | None  # The pickled result; None = None.
+    error: Exception | _Failure | None
 
     def __init__(self, row: Row, cost: float, future: _TaskFuture | None) -> None:
         self.row, self.cost, self.future = row, cost, future
         self.number = -1  # In the order in which its worker gets tasks.
         self.deadline = math.inf  # Monotonic, of its timeout.
-        self.asks: dict[int, Any] = {}  # Conversations that wait for an answer.
+        self.asks: dict[int, Any] | None = None  # Conversations that wait for an answer.
         self.verdict: str | None = None  # Why its worker was killed: timeout, cancel.
+
+    def end(
+        self,
+        outcome: Outcome,
+        event: str | None = None,
+        packed: bytes | None = None,
+        error: Exception | _Failure | None = None,
+    ) -> None:
+        self.outcome, self.event, self.packed, self.error = outcome, event, packed, error
+
+    def end_unheard(self, state: str, charged: bool) -> None:
+        """End without a word to listeners: given back, or cancelled."""
+        self.end(Outcome(self.row.id, self.row.claim, state, charged))
+
+    def value(self) -> Any:
+        """The result, or the exception. May take its time, and never raises."""
+        if self.error is not None:
+            return _rebuilt(self.error) if isinstance(self.error, _Failure) else self.error
+        try:
+            return None if self.packed is None else pickle.loads(self.packed)
+        except BaseException as error:
+            failure = _failure(error)
+            text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
+            return RemoteError(failure.type_name, text, failure.traceback)
 
 
 def _start_process(process: Any) -> None:
@@ -3089,7 +3626,8 @@ class _WorkerHandle:
 
     def __init__(self, context: Any, number: int, boot: bytes, wake: _WakeUp) -> None:
         channel_type = _Channel if os.name == "posix" else _ThreadedChannel
-        mine, theirs = context.Pipe(duplex=True)
+        incoming, their_outgoing = context.Pipe(duplex=False)
+        their_incoming, outgoing = context.Pipe(duplex=False)
         life_theirs, life_mine = context.Pipe(duplex=False)
         permits_theirs: Any = None
         permits_mine: Any = None
@@ -3098,12 +3636,12 @@ class _WorkerHandle:
             os.set_blocking(permits_theirs.fileno(), False)
         self.process = context.Process(
             target=_worker_main,
-            args=(theirs, permits_theirs, life_theirs),
+            args=(their_incoming, their_outgoing, permits_theirs, life_theirs),
             name=f"taskpool-worker-{number}",
             daemon=False,  # So that tasks may start processes.
         )
         # In the master's keeping before the start, so that a fork closes them.
-        self.channel: Any = channel_type(mine, wake.set)
+        self.channel: Any = channel_type(incoming, outgoing, wake.set)
         self._ends: list[Any] = [_own(life_mine) if channel_type.takes_back else life_mine]
         if permits_mine is not None:
             copy = Connection(os.dup(permits_theirs.fileno()), writable=False)
@@ -3115,11 +3653,12 @@ class _WorkerHandle:
             self.close()
             raise
         finally:
-            for end in (theirs, life_theirs, permits_theirs):
+            for end in (their_incoming, their_outgoing, life_theirs, permits_theirs):
                 if end is not None:
                     end.close()
         self.pid: int = self.process.pid
         self.ready = False
+        self.watched = False  # The dispatcher waits until its channel can be written to.
         self.stopping = False  # Told to leave, or killed: gets no more tasks.
         self.killed = False  # By us: what it ran without a verdict is given back.
         self.runs: collections.deque[_Run] = collections.deque()  # In its hands, in order.
@@ -3138,16 +3677,16 @@ class _WorkerHandle:
     def give(self, runs: list[_Run]) -> None:
         if not self.runs:
             self.since = time.monotonic()
-        for number, run in enumerate(runs, self.given):
+        numbers = range(self.given, self.given + len(runs))
+        for number, run in zip(numbers, runs):
             run.number = number
-            self.runs.append(run)
             if run.row.timeout is not None:
                 # The worker tells the start; until then, allow for its getting there.
                 run.deadline = time.monotonic() + run.row.timeout + 1.0
+        self.runs += runs
         if self.channel.takes_back:
-            numbers = range(self.given, self.given + len(runs))
             with contextlib.suppress(OSError):
-                self._permits.write(b"".join(struct.pack("!Q", number) for number in numbers))
+                self._permits.write(struct.pack(f"!{len(runs)}Q", *numbers))
         self.channel.send(_dumps(("run", self.given, [tuple(run.row) for run in runs])))
         self.given += len(runs)
 
@@ -3192,6 +3731,40 @@ class _WorkerHandle:
             self.process.close()
 
 
+_load = operator.attrgetter("load")
+
+
+class _LeanCondition:
+    """What Future needs of a threading.Condition, which is made when somebody waits.
+
+    A Condition is seven objects that the garbage collector must look through, for each
+    of what may be a million Futures: as much work as all the rest of submit().
+    """
+
+    __slots__ = ("_condition", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._condition: threading.Condition | None = None
+
+    def acquire(self) -> None:
+        self._lock.acquire()
+
+    def release(self, *_: object) -> None:
+        self._lock.release()
+
+    __enter__, __exit__ = acquire, release
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self._condition is None:
+            self._condition = threading.Condition(self._lock)
+        return self._condition.wait(timeout)
+
+    def notify_all(self) -> None:
+        if self._condition is not None:
+            self._condition.notify_all()
+
+
 class _TaskFuture(Future[Any]):
     """The Future of a submitted task. `task` is the Task as it was added."""
 
@@ -3203,7 +3776,11 @@ class _TaskFuture(Future[Any]):
     _foreign = False  # The task may be run by another cluster.
 
     def __init__(self, cluster: Cluster, row: Row) -> None:
-        super().__init__()
+        # As Future.__init__, of which a test keeps watch, but for the condition.
+        self._condition: Any = _LeanCondition()
+        self._state, self._result, self._exception = "PENDING", None, None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
         self._row, self._cluster = row, cluster
 
     @property
@@ -3227,36 +3804,15 @@ class _TaskFuture(Future[Any]):
             self.set_running_or_notify_cancel()  # Tells concurrent.futures.wait().
 
 
-class _Ending(NamedTuple):
-    """How a run ended, until the store has it and everybody was told."""
-
-    run: _Run
-    outcome: Outcome
-    event: str | None = None  # done, error; None: given back or cancelled.
-    packed: bytes | None = None  # The pickled result; None = None.
-    error: Exception | _Failure | None = None
-
-
-def _value(ending: _Ending) -> Any:
-    """The result, or the exception, of a run. May take its time, and never raises."""
-    if ending.error is not None:
-        return _rebuilt(ending.error) if isinstance(ending.error, _Failure) else ending.error
-    try:
-        return None if ending.packed is None else pickle.loads(ending.packed)
-    except BaseException as error:
-        failure = _failure(error)
-        text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
-        return RemoteError(failure.type_name, text, failure.traceback)
-
-
-def _resolve_futures(endings: list[tuple[_TaskFuture, _Ending]]) -> None:
+def _resolve_futures(runs: list[_Run]) -> None:
     """In the thread of Futures, as unpickling and callbacks may take their time."""
-    for future, ending in endings:
-        if ending.event is None:
+    for run in runs:
+        future = cast(_TaskFuture, run.future)
+        if run.event is None:
             future._end_cancelled()
             continue
-        value = _value(ending)
-        if ending.event == "error" or (isinstance(value, RemoteError) and ending.packed):
+        value = run.value()
+        if run.event == "error" or (run.packed is not None and isinstance(value, RemoteError)):
             _resolve(future, error=value)
         else:
             _resolve(future, value)
@@ -3487,8 +4043,8 @@ class Cluster(concurrent.futures.Executor):
         self._workers: list[_WorkerHandle] = []
         self._hand: collections.deque[_Run] = collections.deque()  # Claimed, not yet given.
         self._hand_since = 0.0
-        self._unsettled_here: list[_Ending] = []  # In memory: until the next turn.
-        self._unsettled: list[_Ending] = []  # Persistent: until the store has it.
+        self._unsettled_here: list[_Run] = []  # Ended, in memory: until the next turn.
+        self._unsettled: list[_Run] = []  # Ended, persistent: until the store has it.
         self._expected: dict[str, float] = {}  # Seconds, by task type.
         self._shares = dict.fromkeys(self.task_map, 1.0)
         self._logs_runs = False
@@ -3566,13 +4122,16 @@ class Cluster(concurrent.futures.Executor):
         """Add a task and return its Future; *options* are those of add_task.
 
         Only this cluster runs it, while it lives. The Future resolves at the final end,
-        after retries: with the result, the task's own exception (or a RemoteError that
-        tells of it), WorkerDied or TaskTimeout. `future.task` is the Task;
-        `future.cancel()` removes it if it waits. In an `in_memory_only` cluster the
-        default is in_memory=True. Raises what add_task raises, and RuntimeError after
-        shutdown().
+        after retries (of the first run, if it repeats): with the result, the task's own
+        exception (or a RemoteError that tells of it), WorkerDied or TaskTimeout.
+        `future.task` is the Task; `future.cancel()` removes it if it waits. In an
+        `in_memory_only` cluster the default is in_memory=True. Raises what add_task raises,
+        and RuntimeError after shutdown().
         """
-        self._use("submit")
+        if not self._started:
+            self._use("submit")
+            if self._auto_initialize:
+                self.initialize()  # Again, in a fork.
         if self._mode != "running":
             raise RuntimeError("cannot submit after shutdown")
         if self._in_memory_only:
@@ -3586,8 +4145,6 @@ class Cluster(concurrent.futures.Executor):
             )
         if "lane" in options or (options.get("in_memory") is False and self._in_memory_only):
             raise TypeError("submit() takes the parameters of add_task; this one cannot be given")
-        if self._auto_initialize and not self._started:
-            self.initialize()  # Again, in a fork.
         row, if_exists = _make_row(self.queue._now(), task_type, data, lane=self._owner, **options)
         future = _TaskFuture(self, row)
         before = self._futures.get(row.id)
@@ -3864,7 +4421,7 @@ class Cluster(concurrent.futures.Executor):
             message = pickle.loads(packed)
             kind = message[0]
             if kind == "done":
-                self._on_done(worker, now, *message[2:])
+                self._on_done(worker, now, message)
             elif kind == "fail":
                 self._on_fail(worker, now, *message[2:])
             elif kind == "start":
@@ -3913,19 +4470,12 @@ class Cluster(concurrent.futures.Executor):
             row = worker.runs[0].row if worker.runs and worker.reported else None
             worker.reported = False
             if row is not None and row.progress is not None:
-                outcome = Outcome(row.id, row.claim, "running", progress=row.progress)
-                self._settle(_Ending(worker.runs[0], outcome))
+                report = _Run(row, 0.0, None)
+                report.end(Outcome(row.id, row.claim, "running", progress=row.progress))
+                self._settle(report)
 
-    def _on_done(
-        self,
-        worker: _WorkerHandle,
-        now: float,
-        seconds: float,
-        packed: bytes | None,
-        kept: str | None,
-        problem: str | None,
-        opened: int,
-    ) -> None:
+    def _on_done(self, worker: _WorkerHandle, now: float, message: tuple[Any, ...]) -> None:
+        _, _, seconds, packed, kept, problem, opened = message
         run = self._ended(worker, now, seconds)
         row = run.row
         if self._logs_runs:
@@ -3938,10 +4488,12 @@ class Cluster(concurrent.futures.Executor):
                 "to wait for it",
                 *(row.task_type, row.id, opened, what),
             )
-        outcome = Outcome(
-            row.id, row.claim, "done", result=kept, error=problem, progress=row.progress
+        run.end(
+            Outcome(row.id, row.claim, "done", True, 0, kept, problem, row.progress),
+            "done",
+            packed,
         )
-        self._settle(_Ending(run, outcome, "done", packed))
+        self._settle(run)
 
     def _on_fail(
         self, worker: _WorkerHandle, now: float, seconds: float, failure: _Failure, may_retry: bool
@@ -3952,15 +4504,15 @@ class Cluster(concurrent.futures.Executor):
     def _ended(self, worker: _WorkerHandle, now: float, seconds: float) -> _Run:
         """The head of the worker's runs, which has ended after *seconds*."""
         run = worker.end_head(now)
-        self._learn(run.row.task_type, seconds)
         self._look = True
-        if worker.runs:
+        # Most are as quick as can be, and known to be: nothing to learn.
+        if seconds > LEAST_SECONDS or self._shares[run.row.task_type] > LEAST_SHARE:
+            self._learn(run.row.task_type, seconds)
+        if self._logs_runs and worker.runs:
             self._log_start(worker.runs[0])
         return run
 
     def _learn(self, task_type: str, seconds: float) -> None:
-        if seconds <= LEAST_SECONDS and self._shares[task_type] == 1 / AHEAD_TASKS:
-            return  # As quick as can be, and known to be.
         expected = learned(self._expected.get(task_type), seconds)
         self._expected[task_type], self._shares[task_type] = expected, share(expected)
 
@@ -3983,7 +4535,8 @@ class Cluster(concurrent.futures.Executor):
         else:
             outcome = Outcome(row.id, row.claim, "failed", error=text, progress=row.progress)
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
-        self._settle(_Ending(run, outcome, "error", error=error))
+        run.end(outcome, "error", error=error)
+        self._settle(run)
 
     # ---- Conversations
 
@@ -3999,6 +4552,7 @@ class Cluster(concurrent.futures.Executor):
             if answered.acquire(blocking=False):
                 self._post(lambda: self._answer(worker, run, conversation, ok, value))
 
+        run.asks = run.asks or {}
         run.asks[conversation] = answer
         row, pid, broker = run.row, worker.pid, self._broker
 
@@ -4026,29 +4580,26 @@ class Cluster(concurrent.futures.Executor):
     def _answer(
         self, worker: _WorkerHandle, run: _Run, conversation: int, ok: bool, value: Any
     ) -> None:
-        if run in worker.runs and run.asks.pop(conversation, None) is not None:
+        if run in worker.runs and run.asks and run.asks.pop(conversation, None):
             worker.channel.send(_dumps(("answer", conversation, ok, value)))
 
     # ---- Outcomes
 
-    def _settle(self, ending: _Ending) -> None:
+    def _settle(self, run: _Run) -> None:
         """Have the store record how a run ended; who waits for it is told after that."""
-        (self._unsettled_here if ending.run.row.in_memory else self._unsettled).append(ending)
+        (self._unsettled_here if run.row.in_memory else self._unsettled).append(run)
 
     def _settle_in_memory(self) -> None:
         if self._unsettled_here:
-            endings, self._unsettled_here = self._unsettled_here, []
-            memory, outcomes = self.queue.in_memory._memory, [e.outcome for e in endings]
-            self._settled(endings, memory.settle(self._owner, outcomes, self.queue._now()))
+            runs, self._unsettled_here = self._unsettled_here, []
+            memory, outcomes = self.queue.in_memory._memory, [run.outcome for run in runs]
+            self._settled(runs, memory.settle(self._owner, outcomes, self.queue._now()))
 
-    def _settled(self, endings: list[_Ending], held: list[bool]) -> None:
-        """The store has recorded these endings, if their claims were still held."""
-        resolvable = []
-        for ending, was_held in zip(endings, held):
-            run, outcome = ending.run, ending.outcome
+    def _settled(self, runs: list[_Run], held: list[bool]) -> None:
+        """The store has recorded how these ended, if their claims were still held."""
+        resolvable, listeners = [], self.queue._listeners
+        for run, was_held in zip(runs, held):
             row, future = run.row, run.future
-            if outcome.state == "running":  # A report.
-                continue
             if not was_held:
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
                 _log.warning(text, row.task_type, row.id)
@@ -4058,24 +4609,27 @@ class Cluster(concurrent.futures.Executor):
                 continue
             if future is not None:
                 future._runs = False
-                waits = outcome.state == "ready"
+                waits = run.outcome.state == "ready"
                 if not waits or self._futures.setdefault(row.id, future) is not future:
-                    resolvable.append((future, ending))
-            listener = self.queue._listeners.get(ending.event or "")
-            if listener is not None:
-                self._call_listener(listener, ending)
+                    resolvable.append(run)
+            if run.event in listeners:
+                self._call_listener(listeners[run.event], run)
         if resolvable:
             self._future_thread.post(lambda: _resolve_futures(resolvable))
 
-    def _call_listener(self, listener: Listener, ending: _Ending) -> None:
-        state, result, error = ending.outcome.state, ending.outcome.result, ending.outcome.error
-        task = Task(ending.run.row._replace(state=state, owner="", result=result, error=error))
-        self._listener_thread.post(lambda: listener(_value(ending), task))
+    def _call_listener(self, listener: Listener, run: _Run) -> None:
+        _, _, state, _, _, result, error, _ = run.outcome
+        row, now = run.row, self.queue._now()
+        if row.repeat and row.state == "running" and next_slot(row.repeat, row.due_at, now):
+            state = "scheduled"
+        task = Task(row._replace(state=state, owner="", result=result, error=error))
+        self._listener_thread.post(lambda: listener(run.value(), task))
 
     def _give_back(self, runs: Iterable[_Run]) -> None:
         """running -> waiting, uncharged, for what has not started (or must stop)."""
         for run in runs:
-            self._settle(_Ending(run, Outcome(run.row.id, run.row.claim, "ready", False)))
+            run.end_unheard("ready", charged=False)
+            self._settle(run)
         self._look = True
 
     # ---- Workers
@@ -4118,13 +4672,15 @@ class Cluster(concurrent.futures.Executor):
     def _bury(self, worker: _WorkerHandle, code: int | None) -> None:
         if worker.channel.takes_back and worker.ended_at == math.inf:
             self._selector.unregister(worker.channel)
+        self._watch_outgoing(worker, False)
         self._workers.remove(worker)
         self._give_back(worker.take_back())
         while worker.runs:
             run = worker.end_head(time.monotonic())
             row = run.row
             if run.verdict == "cancel":
-                self._settle(_Ending(run, Outcome(row.id, row.claim, "removed")))
+                run.end_unheard("removed", charged=True)
+                self._settle(run)
             elif run.verdict == "timeout":
                 late = TaskTimeout(f"{row.task_type!r} task {row.id!r} ran over {row.timeout:g} s")
                 self._fail(run, late, f"TaskTimeout: {late}")
@@ -4255,20 +4811,27 @@ class Cluster(concurrent.futures.Executor):
             self._take_in_hand(rows)
 
     def _take_in_hand(self, rows: list[Row]) -> None:
-        shares = self._claimable()
-        if rows and not self._hand:
+        if not rows:
+            return
+        if not self._hand:
             self._hand_since = time.monotonic()
+        shares, futures = self._claimable(), self._futures
         for row in rows:
             cost = 1.0 if row.interrupted else shares[row.task_type]
-            run = _Run(row, cost, self._futures.pop(row.id, None))
-            if row.state == "failed":  # It cannot be read; the store has set it aside.
-                reason = f"StoreError: the stored task cannot be run: {row.error}"
-                outcome = Outcome(row.id, row.claim, "failed", error=reason)
-                _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, reason)
-                error = StoreError(reason)
-                self._settled([_Ending(run, outcome, "error", error=error)], [True])
-                continue
-            self._hand.append(run)
+            run = _Run(row, cost, futures.pop(row.id, None))
+            if row.state == "running":
+                self._hand.append(run)
+            else:
+                self._on_unreadable(run)
+
+    def _on_unreadable(self, run: _Run) -> None:
+        """The row cannot be decoded; the store has set it aside as `failed`."""
+        row = run.row
+        reason = f"StoreError: the stored task cannot be run: {row.error}"
+        _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, reason)
+        outcome = Outcome(row.id, row.claim, "failed", error=reason)
+        run.end(outcome, "error", error=StoreError(reason))
+        self._settled([run], [True])
 
     def _use_store(self, now: float) -> None:
         """Send the store what ended, and for what can be claimed: one transaction."""
@@ -4283,10 +4846,10 @@ class Cluster(concurrent.futures.Executor):
             self._look, self._store_due = True, NEVER
         if not self._unsettled and not (self._look and claiming):
             return
-        endings, self._unsettled = self._unsettled, []
+        runs, self._unsettled = self._unsettled, []
         self._look = False
-        self._store_busy, self._in_flight = True, len(endings)
-        outcomes = [ending.outcome for ending in endings]
+        self._store_busy, self._in_flight = True, len(runs)
+        outcomes = [run.outcome for run in runs]
         owner, types, until = self._owner, dict(self._claimable()), self._until
         most = self._max_workers if claiming else 0
 
@@ -4295,7 +4858,7 @@ class Cluster(concurrent.futures.Executor):
                 answer: Any = self._store_turn(owner, outcomes, types, room, most, until)
             except BaseException as error:
                 answer = error
-            self._post(lambda: self._on_store_answer(endings, room, answer))
+            self._post(lambda: self._on_store_answer(runs, answer))
 
         self._store_thread.post(work)
 
@@ -4327,10 +4890,10 @@ class Cluster(concurrent.futures.Executor):
                 return held, rows, None
         return held, rows, upcoming
 
-    def _on_store_answer(self, endings: list[_Ending], room: float, answer: Any) -> None:
+    def _on_store_answer(self, runs: list[_Run], answer: Any) -> None:
         self._store_busy, self._in_flight = False, 0
         if isinstance(answer, BaseException):
-            self._unsettled = endings + self._unsettled
+            self._unsettled = runs + self._unsettled
             self._look = True
             self._on_store_failure(answer)
             return
@@ -4341,7 +4904,7 @@ class Cluster(concurrent.futures.Executor):
             _log.warning("the store works again")
         now = self.queue._now()
         self._store_due = min((due for due in self._upcoming or () if due > now), default=NEVER)
-        self._settled(endings, held)
+        self._settled(runs, held)
         self._take_in_hand(rows)
         self._look = self._look or self._upcoming is None
 
@@ -4361,7 +4924,7 @@ class Cluster(concurrent.futures.Executor):
         workers = self._accepting()
         while self._hand and workers:
             run = self._hand[0]
-            worker = min(workers, key=lambda worker: worker.load)
+            worker = min(workers, key=_load)
             if worker.load > 0 and worker.load + run.cost > 1.0 + 1e-9:
                 break
             self._hand.popleft()
@@ -4391,14 +4954,8 @@ class Cluster(concurrent.futures.Executor):
     def _keep_house(self, now: float) -> None:
         """What is done every so often."""
         for worker in self._workers:
-            if not worker.channel.takes_back:
-                continue
-            if worker.ended_at < math.inf:
-                continue
-            full, channel = worker.channel.is_full, worker.channel
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if full else 0)
-            if self._selector.get_key(channel).events != events:
-                self._selector.modify(channel, events, worker)
+            if worker.channel.is_full != worker.watched:
+                self._watch_outgoing(worker, worker.channel.is_full)
         if self._next_refresh <= now:
             self._next_refresh = now + self._refresh
             self.queue.in_memory._memory.renew(self._owner, self.queue._now())
@@ -4414,6 +4971,14 @@ class Cluster(concurrent.futures.Executor):
             self._look_after_futures()
         if not self._in_memory_only and self._mode != "closing":
             self._watch_masters(now)
+
+    def _watch_outgoing(self, worker: _WorkerHandle, watched: bool) -> None:
+        if watched != worker.watched:
+            worker.watched = watched
+            if watched:
+                self._selector.register(worker.channel.outgoing, selectors.EVENT_WRITE, worker)
+            else:
+                self._selector.unregister(worker.channel.outgoing)
 
     def _watch_masters(self, now: float) -> None:
         store = self.queue._store
@@ -4452,8 +5017,9 @@ class Cluster(concurrent.futures.Executor):
             error = TaskPoolError(cast(str, row.error))
             run = _Run(row, 1.0, self._futures.pop(row.id, None))
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, row.error)
-            outcome = Outcome(row.id, row.claim, "failed", error=row.error)
-            self._settled([_Ending(run, outcome, "error", error=error)], [True])
+            outcome = Outcome(row.id, row.claim, row.state, error=row.error)
+            run.end(outcome, "error", error=error)
+            self._settled([run], [True])
         if foreign:
             names = ", ".join(map(repr, foreign))
             _log.warning("tasks wait that this cluster has no function for: %s", names)
@@ -4488,8 +5054,11 @@ class Cluster(concurrent.futures.Executor):
         elif row.state == "done":
             self._futures.pop(task_id, None)
             _resolve(future, Task(row).result)
-        elif row.state == "failed" and future._foreign:
+        elif future._foreign and (row.state == "failed" or has_run(row, future._row)):
             self._futures.pop(task_id, None)
+            if row.error is None:
+                _resolve(future, Task(row).result)
+                return
             name, _, text = (row.error or "").partition("\n")[0].partition(": ")
             _resolve(future, error=RemoteError(name, text, row.error or ""))
 
@@ -4525,7 +5094,8 @@ class Cluster(concurrent.futures.Executor):
     def _end_cancelled(self, run: _Run) -> None:
         if run.future is not None:
             run.future._end_cancelled()
-        self._settle(_Ending(run, Outcome(run.row.id, run.row.claim, "removed")))
+        run.end_unheard("removed", charged=True)
+        self._settle(run)
 
     def _begin_finish(self, until: int) -> None:
         if self._mode == "running":
@@ -4600,7 +5170,7 @@ class Cluster(concurrent.futures.Executor):
             return
         error = _failure(RuntimeError("the cluster was shut down before the broker answered"))
         for run in runs:
-            for answer in list(run.asks.values()):
+            for answer in list((run.asks or {}).values()):
                 answer(False, error)
 
     def _close(self) -> None:

@@ -11,8 +11,11 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import doctest
 import functools
+import itertools
+import json
 import logging
 import math
 import multiprocessing
@@ -33,10 +36,12 @@ import unittest
 from concurrent.futures import Future
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from unittest import mock
 
 import taskpool
 from taskpool import (
     Cluster,
+    Cron,
     DuplicateTask,
     MemoryStore,
     Outcome,
@@ -175,6 +180,21 @@ def add_line(job):
     fd = os.open(job.data["file"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(fd, f"{job.id} {job.attempt}\n".encode())
     os.close(fd)
+
+
+def add_slot(job):
+    """Append the slot that runs and the id of the master, then end in the way that data name."""
+    fd = os.open(job.data["file"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(fd, f"{job.due_date.isoformat()} {os.getppid()} {job.attempt}\n".encode())
+    os.close(fd)
+    how = job.data.get("how", "return")
+    if how == "raise":
+        raise ValueError("bad")
+    if how == "exit":
+        os._exit(3)
+    if how == "hang":
+        time.sleep(PATIENCE)
+    return (job.result or 0) + 1  # Of the last run.
 
 
 def lines_of(path):
@@ -965,6 +985,120 @@ class StoreContract:
         got = self.claim(owner="you", now=NOW + 90_000 * SECOND)
         self.assertEqual([(r.id, r.attempt) for r in got], [("a", 1), ("b", 1), ("c", 1)])
 
+    def test_a_repeating_task_goes_back_to_waiting_for_its_next_slot(self):
+        """DU-03: the end of the run and the next slot are one step."""
+        self.add(row(repeat=timedelta(seconds=10), retries=1))
+        (first,) = self.claim()
+        self.assertTrue(self.settle(first, "done", now=NOW + 3 * SECOND, result="7"))
+        self.assertFalse(self.settle(first, "done"))
+        found = self.look()
+        self.assertEqual((found.state, found.due_at, found.ready_at), ("scheduled", NOW + 10 * SECOND, NOW + 10 * SECOND))
+        self.assertEqual((found.attempt, found.result, found.error, found.created_at), (0, "7", None, NOW))
+        self.assertEqual(self.store.next_due("me", ["x"], 5, NOW), [NOW + 10 * SECOND])
+        self.assertEqual(self.claim(now=NOW + 10 * SECOND - 1), [])
+        (second,) = self.claim(now=NOW + 10 * SECOND)
+        self.assertEqual((second.attempt, second.claim, second.result), (1, first.claim + 1, "7"))
+        self.assertTrue(self.settle(second, "done", now=NOW + 10 * SECOND))  # Without a result, too.
+        self.assertEqual((self.look().due_at, self.look().result), (NOW + 20 * SECOND, None))
+
+    def test_missed_slots_are_made_up_by_one_run(self):
+        """RC-07, RC-11, RC-16."""
+        day = 86_400 * SECOND
+        self.add(row("interval", repeat=timedelta(seconds=60)), row("cron", repeat="* * * * *"))
+        late = NOW + 4 * day + 7 * SECOND
+        self.assertEqual(len(self.claim(now=late)), 2)
+        for claimed in self.store.find(Query(), NOW):
+            self.settle(claimed, "done", now=late, result="1")
+            due = self.look(claimed.id).due_at
+            self.assertTrue(late < due <= late + 60 * SECOND)
+            self.assertEqual((due - claimed.due_at) % (60 * SECOND), 0)
+        self.assertEqual(self.claim(now=late), [])
+
+    def test_a_failed_run_keeps_the_schedule_and_its_error_until_one_succeeds(self):
+        """RC-10, RC-12, CR-03."""
+        self.add(row(repeat=timedelta(seconds=10), retries=1))
+        self.settle(self.claim()[0], "ready", ready_at=NOW + SECOND, error="E: one")
+        self.assertEqual((self.look().due_at, self.look().attempt), (NOW, 1))  # A retry of this slot.
+        self.settle(self.claim(now=NOW + SECOND)[0], "failed", now=NOW + 2 * SECOND, error="E: two")
+        found = self.look()
+        self.assertEqual((found.state, found.due_at, found.attempt, found.error), ("scheduled", NOW + 10 * SECOND, 0, "E: two"))
+        self.settle(self.claim(now=found.due_at)[0], "done", now=found.due_at, result="1")
+        self.assertEqual((self.look().error, self.look().due_at), (None, NOW + 20 * SECOND))
+
+    def test_a_clock_set_back_runs_no_slot_twice(self):
+        """CK-01, CK-04, DU-08."""
+        for repeat in (timedelta(seconds=60), "* * * * *"):
+            self.add(row(repeat=repeat, now=NOW - NOW % (60 * SECOND), due_date=timedelta()))
+            slots = []
+            for offset in (0, -300_000, -3600 * SECOND, 0, 30 * SECOND):
+                (claimed,) = self.claim(now=self.look().due_at)
+                slots.append(claimed.due_at)
+                self.settle(claimed, "done", now=claimed.due_at + offset, result="1")
+            self.assertEqual([b - a for a, b in zip(slots, slots[1:])], [60 * SECOND] * 4)
+            self.store.remove(Query(ids=["t"]), NOW)
+
+    def test_a_cron_starts_at_its_next_time_and_follows_its_zone(self):
+        zone_or_skip("Europe/Berlin")
+        cron, now = Cron("30 2 * * *", "Europe/Berlin"), datetime(2024, 3, 30, 12, tzinfo=timezone.utc)
+        self.add(row(repeat=cron, now=(now - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1)))
+        for slot in first_runs(cron, now, 3):
+            due = self.look().due_at
+            self.assertEqual(taskpool._datetime(due), slot)
+            self.settle(self.claim(now=due)[0], "done", now=due, result="1")
+
+    def test_a_given_due_date_is_the_first_slot(self):
+        for repeat in (timedelta(seconds=60), "0 0 * * *"):
+            self.add(row(repeat=repeat, due_date=timedelta(seconds=5)))
+            self.assertEqual(self.look().due_at, NOW + 5 * SECOND)
+            self.store.remove(Query(ids=["t"]), NOW)
+
+    def test_a_run_given_back_is_the_same_slot_again(self):
+        self.add(row(repeat=timedelta(seconds=10)))
+        self.settle(self.claim()[0], "ready", charged=False)
+        (again,) = self.claim(now=NOW + 15 * SECOND)
+        self.assertEqual((again.due_at, again.attempt), (NOW, 1))
+
+    def test_remove_or_cancel_during_a_run_ends_the_repeat(self):
+        for state in ("done", "failed", "removed"):
+            self.add(row(repeat=timedelta(seconds=10)))
+            (running,) = self.claim()
+            if state != "removed":
+                self.assertEqual(self.store.remove(Query(ids=["t"]), NOW), 1)
+            self.assertTrue(self.settle(running, state, error="E"))
+            self.assertIsNone(self.look())
+
+    def test_a_task_removed_during_its_run_can_be_added_again(self):
+        """if_exists="keep" does not keep what is about to go."""
+        self.add(row(repeat=timedelta(seconds=10)))
+        (running,) = self.claim()
+        self.store.remove(Query(ids=["t"]), NOW)
+        self.add(row(repeat=timedelta(seconds=99)), if_exists="keep")
+        self.settle(running, "done", result="1")
+        self.assertEqual((self.look().state, self.look().repeat), ("ready", "99000000"))
+
+    def test_replace_changes_the_repeat_also_during_a_run(self):
+        self.add(row(repeat=timedelta(seconds=10)))
+        self.add(row(repeat=timedelta(seconds=20)), if_exists="keep")
+        self.assertEqual(self.look().repeat, "10000000")
+        self.add(row(repeat=timedelta(seconds=30)), if_exists="replace")
+        (running,) = self.claim()
+        self.assertEqual(running.repeat, "30000000")
+        self.add(row(repeat=timedelta(seconds=40), due_date=timedelta(seconds=5)), if_exists="replace")
+        self.settle(running, "done", result="1")
+        self.assertEqual((self.look().due_at, self.look().repeat), (NOW + 5 * SECOND, "40000000"))
+        self.assertEqual(self.store.count(Query(), NOW), 1)
+
+    def test_a_repeat_without_a_further_slot_ends_as_other_tasks(self):
+        year_9999 = (datetime.max.replace(tzinfo=timezone.utc) - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1)
+        for repeat in (timedelta.max, timedelta(days=400), "0 0 1 1 *"):
+            for state, keep, left in (("done", None, None), ("done", 60, "done"), ("failed", None, "failed")):
+                self.add(row(repeat=repeat, keep_result=keep, due_date=datetime(9999, 1, 1, tzinfo=timezone.utc)))
+                (running,) = self.claim(now=year_9999)
+                self.settle(running, state, now=year_9999, result="1", error="E")
+                found = self.look()
+                self.assertEqual(found and found.state, left)
+                self.store.remove(Query(ids=["t"]), NOW)
+
     def test_add_is_all_or_nothing(self):
         self.add(row("b", priority=7))
         with self.assertRaises(DuplicateTask):
@@ -1160,6 +1294,40 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.settle(neighbour, "ready", ready_at=NOW)
         self.assertEqual(self.look("neighbour").interrupted, 0)  # A run ended: reset.
 
+    def test_an_interruption_keeps_the_slot_and_the_fifth_the_schedule(self):
+        """CR-03, P3."""
+        self.add(row(repeat=timedelta(seconds=10), lane="far0"))
+        for number in range(6):
+            (claimed,) = self.claim(owner=f"far{number}")
+            self.assertEqual((claimed.due_at, claimed.attempt), (NOW, 1))
+            self.store.recover("me", number * 99.0, NOW)
+            ended = self.store.recover("me", number * 99.0 + 31, NOW)
+        self.assertEqual([r.id for r in ended], ["t"])  # So that it is reported.
+        found = self.look()
+        self.assertEqual((found.state, found.due_at, found.attempt, found.lane), ("scheduled", NOW + 10 * SECOND, 0, ""))
+        self.assertIn("Interrupted", found.error)
+        (again,) = self.claim(now=NOW + 10 * SECOND)
+        self.assertEqual(again.interrupted, 0)
+
+    def test_a_repeat_that_cannot_be_read_is_set_aside_and_says_why(self):
+        """A zone that this machine does not have, say."""
+        bad = ("x", "{}", "0", "-5", "[1, 2]", '["* * * * *"]', '["0 0 30 2 *", "UTC"]', '["@daily", "No/Where"]', "[" * 9999)
+        for number, text in enumerate(bad):
+            self.add(row(str(number))._replace(repeat=text))
+        self.add(row("good", repeat="@daily", due_date=timedelta()))
+        claimed = {r.id: r for r in self.claim(20)}
+        self.assertEqual(claimed.pop("good").state, "running")
+        self.assertEqual({r.state for r in claimed.values()}, {"failed"})
+        self.assertIn("tzdata", self.look("7").error)
+        self.settle(self.look("good"), "done", result="1")
+        # Changed during the run: the next claim sets it aside.
+        self.add(row("t", repeat="@daily", due_date=timedelta()))
+        (running,) = self.claim()
+        with self.store.transaction() as db:
+            db.execute("UPDATE taskpool_task SET repeat = 'x' WHERE id = 't'")
+        self.settle(running, "done", result="1")
+        self.assertEqual(self.claim()[0].state, "failed")
+
     def test_user_tables_in_the_same_file_are_left_alone(self):
         path = self.folder / "app.db"
         with contextlib.closing(sqlite3.connect(path)) as db:
@@ -1243,6 +1411,28 @@ class TestOwnTransaction(InFolder):
         self.assertEqual(self.add("taken", if_exists="replace", priority=7).priority, 7)
         self.connection.commit()
         self.assertEqual(self.ids(), ["a", "b", "taken"])
+
+    def test_it_waits_for_other_writers_in_every_mode(self):
+        modes = [{}, {"isolation_level": None}, {"isolation_level": "EXCLUSIVE"}]
+        modes += [{"autocommit": False}] if sys.version_info >= (3, 12) else []
+        ended = threading.Event()
+
+        def write():
+            while not ended.is_set():
+                self.tasks.remove(task_id=self.tasks.add_task("other").id)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for mode in modes:
+                connection = self.connect(timeout=PATIENCE, **mode)
+                for number in range(100):
+                    self.add(f"{mode} {number}", connection)
+                    connection.commit()
+        finally:
+            ended.set()
+            writer.join()
+        self.assertEqual(self.tasks.count(task_type="mail"), 100 * len(modes))
 
     def test_the_factories_of_the_connection_do_not_matter_and_stay(self):
         factories = self.connection.row_factory, self.connection.text_factory = sqlite3.Row, bytes
@@ -1455,6 +1645,25 @@ class TestExecutor(WithCluster):
         futures = [self.submit("echo", i) for i in range(5)]
         done, waiting = concurrent.futures.wait(futures, PATIENCE)
         self.assertEqual((len(done), len(waiting)), (5, 0))
+
+    def test_its_futures_are_those_of_concurrent_futures(self):
+        """They make their own attributes, so a new one in a later Python must turn this red."""
+        future = self.submit("hold", str(self.folder / "held"))
+        self.assertLessEqual(set(vars(Future())), set(vars(future)))
+        self.assertEqual(future._state, Future()._state)
+        with self.assertRaises(concurrent.futures.TimeoutError):
+            future.result(0.01)
+        done, called = [], []
+        future.add_done_callback(called.append)
+        threads = [threading.Thread(target=lambda: done.append(future.result())) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        self.assertFalse(concurrent.futures.wait([future, future], timeout=0.01).done)
+        (self.folder / "held.end").touch()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual((done, called), (["held"] * 3, [future]))
+        self.assertEqual(next(concurrent.futures.as_completed([future])), future)
 
     def test_a_future_is_cancelled_while_it_waits_and_not_while_it_runs(self):
         for in_memory in (False, True):
@@ -3465,6 +3674,664 @@ class TestTerminal(InFolder):
             for name in ("started0", "started1", "end"):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.folder / name)
+
+
+# --- Cron ----------------------------------------------------------------------------
+# Tables: one case per line, cells parted by " | ".
+
+CRON_CASES = Path(os.environ.get("TASKPOOL_CRON_CASES", HERE.parent / "shared" / "cron"))
+UTC = timezone.utc
+MINUTE = timedelta(minutes=1)
+
+# Rule | text | zone | after | the first two runs
+CRON_RULES = """
+rule 1, spaces and tabs | \t30  9\t* * *  | UTC | 2024-01-01T00:00+00:00 | 2024-01-01T09:30+00:00 2024-01-02T09:30+00:00
+rule 1, seconds first | 15 30 9 * * * | UTC | 2024-01-01T00:00+00:00 | 2024-01-01T09:30:15+00:00 2024-01-02T09:30:15+00:00
+rule 1, any case | 0 0 * jAn Mon | UTC | 2024-01-01T00:00+00:00 | 2024-01-08T00:00+00:00 2024-01-15T00:00+00:00
+rule 2, 0 is Sunday | 0 0 * * 0 | UTC | 2024-01-01T00:00+00:00 | 2024-01-07T00:00+00:00 2024-01-14T00:00+00:00
+rule 2, 7 is Sunday | 0 0 * * 7 | UTC | 2024-01-01T00:00+00:00 | 2024-01-07T00:00+00:00 2024-01-14T00:00+00:00
+rule 2, leading zeros | 000005 07 * * * | UTC | 2024-01-01T00:00+00:00 | 2024-01-01T07:05+00:00 2024-01-02T07:05+00:00
+rule 3, lists and ranges | 5,50-51 7-7 * * * | UTC | 2024-01-01T07:10+00:00 | 2024-01-01T07:50+00:00 2024-01-01T07:51+00:00
+rule 4, hours wrap | 0 22-4/3 * * * | UTC | 2024-01-01T02:00+00:00 | 2024-01-01T04:00+00:00 2024-01-01T22:00+00:00
+rule 4, weekdays wrap | 0 0 * * SAT-MON | UTC | 2024-01-06T00:00+00:00 | 2024-01-07T00:00+00:00 2024-01-08T00:00+00:00
+rule 4, months wrap | 0 0 1 NOV-JAN/2 * | UTC | 2024-01-01T00:00+00:00 | 2024-11-01T00:00+00:00 2025-01-01T00:00+00:00
+rule 5, a/n goes to the end | 40/9 0 * * * | UTC | 2024-01-01T00:40+00:00 | 2024-01-01T00:49+00:00 2024-01-01T00:58+00:00
+rule 5, weekday a/n goes to 6 | 0 0 * * 3/3 | UTC | 2024-01-03T00:00+00:00 | 2024-01-06T00:00+00:00 2024-01-10T00:00+00:00
+rule 5, a step may be the size | */60 * * * * | UTC | 2024-01-01T00:00+00:00 | 2024-01-01T01:00+00:00 2024-01-01T02:00+00:00
+rule 6, ? is * | 0 0 ? * 2 | UTC | 2024-01-01T00:00+00:00 | 2024-01-02T00:00+00:00 2024-01-09T00:00+00:00
+rule 7, either day field | 0 0 13 * 5 | UTC | 2024-09-06T00:00+00:00 | 2024-09-13T00:00+00:00 2024-09-20T00:00+00:00
+rule 7, a starred field means both | 0 0 */2 * 1 | UTC | 2024-01-01T00:00+00:00 | 2024-01-15T00:00+00:00 2024-01-29T00:00+00:00
+rule 7, a list that begins with a star | 0 0 *,5 * 1 | UTC | 2024-01-01T00:00+00:00 | 2024-01-08T00:00+00:00 2024-01-15T00:00+00:00
+rule 8, last day | 0 0 L * * | UTC | 2024-01-31T00:00+00:00 | 2024-02-29T00:00+00:00 2024-03-31T00:00+00:00
+rule 8, last working day | 0 0 LW * * | UTC | 2024-03-01T00:00+00:00 | 2024-03-29T00:00+00:00 2024-04-30T00:00+00:00
+rule 8, Saturday the 1st | 0 0 1W * * | UTC | 2024-05-31T00:00+00:00 | 2024-06-03T00:00+00:00 2024-07-01T00:00+00:00
+rule 8, no 31st, no 31W | 0 0 31W * * | UTC | 2024-05-31T00:00+00:00 | 2024-07-31T00:00+00:00 2024-08-30T00:00+00:00
+rule 8, in a list | 0 0 15,L * * | UTC | 2024-02-01T00:00+00:00 | 2024-02-15T00:00+00:00 2024-02-29T00:00+00:00
+rule 9, last Friday | 0 0 * * FRIL | UTC | 2024-02-01T00:00+00:00 | 2024-02-23T00:00+00:00 2024-03-29T00:00+00:00
+rule 9, second Friday | 0 0 * * 5#2 | UTC | 2024-02-01T00:00+00:00 | 2024-02-09T00:00+00:00 2024-03-08T00:00+00:00
+rule 9, in a list | 0 0 * * MON,FRI#2 | UTC | 2024-02-05T00:00+00:00 | 2024-02-09T00:00+00:00 2024-02-12T00:00+00:00
+rule 10, macro | @Weekly | UTC | 2024-01-01T00:00+00:00 | 2024-01-07T00:00+00:00 2024-01-14T00:00+00:00
+rule 12, either day is enough | 0 0 31 2 MON | UTC | 2024-02-01T00:00+00:00 | 2024-02-05T00:00+00:00 2024-02-12T00:00+00:00
+rule 13, no leap year 2100 | 0 0 29 2 * | UTC | 2096-02-01T00:00+00:00 | 2096-02-29T00:00+00:00 2104-02-29T00:00+00:00
+rule 13, the rarest | 0 0 * 2 MON#5 | UTC | 2072-03-01T00:00+00:00 | 2112-02-29T00:00+00:00 2140-02-29T00:00+00:00
+rule 14, later than after | 0 9 * * * | UTC | 2024-01-01T09:00:00.000001+00:00 | 2024-01-02T09:00+00:00 2024-01-03T09:00+00:00
+rule 14, after of any offset | 0 9 * * * | Asia/Tokyo | 2024-01-01T23:00-05:00 | 2024-01-03T09:00+09:00 2024-01-04T09:00+09:00
+rule 14, asked in the second pass | 30 2 * * * | Europe/Berlin | 2024-10-27T02:15+01:00 | 2024-10-28T02:30+01:00 2024-10-29T02:30+01:00
+rule 15, six fields, fixed | 0 30 2 * * * | Europe/Berlin | 2024-10-26T12:00+02:00 | 2024-10-27T02:30+02:00 2024-10-28T02:30+01:00
+rule 15, six fields, interval | */30 59 2 * * * | Europe/Berlin | 2024-10-27T02:59+02:00 | 2024-10-27T02:59:30+02:00 2024-10-27T02:59+01:00
+rule 16, nothing in the gap | */30 2 * * * | Europe/Berlin | 2024-03-31T00:00+01:00 | 2024-04-01T02:00+02:00 2024-04-01T02:30+02:00
+rule 16, both passes | */30 2 * * * | Europe/Berlin | 2024-10-27T02:30+02:00 | 2024-10-27T02:00+01:00 2024-10-27T02:30+01:00
+rule 17, several due in a gap are one run | 15,45 2 * * * | Europe/Berlin | 2024-03-31T00:00+01:00 | 2024-03-31T03:00+02:00 2024-04-01T02:15+02:00
+rule 17, a full range is fixed | 0 0-23 * * * | Europe/Berlin | 2024-10-27T02:00+02:00 | 2024-10-27T03:00+01:00 2024-10-27T04:00+01:00
+rule 18, half an hour | 45 1 * * * | Australia/Lord_Howe | 2024-04-06T12:00+11:00 | 2024-04-07T01:45+11:00 2024-04-08T01:45+10:30
+rule 18, a day skipped | 0 12 * * * | Pacific/Apia | 2011-12-29T12:00-10:00 | 2011-12-31T00:00+14:00 2011-12-31T12:00+14:00
+rule 18, a gap from 00:01 | 30 0 * * * | America/St_Johns | 2006-04-01T12:00-03:30 | 2006-04-02T01:01-02:30 2006-04-03T00:30-02:30
+"""
+
+# Bugs of other engines. Issue or pull request | text | zone | after | the first two runs
+CRON_REPORTS = """
+croniter 90 | 1 2 * * * | Europe/Berlin | 2020-03-29T01:58:55+01:00 | 2020-03-29T03:00+02:00 2020-03-30T02:01+02:00
+croniter 82 | 0 0 * * * | Europe/Warsaw | 2017-03-26T00:00+01:00 | 2017-03-27T00:00+02:00 2017-03-28T00:00+02:00
+croniter 48 | 0 8 * * 1 | Europe/Amsterdam | 2017-10-23T08:00+02:00 | 2017-10-30T08:00+01:00 2017-11-06T08:00+01:00
+croniter 92 | 0 16 * * * | America/New_York | 2017-11-03T12:00-04:00 | 2017-11-03T16:00-04:00 2017-11-04T16:00-04:00
+croniter 147 | 0 1 * * * | Europe/Berlin | 2021-03-27T12:00+01:00 | 2021-03-28T01:00+01:00 2021-03-29T01:00+02:00
+croniter 142 | 48 14 31 jun sun | UTC | 2020-06-01T00:00+00:00 | 2020-06-07T14:48+00:00 2020-06-14T14:48+00:00
+croniter 131 | 0 0 1 * * | UTC | 2020-02-29T10:00+00:00 | 2020-03-01T00:00+00:00 2020-04-01T00:00+00:00
+croniter 119 | 0 0 * * mon-sun | UTC | 2019-01-24T00:00+00:00 | 2019-01-25T00:00+00:00 2019-01-26T00:00+00:00
+croniter 41 | 0 0 */2 * 1 | UTC | 2024-01-01T00:00+00:00 | 2024-01-15T00:00+00:00 2024-01-29T00:00+00:00
+croniter 268 | 0 0 1 11-2/3 * | UTC | 2024-01-01T00:00+00:00 | 2024-02-01T00:00+00:00 2024-11-01T00:00+00:00
+croniter 246 | 59/15 * * * * | UTC | 2026-01-01T00:00+00:00 | 2026-01-01T00:59+00:00 2026-01-01T01:59+00:00
+croniter 9 | 0 0 0 1 0 | UTC | error: day-of-month
+croniter 232 | 5-5/0 * * * * | UTC | error: step
+croniter 243 | 0 0 31 2 0 | UTC | 2026-01-01T00:00+00:00 | 2026-02-01T00:00+00:00 2026-02-08T00:00+00:00
+prefect 5957 | 0 0 * * 0 | America/Santiago | 2022-08-29T00:00-04:00 | 2022-09-04T00:00-04:00 2022-09-11T01:00-03:00
+cron-parser 404 | 30 2 * * 7 | Europe/Rome | 2025-03-29T00:00+01:00 | 2025-03-30T03:00+02:00 2025-04-06T02:30+02:00
+cron-parser 72 | 0 12 * * * | Europe/Madrid | 2016-10-29T12:00+02:00 | 2016-10-30T12:00+01:00 2016-10-31T12:00+01:00
+cron-parser 25 | 0 0 0 10 * * | America/Sao_Paulo | 2014-10-13T00:00-03:00 | 2014-11-10T00:00-02:00 2014-12-10T00:00-02:00
+cron-parser 400 | 0 8 * * 0 | America/Chicago | 2026-03-07T23:45-06:00 | 2026-03-08T08:00-05:00 2026-03-15T08:00-05:00
+cron-parser 115 | * * * 31 4 * | UTC | error: never fires
+node-cron 118 | 0 0 12 11,26 * * | America/Sao_Paulo | 2014-10-12T00:00-03:00 | 2014-10-26T12:00-02:00 2014-11-11T12:00-02:00
+node-cron 638 | 30 2 * * * | Europe/Amsterdam | 2023-03-25T12:00+01:00 | 2023-03-26T03:00+02:00 2023-03-27T02:30+02:00
+node-cron 602 | 0 22-2 * * * | UTC | 2026-07-01T12:00+00:00 | 2026-07-01T22:00+00:00 2026-07-01T23:00+00:00
+apscheduler 455 | 0 0 * * 0 | UTC | 2020-08-31T00:00+00:00 | 2020-09-06T00:00+00:00 2020-09-13T00:00+00:00
+apscheduler 529 | 0 0 * * 1-5 | America/Chicago | 2021-03-12T00:00-06:00 | 2021-03-15T00:00-05:00 2021-03-16T00:00-05:00
+apscheduler 1059 | 0 2 * * * | America/New_York | 2013-03-10T00:30-05:00 | 2013-03-10T03:00-04:00 2013-03-11T02:00-04:00
+cron 157 | 0 9 10 * * | America/Sao_Paulo | 2018-10-17T12:00-03:00 | 2018-11-10T09:00-02:00 2018-12-10T09:00-02:00
+cron 122 | 0 0 * * 7 | UTC | 2017-11-03T00:00+00:00 | 2017-11-05T00:00+00:00 2017-11-12T00:00+00:00
+cron 64 | */0 * * * * | UTC | error: step
+nats-server 8543 | 0 0 1 4 11 * | America/Sao_Paulo | 2018-11-03T23:00-03:00 | 2018-11-04T01:00-02:00 2019-11-04T01:00-03:00
+croner 284 | 0 0 * * * * | UTC | 2025-10-05T02:00+00:00 | 2025-10-05T03:00+00:00 2025-10-05T04:00+00:00
+croner 132 | 0 0 * * * | America/Santiago | 2021-09-04T00:00-04:00 | 2021-09-05T01:00-03:00 2021-09-06T00:00-03:00
+croner 267 | 0 0 1-31 * 4 | UTC | 2024-12-01T00:00+00:00 | 2024-12-02T00:00+00:00 2024-12-03T00:00+00:00
+croner-rust 16 | 0 2 * * * | America/New_York | 2025-03-09T01:30-05:00 | 2025-03-09T03:00-04:00 2025-03-10T02:00-04:00
+quartz 81 | * * * * * | Europe/Berlin | 2016-10-30T02:59+02:00 | 2016-10-30T02:00+01:00 2016-10-30T02:01+01:00
+quartznet 540 | 0 */15 * * * ? | Europe/Berlin | 2017-10-29T02:50+02:00 | 2017-10-29T02:00+01:00 2017-10-29T02:15+01:00
+spring-framework 26830 | 0 10 2 * * * | Europe/Berlin | 2021-03-28T01:09+01:00 | 2021-03-28T03:00+02:00 2021-03-29T02:10+02:00
+spring-framework 36859 | 0 0 */2 * * ? | Africa/Cairo | 2025-04-24T21:10:20+02:00 | 2025-04-24T22:00+02:00 2025-04-25T02:00+03:00
+cron-utils 332 | 0 6 * * * | America/Santiago | 2018-08-12T03:00-03:00 | 2018-08-12T06:00-03:00 2018-08-13T06:00-03:00
+cron-utils 61 | 0 17 * * * | America/New_York | 2016-03-12T17:00-05:00 | 2016-03-13T17:00-04:00 2016-03-14T17:00-04:00
+cron-utils 310 | 0 0 31 2 * | UTC | error: never fires
+cronosjs 37 | 0 0 31 4 * | UTC | error: never fires
+supertinycron 14 | 2 * * * * * | Europe/Athens | 2024-03-31T02:59:02+02:00 | 2024-03-31T04:00:02+03:00 2024-03-31T04:01:02+03:00
+croncpp 32 | 30 55 5,11,17 * * * | Europe/Paris | 2023-03-25T21:54:04+01:00 | 2023-03-26T05:55:30+02:00 2023-03-26T11:55:30+02:00
+croncpp 12 | 0 0 0 1 1 1 | UTC | 2020-10-08T00:00+00:00 | 2021-01-01T00:00+00:00 2021-01-04T00:00+00:00
+Cronos 5 | 0/15 * * * * | Europe/Berlin | 2017-10-29T02:45+02:00 | 2017-10-29T02:00+01:00 2017-10-29T02:15+01:00
+Cronos 71 | 0 2 * * 0 | Europe/Berlin | 2024-10-27T02:30+02:00 | 2024-11-03T02:00+01:00 2024-11-10T02:00+01:00
+Cronos 95 | 0 0 * * 7-1/2 | UTC | 2026-01-01T00:00+00:00 | 2026-01-04T00:00+00:00 2026-01-11T00:00+00:00
+kubernetes 121594 | 0 2 * * * | Europe/Berlin | 2023-10-28T12:00+02:00 | 2023-10-29T02:00+02:00 2023-10-30T02:00+01:00
+gocron 911 | 30 2 * * * | America/New_York | 2026-03-08T01:58-05:00 | 2026-03-08T03:00-04:00 2026-03-09T02:30-04:00
+cronie 215 | 0 0 * * */2 | UTC | 2026-01-02T00:00+00:00 | 2026-01-03T00:00+00:00 2026-01-04T00:00+00:00
+cronie 217 | * * * */3 * | America/New_York | 2015-02-15T00:00-05:00 | 2015-04-01T00:00-04:00 2015-04-01T00:01-04:00
+eliza 11100 | 45 1 * * * | Australia/Lord_Howe | 2026-04-04T12:00+11:00 | 2026-04-05T01:45+11:00 2026-04-06T01:45+10:30
+qwen-code 11720 | * * * * * | America/New_York | 2026-11-01T06:30:15+00:00 | 2026-11-01T01:31-05:00 2026-11-01T01:32-05:00
+parse-crontab 31 | 30 8 * * MON-FRI | America/Los_Angeles | 2018-11-04T01:00:48.901902-07:00 | 2018-11-05T08:30-08:00 2018-11-06T08:30-08:00
+healthchecks 196 | 0 2 * * * | Europe/Copenhagen | 2018-10-27T12:00+02:00 | 2018-10-28T02:00+02:00 2018-10-29T02:00+01:00
+fugit 119 | 58-2/2 * * * 5-1/2 | UTC | 2026-06-29T16:12:29+00:00 | 2026-07-03T00:00+00:00 2026-07-03T00:02+00:00
+systemd-cron 136 | 1 * * * fri-sun | UTC | 2023-09-24T22:00+00:00 | 2023-09-24T22:01+00:00 2023-09-24T23:01+00:00
+cron-expression 1 | 0 0 1 1 0 | UTC | 2011-06-15T23:00+00:00 | 2012-01-01T00:00+00:00 2012-01-08T00:00+00:00
+"""
+
+# Part of the message | wrong text
+CRON_MISTAKES = """
+7 fields (a year field is not supported) | 0 0 12 ? * MON 2025
+hour 'X' | 0 x * * *
+minute '60' | 60 * * * *
+allowed: 0-23 | 0 24 * * *
+repeat=timedelta(minutes=90) | */90 * * * *
+a step is 1 to 60 | */0 * * * *
+a step is 1 to 12 | 0 0 1 */13 *
+a value is missing | 1,,2 * * * *
+write MON, | 0 0 * * monday
+write SEP, | 0 0 1 sept *
+(H, R, ~) | H/15 * * * *
+(H, R, ~) | 0 R(1-4) * * *
+(H, R, ~) | 0~30 * * * *
+L-3 is not supported | 0 0 L-3 * *
+5L or FRIL | 0 0 * * L
+? alone | 0 0 1,? * *
+FRI#2 | 0 0 * * MON#6
+no such value | \u0665 * * * *
+no such value | 5_0 * * * *
+no such value | 0 0 *? * *
+no such value | 0 0 * * fr\u0131
+@reboot has no time | @reboot
+repeat=timedelta(minutes=5) | @every 5m
+never fires | 0 0 30 2 *
+never fires | 0 0 */20 * 1L
+"""
+
+# Zones with odd clock changes: by half an hour, 2, 3 and 24 hours, at midnight and at 00:01, over
+# midnight, backwards in spring; and the year to look at.
+ODD_ZONES = """
+Australia/Lord_Howe 2026, Antarctica/Troll 2024, Antarctica/Casey 2010, Pacific/Apia 2011,
+Africa/Cairo 2024, Asia/Beirut 2024, America/Sao_Paulo 2018, America/Santiago 2022,
+America/Havana 2024, America/St_Johns 2006, Europe/Dublin 2024, Africa/Casablanca 2024,
+Africa/Windhoek 2016, Atlantic/Azores 2024, Asia/Pyongyang 2018, Asia/Colombo 1996
+"""
+
+# Text | zone | words
+CRON_WORDS = """
+0 9 * * 1-5 | Europe/Paris | at 09:00, Monday to Friday, Europe/Paris; a time skipped by the clock change runs right after it
+*/15 * * * * | Europe/Paris | every 15 minutes, Europe/Paris; a time skipped by the clock change has no run, a repeated one two
+0 8,17 1 jan,7 * | UTC | at 08:00 and 17:00, day 1, January and July, UTC
+5 30 2 L,15W * ? | UTC | at 02:30:05, the last day and the working day nearest to day 15, UTC
+0 9-17 13 * FRI#2,0L | UTC | at minute 0 of hour 9 to hour 17, day 13 or the second Friday and the last Sunday, UTC
+10-30/5 */2 */2 * 7 | UTC | every 5 minutes from minute 10 to minute 30 of every 2 hours, every 2 days if it is Sunday, UTC
+"""
+
+def cells(table):
+    return [[cell.strip("\n") for cell in line.split(" | ")] for line in table.strip("\n").splitlines()]
+
+
+def zone_or_skip(name):
+    import zoneinfo
+
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except LookupError:
+        raise unittest.SkipTest(f"no time zone data for {name}; pip install tzdata") from None
+
+
+def first_runs(cron, after, count):
+    runs = [cron.next(after)]
+    while len(runs) < count:
+        runs.append(cron.next(runs[-1]))
+    return runs
+
+
+class TestCron(unittest.TestCase):
+    """When the next run is: rules, bugs of other engines, and what a Cron is."""
+
+    def assert_runs(self, text, tz, after, expected):
+        zone_or_skip(tz)
+        runs = first_runs(Cron(text, tz), datetime.fromisoformat(after), len(expected))
+        wanted = [datetime.fromisoformat(run).isoformat() for run in expected]
+        self.assertEqual([run.isoformat() for run in runs], wanted)
+
+    def cases(self, name):
+        if not (CRON_CASES / name).exists():
+            self.skipTest(f"no {name} in {CRON_CASES}; set TASKPOOL_CRON_CASES to its folder")
+        return json.loads((CRON_CASES / name).read_text(encoding="utf-8"))
+
+    def test_each_rule_holds(self):
+        """CN-01, CN-03, TZ-03, TZ-05."""
+        for what, text, tz, after, expected in cells(CRON_RULES):
+            with self.subTest(what, text=text):
+                self.assert_runs(text, tz, after, expected.split())
+
+    def test_no_bug_reported_elsewhere_is_here(self):
+        for report, text, tz, *after, expected in cells(CRON_REPORTS):
+            with self.subTest(report, text=text):
+                if after:
+                    self.assert_runs(text, tz, after[0], expected.split())
+                else:
+                    with self.assertRaisesRegex(ValueError, expected[len("error: "):]):
+                        Cron(text, tz)
+
+    def test_every_vector_gives_its_five_runs(self):
+        for case in self.cases("vectors.json"):
+            with self.subTest(text=case["expr"], tz=case["tz"], after=case["after"]):
+                self.assert_runs(case["expr"], case["tz"], case["after"], case["next"])
+
+    def test_every_wrong_text_is_refused_when_the_cron_is_made(self):
+        for case in self.cases("errors.json"):
+            with self.subTest(text=case["expr"], why=case["why"]):
+                with self.assertRaises(ValueError) as caught:
+                    Cron(case["expr"])
+                self.assertIn(repr(case["expr"]), str(caught.exception))
+
+    def test_the_message_shows_the_whole_text_and_helps(self):
+        """CN-04."""
+        for part, text in cells(CRON_MISTAKES):
+            with self.subTest(text=text):
+                with self.assertRaises(ValueError) as caught:
+                    Cron(text)
+                self.assertIn(part, str(caught.exception))
+                self.assertIn(repr(text), str(caught.exception))
+
+    def test_either_day_is_enough_and_no_run_is_made_up(self):
+        """CN-03, CN-07."""
+        runs = first_runs(Cron("0 0 13 * 5"), datetime(2025, 12, 31, tzinfo=UTC), 70)
+        self.assertEqual(sum(run.year == 2026 for run in runs), 61)
+        leap = Cron("0 0 29 2 *").next(datetime(2025, 3, 1, tzinfo=UTC))
+        self.assertEqual(leap, datetime(2028, 2, 29, tzinfo=UTC))
+
+    def test_only_spaces_and_tabs_are_blanks(self):
+        for text in ("0 0 * * *\n", "0\n0 * * *", "0\u00a00 * * *", "0\x0b0 * * *", "", " \t"):
+            with self.subTest(text=text), self.assertRaises(ValueError):
+                Cron(text)
+
+    def test_a_huge_number_is_out_of_range_however_long(self):
+        for text in ("9" * 5000 + " * * * *", "*/" + "9" * 5000 + " * * * *"):
+            with self.assertRaisesRegex(ValueError, "allowed: 0-59"):
+                Cron(text)
+
+    def test_a_text_or_zone_of_another_type_is_a_type_error(self):
+        for wrong in (b"* * * * *", 5, True, None, ["*"] * 5):
+            with self.subTest(wrong=wrong):
+                with self.assertRaisesRegex(TypeError, "str"):
+                    Cron(wrong)
+                with self.assertRaisesRegex(TypeError, "str"):
+                    Cron("* * * * *", wrong)
+
+    def test_an_unknown_zone_is_named_together_with_tzdata(self):
+        for name in ("Mars/Olympus", "", "America", "../etc/passwd", "/etc/passwd", "a\0b", "+1"):
+            with self.subTest(name=name), self.assertRaises(ValueError) as caught:
+                Cron("* * * * *", name)
+            self.assertIn(repr(name), str(caught.exception))
+            self.assertIn("tzdata", str(caught.exception))
+
+    def test_utc_needs_no_time_zone_data(self):
+        with mock.patch.dict(sys.modules, {"zoneinfo": None}):
+            self.assertEqual(Cron("0 9 * * *").next(datetime(2024, 1, 1, tzinfo=UTC)).hour, 9)
+
+    def test_after_must_be_an_aware_datetime(self):
+        with self.assertRaisesRegex(ValueError, "aware"):
+            Cron("* * * * *").next(datetime(2024, 1, 1))
+        for wrong in (0, 1.5, "2024-01-01T00:00+00:00", True, datetime(2024, 1, 1).date()):
+            with self.subTest(wrong=wrong), self.assertRaisesRegex(TypeError, "after"):
+                Cron("* * * * *").next(wrong)
+
+    def test_there_is_no_run_past_the_year_9999(self):
+        last = datetime(9999, 12, 31, 23, 59, tzinfo=UTC)
+        self.assertEqual(Cron("* * * * *").next(last - MINUTE), last)
+        for text in ("* * * * *", "0 0 29 2 *", "0 0 1 1 *"):
+            for tz in ("UTC", "Asia/Tokyo", "America/New_York"):
+                with self.subTest(text=text, tz=tz), self.assertRaisesRegex(ValueError, "9999"):
+                    zone_or_skip(tz)
+                    cron = Cron(text, tz)
+                    cron.next(cron.next(last))
+
+    def test_without_after_the_next_run_is_the_first_one_from_now(self):
+        before = datetime.now(UTC)
+        run = Cron("* * * * *").next()
+        self.assertLess(before, run)
+        self.assertLessEqual(run, datetime.now(UTC) + MINUTE)
+
+    def test_a_cron_can_be_iterated_from_now_on_as_often_as_wanted(self):
+        cron = Cron("0 0 29 2 *")
+        runs = list(itertools.islice(cron, 3))
+        self.assertEqual(runs, first_runs(cron, datetime.now(UTC), 3))
+        self.assertEqual(runs, list(itertools.islice(iter(cron), 3)))
+
+    def test_the_run_carries_the_zone_and_says_which_pass_it_is_in(self):
+        zone_or_skip("Europe/Berlin")
+        after = datetime(2024, 10, 27, 0, 15, tzinfo=UTC)
+        first, second = first_runs(Cron("30 * * * *", "Europe/Berlin"), after, 2)
+        self.assertEqual(str(first.tzinfo), "Europe/Berlin")
+        self.assertEqual((first.hour, first.fold, second.hour, second.fold), (2, 0, 2, 1))
+
+    def test_after_may_be_a_time_that_the_clock_skips(self):
+        skipped = datetime(2024, 3, 31, 2, 30, tzinfo=zone_or_skip("Europe/Berlin"))
+        run = Cron("* * * * *", "Europe/Berlin").next(skipped)  # It is 01:30 UTC.
+        self.assertEqual(run.isoformat(), "2024-03-31T03:31:00+02:00")
+
+    def test_crons_are_equal_if_fields_and_zone_are(self):
+        zone_or_skip("Asia/Tokyo")
+        daily = Cron("0 0 * * *")
+        for same in (" 0\t0  * * * ", "@daily", "@MIDNIGHT"):
+            self.assertEqual((daily, hash(daily)), (Cron(same), hash(Cron(same))))
+        self.assertEqual(Cron("0 0 * * mon"), Cron("0 0 * * MON"))
+        for other in (Cron("0 1 * * *"), Cron("0 0 * * *", "Asia/Tokyo"), "0 0 * * *"):
+            self.assertNotEqual(daily, other)
+
+    def test_str_is_the_text_and_repr_makes_the_same_cron(self):
+        zone_or_skip("Europe/Paris")
+        cron = Cron("@Daily", "Europe/Paris")
+        self.assertEqual((str(cron), cron.tz), ("@Daily", "Europe/Paris"))
+        self.assertEqual(eval(repr(cron)), cron)
+
+    def test_a_copy_by_pickle_or_copy_is_equal_and_works(self):
+        zone_or_skip("Europe/Paris")
+        after = datetime(2024, 3, 30, 12, tzinfo=UTC)
+        for cron in (Cron("30 2 LW * FRI#2"), Cron("30 2 * * *", "Europe/Paris")):
+            for twin in (pickle.loads(pickle.dumps(cron)), copy.deepcopy(cron)):
+                self.assertEqual(twin, cron)
+                self.assertEqual(first_runs(twin, after, 3), first_runs(cron, after, 3))
+
+    def test_explain_says_it_in_words(self):
+        for text, tz, words in cells(CRON_WORDS):
+            with self.subTest(text=text):
+                zone_or_skip(tz)
+                self.assertEqual(Cron(text, tz).explain(), words)
+        for _, text, *_, expected in cells(CRON_RULES) + cells(CRON_REPORTS):
+            if not expected.startswith("error"):
+                self.assertRegex(Cron(text).explain(), "^(at|every) .*UTC$")
+
+
+def literal_values(text, low, high):
+    """The field's values, word by word from the rules (numbers, lists, ranges and steps only)."""
+    values = set()
+    for item in text.split(","):
+        span, _, step = item.partition("/")
+        first, _, last = (f"{low}-{high}" if span == "*" else span).partition("-")
+        values.update(range(int(first), int(last or first) + 1, int(step or 1)))
+    return values
+
+
+def literal_match(text, wall):
+    minute, hour, day, month, weekday = text.split()
+    on_date = wall.day in literal_values(day, 1, 31)
+    on_weekday = wall.isoweekday() % 7 in literal_values(weekday, 0, 6)
+    both = day.startswith("*") or weekday.startswith("*")
+    return (
+        wall.minute in literal_values(minute, 0, 59)
+        and wall.hour in literal_values(hour, 0, 23)
+        and wall.month in literal_values(month, 1, 12)
+        and (on_date and on_weekday if both else on_date or on_weekday)
+    )
+
+
+def literal_runs(text, walls):
+    """Runs by the rules for clock changes, from all instants in turn and what the clock shows."""
+    minute, hour, *_ = text.split()
+    is_interval = minute.startswith("*") or hour.startswith("*")
+    latest = min(walls.values()) - MINUTE
+    span = (max(walls.values()) - latest) // MINUTE
+    matches = {latest + MINUTE * late: literal_match(text, latest + MINUTE * late) for late in range(span + 1)}
+    runs = []
+    for instant, wall in walls.items():
+        if is_interval:
+            is_due = matches[wall]
+        else:  # The times that the clock has not shown before, with those that it has skipped.
+            is_due = any(matches[latest + MINUTE * late] for late in range(1, (wall - latest) // MINUTE + 1))
+            latest = max(latest, wall)
+        if is_due:
+            runs.append(instant)
+    return runs
+
+
+def clock_changes(zone, year):
+    """The instants at which the zone's UTC offset changes, in a year."""
+    def offset(instant):
+        return instant.astimezone(zone).utcoffset()
+
+    for day in range(366):
+        start = datetime(year, 1, 1, tzinfo=UTC) + timedelta(days=day)
+        if offset(start) != offset(start + timedelta(days=1)):
+            yield next(at for at in (start + MINUTE * late for late in range(1, 1441)) if offset(at) != offset(start))
+
+
+class TestCronAroundClockChanges(unittest.TestCase):
+    """Every minute of two days around each change of odd zones, against a literal checker."""
+
+    def check(self, text, tz, walls):
+        cron, expected = Cron(text, tz), literal_runs(text, walls)
+        coming = iter(expected)
+        run = next(coming, None)
+        for instant in walls:  # Jumping in, at each minute.
+            run = next(coming, None) if instant == run else run
+            if run is None:
+                break
+            found = cron.next(instant).astimezone(UTC)
+            if found != run:
+                self.fail(f"{text} {tz} after {instant}: {found}, by the rules {run}")
+        runs = first_runs(cron, min(walls) - MINUTE, len(expected) + 1)[:-1]  # From run to run.
+        self.assertEqual([run.astimezone(UTC) for run in runs], expected, f"{text} {tz}")
+
+    def test_runs_are_those_of_the_rules(self):
+        """TZ-05, TZ-06."""
+        changes = 0
+        for name, year in (pair.split() for pair in ODD_ZONES.split(",")):
+            zone = zone_or_skip(name)
+            for change in clock_changes(zone, int(year)):
+                changes += 1
+                instants = [change + MINUTE * late for late in range(-1440, 1441)]
+                walls = {instant: instant.astimezone(zone).replace(tzinfo=None) for instant in instants}
+                hour = min(walls[change], walls[change - MINUTE]).hour
+                for text in ("*/20 * * * *", f"*/15 {hour} * * *", f"7,31,50 {hour} * * *",
+                             "0 0-23/2 */2 * *", f"{changes} {hour} * * 0-5"):
+                    self.check(text, name, walls)
+        self.assertGreater(changes, 25)
+
+
+class TestRepeat(InFolder):
+    """Repeating tasks, on real clusters."""
+
+    def slots(self, path):
+        return [line.split()[0] for line in lines_of(path)]
+
+    def test_what_repeat_takes(self):
+        """CN-06: refused by add_task, never taken for "now"."""
+        queue = self.queue()
+        wrong_values = (timedelta(), timedelta(seconds=-1), "", "* * * *", "0 0 30 2 *", "@every 5m", "5", "nope")
+        for wrong in (5, 0, 1.5, True, b"* * * * *", ["* * * * *"], datetime.now(), *wrong_values):
+            expected = ValueError if wrong in wrong_values else TypeError
+            for add in (queue.add_task, lambda kind, **given: queue.add_tasks([{"task_type": kind, **given}])):
+                with self.subTest(wrong=wrong), self.assertRaisesRegex(expected, "^repeat") as caught:
+                    add("x", repeat=wrong)
+                self.assertIs(type(caught.exception), expected)
+        self.assertEqual(queue.count(), 0)
+        cron = Cron("0 9 * * 1-5")
+        for repeat in (timedelta(microseconds=1), timedelta(days=400, seconds=1), "@daily", cron, None):
+            task = queue.add_task("x", repeat=repeat)
+            self.assertEqual(task.repeat, Cron(repeat) if type(repeat) is str else repeat)
+            self.assertEqual(queue.find_one(task_id=task.id), task)
+
+    def test_the_first_slot_is_now_or_the_crons_next_time_or_the_due_date(self):
+        queue = self.queue()
+        queue.clock = lambda: NOW / SECOND
+        now = taskpool._datetime(NOW)
+        self.assertEqual(queue.add_task("x", repeat=timedelta(hours=1)).due_date, now)
+        self.assertEqual(queue.add_task("x", repeat="@daily").due_date, Cron("@daily").next(now))
+        later = now + timedelta(minutes=5)
+        self.assertEqual(queue.add_task("x", repeat="@daily", due_date=later).due_date, later)
+
+    def test_a_thousand_slots_do_not_drift(self):
+        """And none is run twice or before its time, whatever the delays."""
+        chance = random.Random(4)
+        for repeat, seconds in (("700000", 0.7), ('["*/7 * * * * *", "UTC"]', None)):
+            due, now, slots = NOW, NOW, []
+            for _ in range(1000):
+                now = max(now, due) + int(chance.choice((0, 1, 0.3, 5)) * chance.random() * SECOND)  # It ran.
+                slots.append(due)
+                due = taskpool.next_slot(repeat, due, now)
+                self.assertGreater(due, now)
+                self.assertLess(due - now, 8 * SECOND)
+            self.assertEqual(sorted(set(slots)), slots)
+            if seconds:
+                self.assertEqual({(slot - NOW) % int(seconds * SECOND) for slot in slots}, {0})
+            else:
+                self.assertEqual({slot // SECOND % 60 % 7 for slot in slots[1:]}, {0})
+
+    def test_each_slot_runs_once_in_two_clusters_and_says_what_was_stored(self):
+        """DU-03, RC-16."""
+        path, told = str(self.folder / "lines"), []
+        queues = self.queue(), self.queue()
+        for queue in queues:
+            queue.add_event_listener("done", lambda value, task: told.append((task.state, task.due_date, value)))
+            self.cluster({"slot": add_slot}, queue)
+        interval = timedelta(milliseconds=20)
+        first = queues[0].add_task("slot", {"file": path}, repeat=interval).due_date
+        eventually(lambda: len(told) > 30)
+        self.assertEqual(queues[0].remove(state=["waiting", "running"]), 1)
+        eventually(lambda: not queues[0].count() and len(told) == len(lines_of(path)))
+        slots = [datetime.fromisoformat(slot) for slot in self.slots(path)]
+        self.assertEqual(len(set(slots)), len(slots))
+        self.assertEqual({(slot - first) % interval for slot in slots}, {timedelta()})
+        self.assertEqual([value for *_, value in sorted(told, key=lambda item: item[1])], list(range(1, len(slots) + 1)))
+        self.assertEqual({state for state, *_ in told}, {"waiting"})
+        self.assertEqual(sorted(due for _, due, _ in told), sorted(slots))
+
+    def test_every_kind_of_failure_keeps_the_schedule(self):
+        """RC-10, RC-12, CR-03."""
+        queue, told = self.queue(), []
+        queue.add_event_listener("error", lambda value, task: told.append((task.id, task.state, task.attempt)))
+        self.cluster({"slot": add_slot}, queue)
+        for how in ("raise", "exit", "hang"):
+            data = {"file": str(self.folder / how), "how": how}
+            queue.add_task("slot", data, task_id=how, repeat=timedelta(milliseconds=50), timeout=0.3 if how == "hang" else None)
+        both = {"file": str(self.folder / "in memory"), "how": "raise"}
+        queue.add_task("slot", both, task_id="in memory", in_memory=True, retries=1, retry_delay=0, repeat=timedelta(milliseconds=50))
+        for how in ("raise", "exit", "hang", "in memory"):
+            eventually(lambda: len(set(self.slots(self.folder / how))) >= 3, how)
+        for how, error in (("raise", "ValueError: bad"), ("exit", "WorkerDied"), ("hang", "TaskTimeout")):
+            self.assertIn(error, queue.find_one(task_id=how).error)
+        self.assertEqual({state for _, state, _ in told}, {"waiting"})
+        self.assertEqual({(i, attempt) for i, _, attempt in told if i == "in memory"}, {("in memory", 1), ("in memory", 2)})
+        queue.remove(state=["waiting", "running"])
+        queue.in_memory.remove(task_id="in memory")
+
+    def test_a_future_is_the_first_run_and_the_schedule_goes_on_in_its_cluster(self):
+        path, first, second = str(self.folder / "lines"), self.queue(), self.queue()
+        self.cluster({"slot": add_slot}, second)
+        cluster = self.cluster({"slot": add_slot}, first)
+        future = cluster.submit("slot", {"file": path}, task_id="s", repeat=timedelta(milliseconds=20))
+        self.assertEqual(future.result(PATIENCE), 1)
+        eventually(lambda: len(lines_of(path)) > 5)
+        self.assertEqual(first.find_one(task_id="s").repeat, timedelta(milliseconds=20))
+        # Of one that is there already: its next end, in whatever cluster.
+        kept = cluster.submit("slot", {"file": path}, task_id="s", repeat="@daily", if_exists="keep")
+        self.assertGreater(kept.result(PATIENCE), 1)
+        self.assertGreater(second.wait("s", PATIENCE).result, 1)
+        self.assertTrue(cluster.cancel("s") or eventually(lambda: cluster.cancel("s")))
+        eventually(lambda: first.count() == 0)
+        failing = cluster.submit("slot", {"file": path, "how": "raise"}, task_id="f", repeat=timedelta(hours=1))
+        self.assertIsInstance(failing.exception(PATIENCE), ValueError)
+        self.assertEqual(first.find_one(task_id="f").state, "waiting")
+
+    def test_a_kept_repeat_of_another_cluster_resolves_the_future_with_its_next_end(self):
+        path, first, second = str(self.folder / "lines"), self.queue(), self.queue()
+        for how in ("return", "raise"):
+            runner, asker = self.cluster({"slot": add_slot}, first), self.cluster({"other": echo, "slot": add_slot}, second)
+            runner.submit("slot", {"file": path, "how": how}, task_id=how, repeat=timedelta(milliseconds=400)).exception(PATIENCE)
+            future = asker.submit("slot", {"file": path}, task_id=how, if_exists="keep")
+            self.assertEqual(future.task.repeat, timedelta(milliseconds=400))
+            error = future.exception(PATIENCE)
+            self.assertEqual(None if error is None else str(error), None if how == "return" else "ValueError: bad")
+            for cluster in (runner, asker):
+                cluster.shutdown(wait=False)
+            first.remove(task_id=how)
+
+    def test_the_end_runs_what_was_due_once(self):
+        queue, path = self.queue(), str(self.folder / "lines")
+        for number in range(3):
+            queue.add_task("slot", {"file": path}, task_id=str(number), repeat=timedelta(microseconds=1 + number))
+        queue.add_task("slot", {"file": path}, in_memory=True, task_id="memory", repeat=timedelta(microseconds=1))
+        cluster = self.cluster({"slot": add_slot}, queue, auto_initialize=False)
+        cluster._begin_finish(queue._now())  # Before it starts: as if shut down at once.
+        cluster.initialize()
+        self.assertTrue(cluster._closed.wait(PATIENCE))
+        self.assertEqual(len(lines_of(path)), 4)
+        self.assertEqual([task.state for task in queue.find()], ["waiting"] * 3)
+
+    def test_starting_a_program_again_keeps_one_schedule(self):
+        """RC-01, RC-03, RC-04, DU-06: also eight times at once."""
+        script = self.script("""
+            import sys
+            from datetime import timedelta
+            from taskpool import Cluster, TaskQueue
+            def slot(job):
+                with open("lines", "a") as file:
+                    file.write(f"{job.due_date}\\n")
+            if __name__ == "__main__":
+                queue = TaskQueue("tasks.db")
+                repeat = timedelta(hours=int(sys.argv[1]))
+                task = queue.add_task("slot", task_id="report", repeat=repeat, if_exists=sys.argv[2])
+                with Cluster({"slot": slot}, queue, max_available_workers=1):
+                    pass
+        """)
+        starts = [self.start(script, 1, "keep") for _ in range(8)]
+        for process in starts:
+            _, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, err), (0, ""))
+        self.assertEqual(len(lines_of(self.folder / "lines")), 1)
+        queue = self.queue()
+        (task,) = queue.find()
+        self.assertEqual((task.repeat, task.due_date - task.created_at), (timedelta(hours=1), timedelta(hours=1)))
+        process = self.start(script, 5, "replace")  # Starts afresh: now.
+        process.communicate(timeout=PATIENCE)
+        (task,) = queue.find()
+        self.assertEqual((task.repeat, len(lines_of(self.folder / "lines"))), (timedelta(hours=5), 2))
+
+    def test_two_tasks_with_the_same_rule_are_two_schedules(self):
+        """RC-06."""
+        queue = self.queue()
+        for number in range(2):
+            queue.add_task("mail", {"user": number}, repeat="@daily")
+        self.assertEqual(queue.count(), 2)
+
+    def test_a_master_killed_during_a_run_costs_that_run_only(self):
+        """RC-12, CR-03."""
+        path, queue = self.folder / "lines", self.queue()
+        queue.add_task("note", task_id="n", repeat=timedelta(hours=1))
+        script = self.script(TestP3MasterDead.MASTER)
+        first = self.start(script)
+        eventually(lambda: len(lines_of(path)) == 1)
+        first.kill()
+        first.wait()
+        (self.folder / "end").touch()
+        out, err = self.start(script).communicate(timeout=PATIENCE)
+        self.assertEqual(out, "master\ndrained\n", err)
+        self.assertEqual(lines_of(path), ["n 1", "n 1"])
+        (task,) = queue.find()
+        self.assertEqual((task.state, task.due_date - task.created_at), ("waiting", timedelta(hours=1)))
+
+    def test_a_clock_that_jumps_runs_each_slot_once_and_missed_ones_as_one(self):
+        """RC-07, CK-01, CK-04."""
+        for in_memory in (False, True):
+            queue, path = self.queue(f"{in_memory}.db"), str(self.folder / str(in_memory))
+            queue.clock = Clock()
+            cluster = self.cluster({"slot": add_slot}, queue)
+            tasks = queue.in_memory if in_memory else queue
+            queue.add_task("slot", {"file": path}, task_id="s", in_memory=in_memory, repeat=timedelta(hours=1))
+            for count, offset in ((1, 0), (2, 3600), (2, 1800), (2, 3600), (3, 7200), (4, 400_000), (4, 100_000)):
+                queue.clock.offset = offset
+                self.assertTrue(cluster.drain(PATIENCE))
+                eventually(lambda: len(lines_of(path)) == count, f"{count} runs at {offset} s")
+                self.assertTrue(cluster.drain(PATIENCE))
+            self.assertEqual(len(set(self.slots(path))), 4)
+            self.assertEqual(tasks.find_one(task_id="s").state, "waiting")
+            cluster.shutdown()
+
+    def test_update_changes_a_repeat_and_ends_it(self):
+        queue, path = self.queue(), str(self.folder / "lines")
+        now = queue.add_task("slot", {"file": path}, task_id="s", repeat="@yearly").due_date
+        self.assertEqual(queue.update("s", priority=3).repeat, Cron("@yearly"))
+        changed = queue.update("s", repeat=Cron("@hourly"))
+        self.assertEqual((changed.repeat, changed.due_date), (Cron("@hourly"), Cron("@hourly").next(changed.created_at)))
+        changed = queue.update("s", repeat=timedelta(hours=1), due_date=timedelta(days=1))
+        self.assertGreater(changed.due_date - changed.created_at, timedelta(hours=23))
+        with self.assertRaisesRegex(ValueError, "^repeat"):
+            queue.update("s", repeat="nope")
+        changed = queue.update("s", repeat=timedelta(hours=1))  # From now on.
+        self.assertLess(changed.due_date, now)
+        self.assertEqual(queue.update("s", repeat=None).due_date, changed.due_date)
+        with self.cluster({"slot": add_slot}, queue):
+            pass
+        self.assertEqual((queue.count(), len(lines_of(path))), (0, 1))
+
+    def test_remove_during_a_run_ends_it(self):
+        for in_memory in (False, True):
+            queue, path = self.queue(), str(self.folder / f"hold{in_memory}")
+            cluster, tasks = self.cluster({"hold": hold}, queue), queue.in_memory if in_memory else queue
+            queue.add_task("hold", path, in_memory=in_memory, repeat=timedelta(milliseconds=1))
+            eventually(lambda: os.path.exists(path + ".started"))
+            self.assertEqual(tasks.remove(task_type="hold"), 1)
+            Path(path + ".end").touch()
+            eventually(lambda: tasks.count() == 0)
+            self.assertTrue(cluster.drain(PATIENCE))
+            cluster.shutdown()
 
 
 # --- The file, the manual, the demo ----------------------------------------------------
