@@ -915,7 +915,7 @@ def _checked_milliseconds(name: str, value: Any) -> float:
     return value / 1000
 
 
-def _instant(due_date: Any, now: int) -> int:
+def _instant(due_date: Any, now: int, name: str = "due_date") -> int:
     """Microseconds since 1970 of a due date; naive datetimes are local time."""
     allowed = "a datetime (naive = local time), a timedelta from now, or None"
     if due_date is None:
@@ -929,8 +929,8 @@ def _instant(due_date: Any, now: int) -> int:
             aware = due_date if due_date.utcoffset() is not None else due_date.astimezone()
             return (aware - _EPOCH) // _MICROSECOND
     except (OverflowError, ValueError, OSError) as error:
-        raise _wrong_value("due_date", due_date, allowed + f" ({error})") from None
-    raise _wrong_type("due_date", due_date, allowed)
+        raise _wrong_value(name, due_date, allowed + f" ({error})") from None
+    raise _wrong_type(name, due_date, allowed)
 
 
 def _checked_repeat(repeat: Any) -> timedelta | Cron:
@@ -1144,6 +1144,23 @@ def after_end(row: Row, now: int) -> Row | None:
     if row.keep_result is None:
         return None
     return row._replace(expires_at=now + int(row.keep_result * 1e6))
+
+
+def failed_start(row: Row, error: str, now: int, may_retry: bool = True) -> Outcome:
+    """What becomes of a charged start that failed: a retry, or the end."""
+    if may_retry and row.attempt <= row.retries:
+        delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
+        ready_at = now + int(delay * 1e6)
+        return Outcome(row.id, row.claim, "ready", ready_at=ready_at, error=error)
+    return Outcome(row.id, row.claim, "failed", error=error, progress=row.progress)
+
+
+def as_told(row: Row, outcome: Outcome, now: int) -> Row:
+    """The Row of a run that has ended, for listeners."""
+    state = outcome.state
+    if row.repeat and row.state == "running" and next_slot(row.repeat, row.due_at, now):
+        state = "scheduled"
+    return row._replace(state=state, owner="", result=outcome.result, error=outcome.error)
 
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
@@ -2402,8 +2419,178 @@ class SQLiteStore(Store):
             return new
 
 
+@atexit.register
+def _close_stores() -> None:
+    """At the end of the program: from Python 3.13 on, sqlite3 warns of what nobody closed.
+
+    Registered by the import, so that it comes after the ends of clusters.
+    """
+    for store in list(_reset_in_forks):
+        if isinstance(store, SQLiteStore) and store._write_lock.acquire(timeout=EXIT_SECONDS):
+            store.close()
+            store._write_lock.release()
+
+
 # --- Calls ---------------------------------------------------------------------------
 # How a task's function is called: in a worker, or here by TaskQueue.run_due.
+
+TaskFunction = Callable[..., Any]
+Broker = Callable[[Callable[[Any], None], dict[str, Any]], Any]
+
+
+class _Failure(NamedTuple):
+    """An exception on its way to another process."""
+
+    type_name: str
+    text: str
+    traceback: str
+    pickled: bytes | None  # None if it cannot be rebuilt.
+
+
+def _dumps(value: Any) -> bytes:
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+
+
+def _cut(text: str, most: int) -> str:
+    text = text[: most + 1].encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= most else text[:most] + "... (cut)"
+
+
+def _failure(error: BaseException) -> _Failure:
+    """Describe *error*, whatever it does to those who look at it."""
+    kind = type(error)
+    name = kind.__qualname__
+    if kind.__module__ not in ("builtins", "__main__", "__mp_main__"):
+        name = f"{kind.__module__}.{name}"
+    try:
+        text = _cut(str(error), ERROR_CHARS)
+    except Exception as other:
+        text = f"<its __str__ raised {type(other).__name__}>"
+    try:
+        lines = traceback.format_exception(kind, error, error.__traceback__)
+        trace = _cut("".join(_cut(line, ERROR_CHARS) for line in lines), 4 * ERROR_CHARS)
+    except Exception:
+        trace = f"{name}: {text}"
+    pickled = None
+    if isinstance(error, Exception):  # SystemExit and its like would end the receiver.
+        with contextlib.suppress(BaseException):
+            attempt = _dumps(error)
+            if len(attempt) <= EXCEPTION_BYTES and type(pickle.loads(attempt)) is kind:
+                pickled = attempt
+    return _Failure(name, text, trace, pickled)
+
+
+def _error_text(failure: _Failure) -> str:
+    """Task.error: type, message, traceback."""
+    head = f"{failure.type_name}: {failure.text}" if failure.text else failure.type_name
+    return f"{head}\n\n{failure.traceback}" if failure.traceback else head
+
+
+def _wants_toggle_ipc(function: TaskFunction) -> str | None:
+    """How to pass toggle_ipc: "name", "position", or None for not at all."""
+    import inspect
+
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # Some builtins have no signature.
+        return None
+    if any(parameter.name == "toggle_ipc" for parameter in parameters):
+        named = next(p for p in parameters if p.name == "toggle_ipc")
+        return "position" if named.kind is named.POSITIONAL_ONLY else "name"
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) > 1 and positional[1].default is positional[1].empty:
+        return "position"
+    return None
+
+
+def _checked_message(message: Any) -> Any:
+    allowed = 'a dict {"status": int > 1, "data": any}'
+    if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
+        raise _wrong_type("message", message, allowed)
+    if type(message["status"]) is not int:
+        raise _wrong_type("status", message["status"], "an int over 1")
+    if message["status"] <= 1:
+        raise _wrong_value("status", message["status"], "an int over 1 (0 and 1 are taken)")
+    return {"status": message["status"], "data": message.get("data")}
+
+
+def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
+    if not isinstance(task_map, Mapping):
+        raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
+    if not task_map:
+        raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
+    for task_type, function in task_map.items():
+        _checked_text("a key of task_map", task_type)
+        if not callable(function):
+            raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
+    return dict(task_map)
+
+
+def _resolve(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
+    """Resolve *future*, unless it already is."""
+    try:
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+    except concurrent.futures.InvalidStateError:
+        pass
+
+
+def _follow(future: Future[Any], result: Any) -> None:
+    """Resolve *future* with *result*; with its result, if that is a Future too."""
+    if not isinstance(result, Future):
+        _resolve(future, result)
+        return
+
+    def done(inner: Future[Any]) -> None:
+        if inner.cancelled():
+            _resolve(future, error=concurrent.futures.CancelledError())
+        elif inner.exception() is not None:
+            _resolve(future, error=inner.exception())
+        else:
+            _follow(future, inner.result())
+
+    result.add_done_callback(done)
+
+
+def _call(
+    function: TaskFunction, style: str | None, job: Task, toggle_ipc: Callable[[], Any]
+) -> Any:
+    """The result of a task's function, awaited where it is to be awaited."""
+    if style is None:
+        value = function(job)
+    elif style == "name":
+        value = function(job, toggle_ipc=toggle_ipc())
+    else:
+        value = function(job, toggle_ipc())
+    if type(value) is CoroutineType:
+        import asyncio
+
+        value = asyncio.run(value)
+    while isinstance(value, Future):
+        value = value.result()
+    return value
+
+
+def _packed(value: Any) -> bytes:
+    try:
+        return _dumps(value)
+    except Exception as error:
+        kind = type(value).__name__
+        raise TypeError(f"the result ({kind}) cannot be pickled: {error}") from error
+
+
+def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
+    """The result as JSON, and why it is not kept: for tasks that stay."""
+    if row.keep_result is None and row.repeat is None:
+        return None, None
+    try:
+        _check_json(value, "result", 0)
+        return _encode(value), None
+    except (TypeError, ValueError) as error:
+        problem = f"the result is kept as None: {error}"
+        return None, None if row.keep_result is None else problem
 
 
 class _Reports:
@@ -2457,6 +2644,144 @@ class _Reports:
                 self._timer = None
             self._flush()
             self._number = -1
+
+
+class _RunHere:
+    """TaskQueue.run_due: a master and its only worker in the caller's thread."""
+
+    def __init__(
+        self,
+        queue: TaskQueue,
+        task_map: Mapping[str, TaskFunction],
+        raise_errors: bool,
+        broker: Broker | None,
+    ) -> None:
+        self._queue, self._broker = queue, broker
+        self._task_map, self._raise_errors = task_map, raise_errors
+        self._stores = [queue._store] if _worker else [queue.in_memory._store, queue._store]
+        self._owner = _new_owner()
+        self._numbers = itertools.count()  # Of the runs.
+        self._reports = _Reports(self._on_report)
+        self._ended: list[Task] = []
+
+    def run(self, until: int | None) -> list[Task]:
+        """Run what is due; with *until* also what becomes due, the clock moving along."""
+        queue, clock = self._queue, self._queue.clock
+        now, last = queue._now(), NEVER if until is None else until
+        if until is not None:
+            # Half a microsecond more, so that no rounding leads to before *now*.
+            queue.clock = lambda: (now + 0.5) / 1e6
+        try:
+            queue._store.recover(self._owner, time.monotonic(), now)
+            while True:
+                now = queue._now() if until is None else now
+                if self._run_next(now, last):
+                    continue
+                due = [
+                    instant
+                    for store in self._stores
+                    for instant in store.next_due(self._owner, self._task_map, 1, now, last)
+                ]
+                if until is None or not due or min(due) > until:
+                    return self._ended
+                now = max(now, min(due))
+        finally:
+            queue.clock = clock
+            for store in self._stores:
+                store.leave(self._owner, now)  # Interrupted by Ctrl-C: given back.
+
+    def _run_next(self, now: int, last: int) -> bool:
+        """Run the task that comes first, if one is due."""
+        for store in self._stores:
+            rows = store.claim(self._owner, dict.fromkeys(self._task_map, 1.0), 1, now, last)
+            for row in rows:
+                self._run(store, row)
+            if rows:
+                return True
+        return False
+
+    def _run(self, store: Store, row: Row) -> None:
+        self._store, self._row = store, row
+        value: Any = None
+        error: BaseException | None = None
+        try:
+            if row.state == "failed":  # The store has set it aside.
+                raise StoreError(f"the stored task cannot be run: {row.error}")
+            value = self._value(row)
+            _packed(value)  # As a worker does.
+            outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
+        except (Exception, SystemExit) as raised:
+            error = raised
+            text = _error_text(_failure(error))
+            outcome = failed_start(row, text, self._queue._now(), row.state == "running")
+        finally:
+            self._reports.end()
+        outcome, row = outcome._replace(progress=self._row.progress), self._row
+        now = self._queue._now()
+        store.settle(self._owner, [outcome], now)
+        told = as_told(row, outcome, now)
+        result = None if error is not None else _kept(row._replace(keep_result=0.0), value)[0]
+        self._ended.append(Task(told._replace(result=result)))
+        if error is None:
+            self._tell("done", value, Task(told))
+        else:
+            self._tell("error", error, Task(told))
+            if self._raise_errors:
+                raise error
+
+    def _value(self, row: Row) -> Any:
+        function = self._task_map[row.task_type]
+        job = Task(row, self._reports.begin(next(self._numbers)))
+        return _call(function, _wants_toggle_ipc(function), job, self._toggle_ipc)
+
+    def _tell(self, event: str, value: Any, task: Task) -> None:
+        listener = self._queue._listeners.get(event)
+        if listener is not None:
+            try:
+                listener(value, task)
+            except Exception:
+                _log.exception("error in a listener")
+
+    def _on_report(self, number: int, report: str) -> None:
+        self._row = row = self._row._replace(progress=report)
+        outcome = Outcome(row.id, row.claim, "running", progress=report)
+        self._store.settle(self._owner, [outcome], self._queue._now())
+        self._tell("progress", Task(row).progress, Task(row))
+
+    def _toggle_ipc(self) -> Callable[..., Future[Any]]:
+        broker, row = self._broker, self._row
+        about = {"worker": os.getpid(), "task_id": row.id, "task_type": row.task_type}
+
+        def toggle_ipc(
+            on_message: Callable[[Any], Any], initialize: Callable[[Callable[[Any], None]], Any]
+        ) -> Future[Any]:
+            future: Future[Any] = Future()
+            answered, sent = threading.Lock(), threading.Lock()  # Held from the first on.
+
+            def respond(value: Any = None) -> None:
+                if answered.acquire(blocking=False):
+                    try:
+                        _follow(future, on_message(pickle.loads(_dumps(value))))
+                    except BaseException as error:
+                        _resolve(future, error=error)
+
+            def send(message: Any) -> None:
+                try:
+                    if not sent.acquire(blocking=False):
+                        raise RuntimeError("send() was called twice in one conversation")
+                    if broker is None:
+                        raise RuntimeError("run_due has no message_broker to answer toggle_ipc")
+                    broker(respond, {**pickle.loads(_dumps(_checked_message(message))), **about})
+                except BaseException as error:
+                    _resolve(future, error=error)
+
+            try:
+                initialize(send)
+            except BaseException as error:
+                _resolve(future, error=error)
+            return future
+
+        return toggle_ipc
 
 
 # --- Queue ---------------------------------------------------------------------------
@@ -2809,6 +3134,33 @@ class TaskQueue(_Tasks):
             time.sleep(min(pause, left))
             pause = min(pause * 1.5, 0.1)
 
+    def run_due(
+        self,
+        task_map: Mapping[str, TaskFunction],
+        until: datetime | timedelta | None = None,
+        *,
+        raise_errors: bool = False,
+        message_broker: Broker | None = None,
+    ) -> list[Task]:
+        """Run what is due here and now, in this thread, without workers: for your tests.
+
+        In-memory tasks come first, then persistent ones, each by priority and age; what
+        they add runs too, if it is due. Returns a Task for every run, in order: `state`
+        tells what became of it (waiting = a retry or repetition follows), `result` and
+        `error` how it went. Listeners are called. With *until* also runs what becomes due
+        up to then, retries and repetitions included, without waiting: meanwhile `clock`
+        stands at the instant when each is due. *raise_errors* raises the first failure,
+        after it was recorded, with its own traceback. *message_broker* answers toggle_ipc.
+        A `timeout` has no effect here.
+        """
+        _refuse_rerun("run_due")
+        functions = _checked_task_map(task_map)
+        last = None if until is None else _instant(until, self._now(), "until")
+        _checked_bool("raise_errors", raise_errors)
+        if message_broker is not None and not callable(message_broker):
+            raise _wrong_type("message_broker", message_broker, "a function or None")
+        return _RunHere(self, functions, raise_errors, message_broker).run(last)
+
     def add_event_listener(self, event: str, callback: Listener) -> None:
         """Have *callback(value, task)* called for each event of a cluster here.
 
@@ -2864,48 +3216,6 @@ class _Boot(NamedTuple):
     pickled_map: bytes | None
 
 
-class _Failure(NamedTuple):
-    """An exception on its way to another process."""
-
-    type_name: str
-    text: str
-    traceback: str
-    pickled: bytes | None  # None if it cannot be rebuilt.
-
-
-def _dumps(value: Any) -> bytes:
-    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-
-
-def _cut(text: str, most: int) -> str:
-    text = text[: most + 1].encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= most else text[:most] + "... (cut)"
-
-
-def _failure(error: BaseException) -> _Failure:
-    """Describe *error*, whatever it does to those who look at it."""
-    kind = type(error)
-    name = kind.__qualname__
-    if kind.__module__ not in ("builtins", "__main__", "__mp_main__"):
-        name = f"{kind.__module__}.{name}"
-    try:
-        text = _cut(str(error), ERROR_CHARS)
-    except Exception as other:
-        text = f"<its __str__ raised {type(other).__name__}>"
-    try:
-        lines = traceback.format_exception(kind, error, error.__traceback__)
-        trace = _cut("".join(_cut(line, ERROR_CHARS) for line in lines), 4 * ERROR_CHARS)
-    except Exception:
-        trace = f"{name}: {text}"
-    pickled = None
-    if isinstance(error, Exception):  # SystemExit and its like would end the receiver.
-        with contextlib.suppress(BaseException):
-            attempt = _dumps(error)
-            if len(attempt) <= EXCEPTION_BYTES and type(pickle.loads(attempt)) is kind:
-                pickled = attempt
-    return _Failure(name, text, trace, pickled)
-
-
 def _rebuilt(failure: _Failure) -> Exception:
     """The exception of *failure*, or the RemoteError that stands for it."""
     error: Any = None
@@ -2918,16 +3228,8 @@ def _rebuilt(failure: _Failure) -> Exception:
     return cast(Exception, error)
 
 
-def _error_text(failure: _Failure) -> str:
-    """Task.error: type, message, traceback."""
-    head = f"{failure.type_name}: {failure.text}" if failure.text else failure.type_name
-    return f"{head}\n\n{failure.traceback}" if failure.traceback else head
-
-
 # --- Worker --------------------------------------------------------------------------
 # Code that runs in the child process. It knows no store; tasks come down the pipe.
-
-TaskFunction = Callable[..., Any]
 
 # The clusters made in this process, by module, line, and number of the call there. In a
 # worker it is how the task map is found, so there they are kept alive as well.
@@ -3033,62 +3335,6 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
     return cast(Mapping[str, TaskFunction], unpickled)
 
 
-def _wants_toggle_ipc(function: TaskFunction) -> str | None:
-    """How to pass toggle_ipc: "name", "position", or None for not at all."""
-    import inspect
-
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # Some builtins have no signature.
-        return None
-    if any(parameter.name == "toggle_ipc" for parameter in parameters):
-        named = next(p for p in parameters if p.name == "toggle_ipc")
-        return "position" if named.kind is named.POSITIONAL_ONLY else "name"
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) > 1 and positional[1].default is positional[1].empty:
-        return "position"
-    return None
-
-
-def _checked_message(message: Any) -> Any:
-    allowed = 'a dict {"status": int > 1, "data": any}'
-    if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
-        raise _wrong_type("message", message, allowed)
-    if type(message["status"]) is not int:
-        raise _wrong_type("status", message["status"], "an int over 1")
-    if message["status"] <= 1:
-        raise _wrong_value("status", message["status"], "an int over 1 (0 and 1 are taken)")
-    return {"status": message["status"], "data": message.get("data")}
-
-
-def _resolve(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
-    """Resolve *future*, unless it already is."""
-    try:
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(value)
-    except concurrent.futures.InvalidStateError:
-        pass
-
-
-def _follow(future: Future[Any], result: Any) -> None:
-    """Resolve *future* with *result*; with its result, if that is a Future too."""
-    if not isinstance(result, Future):
-        _resolve(future, result)
-        return
-
-    def done(inner: Future[Any]) -> None:
-        if inner.cancelled():
-            _resolve(future, error=concurrent.futures.CancelledError())
-        elif inner.exception() is not None:
-            _resolve(future, error=inner.exception())
-        else:
-            _follow(future, inner.result())
-
-    result.add_done_callback(done)
-
-
 class _WorkerProcess:
     """This process, while it is a worker: it runs tasks one after another.
 
@@ -3184,8 +3430,8 @@ class _WorkerProcess:
                 report = ("fail", number, 0.0, _failure(wrong), False)
             else:
                 value = self._call(task)
-                packed = None if value is None else self._packed(value)
-                kept, problem = self._kept(row, value)
+                packed = None if value is None else _packed(value)
+                kept, problem = _kept(row, value)
                 seconds = time.perf_counter() - started
                 report = ("done", number, seconds, packed, kept, problem)
                 del value
@@ -3205,45 +3451,11 @@ class _WorkerProcess:
         self.send((*report, opened) if report[0] == "done" else report)
 
     def _call(self, task: Task) -> Any:
-        """The task function's result, awaited where it is to be awaited."""
         task_type = task.task_type
         function = self.task_map[task_type]
         if task_type not in self._call_styles:
             self._call_styles[task_type] = _wants_toggle_ipc(function)
-        style = self._call_styles[task_type]
-        if style is None:
-            value = function(task)
-        elif style == "name":
-            value = function(task, toggle_ipc=self._toggle_ipc())
-        else:
-            value = function(task, self._toggle_ipc())
-        if type(value) is CoroutineType:
-            import asyncio
-
-            value = asyncio.run(value)
-        while isinstance(value, Future):
-            value = value.result()
-        return value
-
-    @staticmethod
-    def _packed(value: Any) -> bytes:
-        try:
-            return _dumps(value)
-        except Exception as error:
-            kind = type(value).__name__
-            raise TypeError(f"the result ({kind}) cannot be pickled: {error}") from error
-
-    @staticmethod
-    def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
-        """The result as JSON, and why it is not kept: for tasks that stay."""
-        if row.keep_result is None and row.repeat is None:
-            return None, None
-        try:
-            _check_json(value, "result", 0)
-            return _encode(value), None
-        except (TypeError, ValueError) as error:
-            problem = f"the result is kept as None: {error}"
-            return None, None if row.keep_result is None else problem
+        return _call(function, self._call_styles[task_type], task, self._toggle_ipc)
 
     def _toggle_ipc(self) -> Callable[..., Future[Any]]:
         """The `toggle_ipc` of the running task."""
@@ -3818,18 +4030,6 @@ def _resolve_futures(runs: list[_Run]) -> None:
             _resolve(future, value)
 
 
-def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
-    if not isinstance(task_map, Mapping):
-        raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
-    if not task_map:
-        raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
-    for task_type, function in task_map.items():
-        _checked_text("a key of task_map", task_type)
-        if not callable(function):
-            raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
-    return dict(task_map)
-
-
 def _checked_keep_alive(keep_alive: Any) -> float | str | None:
     """Seconds, "always" or None."""
     if keep_alive is None or keep_alive == "always":
@@ -3955,7 +4155,6 @@ def _at_exit_once() -> None:
 
 
 KeepAlive = Union[int, timedelta, str, None]
-Broker = Callable[[Callable[[Any], None], dict[str, Any]], Any]
 _warned_all_cpus = False
 
 
@@ -4525,15 +4724,13 @@ class Cluster(concurrent.futures.Executor):
     ) -> None:
         """A charged start has failed: retry it, or fail it for good."""
         row = run.row
-        first_line = text.partition("\n")[0]
-        if may_retry and row.attempt <= row.retries:
-            delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
-            ready_at = self.queue._now() + int(delay * 1e6)
-            outcome = Outcome(row.id, row.claim, "ready", ready_at=ready_at, error=text)
+        first_line, now = text.partition("\n")[0], self.queue._now()
+        outcome = failed_start(row, text, now, may_retry)
+        if outcome.state == "ready":
+            delay = (outcome.ready_at - now) / 1e6
             what = f"attempt {row.attempt} of {row.retries + 1} failed, next in {delay:g} s"
             _log.warning("cluster:%s:%s:\t%s: %s", row.task_type, row.id, what, first_line)
         else:
-            outcome = Outcome(row.id, row.claim, "failed", error=text, progress=row.progress)
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
         run.end(outcome, "error", error=error)
         self._settle(run)
@@ -4618,11 +4815,7 @@ class Cluster(concurrent.futures.Executor):
             self._future_thread.post(lambda: _resolve_futures(resolvable))
 
     def _call_listener(self, listener: Listener, run: _Run) -> None:
-        _, _, state, _, _, result, error, _ = run.outcome
-        row, now = run.row, self.queue._now()
-        if row.repeat and row.state == "running" and next_slot(row.repeat, row.due_at, now):
-            state = "scheduled"
-        task = Task(row._replace(state=state, owner="", result=result, error=error))
+        task = Task(as_told(run.row, run.outcome, self.queue._now()))
         self._listener_thread.post(lambda: listener(run.value(), task))
 
     def _give_back(self, runs: Iterable[_Run]) -> None:
