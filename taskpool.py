@@ -133,9 +133,12 @@ SLOW_SECONDS = 0.020  # A task that runs longer lets go of those queued behind i
 LEASE_SECONDS = 30.0  # A master that has not renewed for this long is given up (P3).
 RENEW_SECONDS = 10.0  # Three chances to renew within one lease.
 WARN_SECONDS = 60.0  # The same warning is not given more often.
+OWNERS_SECONDS = 0.1  # How often producers look which masters there are, and ...
+KNOCK_SECONDS = 0.002  # ... how often they wake them.
 WATCH_SECONDS = 1.0  # How often masters look for dead masters.
 INTERRUPTIONS = 5  # Interrupted single claims after which a task fails (P3).
 BUSY_SECONDS = 30.0  # Longest wait for another process's write lock on SQLite.
+PROMOTE_TASKS = 5_000  # Due tasks made ready at once; a million must not stop the rest.
 CHECKPOINT_PAGES = 4000  # Of SQLite's write-ahead log (16 MB): fewer and cheaper fsyncs.
 RETRY_CAP_SECONDS = 3600.0  # Longest wait before a retry.
 BOOT_SECONDS = 0.04  # First wait after a worker died as it started; then doubled...
@@ -1208,7 +1211,7 @@ def after_interruption(row: Row, now: int) -> Row | None:
             return Row(**json.loads(row.successor))
         times = f"{INTERRUPTIONS} times in a row"
         error = f"Interrupted: its master died {times} while it ran this task alone"
-        row = row._replace(state="failed", owner="", lane="", interrupted=0)
+        row = row._replace(state="failed", owner="", interrupted=0)
         return after_end(row._replace(result=None, error=error), now)
     row = row._replace(state="ready", attempt=max(row.attempt - 1, 0), owner="", progress=None)
     return row._replace(interrupted=interrupted, lane="")
@@ -1335,10 +1338,11 @@ def _here() -> str:
         return ""
 
 
-def _new_owner() -> str:
-    """A name for a running cluster, from which others can see whether it died."""
+def _new_owner(port: int) -> str:
+    """A name for a running cluster, from which others can see whether it died, and on
+    which port it hears of new tasks (see _WakeUp)."""
     pid = os.getpid()
-    return f"{_here()}|{pid}|{_process_start(pid)}|{os.urandom(8).hex()}"
+    return f"{_here()}|{pid}|{_process_start(pid)}|{os.urandom(8).hex()}|{port}"
 
 
 def owner_is_dead(owner: str) -> bool:
@@ -1349,6 +1353,18 @@ def owner_is_dead(owner: str) -> bool:
     if not start or not pid.isdigit() or place != _here():
         return False
     return _process_start(int(pid)) != start
+
+
+def _wake_owners(owners: Iterable[str]) -> None:
+    """Tell other masters of this machine that there is something new. May be lost."""
+    me = str(os.getpid())
+    places = [owner.split("|") for owner in owners]
+    ports = [int(p[4]) for p in places if len(p) == 5 and p[0] == _here() and p[1] != me]
+    if ports:
+        with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as knock:
+            knock.setblocking(False)
+            for port in ports:
+                knock.sendto(b"!", ("127.0.0.1", port))
 
 
 # --- Stores --------------------------------------------------------------------------
@@ -1426,6 +1442,10 @@ class Store:
     def leave(self, owner: str, now: int) -> None:
         """Give back, uncharged, all that *owner* still holds, and forget it."""
         raise NotImplementedError
+
+    def owners(self) -> list[str]:
+        """Who renewed and did not leave, to be woken by producers. Default: nobody is."""
+        return []
 
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
@@ -1568,7 +1588,9 @@ class MemoryStore(Store):
         for task_type in types:
             for place in (("", task_type), (owner, task_type)):
                 scheduled = self._scheduled.get(place)
-                while scheduled and (scheduled[0][0] <= now or not self._alive(scheduled[0][2])):
+                for _ in range(PROMOTE_TASKS):
+                    if not scheduled or (scheduled[0][0] > now and self._alive(scheduled[0][2])):
+                        break
                     row = heapq.heappop(scheduled)[2]
                     if self._alive(row):
                         self._put(row._replace(state="ready"))
@@ -1722,6 +1744,7 @@ class MemoryStore(Store):
 
 _COLUMNS = Row._fields[:-1]
 _LIST = ", ".join(_COLUMNS)
+_REPEAT = _COLUMNS.index("repeat")
 
 SCHEMA_VERSION = 1  # Counts changes of what follows; see SQLiteStore._prepare.
 _SCHEMA = (
@@ -1737,7 +1760,7 @@ _SCHEMA = (
         interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
         removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT)
     """,
-    # For _READY and _FOREIGN: what can be claimed, in order.
+    # For _READY and _STARTABLE: what can be claimed, in order.
     """
     CREATE INDEX IF NOT EXISTS taskpool_ready
     ON taskpool_task (lane, task_type, priority DESC, created_at) WHERE state = 'ready'
@@ -1799,9 +1822,11 @@ _ERASE = "DELETE FROM taskpool_task WHERE id = ?"
 _WRITE = f"UPDATE taskpool_task SET ({_LIST}) = ({', '.join('?' * len(_COLUMNS))}) WHERE id = ?"
 
 # scheduled -> ready
-_PROMOTE = """
-UPDATE taskpool_task SET state = 'ready'
-WHERE state = 'scheduled' AND lane = ? AND task_type = ? AND ready_at <= ?
+_PROMOTE = f"""
+UPDATE taskpool_task SET state = 'ready' WHERE seq IN (
+    SELECT seq FROM taskpool_task
+    WHERE state = 'scheduled' AND lane = ? AND task_type = ? AND ready_at <= ?
+    ORDER BY ready_at LIMIT {PROMOTE_TASKS})
 """
 # What claim() would take of one lane and type, best first.
 _READY = f"""
@@ -1842,6 +1867,7 @@ _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner
 _RENEW = "UPDATE taskpool_master SET beat = beat + 1 WHERE owner = ?"
 _ENTER = "INSERT INTO taskpool_master (owner, beat) VALUES (?, 0)"
 _LEAVE = "DELETE FROM taskpool_master WHERE owner = ?"
+_MASTERS = "SELECT owner FROM taskpool_master"
 # Holders of claims that are not in the table of masters count as silent masters.
 _OWNERS = """
 SELECT owner, beat FROM taskpool_master
@@ -1851,24 +1877,25 @@ AND owner NOT IN (SELECT owner FROM taskpool_master)
 _OPEN_LANE = "UPDATE taskpool_task SET lane = '' WHERE lane > '' AND lane = ?"
 _EXPIRE = "DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ?"
 
-# The distinct task types that wait, one index look-up each.
-_FOREIGN = """
+# The task types of a lane of which a task can start by then, one index look-up each.
+_STARTABLE = """
 WITH RECURSIVE
 ready(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'ready' AND lane = ''
+    SELECT min(task_type) FROM taskpool_task WHERE state = 'ready' AND lane = :lane
     UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'ready' AND lane = '' AND task_type > t)
+                      WHERE state = 'ready' AND lane = :lane AND task_type > t)
     FROM ready WHERE t IS NOT NULL),
 scheduled(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'scheduled' AND lane = ''
+    SELECT min(task_type) FROM taskpool_task WHERE state = 'scheduled' AND lane = :lane
     UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'scheduled' AND lane = '' AND task_type > t)
+                      WHERE state = 'scheduled' AND lane = :lane AND task_type > t)
     FROM scheduled WHERE t IS NOT NULL)
 SELECT t FROM ready WHERE t IS NOT NULL
 UNION SELECT t FROM scheduled WHERE t IS NOT NULL AND
     (SELECT min(ready_at) FROM taskpool_task
-     WHERE state = 'scheduled' AND lane = '' AND task_type = t) <= ?
+     WHERE state = 'scheduled' AND lane = :lane AND task_type = t) <= :instant
 """
+MANY_TYPES = 8  # From here on looking for what there is beats asking for each type.
 
 _OLDEST_FIRST = "ORDER BY created_at, seq LIMIT ? OFFSET ?"
 # waiting, failed, done -> (removed); a running task is marked.
@@ -1896,11 +1923,11 @@ def _unusable(columns: Sequence[Any]) -> str:
     for name, value in zip(_COLUMNS, columns):
         if type(value) not in _COLUMN_TYPES[name]:
             return f"column {name} holds {_shown(value)}"
-    repeat = columns[_COLUMNS.index("repeat")]
-    try:
-        repeat is None or _read_repeat(repeat)
-    except (ValueError, RecursionError) as error:
-        return f"column repeat: {error}"
+    if columns[_REPEAT] is not None:
+        try:
+            _read_repeat(columns[_REPEAT])
+        except (ValueError, RecursionError) as error:
+            return f"column repeat: {error}"
     return ""
 
 
@@ -2264,10 +2291,10 @@ class SQLiteStore(Store):
     ) -> list[Row]:
         most = math.ceil(limit / min(shares.values()))
         suspect = db.execute(_SUSPECT, (owner,)).fetchone() is not None
-        places = [(lane, t) for t in shares for lane in ("", owner)]
+        places = self._places(db, owner, shares, now)
         db.executemany(_PROMOTE, [(*place, now) for place in places])
         streams = [db.execute(_READY, (*place, until, most)) for place in places]
-        candidates = iter(streams[0]) if len(streams) == 1 else heapq.merge(*streams, key=_rank)
+        candidates = heapq.merge(*streams, key=_rank)
         taken: list[Row] = []
         taken_seq: list[tuple[str, int, int]] = []
         broken: list[tuple[str, int]] = []
@@ -2294,6 +2321,21 @@ class SQLiteStore(Store):
         db.executemany(_CLAIM, taken_seq)
         db.executemany(_SET_ASIDE, broken)
         return taken + broken_rows
+
+    @staticmethod
+    def _places(
+        db: sqlite3.Connection, owner: str, types: Iterable[str], instant: int
+    ) -> list[_Place]:
+        """The lanes and types to look at for tasks that can start by *instant*."""
+        known, lanes = set(types), ("", owner)
+        if len(known) < MANY_TYPES:
+            return [(lane, task_type) for task_type in known for lane in lanes]
+        return [
+            (lane, task_type)
+            for lane in lanes
+            for (task_type,) in db.execute(_STARTABLE, {"lane": lane, "instant": instant})
+            if task_type in known
+        ]
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
         with self.transaction() as db:
@@ -2342,6 +2384,10 @@ class SQLiteStore(Store):
         with self.transaction() as db:
             self._give_back(db, owner, now, given_back)
 
+    def owners(self) -> list[str]:
+        with self._read() as db:
+            return [owner for (owner,) in db.execute(_MASTERS)]
+
     def _give_back(
         self, db: sqlite3.Connection, owner: str, now: int, after: Callable[[Row, int], Row | None]
     ) -> list[Row]:
@@ -2361,7 +2407,7 @@ class SQLiteStore(Store):
     ) -> list[int]:
         due: list[int] = []
         with self._read() as db:
-            for place in [(lane, t) for t in types for lane in ("", owner)]:
+            for place in self._places(db, owner, types, NEVER):
                 (ready,) = db.execute(_COUNT_READY, (*place, until, limit)).fetchone()
                 due += [now] * ready
                 due += [at for (at,) in db.execute(_NEXT_DUE, (*place, until, limit))]
@@ -2370,7 +2416,8 @@ class SQLiteStore(Store):
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
         with self._read() as db:
-            return sorted(t for (t,) in db.execute(_FOREIGN, (now,)) if t not in known)
+            found = db.execute(_STARTABLE, {"lane": "", "instant": now})
+            return sorted(task_type for (task_type,) in found if task_type not in known)
 
     def find(self, query: Query, now: int) -> list[Row]:
         where, values = _where(query, now)
@@ -2906,7 +2953,7 @@ class _Tasks:
         store, now = self._usable("update"), self._now()
         _checked_text("task_id", task_id)
         columns: dict[str, tuple[str, ...]] = {"due_date": ("due_at", "ready_at")}
-        if changes.get("repeat") is not None and "due_date" not in changes:
+        if changes.get("repeat") is not None:
             columns["repeat"] = ("repeat", "due_at", "ready_at")
         allowed = "data priority due_date repeat retries retry_delay timeout keep_result".split()
         for name in changes:
@@ -2982,6 +3029,8 @@ class TaskQueue(_Tasks):
         self._in_memory = InMemoryTasks(self)
         self._watchers: tuple[Any, ...] = ()  # Running clusters: have _queue_changed().
         self._listeners: dict[str, Listener] = {}
+        self._owners: list[str] = []  # Masters to wake, as of when we looked last.
+        self._next_owners = self._next_knock = 0.0  # Monotonic.
 
     def __enter__(self) -> TaskQueue:
         return self
@@ -3006,6 +3055,18 @@ class TaskQueue(_Tasks):
             _worker.tell_master_of_changes()
         for watcher in self._watchers:
             watcher._queue_changed(removed)
+
+    def _wake_others(self) -> None:
+        """Have the masters in other processes look at the store, so that they need not
+        poll it. Not for each of many tasks: who is woken looks again a little later."""
+        now = time.monotonic()
+        if now >= self._next_owners:
+            self._next_owners = now + OWNERS_SECONDS
+            with contextlib.suppress(StoreError):
+                self._owners = self._store.owners()
+        if self._owners and now >= self._next_knock:
+            self._next_knock = now + KNOCK_SECONDS
+            _wake_owners(self._owners)
 
     def add_task(
         self,
@@ -3104,6 +3165,8 @@ class TaskQueue(_Tasks):
             if connection.in_transaction:
                 return rows  # Nobody else can see them yet.
         self._changed()
+        if not row.in_memory:
+            self._wake_others()
         return rows
 
     def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
@@ -3599,14 +3662,22 @@ class _Calls:
 
 
 class _WakeUp:
-    """Ends the dispatcher's wait, from any thread: at most one byte is under way."""
+    """Ends the dispatcher's wait, from any thread: at most one byte is under way.
+
+    The same for other processes that add tasks is `bell`, a datagram socket on loopback.
+    What it says is not read: whoever rings it causes a look at the store, no more.
+    """
 
     def __init__(self) -> None:
         self.reader, self._writer = socket.socketpair()
-        self.reader.setblocking(False)
-        self._writer.setblocking(False)
+        self.bell, self.port = socket.socket(type=socket.SOCK_DGRAM), 0
+        with contextlib.suppress(OSError):  # Without it they wait for `refresh_rate`.
+            self.bell.bind(("127.0.0.1", 0))
+            self.port = self.bell.getsockname()[1]
         self._pending = False
-        _master_ends.update((self.reader, self._writer))
+        for end in (self.reader, self._writer, self.bell):
+            end.setblocking(False)
+            _master_ends.add(end)
 
     def set(self) -> None:
         if not self._pending:
@@ -3620,8 +3691,13 @@ class _WakeUp:
             self.reader.recv(64)
         self._pending = False
 
+    def clear_bell(self) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                self.bell.recv(64)
+
     def close(self) -> None:
-        for end in (self.reader, self._writer):
+        for end in (self.reader, self._writer, self.bell):
             _master_ends.discard(end)
             end.close()
 
@@ -3911,7 +3987,7 @@ class _WorkerHandle:
         taken = [run for run in self.runs if run.number in numbers]
         for run in taken:
             self.runs.remove(run)
-            self.load -= run.cost
+        self.load = sum(run.cost for run in self.runs)
         return taken
 
     def end_head(self, now: float) -> _Run:
@@ -4255,6 +4331,8 @@ class Cluster(concurrent.futures.Executor):
         self._boot_after, self._failed_boots = 0.0, 0  # Back-off of dying starts.
         self._boot_error: Exception | None = None
         self._look = True  # Something may be claimable in the store. Any thread sets it.
+        self._added = False  # Something was added since the last look: claim first.
+        self._look_again = math.inf  # Monotonic: a second look after the bell.
         self._news = False  # Something was added since this turn began. Any thread sets it.
         self._hungry = True  # New tasks could start at once: adding them ends the wait.
         self._upcoming: list[int] | None = []  # What next_due said; None: more than we take.
@@ -4296,11 +4374,13 @@ class Cluster(concurrent.futures.Executor):
             self._future_thread = _Calls("futures")
             self._listener_thread = _Calls("listener")
             self._broker_thread = _Calls("broker")
-            self._owner = _new_owner()
             self._wake = _WakeUp()
+            self._owner = _new_owner(self._wake.port)
             self._context = multiprocessing.get_context(self._start_method)
             self._selector = selectors.DefaultSelector()
-            self._selector.register(self._wake.reader, selectors.EVENT_READ, None)
+            self._selector.register(self._wake.reader, selectors.EVENT_READ, self._wake.clear)
+            if self._wake.port and not self._in_memory_only:
+                self._selector.register(self._wake.bell, selectors.EVENT_READ, self._on_bell)
             _master_ends.add(self._selector)
             self.queue._watchers += (self,)
             _running.add(self)
@@ -4515,7 +4595,7 @@ class Cluster(concurrent.futures.Executor):
         self._wake_up()
 
     def _queue_changed(self, removed: bool) -> None:
-        self._look = self._news = True
+        self._look = self._news = self._added = True
         if removed:
             self._check_futures = True
         if removed or self._hungry:
@@ -4578,9 +4658,9 @@ class Cluster(concurrent.futures.Executor):
         self._keep_house(now)
         self._settle_in_memory()
         self._claim_in_memory()
+        self._assign(now)
         self._use_store(now)
         self._scale(now)
-        self._assign(now)
         self._progress(now)
         if self._mode != "closed":
             self._receive()
@@ -4591,7 +4671,6 @@ class Cluster(concurrent.futures.Executor):
 
     def _receive(self) -> None:
         """The only wait: for workers, other threads, or the alarm."""
-        wake = cast(_WakeUp, self._wake)
         # When all workers have work, a turn follows soon anyhow: new tasks need not end
         # the wait, and add up meanwhile.
         self._hungry = len(self._workers) < self._max_workers or any(
@@ -4601,9 +4680,9 @@ class Cluster(concurrent.futures.Executor):
         if self._inbox or (self._news and self._hungry):
             timeout = 0.0
         for key, events in self._selector.select(None if timeout == math.inf else timeout):
-            worker: _WorkerHandle | None = key.data
-            if worker is None:
-                wake.clear()
+            worker = key.data
+            if not isinstance(worker, _WorkerHandle):
+                worker()
                 continue
             if events & selectors.EVENT_WRITE:
                 worker.channel.flush()
@@ -4612,6 +4691,12 @@ class Cluster(concurrent.futures.Executor):
         for worker in self._workers:
             if not worker.channel.takes_back:
                 self._hear(worker)
+
+    def _on_bell(self) -> None:
+        """Another process has added a task, and perhaps more, for which it did not ring."""
+        cast(_WakeUp, self._wake).clear_bell()
+        self._look = self._added = True
+        self._look_again = time.monotonic() + 2 * KNOCK_SECONDS
 
     def _hear(self, worker: _WorkerHandle) -> None:
         """Take in what a worker has sent."""
@@ -4835,11 +4920,12 @@ class Cluster(concurrent.futures.Executor):
                 self._give_back(worker.take_back())
                 head.verdict = "timeout"
                 worker.kill()
-            elif len(worker.runs) > 1 and worker.since + SLOW_SECONDS <= now:
+            elif head and len(worker.runs) > 1 and worker.since + SLOW_SECONDS <= now:
                 self._give_back(worker.take_back())
-                slow = cast(_Run, head).row.task_type
-                self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.since))
-                worker.load = max(worker.load, 1.0)
+                if head in worker.runs:  # Else the system is so slow that it has not begun.
+                    slow = head.row.task_type
+                    self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.since))
+                    head.cost = worker.load = 1.0
             if worker.kill_at <= now:
                 worker.kill()
             self._look_at_exit(worker, now)
@@ -5035,12 +5121,15 @@ class Cluster(concurrent.futures.Executor):
             return
         claiming = self._mode in ("running", "finishing")
         room = self._room() if claiming else 0.0
+        if self._look_again <= now:
+            self._look, self._look_again = True, math.inf
+        self._wake_at(self._look_again)
         if self._store_due <= self.queue._now():
             self._look, self._store_due = True, NEVER
         if not self._unsettled and not (self._look and claiming):
             return
         runs, self._unsettled = self._unsettled, []
-        self._look = False
+        added, self._look, self._added = self._added, False, False
         self._store_busy, self._in_flight = True, len(runs)
         outcomes = [run.outcome for run in runs]
         owner, types, until = self._owner, dict(self._claimable()), self._until
@@ -5048,7 +5137,7 @@ class Cluster(concurrent.futures.Executor):
 
         def work() -> None:
             try:
-                answer: Any = self._store_turn(owner, outcomes, types, room, most, until)
+                answer: Any = self._store_turn(owner, outcomes, types, room, most, until, added)
             except BaseException as error:
                 answer = error
             self._post(lambda: self._on_store_answer(runs, answer))
@@ -5063,21 +5152,21 @@ class Cluster(concurrent.futures.Executor):
         room: float,
         most: int,
         until: int,
+        added: bool,
     ) -> tuple[list[bool], list[Row], list[int] | None]:
         """What the store thread does for a turn. A look at an empty queue writes nothing."""
         store, held, rows = self.queue._store, [], []
-        if outcomes:
+        if outcomes or (added and room > 0):
             with store.transaction():
-                held = store.settle(owner, outcomes, self.queue._now())
+                if outcomes:
+                    held = store.settle(owner, outcomes, self.queue._now())
                 if room > 0:
                     rows = store.claim(owner, types, room, self.queue._now(), until)
-        if most and sum(types[row.task_type] for row in rows) >= room / 2 and rows:
-            return held, rows, None
-        if outcomes and most:
-            return held, rows, None  # Recorded and claimed; the next turn looks on.
+            if most and (outcomes or rows):
+                return held, rows, None  # The next turn looks on.
         now = self.queue._now()
         upcoming = store.next_due(owner, types, most, now, until) if most else []
-        if room > 0 and upcoming and upcoming[0] <= now and not rows:
+        if room > 0 and upcoming and upcoming[0] <= now:
             rows = store.claim(owner, types, room, now, until)
             if rows:
                 return held, rows, None
@@ -5673,6 +5762,123 @@ def _demo() -> int:
     return OK
 
 
+# --- Bench ---------------------------------------------------------------------------
+# `python taskpool.py bench`: what this machine does. .ci/bench.py runs peers beside it.
+
+
+def _bench_nothing(job: Task) -> None:
+    """The task of which only the queue's own work is seen."""
+
+
+def _bench_late(job: Task) -> float:
+    """Seconds from just before add_task to the start of the function."""
+    return time.time() - cast(float, job.data)
+
+
+_BENCH_MAP: dict[str, TaskFunction] = {"nothing": _bench_nothing, "late": _bench_late}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
+def _resident_bytes() -> int:
+    """The memory of this process; 0 where /proc does not tell."""
+    pages = _read_text("/proc/self/statm").split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
+
+
+def _bench_claims(path: str, waiting: int) -> float:
+    """Seconds for claim and settle of one task while so many others wait. (Median)"""
+    store, now = SQLiteStore(path), time.time_ns() // 1000
+
+    def add(count: int, task_type: str) -> None:
+        for start in range(0, count, 10_000):
+            part = range(start, min(start + 10_000, count))
+            store.add([_make_row(now, task_type) for _ in part], now)
+
+    def claim_and_settle() -> None:
+        (row,) = store.claim("bench", ["nothing"], 1, now)
+        store.settle("bench", [Outcome(row.id, row.claim, "done")], now)
+
+    for task_type in ("nothing", "foreign"):
+        add(waiting // 2, task_type)
+    add(1000, "nothing")
+    seconds = _median(_seconds(claim_and_settle) for _ in range(1000))
+    store.close()
+    return seconds
+
+
+def _bench_latency(cluster: Cluster, in_memory: bool) -> float:
+    def once() -> float:
+        time.sleep(0.002)  # An idle cluster, not a busy one.
+        return cast(float, cluster.submit("late", time.time(), in_memory=in_memory).result())
+
+    return _median(once() for _ in range(200))
+
+
+def _bench_lines(folder: str) -> Iterator[tuple[str, str]]:
+    """What was measured, and the number, as they come."""
+    queue = TaskQueue(os.path.join(folder, "bench.db"))
+    options: Any = {"keep_alive": "always", "auto_initialize": False}
+    cluster = Cluster(_BENCH_MAP, queue, **options)
+
+    before, count = _resident_bytes(), 200_000
+    add = lambda: [queue.add_task("nothing", in_memory=True) for _ in range(count)]  # noqa: E731
+    yield "add_task in memory", f"{count / _seconds(add):,.0f} a second"
+    if before:
+        yield "a waiting task in memory", f"{(_resident_bytes() - before) / count:,.0f} bytes"
+    queue.in_memory.remove(state="waiting")
+
+    add = lambda: [queue.add_task("nothing") for _ in range(5000)]  # noqa: E731
+    yield "add_task", f"{5000 / _seconds(add):,.0f} a second"
+    many = [{"task_type": "nothing"}] * 50_000
+    yield "add_tasks", f"{50_000 / _seconds(lambda: queue.add_tasks(many)):,.0f} a second"
+    cluster.initialize()
+    while queue.count(state="waiting") > 54_000:
+        time.sleep(0.001)
+    left = queue.count()
+    yield "stored tasks run", f"{left / _seconds(cluster.drain):,.0f} a second"
+
+    def submit() -> None:
+        for future in [cluster.submit("nothing", in_memory=True) for _ in range(20_000)]:
+            future.result()
+
+    rates = [20_000 / _seconds(submit) for _ in range(3)]
+    yield "submit to result, in memory", f"{_median(rates):,.0f} a second"
+    for in_memory, what in ((False, "stored"), (True, "in memory")):
+        ms = _bench_latency(cluster, in_memory) * 1000
+        yield f"until an idle worker starts, {what}", f"{ms:.2f} ms"
+    cluster.shutdown()
+
+    def start() -> None:
+        with Cluster(_BENCH_MAP, queue, in_memory_only=True) as fresh:
+            fresh.submit("nothing").result()
+
+    yield "start and end of a cluster", f"{_seconds(start) * 1000:.0f} ms"
+    queue.close()
+    for waiting in (1_000, 100_000, 1_000_000):
+        us = _bench_claims(os.path.join(folder, f"{waiting}.db"), waiting) * 1e6
+        yield f"claim and settle, {waiting:,} waiting", f"{us:.0f} us"
+
+
+def _bench() -> int:
+    import tempfile
+
+    print(f"taskpool {__version__}, Python {sys.version.split()[0]}, {_usable_cpus()} CPUs")
+    with tempfile.TemporaryDirectory(prefix="taskpool-bench-") as folder:
+        for what, number in _bench_lines(folder):
+            print(f"  {what:<40} {number:>20}", flush=True)
+    return OK
+
+
 # --- Command line --------------------------------------------------------------------
 
 
@@ -5693,10 +5899,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--demo", action="store_true", help="show it at work, on real files")
+    parser.add_argument("command", nargs="?", choices=["bench"])
     parser.add_argument("--version", action="version", version=f"taskpool {__version__}")
     options = parser.parse_args(arguments)
     if options.demo:
         return _demo()
+    if options.command == "bench":
+        return _bench()
     parser.print_usage(sys.stderr)
     return USAGE
 

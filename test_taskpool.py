@@ -861,6 +861,33 @@ class StoreContract:
         self.add(*[row(str(i)) for i in range(50)])
         self.assertEqual([r.id for _ in range(50) for r in self.claim(1)], [str(i) for i in range(50)])
 
+    FLOOD = 2 * taskpool.PROMOTE_TASKS + 1
+
+    def test_tasks_that_come_due_together_are_all_served_however_many(self):
+        """A look makes no more than a part of them ready, so that it takes its time for none."""
+        soon = timedelta(seconds=1)
+        self.add(*[row(f"t{i}", due_date=soon) for i in range(self.FLOOD)])
+        later = NOW + SECOND
+        taken = []
+        while self.store.next_due("me", ["x"], 1, later):
+            got = self.claim(self.FLOOD, now=later)
+            self.assertTrue(got)
+            taken += got
+        self.assertEqual(sorted(r.id for r in taken), sorted(f"t{i}" for i in range(self.FLOOD)))
+
+    def test_a_map_of_many_types_is_served_like_one_of_few(self):
+        types = [f"type {i:02}" for i in range(40)]
+        self.add(*[row(t, t, priority=i % 7) for i, t in enumerate(types[::2])], row("foreign", "y", priority=99))
+        self.add(row("mine", types[1], lane="me", priority=8), row("hers", types[3], lane="she", priority=9))
+        self.add(row("soon", types[5], due_date=timedelta(seconds=5), priority=9))
+        self.assertEqual(self.store.next_due("me", types, 100, NOW), [NOW] * 21 + [NOW + 5 * SECOND])
+        taken = self.store.claim("me", types, 100, NOW)
+        self.assertEqual(taken[0].id, "mine")
+        expected = sorted(range(20), key=lambda i: (-(i % 7), i))
+        self.assertEqual([r.id for r in taken[1:]], [types[::2][i] for i in expected])
+        (soon,) = self.store.claim("me", types, 100, NOW + 5 * SECOND)
+        self.assertEqual(soon.id, "soon")
+
     def test_order_holds_across_types_and_lanes(self):
         for order in (1, -1):
             rows = [
@@ -1140,26 +1167,38 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.add(row("a"), row("b"))
         self.assertEqual([r.id for r in self.other().find(Query(), NOW)], ["a", "b"])
 
-    def test_indexes_serve_the_claim_and_the_timer(self):
+    def test_an_index_serves_every_statement(self):
         """EXPLAIN of the constants: no scan of the table, no sorting (PF-01, MG-09)."""
         self.add(row())
         db = sqlite3.connect(self.folder / "store.db")
         self.addCleanup(db.close)
-        for statement, index in [
-            (taskpool._READY, "taskpool_ready"), (taskpool._COUNT_READY, "taskpool_ready"),
-            (taskpool._NEXT_DUE, "taskpool_scheduled"), (taskpool._PROMOTE, "taskpool_scheduled"),
-            (taskpool._SUSPECT, "taskpool_running"), (taskpool._HELD_BY, "taskpool_running"),
-            (taskpool._OPEN_LANE, "taskpool_lane"), (taskpool._EXPIRE, "taskpool_expires"),
-            (taskpool._FINISH, "sqlite_autoindex"), (taskpool._CLAIM, "PRIMARY KEY"),
-            (taskpool._OWNERS, "taskpool_running"), (taskpool._FOREIGN, "taskpool_ready"),
-        ]:
-            values = [0] * statement.count("?")
-            plan = [r[3] for r in db.execute("EXPLAIN QUERY PLAN " + statement, values)]
-            with self.subTest(statement=statement):
-                text = "\n".join(plan)
-                self.assertIn(index, text)
-                self.assertNotIn("TEMP B-TREE FOR ORDER", text)
-                self.assertNotRegex(text, r"SCAN (TABLE )?taskpool_task($|\n)")
+        by_id = "sqlite_autoindex_taskpool_task_1"
+        served = {
+            "_BY_ID": by_id, "_ERASE": by_id, "_WRITE": by_id, "_FINISH": by_id, "_HELD_ROW": by_id,
+            "_REMOVE": by_id, "_MARK": by_id,
+            "_CLAIM": "PRIMARY KEY", "_SET_ASIDE": "PRIMARY KEY",
+            "_READY": "taskpool_ready", "_COUNT_READY": "taskpool_ready",
+            "_PROMOTE": "taskpool_scheduled", "_NEXT_DUE": "taskpool_scheduled",
+            "_STARTABLE": "taskpool_ready .*taskpool_scheduled .*taskpool_scheduled ",
+            "_HELD_BY": "taskpool_running", "_OWNERS": "taskpool_running", "_SUSPECT": "taskpool_running",
+            "_OPEN_LANE": "taskpool_lane", "_EXPIRE": "taskpool_expires",
+            "_MASTERS": "sqlite_autoindex_taskpool_master_1",
+            "_RENEW": "sqlite_autoindex_taskpool_master_1", "_LEAVE": "sqlite_autoindex_taskpool_master_1",
+        }
+        statements = {
+            name: value for name, value in vars(taskpool).items()
+            if isinstance(value, str) and re.match(r"\s*(SELECT|UPDATE|DELETE|WITH)\b", value) and name != "_TABLES"
+        }
+        self.assertEqual(set(statements), set(served))
+        for name, statement in statements.items():
+            if name in ("_REMOVE", "_MARK"):  # The filters of the user follow.
+                statement += " AND id IN (?)"
+            values = {"lane": 0, "instant": 0} if ":lane" in statement else [0] * statement.count("?")
+            plan = "\n".join(r[3] for r in db.execute("EXPLAIN QUERY PLAN " + statement, values))
+            with self.subTest(statement=name, plan=plan):
+                self.assertRegex(plan, re.compile(served[name], re.DOTALL))
+                self.assertNotIn("TEMP B-TREE FOR ORDER", plan)
+                self.assertNotRegex(plan, r"SCAN (TABLE )?taskpool_task($|\n)")
 
     def test_a_row_that_cannot_be_read_is_set_aside_and_the_others_run(self):
         """CR-08, SQ-05, TT-05."""
@@ -2262,6 +2301,21 @@ class TestClusterOptions(InFolder):
         cluster.set_refresh_rate(20)
         self.assertEqual(queue.wait(task.id, PATIENCE).state, "done")
 
+    def test_tasks_of_other_processes_start_without_waiting_for_the_poll(self):
+        """Each add rings a bell, or comes so soon after one that the second look finds it."""
+        queue = self.queue()
+        cluster = self.cluster({"echo": echo}, queue, refresh_rate=3_600_000)
+        cluster.submit("echo").result(PATIENCE)
+        self.run_script(
+            """
+            from taskpool import TaskQueue
+            queue = TaskQueue("tasks.db")
+            for burst in range(5):
+                for task in [queue.add_task("echo", keep_result=60) for _ in range(10)]:
+                    assert queue.wait(task.id, 60).state == "done"
+            """
+        )
+
     def test_the_start_method_of_the_program_is_not_fixed(self):
         """ENGINE 52, WP-04."""
         out = self.run_script(
@@ -2548,6 +2602,22 @@ class TestP5Order(InFolder):
         self.assertTrue(cluster.drain(PATIENCE))
         ids = [line.split()[0] for line in lines_of(path)]
         self.assertEqual(ids, [f"1{i:03}" for i in range(500)] + [f"0{i:03}" for i in range(500)])
+
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
+    def test_a_worker_that_could_not_begin_its_batch_is_used_again(self):
+        """Not one of its tasks has started when they are taken back: it has all its room."""
+        cluster = self.cluster({"echo": echo}, max_available_workers=1, keep_alive="always", in_memory_only=True)
+        list(cluster.map("echo", range(100)))  # Known to be quick: they go in batches.
+        (worker,) = cluster.workers()
+        os.kill(worker["pid"], signal.SIGSTOP)
+        futures = [cluster.submit("echo", i) for i in range(100)]
+        eventually(lambda: cluster.workers()[0]["state"] == "busy")
+        first = cluster.workers()[0]["since"]
+        again = lambda: cluster.workers()[0]["since"] - first > timedelta(milliseconds=10)
+        eventually(again, "giving it tasks once more")
+        os.kill(worker["pid"], signal.SIGCONT)
+        self.assertEqual([future.result(PATIENCE) for future in futures], list(range(100)))
+        self.assertEqual([w["pid"] for w in cluster.workers()], [worker["pid"]])
 
     def test_nothing_waits_behind_a_slow_task_while_a_worker_is_idle(self):
         queue, path = self.queue(), str(self.folder / "hold")
@@ -4175,7 +4245,7 @@ class TestRepeat(InFolder):
         queues = self.queue(), self.queue()
         for queue in queues:
             queue.add_event_listener("done", lambda value, task: told.append((task.state, task.due_date, value)))
-            self.cluster({"slot": add_slot}, queue)
+            self.cluster({"slot": add_slot}, queue, keep_alive="always")
         interval = timedelta(milliseconds=20)
         first = queues[0].add_task("slot", {"file": path}, repeat=interval).due_date
         eventually(lambda: len(told) > 30)
@@ -4192,20 +4262,22 @@ class TestRepeat(InFolder):
         """RC-10, RC-12, CR-03."""
         queue, told = self.queue(), []
         queue.add_event_listener("error", lambda value, task: told.append((task.id, task.state, task.attempt)))
-        self.cluster({"slot": add_slot}, queue)
-        for how in ("raise", "exit", "hang"):
-            data = {"file": str(self.folder / how), "how": how}
-            queue.add_task("slot", data, task_id=how, repeat=timedelta(milliseconds=50), timeout=0.3 if how == "hang" else None)
-        both = {"file": str(self.folder / "in memory"), "how": "raise"}
-        queue.add_task("slot", both, task_id="in memory", in_memory=True, retries=1, retry_delay=0, repeat=timedelta(milliseconds=50))
-        for how in ("raise", "exit", "hang", "in memory"):
-            eventually(lambda: len(set(self.slots(self.folder / how))) >= 3, how)
-        for how, error in (("raise", "ValueError: bad"), ("exit", "WorkerDied"), ("hang", "TaskTimeout")):
+        self.cluster({"slot": add_slot}, queue, keep_alive="always")
+        errors = {"raise": "ValueError: bad", "exit": "WorkerDied", "hang": "TaskTimeout"}
+        for how, error in errors.items():
+            path = str(self.folder / how)
+            timeout = 0.3 if how == "hang" else None
+            queue.add_task("slot", {"file": path, "how": how}, task_id=how, timeout=timeout, repeat=timedelta(milliseconds=10))
+            eventually(lambda: len(set(self.slots(path))) >= 3, how)
             self.assertIn(error, queue.find_one(task_id=how).error)
+            queue.remove(task_id=how)
+        path, retried = str(self.folder / "retried"), {"task_id": "retried", "retries": 1, "retry_delay": 0}
+        data = {"file": path, "how": "raise"}
+        queue.add_task("slot", data, in_memory=True, repeat=timedelta(milliseconds=10), **retried)
+        eventually(lambda: len(set(self.slots(path))) >= 3, "in memory")
+        queue.in_memory.remove(task_id="retried")
+        eventually(lambda: {attempt for i, _, attempt in list(told) if i == "retried"} == {1, 2})
         self.assertEqual({state for _, state, _ in told}, {"waiting"})
-        self.assertEqual({(i, attempt) for i, _, attempt in told if i == "in memory"}, {("in memory", 1), ("in memory", 2)})
-        queue.remove(state=["waiting", "running"])
-        queue.in_memory.remove(task_id="in memory")
 
     def test_a_future_is_the_first_run_and_the_schedule_goes_on_in_its_cluster(self):
         path, first, second = str(self.folder / "lines"), self.queue(), self.queue()
@@ -4279,6 +4351,12 @@ class TestRepeat(InFolder):
         (task,) = queue.find()
         self.assertEqual((task.repeat, len(lines_of(self.folder / "lines"))), (timedelta(hours=5), 2))
 
+    def test_only_the_end_of_a_run_ends_a_wait(self):
+        """Not a claim given back, nor a due date changed by update()."""
+        before = row(repeat=timedelta(hours=1))
+        for claim, due_at, expected in ((1, NOW, False), (0, NOW + 9, False), (1, NOW + 9, True)):
+            self.assertEqual(taskpool.has_run(before._replace(claim=claim, due_at=due_at), before), expected)
+
     def test_two_tasks_with_the_same_rule_are_two_schedules(self):
         """RC-06."""
         queue = self.queue()
@@ -4301,6 +4379,23 @@ class TestRepeat(InFolder):
         self.assertEqual(lines_of(path), ["n 1", "n 1"])
         (task,) = queue.find()
         self.assertEqual((task.state, task.due_date - task.created_at), ("waiting", timedelta(hours=1)))
+
+    def test_the_fifth_interruption_is_told_as_an_error_of_a_waiting_task(self):
+        """P3."""
+        class Interrupted(SQLiteStore):
+            ended = [row("t", repeat=timedelta(hours=1))._replace(state="scheduled", error="Interrupted: 5 times")]
+
+            def recover(self, owner, seconds, now):
+                ended, Interrupted.ended = Interrupted.ended, []
+                return ended
+
+        told = []
+        with TaskQueue(Interrupted(self.folder / "tasks.db")) as queue, self.assertLogs("taskpool", "ERROR"):
+            queue.add_event_listener("error", lambda value, task: told.append((task.id, task.state, str(value))))
+            cluster = self.cluster({"x": echo}, queue)
+            eventually(lambda: told)
+            cluster.shutdown()
+        self.assertEqual(told, [("t", "waiting", "Interrupted: 5 times")])
 
     def test_a_clock_that_jumps_runs_each_slot_once_and_missed_ones_as_one(self):
         """RC-07, CK-01, CK-04."""
