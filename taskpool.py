@@ -2706,7 +2706,7 @@ class _RunHere:
         self._queue, self._broker = queue, broker
         self._task_map, self._raise_errors = task_map, raise_errors
         self._stores = [queue._store] if _worker else [queue.in_memory._store, queue._store]
-        self._owner = _new_owner()
+        self._owner = _new_owner(0)
         self._numbers = itertools.count()  # Of the runs.
         self._reports = _Reports(self._on_report)
         self._ended: list[Task] = []

@@ -4532,9 +4532,9 @@ class TestRunDue(InFolder):
             noted.append(self.tasks.add_task("other").created_at - job.due_date)
 
         noted = []
-        self.tasks.clock = datetime(2045, 1, 1, tzinfo=timezone.utc).timestamp  # A float's last digits are near.
+        self.tasks.clock = datetime(2040, 1, 1, tzinfo=timezone.utc).timestamp  # Floats lose microseconds from 2038 on.
         for number in range(200):
-            self.tasks.add_task("note", due_date=timedelta(microseconds=7_000_001 * number))
+            self.tasks.add_task("note", due_date=timedelta(microseconds=7_123_457 * number))
         self.tasks.run_due({"note": note}, until=timedelta(hours=1))
         self.assertEqual(noted, [timedelta()] * 200)
 
