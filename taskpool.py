@@ -78,6 +78,7 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import heapq
 import itertools
 import json
@@ -146,6 +147,8 @@ STORE_SECONDS = 0.1  # The same for a store that fails...
 STORE_CAP_SECONDS = 5.0  # ... up to this.
 BOOT_TRIES = 5  # Silent deaths of starting workers, in a row, that count as an error.
 WAIT_SECONDS = 3600.0  # Longest wait of a dispatcher: selectors overflow at 24 days.
+REPORT_SECONDS = 0.1  # Between two reports of job.progress that leave a worker...
+REPORT_STORE_SECONDS = 1.0  # ... and between two that a master stores.
 EXIT_SECONDS = 2.0  # A worker told to stop is killed after this long.
 ERROR_CHARS = 10_000  # Messages of exceptions are cut to this, tracebacks to 4 times.
 EXCEPTION_BYTES = 1_000_000  # A larger pickled exception travels as text only.
@@ -606,7 +609,8 @@ class Row(NamedTuple):
     priority: int
     created_at: int  # Microseconds since 1970, like all instants here.
     due_at: int  # The due date. Retries do not move it.
-    ready_at: int  # The earliest start: the due date, or that of the next retry.
+    ready_at: int  # The earliest start: the due date, or that of the next retry. While it
+    # is running: when it was claimed.
     retries: int
     retry_delay: float  # Seconds.
     timeout: float | None  # Seconds.
@@ -623,7 +627,7 @@ class Row(NamedTuple):
     removed: int = 0  # 1: remove() was called during the run.
     successor: str | None = None  # What replaces this when its run ends: _packed_row.
     repeat: str | None = None  # JSON text: microseconds, or the arguments of Cron.
-    progress: str | None = None
+    progress: str | None = None  # JSON of a Progress: the last report of its run.
     in_memory: bool = False  # Not a column.
 
 
@@ -663,18 +667,32 @@ def _datetime(instant: int) -> datetime:
     return _EPOCH + instant * _MICROSECOND
 
 
+class Progress(NamedTuple):
+    """What a task reported last, by `job.progress(done, total, note)`."""
+
+    done: float
+    total: float | None = None
+    note: str | None = None
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise RuntimeError("progress can be reported by the running task only, with its `job`")
+
+
 class Task:
     """One task, as it was when you looked. Immutable.
 
     Returned by add_task and find, and passed to your functions as `job`.
     """
 
-    __slots__ = ("_data", "_row")
+    __slots__ = ("_data", "_report", "_row")
     _row: Row
     _data: Any
+    _report: Callable[..., None]  # Only of the `job` of a running task.
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Row, report: Callable[..., None] | None = None) -> None:
         object.__setattr__(self, "_row", row)
+        if report is not None:
+            object.__setattr__(self, "_report", report)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Task is immutable; cannot set {name!r} (see TaskQueue.update)")
@@ -780,6 +798,15 @@ class Task:
         """The failure of its last run: type, message and traceback as text."""
         return self._row.error
 
+    @property
+    def progress(self) -> Any:
+        """In the running task a function: `job.progress(done, total=None, note=None)` reports
+        how far it is. Elsewhere its last report, with these as attributes; None if none."""
+        try:
+            return self._report
+        except AttributeError:
+            return self._row.progress and Progress(*json.loads(self._row.progress))
+
 
 _nonce = os.urandom(8).hex()  # Of this process; a fork draws another.
 _id_numbers = itertools.count()
@@ -869,6 +896,17 @@ def _checked_seconds(name: str, value: Any, zero: bool = False) -> float:
     return seconds
 
 
+def _checked_progress(done: Any, total: Any = None, note: Any = None) -> Progress:
+    for name, value in (("done", done), ("total", total)):
+        if type(value) not in (int, float) and not (value is None and name == "total"):
+            raise _wrong_type(name, value, "a number of 0 or more")
+        if value is not None and not 0 <= value <= MAX_INT:  # Neither is NaN.
+            raise _wrong_value(name, value, "a number of 0 or more")
+    if note is not None:
+        _checked_text("note", note)
+    return Progress(done, total, note)
+
+
 def _checked_milliseconds(name: str, value: Any) -> float:
     """Milliseconds (an int or a timedelta) as seconds."""
     allowed = "a whole number of milliseconds over 0, or a timedelta"
@@ -881,7 +919,7 @@ def _checked_milliseconds(name: str, value: Any) -> float:
     return value / 1000
 
 
-def _instant(due_date: Any, now: int) -> int:
+def _instant(due_date: Any, now: int, name: str = "due_date") -> int:
     """Microseconds since 1970 of a due date; naive datetimes are local time."""
     allowed = "a datetime (naive = local time), a timedelta from now, or None"
     if due_date is None:
@@ -895,8 +933,8 @@ def _instant(due_date: Any, now: int) -> int:
             aware = due_date if due_date.utcoffset() is not None else due_date.astimezone()
             return (aware - _EPOCH) // _MICROSECOND
     except (OverflowError, ValueError, OSError) as error:
-        raise _wrong_value("due_date", due_date, allowed + f" ({error})") from None
-    raise _wrong_type("due_date", due_date, allowed)
+        raise _wrong_value(name, due_date, allowed + f" ({error})") from None
+    raise _wrong_type(name, due_date, allowed)
 
 
 def _checked_repeat(repeat: Any) -> timedelta | Cron:
@@ -980,6 +1018,7 @@ def _make_row(
     timeout: Any = None,
     keep_result: Any = None,
     if_exists: Any = "raise",
+    connection: Any = None,
     lane: str = "",
 ) -> tuple[Row, str]:
     """The new Row and its `if_exists`, or the error that add_task documents."""
@@ -1003,6 +1042,8 @@ def _make_row(
         timeout = _checked_seconds("timeout", timeout)
     if keep_result is not None:
         keep_result = _checked_seconds("keep_result", keep_result, zero=True)
+    if connection is not None and not isinstance(connection, sqlite3.Connection):
+        raise _wrong_type("connection", connection, "a sqlite3.Connection to the queue's file")
     if repeat is not None:
         rule = _checked_repeat(repeat)
         if isinstance(rule, timedelta):
@@ -1026,11 +1067,12 @@ class Outcome(NamedTuple):
 
     id: str
     claim: int
-    state: str  # done, failed, ready (start again at ready_at), or removed.
+    state: str  # done, failed, ready (start again at ready_at), removed; running: a report.
     charged: bool = True  # False: given back; the start does not count.
     ready_at: int = 0
     result: str | None = None  # JSON text.
     error: str | None = None
+    progress: str | None = None  # JSON of a Progress.
 
 
 def back_off(seconds: float, failures: int, most: float) -> float:
@@ -1088,17 +1130,19 @@ def next_slot(repeat: str, due_at: int, now: int) -> int | None:
         return None
 
 
-def claimed(row: Row, owner: str) -> Row:
+def claimed(row: Row, owner: str, now: int) -> Row:
     """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
     # Five times as fast as _replace, and done for every task.
-    return Row._make((*row[:12], "running", row[13] + 1, row[14] + 1, owner, *row[16:]))
+    claim = "running", row[13] + 1, row[14] + 1, owner
+    return Row._make((*row[:6], now, *row[7:12], *claim, *row[16:]))
 
 
 def after_end(row: Row, now: int) -> Row | None:
     """done, failed -> waiting for its next slot, if it has one; else kept, or None."""
     slot = None if row.repeat is None else next_slot(row.repeat, row.due_at, now)
     if slot is not None:
-        return row._replace(state="scheduled", attempt=0, due_at=slot, ready_at=slot)
+        row = row._replace(state="scheduled", attempt=0, due_at=slot, ready_at=slot)
+        return row._replace(progress=None)
     if row.state == "failed":
         return row
     if row.keep_result is None:
@@ -1107,14 +1151,35 @@ def after_end(row: Row, now: int) -> Row | None:
     return row._replace(expires_at=now + kept)
 
 
+def failed_start(row: Row, error: str, now: int, may_retry: bool = True) -> Outcome:
+    """What becomes of a charged start that failed: a retry, or the end."""
+    if may_retry and row.attempt <= row.retries:
+        delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
+        ready_at = now + int(delay * 1e6)
+        return Outcome(row.id, row.claim, "ready", ready_at=ready_at, error=error)
+    return Outcome(row.id, row.claim, "failed", error=error, progress=row.progress)
+
+
+def as_told(row: Row, outcome: Outcome, now: int) -> Row:
+    """The Row of a run that has ended, for listeners."""
+    state = outcome.state
+    if row.repeat and row.state == "running" and next_slot(row.repeat, row.due_at, now):
+        state = "scheduled"
+    return row._replace(state=state, owner="", result=outcome.result, error=outcome.error)
+
+
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     """running -> the Row that follows, or None if the task is over and gone."""
+    if outcome.progress is not None:
+        row = row._replace(progress=outcome.progress)
+    if outcome.state == "running":
+        return row
     if row.removed or outcome.state == "removed":
         return None
     if not outcome.charged:
-        return row._replace(
-            state="ready", attempt=max(row.attempt - 1, 0), owner="", ready_at=outcome.ready_at
-        )
+        attempt = max(row.attempt - 1, 0)
+        row = row._replace(state="ready", attempt=attempt, owner="", progress=None)
+        return row._replace(ready_at=outcome.ready_at)
     if row.successor is not None:
         # Its created_at stays: that is when it was added.
         return Row(**json.loads(row.successor))
@@ -1125,7 +1190,7 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     )
     if outcome.state == "ready":
         state = "ready" if outcome.ready_at <= now else "scheduled"
-        return row._replace(state=state, ready_at=outcome.ready_at)
+        return row._replace(state=state, ready_at=outcome.ready_at, progress=None)
     return after_end(row, now)
 
 
@@ -1150,14 +1215,14 @@ def after_interruption(row: Row, now: int) -> Row | None:
         error = f"Interrupted: its master died {times} while it ran this task alone"
         row = row._replace(state="failed", owner="", interrupted=0)
         return after_end(row._replace(result=None, error=error), now)
-    return row._replace(
-        state="ready", attempt=max(row.attempt - 1, 0), owner="", interrupted=interrupted, lane=""
-    )
+    row = row._replace(state="ready", attempt=max(row.attempt - 1, 0), owner="", progress=None)
+    return row._replace(interrupted=interrupted, lane="")
 
 
 def after_retry(row: Row, now: int) -> Row:
     """failed -> waiting, with a fresh set of attempts."""
-    return row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="")
+    row = row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="")
+    return row._replace(progress=None)
 
 
 def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Row]:
@@ -1563,7 +1628,7 @@ class MemoryStore(Store):
                     break
                 else:
                     limit -= shares[row.task_type]
-                    rows[row.id] = running = claimed(row, owner)
+                    rows[row.id] = running = claimed(row, owner, now)
                     taken.append(running)
                 heapq.heappop(heap)
                 while heap and rows.get(heap[0][3].id) is not heap[0][3]:
@@ -1746,6 +1811,10 @@ _UPGRADES = (
     ),
 )
 _TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+_FILES = "PRAGMA database_list"  # Rows of number, name, file.
+# Does nothing, but as a write: it waits for the lock, where a transaction that has only
+# read fails at once if another process wrote meanwhile.
+_LOCK = "PRAGMA main.incremental_vacuum(1)"
 
 # -> waiting. Fails if the id is taken.
 _ADD = f"INSERT INTO taskpool_task ({_LIST}) VALUES ({', '.join('?' * len(_COLUMNS))})"
@@ -1770,7 +1839,8 @@ ORDER BY priority DESC, created_at, seq LIMIT ?
 # ready -> running
 _CLAIM = """
 UPDATE taskpool_task
-SET state = 'running', owner = ?, claim = claim + 1, attempt = attempt + 1 WHERE seq = ?
+SET state = 'running', owner = ?, ready_at = ?, claim = claim + 1, attempt = attempt + 1
+WHERE seq = ?
 """
 # ready -> failed, for rows that cannot be read: they must not block the rest.
 _SET_ASIDE = "UPDATE taskpool_task SET state = 'failed', error = ? WHERE seq = ?"
@@ -1998,14 +2068,16 @@ class SQLiteStore(Store):
             db.execute(f"PRAGMA synchronous = {self._synchronous}")
             db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             if self._version(db) != SCHEMA_VERSION:
+                db.execute("BEGIN IMMEDIATE")
                 self._make_schema(db)
+                db.execute("COMMIT")
         except BaseException:
             db.close()
             raise
         self._connections.append(db)
         return db
 
-    def _version(self, db: sqlite3.Connection) -> int | None:
+    def _version(self, db: sqlite3.Connection | sqlite3.Cursor) -> int | None:
         """The version of our tables, None if there are none. Raises StoreError if newer.
 
         In a file of ours it is `user_version`, where other tools see it. In one that is
@@ -2028,9 +2100,8 @@ class SQLiteStore(Store):
             )
         return version
 
-    def _make_schema(self, db: sqlite3.Connection) -> None:
-        """Make the tables, or bring those of an older version up to date."""
-        db.execute("BEGIN IMMEDIATE")
+    def _make_schema(self, db: sqlite3.Connection | sqlite3.Cursor) -> None:
+        """Make the tables, or bring those of an older version up to date: in a transaction."""
         version = self._version(db)  # Again: another process may have been quicker.
         if version is not None:
             for statements in _UPGRADES[version:]:
@@ -2042,7 +2113,6 @@ class SQLiteStore(Store):
         db.execute("INSERT INTO taskpool_version VALUES (?)", (SCHEMA_VERSION,))
         if all(name.startswith("taskpool_") for (name,) in db.execute(_TABLES)):
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        db.execute("COMMIT")
 
     def _use_wal(self, db: sqlite3.Connection) -> None:
         # The switch needs the file for itself and fails at once, whatever the timeout.
@@ -2142,6 +2212,44 @@ class SQLiteStore(Store):
             return [additions[0][0]]
         return self._write(lambda db: [self._add(db, *addition) for addition in additions])
 
+    def add_through(
+        self, connection: sqlite3.Connection, additions: Sequence[tuple[Row, str]]
+    ) -> list[Row]:
+        """add() in the transaction of the caller's own *connection* to the same file.
+
+        Begins one where sqlite3 would; neither commits nor rolls it back.
+        """
+        factory = connection.text_factory
+        db = sqlite3.Cursor(connection)  # Without the connection's row_factory.
+        with self._errors():
+            try:
+                connection.text_factory = str
+                main = next(file for _, name, file in db.execute(_FILES) if name == "main")
+                if not (main and os.path.exists(self.path) and os.path.samefile(main, self.path)):
+                    text = f"connection is to {main or 'memory'}; give one to {self.path}"
+                    raise ValueError(text)
+                # From Python 3.12 on isolation_level counts only if autocommit is -1.
+                level = connection.isolation_level
+                if getattr(connection, "autocommit", -1) == -1 and level is not None:
+                    if not connection.in_transaction:
+                        db.execute(f"BEGIN {level}")
+                db.execute("SAVEPOINT taskpool")
+                try:
+                    db.execute(_LOCK)
+                    if self._version(db) != SCHEMA_VERSION:
+                        self._make_schema(db)
+                    rows = [self._add(db, new, if_exists) for new, if_exists in additions]
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back all.
+                        db.execute("ROLLBACK TO taskpool")
+                        db.execute("RELEASE taskpool")
+                    raise
+                db.execute("RELEASE taskpool")
+                return rows
+            finally:
+                connection.text_factory = factory
+                db.close()
+
     def _add_alone(self, new: Row) -> bool:
         """The usual case in one statement, which costs half of a transaction. False if
         that could not be done: the id is taken, say."""
@@ -2156,7 +2264,7 @@ class SQLiteStore(Store):
                 raise self._store_error(error) from error
             return self._opened == self._identity()
 
-    def _add(self, db: sqlite3.Connection, new: Row, if_exists: str) -> Row:
+    def _add(self, db: sqlite3.Connection | sqlite3.Cursor, new: Row, if_exists: str) -> Row:
         try:
             db.execute(_ADD, new[:-1])
             return new
@@ -2169,11 +2277,11 @@ class SQLiteStore(Store):
             self._replace(db, old, stored)
         return row
 
-    def _row(self, db: sqlite3.Connection, task_id: str) -> Row | None:
+    def _row(self, db: sqlite3.Connection | sqlite3.Cursor, task_id: str) -> Row | None:
         found = db.execute(_BY_ID, (task_id,)).fetchone()
         return None if found is None else Row(*found)
 
-    def _replace(self, db: sqlite3.Connection, old: Row, new: Row | None) -> None:
+    def _replace(self, db: sqlite3.Connection | sqlite3.Cursor, old: Row, new: Row | None) -> None:
         """Write *new* in the place of *old*; a new task goes to the end of the line."""
         if new is not None and (new.id, new.created_at) == (old.id, old.created_at):
             db.execute(_WRITE, (*new[:-1], old.id))
@@ -2225,7 +2333,7 @@ class SQLiteStore(Store):
         streams = [db.execute(_READY, (*place, until, most)) for place in places]
         candidates = heapq.merge(*streams, key=_rank)
         taken: list[Row] = []
-        taken_seq: list[tuple[str, int]] = []
+        taken_seq: list[tuple[str, int, int]] = []
         broken: list[tuple[str, int]] = []
         broken_rows: list[Row] = []
         for seq, *columns in candidates:
@@ -2241,8 +2349,8 @@ class SQLiteStore(Store):
             if cost > limit + 1e-9 or (row.interrupted and taken):
                 break
             limit -= cost
-            taken.append(claimed(row, owner))
-            taken_seq.append((owner, seq))
+            taken.append(claimed(row, owner, now))
+            taken_seq.append((owner, now, seq))
             if row.interrupted:
                 break
         for stream in streams:
@@ -2404,6 +2512,371 @@ class SQLiteStore(Store):
             return new
 
         return self._write(work)
+
+
+@atexit.register
+def _close_stores() -> None:
+    """At the end of the program: from Python 3.13 on, sqlite3 warns of what nobody closed.
+
+    Registered by the import, so that it comes after the ends of clusters.
+    """
+    for store in list(_reset_in_forks):
+        if isinstance(store, SQLiteStore) and store._write_lock.acquire(timeout=EXIT_SECONDS):
+            store.close()
+            store._write_lock.release()
+
+
+# --- Calls ---------------------------------------------------------------------------
+# How a task's function is called: in a worker, or here by TaskQueue.run_due.
+
+TaskFunction = Callable[..., Any]
+Broker = Callable[[Callable[[Any], None], dict[str, Any]], Any]
+
+
+class _Failure(NamedTuple):
+    """An exception on its way to another process."""
+
+    type_name: str
+    text: str
+    traceback: str
+    pickled: bytes | None  # None if it cannot be rebuilt.
+
+
+def _dumps(value: Any) -> bytes:
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+
+
+def _cut(text: str, most: int) -> str:
+    text = text[: most + 1].encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= most else text[:most] + "... (cut)"
+
+
+def _failure(error: BaseException) -> _Failure:
+    """Describe *error*, whatever it does to those who look at it."""
+    kind = type(error)
+    name = kind.__qualname__
+    if kind.__module__ not in ("builtins", "__main__", "__mp_main__"):
+        name = f"{kind.__module__}.{name}"
+    try:
+        text = _cut(str(error), ERROR_CHARS)
+    except Exception as other:
+        text = f"<its __str__ raised {type(other).__name__}>"
+    try:
+        lines = traceback.format_exception(kind, error, error.__traceback__)
+        trace = _cut("".join(_cut(line, ERROR_CHARS) for line in lines), 4 * ERROR_CHARS)
+    except Exception:
+        trace = f"{name}: {text}"
+    pickled = None
+    if isinstance(error, Exception):  # SystemExit and its like would end the receiver.
+        with contextlib.suppress(BaseException):
+            attempt = _dumps(error)
+            if len(attempt) <= EXCEPTION_BYTES and type(pickle.loads(attempt)) is kind:
+                pickled = attempt
+    return _Failure(name, text, trace, pickled)
+
+
+def _error_text(failure: _Failure) -> str:
+    """Task.error: type, message, traceback."""
+    head = f"{failure.type_name}: {failure.text}" if failure.text else failure.type_name
+    return f"{head}\n\n{failure.traceback}" if failure.traceback else head
+
+
+def _wants_toggle_ipc(function: TaskFunction) -> str | None:
+    """How to pass toggle_ipc: "name", "position", or None for not at all."""
+    import inspect
+
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # Some builtins have no signature.
+        return None
+    if any(parameter.name == "toggle_ipc" for parameter in parameters):
+        named = next(p for p in parameters if p.name == "toggle_ipc")
+        return "position" if named.kind is named.POSITIONAL_ONLY else "name"
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) > 1 and positional[1].default is positional[1].empty:
+        return "position"
+    return None
+
+
+def _checked_message(message: Any) -> Any:
+    allowed = 'a dict {"status": int > 1, "data": any}'
+    if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
+        raise _wrong_type("message", message, allowed)
+    if type(message["status"]) is not int:
+        raise _wrong_type("status", message["status"], "an int over 1")
+    if message["status"] <= 1:
+        raise _wrong_value("status", message["status"], "an int over 1 (0 and 1 are taken)")
+    return {"status": message["status"], "data": message.get("data")}
+
+
+def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
+    if not isinstance(task_map, Mapping):
+        raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
+    if not task_map:
+        raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
+    for task_type, function in task_map.items():
+        _checked_text("a key of task_map", task_type)
+        if not callable(function):
+            raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
+    return dict(task_map)
+
+
+def _resolve(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
+    """Resolve *future*, unless it already is."""
+    try:
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+    except concurrent.futures.InvalidStateError:
+        pass
+
+
+def _follow(future: Future[Any], result: Any) -> None:
+    """Resolve *future* with *result*; with its result, if that is a Future too."""
+    if not isinstance(result, Future):
+        _resolve(future, result)
+        return
+
+    def done(inner: Future[Any]) -> None:
+        if inner.cancelled():
+            _resolve(future, error=concurrent.futures.CancelledError())
+        elif inner.exception() is not None:
+            _resolve(future, error=inner.exception())
+        else:
+            _follow(future, inner.result())
+
+    result.add_done_callback(done)
+
+
+def _call(
+    function: TaskFunction, style: str | None, job: Task, toggle_ipc: Callable[[], Any]
+) -> Any:
+    """The result of a task's function, awaited where it is to be awaited."""
+    if style is None:
+        value = function(job)
+    elif style == "name":
+        value = function(job, toggle_ipc=toggle_ipc())
+    else:
+        value = function(job, toggle_ipc())
+    if type(value) is CoroutineType:
+        import asyncio
+
+        value = asyncio.run(value)
+    while isinstance(value, Future):
+        value = value.result()
+    return value
+
+
+def _packed(value: Any) -> bytes:
+    try:
+        return _dumps(value)
+    except Exception as error:
+        kind = type(value).__name__
+        raise TypeError(f"the result ({kind}) cannot be pickled: {error}") from error
+
+
+def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
+    """The result as JSON, and why it is not kept: for tasks that stay."""
+    if row.keep_result is None and row.repeat is None:
+        return None, None
+    try:
+        _check_json(value, "result", 0)
+        return _encode(value), None
+    except (TypeError, ValueError) as error:
+        problem = f"the result is kept as None: {error}"
+        return None, None if row.keep_result is None else problem
+
+
+class _Reports:
+    """Reports of job.progress on their way out: at most ten a second, and the last one."""
+
+    def __init__(self, send: Callable[[int, str], None]) -> None:
+        self._send = send  # Given the number of the run and the JSON of a Progress.
+        self._lock = threading.Lock()  # Protects all below, from the timer.
+        self._number = -1  # Of the running task, or -1.
+        self._unsent: Progress | None = None
+        self._next = 0.0  # Monotonic: when the next one may go.
+        self._timer: threading.Timer | None = None  # Sends what waits for that.
+
+    def begin(self, number: int) -> Callable[..., None]:
+        """The `job.progress` of a run that begins."""
+        self._number = number
+        return functools.partial(self._report, number)
+
+    def _report(
+        self, number: int, done: float, total: float | None = None, note: str | None = None
+    ) -> None:
+        report = _checked_progress(done, total, note)
+        with self._lock:
+            if number != self._number:
+                raise RuntimeError("progress was called after its task had ended")
+            self._unsent = report
+            wait = self._next - time.monotonic()
+            if wait <= 0:
+                self._flush()
+            elif self._timer is None:
+                self._timer = threading.Timer(wait, self._on_timer)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _on_timer(self) -> None:
+        with self._lock:
+            self._timer = None
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._unsent is not None:
+            self._next = time.monotonic() + REPORT_SECONDS
+            self._send(self._number, _encode(self._unsent))
+            self._unsent = None
+
+    def end(self) -> None:
+        """The run has ended: send what is left."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._flush()
+            self._number = -1
+
+
+class _RunHere:
+    """TaskQueue.run_due: a master and its only worker in the caller's thread."""
+
+    def __init__(
+        self,
+        queue: TaskQueue,
+        task_map: Mapping[str, TaskFunction],
+        raise_errors: bool,
+        broker: Broker | None,
+    ) -> None:
+        self._queue, self._broker = queue, broker
+        self._task_map, self._raise_errors = task_map, raise_errors
+        self._stores = [queue._store] if _worker else [queue.in_memory._store, queue._store]
+        self._owner = _new_owner(0)
+        self._numbers = itertools.count()  # Of the runs.
+        self._reports = _Reports(self._on_report)
+        self._ended: list[Task] = []
+
+    def run(self, until: int | None) -> list[Task]:
+        """Run what is due; with *until* also what becomes due, the clock moving along."""
+        queue, clock = self._queue, self._queue.clock
+        now, last = queue._now(), NEVER if until is None else until
+        if until is not None:
+            # Half a microsecond more, so that no rounding leads to before *now*.
+            queue.clock = lambda: (now + 0.5) / 1e6
+        try:
+            queue._store.recover(self._owner, time.monotonic(), now)
+            while True:
+                now = queue._now() if until is None else now
+                if self._run_next(now, last):
+                    continue
+                due = [
+                    instant
+                    for store in self._stores
+                    for instant in store.next_due(self._owner, self._task_map, 1, now, last)
+                ]
+                if until is None or not due or min(due) > until:
+                    return self._ended
+                now = max(now, min(due))
+        finally:
+            queue.clock = clock
+            for store in self._stores:
+                store.leave(self._owner, now)  # Interrupted by Ctrl-C: given back.
+
+    def _run_next(self, now: int, last: int) -> bool:
+        """Run the task that comes first, if one is due."""
+        for store in self._stores:
+            rows = store.claim(self._owner, dict.fromkeys(self._task_map, 1.0), 1, now, last)
+            for row in rows:
+                self._run(store, row)
+            if rows:
+                return True
+        return False
+
+    def _run(self, store: Store, row: Row) -> None:
+        self._store, self._row = store, row
+        value: Any = None
+        error: BaseException | None = None
+        try:
+            if row.state == "failed":  # The store has set it aside.
+                raise StoreError(f"the stored task cannot be run: {row.error}")
+            value = self._value(row)
+            _packed(value)  # As a worker does.
+            outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
+        except (Exception, SystemExit) as raised:
+            error = raised
+            text = _error_text(_failure(error))
+            outcome = failed_start(row, text, self._queue._now(), row.state == "running")
+        finally:
+            self._reports.end()
+        outcome, row = outcome._replace(progress=self._row.progress), self._row
+        now = self._queue._now()
+        store.settle(self._owner, [outcome], now)
+        told = as_told(row, outcome, now)
+        result = None if error is not None else _kept(row._replace(keep_result=0.0), value)[0]
+        self._ended.append(Task(told._replace(result=result)))
+        if error is None:
+            self._tell("done", value, Task(told))
+        else:
+            self._tell("error", error, Task(told))
+            if self._raise_errors:
+                raise error
+
+    def _value(self, row: Row) -> Any:
+        function = self._task_map[row.task_type]
+        job = Task(row, self._reports.begin(next(self._numbers)))
+        return _call(function, _wants_toggle_ipc(function), job, self._toggle_ipc)
+
+    def _tell(self, event: str, value: Any, task: Task) -> None:
+        listener = self._queue._listeners.get(event)
+        if listener is not None:
+            try:
+                listener(value, task)
+            except Exception:
+                _log.exception("error in a listener")
+
+    def _on_report(self, number: int, report: str) -> None:
+        self._row = row = self._row._replace(progress=report)
+        outcome = Outcome(row.id, row.claim, "running", progress=report)
+        self._store.settle(self._owner, [outcome], self._queue._now())
+        self._tell("progress", Task(row).progress, Task(row))
+
+    def _toggle_ipc(self) -> Callable[..., Future[Any]]:
+        broker, row = self._broker, self._row
+        about = {"worker": os.getpid(), "task_id": row.id, "task_type": row.task_type}
+
+        def toggle_ipc(
+            on_message: Callable[[Any], Any], initialize: Callable[[Callable[[Any], None]], Any]
+        ) -> Future[Any]:
+            future: Future[Any] = Future()
+            answered, sent = threading.Lock(), threading.Lock()  # Held from the first on.
+
+            def respond(value: Any = None) -> None:
+                if answered.acquire(blocking=False):
+                    try:
+                        _follow(future, on_message(pickle.loads(_dumps(value))))
+                    except BaseException as error:
+                        _resolve(future, error=error)
+
+            def send(message: Any) -> None:
+                try:
+                    if not sent.acquire(blocking=False):
+                        raise RuntimeError("send() was called twice in one conversation")
+                    if broker is None:
+                        raise RuntimeError("run_due has no message_broker to answer toggle_ipc")
+                    broker(respond, {**pickle.loads(_dumps(_checked_message(message))), **about})
+                except BaseException as error:
+                    _resolve(future, error=error)
+
+            try:
+                initialize(send)
+            except BaseException as error:
+                _resolve(future, error=error)
+            return future
+
+        return toggle_ipc
 
 
 # --- Queue ---------------------------------------------------------------------------
@@ -2584,6 +3057,7 @@ class InMemoryTasks(_Tasks):
 
 
 Listener = Callable[[Any, Task], Any]
+EVENTS = ("done", "error", "progress")
 
 
 class TaskQueue(_Tasks):
@@ -2657,6 +3131,7 @@ class TaskQueue(_Tasks):
         timeout: float | timedelta | None = None,
         keep_result: float | timedelta | None = None,
         if_exists: str = "raise",
+        connection: sqlite3.Connection | None = None,
     ) -> Task:
         """Store one task and return it. It is safe from then on (P1).
 
@@ -2672,7 +3147,8 @@ class TaskQueue(_Tasks):
         JSON result for *keep_result* seconds; None = removed at once. *if_exists* says
         what a waiting or running task of the same *task_id* does: "raise" DuplicateTask,
         "keep" (it is returned), "replace" (if it is running, the new one follows it).
-        Durations may be timedeltas.
+        With your own *connection* to the same SQLite file the task exists if and only if
+        your transaction commits. Durations may be timedeltas.
 
         Raises TypeError or ValueError, naming the parameter, before anything is stored;
         RuntimeError for *in_memory* in a worker; StoreError if the store failed.
@@ -2692,18 +3168,20 @@ class TaskQueue(_Tasks):
             timeout=timeout,
             keep_result=keep_result,
             if_exists=if_exists,
+            connection=connection,
         )
-        return Task(self._add([addition])[0])
+        return Task(self._add([addition], connection)[0])
 
     def add_tasks(self, tasks: Iterable[Mapping[str, Any]]) -> list[Task]:
         """Store many tasks in one transaction: all of them, or none if one is refused.
 
         Each is a dict with the parameters of add_task as keys. Persistent and in-memory
-        tasks cannot be mixed in one call. Raises what add_task raises.
+        tasks cannot be mixed in one call, nor different connections. Raises what add_task
+        raises.
         """
         _refuse_rerun("add_tasks")
         now = self._now()
-        additions = []
+        additions, connections = [], []
         for index, task in enumerate(tasks):
             if not isinstance(task, Mapping):
                 raise _wrong_type(f"tasks[{index}]", task, "a dict of add_task's parameters")
@@ -2712,16 +3190,28 @@ class TaskQueue(_Tasks):
                 wrong = f"has no parameter {unknown[0]!r}" if unknown else "needs a 'task_type'"
                 raise TypeError(f"tasks[{index}]: add_task {wrong}")
             additions.append(_make_row(now, **task))
+            connections.append(task.get("connection"))
         if not additions:
             return []
         if len({row.in_memory for row, _ in additions}) > 1:
             raise ValueError("in_memory is True for some tasks; add those in a call of their own")
-        return [Task(row) for row in self._add(additions)]
+        if any(connection is not connections[0] for connection in connections):
+            raise ValueError("connection differs between tasks; add those in a call of their own")
+        return [Task(row) for row in self._add(additions, connections[0])]
 
-    def _add(self, additions: list[tuple[Row, str]]) -> list[Row]:
+    def _add(
+        self, additions: list[tuple[Row, str]], connection: sqlite3.Connection | None = None
+    ) -> list[Row]:
         row = additions[0][0]
         store = self._in_memory._store if row.in_memory else self._store
-        rows = store.add(additions, row.created_at)
+        if connection is None:
+            rows = store.add(additions, row.created_at)
+        elif not isinstance(store, SQLiteStore):
+            raise _wrong_value("connection", connection, "None: this task is not stored in SQLite")
+        else:
+            rows = store.add_through(connection, additions)
+            if connection.in_transaction:
+                return rows  # Nobody else can see them yet.
         self._changed()
         if not row.in_memory:
             self._wake_others()
@@ -2755,29 +3245,57 @@ class TaskQueue(_Tasks):
             time.sleep(min(pause, left))
             pause = min(pause * 1.5, 0.1)
 
-    def add_event_listener(self, event: str, callback: Listener) -> None:
-        """Have *callback(value, task)* called for each "done" or "error" of a cluster here.
+    def run_due(
+        self,
+        task_map: Mapping[str, TaskFunction],
+        until: datetime | timedelta | None = None,
+        *,
+        raise_errors: bool = False,
+        message_broker: Broker | None = None,
+    ) -> list[Task]:
+        """Run what is due here and now, in this thread, without workers: for your tests.
 
-        *value* is the result, or the exception. "error" comes for every failed attempt;
+        In-memory tasks come first, then persistent ones, each by priority and age; what
+        they add runs too, if it is due. Returns a Task for every run, in order: `state`
+        tells what became of it (waiting = a retry or repetition follows), `result` and
+        `error` how it went. Listeners are called. With *until* also runs what becomes due
+        up to then, retries and repetitions included, without waiting: meanwhile `clock`
+        stands at the instant when each is due. *raise_errors* raises the first failure,
+        after it was recorded, with its own traceback. *message_broker* answers toggle_ipc.
+        A `timeout` has no effect here.
+        """
+        _refuse_rerun("run_due")
+        functions = _checked_task_map(task_map)
+        last = None if until is None else _instant(until, self._now(), "until")
+        _checked_bool("raise_errors", raise_errors)
+        if message_broker is not None and not callable(message_broker):
+            raise _wrong_type("message_broker", message_broker, "a function or None")
+        return _RunHere(self, functions, raise_errors, message_broker).run(last)
+
+    def add_event_listener(self, event: str, callback: Listener) -> None:
+        """Have *callback(value, task)* called for each event of a cluster here.
+
+        *event* is "done", "error" or "progress"; *value* is the result, the exception, or
+        what `job.progress` was given. "error" comes for every failed attempt;
         `task.state` tells whether it waits for a retry or `failed` for good. It is called
         in a thread of its own, after the state was stored; what it raises is logged. A
         second listener of an event replaces the first. Master only: does nothing while a
         worker runs your file again.
         """
-        _checked_choice("event", event, ("done", "error"))
+        _checked_choice("event", event, EVENTS)
         if not callable(callback):
             raise _wrong_type("callback", callback, "a function of (value, task)")
         if _is_master():
             self._listeners[event] = callback
 
     def remove_event_listener(self, event: str) -> None:
-        """Forget the listener of "done" or "error", if there is one."""
-        self._listeners.pop(_checked_choice("event", event, ("done", "error")), None)
+        """Forget the listener of that event, if there is one."""
+        self._listeners.pop(_checked_choice("event", event, EVENTS), None)
 
 
 _ADD_PARAMETERS = frozenset(
     "task_type data priority task_id due_date in_memory repeat retries retry_delay timeout "
-    "keep_result if_exists".split()
+    "keep_result if_exists connection".split()
 )
 
 
@@ -2790,6 +3308,7 @@ _ADD_PARAMETERS = frozenset(
 #                   ("stop",)
 #   to the master   ("ready",)   ("boot error", failure)
 #                   ("start", number)                    of a task with a timeout
+#                   ("progress", number, report)         JSON of a Progress
 #                   ("done", number, seconds, value, json, problem, open conversations)
 #                   ("fail", number, seconds, failure, may_retry)
 #                   ("ask", number, conversation, message)
@@ -2808,48 +3327,6 @@ class _Boot(NamedTuple):
     pickled_map: bytes | None
 
 
-class _Failure(NamedTuple):
-    """An exception on its way to another process."""
-
-    type_name: str
-    text: str
-    traceback: str
-    pickled: bytes | None  # None if it cannot be rebuilt.
-
-
-def _dumps(value: Any) -> bytes:
-    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-
-
-def _cut(text: str, most: int) -> str:
-    text = text[: most + 1].encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= most else text[:most] + "... (cut)"
-
-
-def _failure(error: BaseException) -> _Failure:
-    """Describe *error*, whatever it does to those who look at it."""
-    kind = type(error)
-    name = kind.__qualname__
-    if kind.__module__ not in ("builtins", "__main__", "__mp_main__"):
-        name = f"{kind.__module__}.{name}"
-    try:
-        text = _cut(str(error), ERROR_CHARS)
-    except Exception as other:
-        text = f"<its __str__ raised {type(other).__name__}>"
-    try:
-        lines = traceback.format_exception(kind, error, error.__traceback__)
-        trace = _cut("".join(_cut(line, ERROR_CHARS) for line in lines), 4 * ERROR_CHARS)
-    except Exception:
-        trace = f"{name}: {text}"
-    pickled = None
-    if isinstance(error, Exception):  # SystemExit and its like would end the receiver.
-        with contextlib.suppress(BaseException):
-            attempt = _dumps(error)
-            if len(attempt) <= EXCEPTION_BYTES and type(pickle.loads(attempt)) is kind:
-                pickled = attempt
-    return _Failure(name, text, trace, pickled)
-
-
 def _rebuilt(failure: _Failure) -> Exception:
     """The exception of *failure*, or the RemoteError that stands for it."""
     error: Any = None
@@ -2862,16 +3339,8 @@ def _rebuilt(failure: _Failure) -> Exception:
     return cast(Exception, error)
 
 
-def _error_text(failure: _Failure) -> str:
-    """Task.error: type, message, traceback."""
-    head = f"{failure.type_name}: {failure.text}" if failure.text else failure.type_name
-    return f"{head}\n\n{failure.traceback}" if failure.traceback else head
-
-
 # --- Worker --------------------------------------------------------------------------
 # Code that runs in the child process. It knows no store; tasks come down the pipe.
-
-TaskFunction = Callable[..., Any]
 
 # The clusters made in this process, by module, line, and number of the call there. In a
 # worker it is how the task map is found, so there they are kept alive as well.
@@ -2977,62 +3446,6 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
     return cast(Mapping[str, TaskFunction], unpickled)
 
 
-def _wants_toggle_ipc(function: TaskFunction) -> str | None:
-    """How to pass toggle_ipc: "name", "position", or None for not at all."""
-    import inspect
-
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # Some builtins have no signature.
-        return None
-    if any(parameter.name == "toggle_ipc" for parameter in parameters):
-        named = next(p for p in parameters if p.name == "toggle_ipc")
-        return "position" if named.kind is named.POSITIONAL_ONLY else "name"
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) > 1 and positional[1].default is positional[1].empty:
-        return "position"
-    return None
-
-
-def _checked_message(message: Any) -> Any:
-    allowed = 'a dict {"status": int > 1, "data": any}'
-    if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
-        raise _wrong_type("message", message, allowed)
-    if type(message["status"]) is not int:
-        raise _wrong_type("status", message["status"], "an int over 1")
-    if message["status"] <= 1:
-        raise _wrong_value("status", message["status"], "an int over 1 (0 and 1 are taken)")
-    return {"status": message["status"], "data": message.get("data")}
-
-
-def _resolve(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
-    """Resolve *future*, unless it already is."""
-    try:
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(value)
-    except concurrent.futures.InvalidStateError:
-        pass
-
-
-def _follow(future: Future[Any], result: Any) -> None:
-    """Resolve *future* with *result*; with its result, if that is a Future too."""
-    if not isinstance(result, Future):
-        _resolve(future, result)
-        return
-
-    def done(inner: Future[Any]) -> None:
-        if inner.cancelled():
-            _resolve(future, error=concurrent.futures.CancelledError())
-        elif inner.exception() is not None:
-            _resolve(future, error=inner.exception())
-        else:
-            _follow(future, inner.result())
-
-    result.add_done_callback(done)
-
-
 class _WorkerProcess:
     """This process, while it is a worker: it runs tasks one after another.
 
@@ -3052,6 +3465,7 @@ class _WorkerProcess:
         self._conversation_ids = itertools.count(1)
         self._conversations: dict[int, tuple[Callable[[Any], Any], Future[Any]]] = {}
         self._current = -1  # The number of the running task, or -1.
+        self._reports = _Reports(self._send_report)
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Send to the master; called by any thread."""
@@ -3062,6 +3476,10 @@ class _WorkerProcess:
     def tell_master_of_changes(self) -> None:
         with contextlib.suppress(OSError):
             self.send(("changed",))
+
+    def _send_report(self, number: int, report: str) -> None:
+        with contextlib.suppress(OSError):
+            self.send(("progress", number, report))
 
     def serve(self) -> None:
         """Run what comes down the channel until told to stop."""
@@ -3115,7 +3533,7 @@ class _WorkerProcess:
         started = time.perf_counter()
         report: tuple[Any, ...]
         try:
-            task = Task(row)
+            task = Task(row, self._reports.begin(number))
             try:  # Here, so that what cannot be decoded fails for good.
                 object.__setattr__(task, "_data", _decode(row.data))
             except ValueError as error:
@@ -3123,8 +3541,8 @@ class _WorkerProcess:
                 report = ("fail", number, 0.0, _failure(wrong), False)
             else:
                 value = self._call(task)
-                packed = None if value is None else self._packed(value)
-                kept, problem = self._kept(row, value)
+                packed = None if value is None else _packed(value)
+                kept, problem = _kept(row, value)
                 seconds = time.perf_counter() - started
                 report = ("done", number, seconds, packed, kept, problem)
                 del value
@@ -3133,6 +3551,7 @@ class _WorkerProcess:
             report = ("fail", number, time.perf_counter() - started, _failure(error), True)
             traceback.clear_frames(error.__traceback__)  # Frees what they hold.
         self._current = -1
+        self._reports.end()
         opened = sum(not future.done() for _, future in self._conversations.values())
         self._conversations.clear()
         for stream in (sys.stdout, sys.stderr):
@@ -3143,45 +3562,11 @@ class _WorkerProcess:
         self.send((*report, opened) if report[0] == "done" else report)
 
     def _call(self, task: Task) -> Any:
-        """The task function's result, awaited where it is to be awaited."""
         task_type = task.task_type
         function = self.task_map[task_type]
         if task_type not in self._call_styles:
             self._call_styles[task_type] = _wants_toggle_ipc(function)
-        style = self._call_styles[task_type]
-        if style is None:
-            value = function(task)
-        elif style == "name":
-            value = function(task, toggle_ipc=self._toggle_ipc())
-        else:
-            value = function(task, self._toggle_ipc())
-        if type(value) is CoroutineType:
-            import asyncio
-
-            value = asyncio.run(value)
-        while isinstance(value, Future):
-            value = value.result()
-        return value
-
-    @staticmethod
-    def _packed(value: Any) -> bytes:
-        try:
-            return _dumps(value)
-        except Exception as error:
-            kind = type(value).__name__
-            raise TypeError(f"the result ({kind}) cannot be pickled: {error}") from error
-
-    @staticmethod
-    def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
-        """The result as JSON, and why it is not kept: for tasks that stay."""
-        if row.keep_result is None and row.repeat is None:
-            return None, None
-        try:
-            _check_json(value, "result", 0)
-            return _encode(value), None
-        except (TypeError, ValueError) as error:
-            problem = f"the result is kept as None: {error}"
-            return None, None if row.keep_result is None else problem
+        return _call(function, self._call_styles[task_type], task, self._toggle_ipc)
 
     def _toggle_ipc(self) -> Callable[..., Future[Any]]:
         """The `toggle_ipc` of the running task."""
@@ -3613,6 +3998,7 @@ class _WorkerHandle:
         self.stopping = False  # Told to leave, or killed: gets no more tasks.
         self.killed = False  # By us: what it ran without a verdict is given back.
         self.runs: collections.deque[_Run] = collections.deque()  # In its hands, in order.
+        self.reported = False  # The first of them has reported what the store has not.
         self.load = 0.0  # The sum of their costs; 1 = no room.
         self.given = 0  # Tasks given so far.
         self.since = time.monotonic()  # In this state, or with this head of runs.
@@ -3772,18 +4158,6 @@ def _resolve_futures(runs: list[_Run]) -> None:
             _resolve(future, value)
 
 
-def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
-    if not isinstance(task_map, Mapping):
-        raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
-    if not task_map:
-        raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
-    for task_type, function in task_map.items():
-        _checked_text("a key of task_map", task_type)
-        if not callable(function):
-            raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
-    return dict(task_map)
-
-
 def _checked_keep_alive(keep_alive: Any) -> float | str | None:
     """Seconds, "always" or None."""
     if keep_alive is None or keep_alive == "always":
@@ -3909,7 +4283,6 @@ def _at_exit_once() -> None:
 
 
 KeepAlive = Union[int, timedelta, str, None]
-Broker = Callable[[Callable[[Any], None], dict[str, Any]], Any]
 _warned_all_cpus = False
 
 
@@ -4016,6 +4389,7 @@ class Cluster(concurrent.futures.Executor):
         self._hungry = True  # New tasks could start at once: adding them ends the wait.
         self._upcoming: list[int] | None = []  # What next_due said; None: more than we take.
         self._store_due = NEVER  # When the first of them that was not yet due is.
+        self._reported, self._next_report = False, 0.0  # Some worker has; when it is stored.
         self._store_busy = False  # A call is under way in the store thread...
         self._in_flight = 0  # ... with so many outcomes.
         self._store_retry, self._store_failures, self._failing_since = 0.0, 0, 0.0
@@ -4096,6 +4470,10 @@ class Cluster(concurrent.futures.Executor):
         if type(task_type) is str and task_type and task_type not in self.task_map:
             known = ", ".join(map(repr, self.task_map))
             raise _wrong_value("task_type", task_type, f"one of this cluster's: {known}")
+        if options.get("connection") is not None:
+            raise TypeError(
+                "submit() takes no connection; use add_task, and queue.wait for the end"
+            )
         if "lane" in options or (options.get("in_memory") is False and self._in_memory_only):
             raise TypeError("submit() takes the parameters of add_task; this one cannot be given")
         row, if_exists = _make_row(self.queue._now(), task_type, data, lane=self._owner, **options)
@@ -4387,6 +4765,8 @@ class Cluster(concurrent.futures.Executor):
                 run.deadline = time.monotonic() + cast(float, run.row.timeout)
             elif kind == "ask":
                 self._on_ask(worker, *message[1:])
+            elif kind == "progress":
+                self._on_progress(worker, message[2])
             elif kind == "changed":
                 self._look = True
             elif kind == "ready":
@@ -4405,6 +4785,31 @@ class Cluster(concurrent.futures.Executor):
         self._boot_error, self._failed_boots, self._boot_after = None, 0, 0.0
         self._look = True
 
+    def _on_progress(self, worker: _WorkerHandle, report: str) -> None:
+        run = worker.runs[0]
+        run.row = run.row._replace(progress=report)
+        worker.reported = self._reported = True
+        listener = self.queue._listeners.get("progress")
+        if listener is not None:
+            task = Task(run.row)
+            self._listener_thread.post(lambda: listener(task.progress, task))
+
+    def _store_reports(self, now: float) -> None:
+        """Have the stores record what running tasks reported, once a second."""
+        if self._store_failures:
+            self._next_report = now + REPORT_STORE_SECONDS
+        if now < self._next_report:
+            self._wake_at(self._next_report)
+            return
+        self._next_report, self._reported = now + REPORT_STORE_SECONDS, False
+        for worker in self._workers:
+            row = worker.runs[0].row if worker.runs and worker.reported else None
+            worker.reported = False
+            if row is not None and row.progress is not None:
+                report = _Run(row, 0.0, None)
+                report.end(Outcome(row.id, row.claim, "running", progress=row.progress))
+                self._settle(report)
+
     def _on_done(self, worker: _WorkerHandle, now: float, message: tuple[Any, ...]) -> None:
         _, _, seconds, packed, kept, problem, opened = message
         run = self._ended(worker, now, seconds)
@@ -4419,7 +4824,11 @@ class Cluster(concurrent.futures.Executor):
                 "to wait for it",
                 *(row.task_type, row.id, opened, what),
             )
-        run.end(Outcome(row.id, row.claim, "done", True, 0, kept, problem), "done", packed)
+        run.end(
+            Outcome(row.id, row.claim, "done", True, 0, kept, problem, row.progress),
+            "done",
+            packed,
+        )
         self._settle(run)
 
     def _on_fail(
@@ -4452,15 +4861,13 @@ class Cluster(concurrent.futures.Executor):
     ) -> None:
         """A charged start has failed: retry it, or fail it for good."""
         row = run.row
-        first_line = text.partition("\n")[0]
-        if may_retry and row.attempt <= row.retries:
-            delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
-            ready_at = self.queue._now() + int(delay * 1e6)
-            outcome = Outcome(row.id, row.claim, "ready", ready_at=ready_at, error=text)
+        first_line, now = text.partition("\n")[0], self.queue._now()
+        outcome = failed_start(row, text, now, may_retry)
+        if outcome.state == "ready":
+            delay = (outcome.ready_at - now) / 1e6
             what = f"attempt {row.attempt} of {row.retries + 1} failed, next in {delay:g} s"
             _log.warning("cluster:%s:%s:\t%s: %s", row.task_type, row.id, what, first_line)
         else:
-            outcome = Outcome(row.id, row.claim, "failed", error=text)
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
         run.end(outcome, "error", error=error)
         self._settle(run)
@@ -4545,11 +4952,7 @@ class Cluster(concurrent.futures.Executor):
             self._future_thread.post(lambda: _resolve_futures(resolvable))
 
     def _call_listener(self, listener: Listener, run: _Run) -> None:
-        _, _, state, _, _, result, error = run.outcome
-        row, now = run.row, self.queue._now()
-        if row.repeat and row.state == "running" and next_slot(row.repeat, row.due_at, now):
-            state = "scheduled"
-        task = Task(row._replace(state=state, owner="", result=result, error=error))
+        task = Task(as_told(run.row, run.outcome, self.queue._now()))
         self._listener_thread.post(lambda: listener(run.value(), task))
 
     def _give_back(self, runs: Iterable[_Run]) -> None:
@@ -4897,6 +5300,8 @@ class Cluster(concurrent.futures.Executor):
             if self._keep_alive is None and self._mode == "running" and not self._hand:
                 self._retire_idle(now)
         self._wake_at(self._next_refresh)
+        if self._reported:
+            self._store_reports(now)
         if self._check_futures and self._futures and not self._store_busy:
             self._check_futures = False
             self._look_after_futures()

@@ -15,6 +15,7 @@ import copy
 import doctest
 import functools
 import gc
+import importlib.util
 import itertools
 import json
 import logging
@@ -501,6 +502,7 @@ class TestWhatAddTaskTakes(InFolder):
         *[("keep_result", v, ValueError) for v in (-1, math.inf)],
         *[("if_exists", v, TypeError) for v in (None, 1)],
         ("if_exists", "ignore", ValueError),
+        *[("connection", v, TypeError) for v in ("tasks.db", 5)],
     ]
 
     def test_a_wrong_argument_raises_and_names_its_parameter(self):
@@ -859,6 +861,34 @@ class StoreContract:
         ]
         self.assertEqual(self.store.settle("me", outcomes, NOW), [True, False, True, True])
         self.assertEqual([(r.id, r.state) for r in self.store.find(Query(), NOW)], [("1", "running"), ("2", "failed")])
+
+    def test_a_report_is_recorded_and_ends_with_the_next_run(self):
+        self.add(row(retries=1, keep_result=9))
+        (first,) = self.claim()
+        self.assertTrue(self.settle(first, "running", progress="[1,3,null]"))
+        self.assertFalse(self.settle(first, "running", owner="other", progress="[9,9,null]"))
+        self.assertEqual((self.look().state, self.look().progress, self.look().claim), ("running", "[1,3,null]", 1))
+        self.settle(first, "ready", ready_at=NOW, progress="[2,3,null]")
+        self.assertEqual((self.look().state, self.look().progress), ("ready", None))
+        (second,) = self.claim()
+        self.settle(second, "running", progress="[1,3,null]")
+        self.settle(second, "ready", charged=False)
+        self.assertIsNone(self.look().progress)
+        (second,) = self.claim()
+        self.store.remove(Query(ids=["t"]), NOW)
+        self.assertTrue(self.settle(second, "running", progress="[3,3,null]"))  # It runs on.
+        self.assertEqual(self.look().state, "running")
+        self.settle(second, "done", result="1")
+        self.add(row("u", keep_result=9))
+        self.settle(self.claim()[0], "done", result="1", progress="[3,3,\"end\"]")
+        self.assertEqual(self.look("u").progress, "[3,3,\"end\"]")
+
+    def test_a_running_task_tells_since_when(self):
+        self.add(row())
+        self.claim(now=NOW + SECOND)
+        self.assertEqual((self.look().ready_at, self.look().due_at), (NOW + SECOND, NOW))
+        self.store.leave("me", NOW + 2 * SECOND)
+        self.assertEqual(len(self.claim(now=NOW)), 1)  # A clock set back does not hold it.
 
     def test_order_is_priority_then_age_then_insertion(self):
         """PR-01, PR-02, PR-04."""
@@ -1273,6 +1303,17 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.assertIn("not writable", out)
         os.chmod(self.folder, 0o755)
 
+    def test_a_program_that_closes_nothing_ends_without_a_warning(self):
+        self.run_script(
+            """
+            from taskpool import TaskQueue
+            queue = TaskQueue("tasks.db")
+            queue.add_task("x")
+            print(queue.count())
+            """, flags=["-X", "dev"])
+        self.assertEqual(self.stderr, "")
+        self.assertEqual(sorted(f.name for f in self.folder.iterdir()), ["script.py", "tasks.db"])
+
     def test_eight_threads_add_and_claim_without_an_error(self):
         def work(number):
             for i in range(50):
@@ -1428,6 +1469,133 @@ class TestSQLiteStore(StoreContract, InFolder):
             queue.add_task("x")
         with contextlib.closing(sqlite3.connect(path)) as db:
             self.assertEqual(db.execute("SELECT * FROM task").fetchall(), [(1,)])
+
+
+class TestOwnTransaction(InFolder):
+    """connection=: the task exists if and only if the caller's transaction commits."""
+
+    def setUp(self):
+        super().setUp()
+        self.tasks = self.queue()
+        self.connection = self.connect()
+        self.connection.execute("CREATE TABLE invoice (id)")
+
+    def connect(self, name="tasks.db", **options):
+        connection = sqlite3.connect(name if name == ":memory:" else self.folder / name, **options)
+        self.addCleanup(connection.close)
+        return connection
+
+    def invoices(self):
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            return [number for (number,) in db.execute("SELECT id FROM invoice")]
+
+    def add(self, task_id, connection=None, **options):
+        return self.tasks.add_task("mail", task_id=task_id, connection=connection or self.connection, **options)
+
+    def ids(self):
+        return [task.id for task in self.tasks.find()]
+
+    def test_it_follows_the_transaction_also_in_a_file_without_our_tables(self):
+        for end in ("rollback", "commit"):
+            self.connection.execute("INSERT INTO invoice VALUES (1)")
+            self.add("receipt")
+            with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as other:
+                tables = "SELECT count(*) FROM sqlite_master WHERE name = 'taskpool_task'"
+                self.assertEqual(other.execute(tables).fetchone(), (0,))
+            getattr(self.connection, end)()
+            committed = end == "commit"
+            self.assertEqual((self.ids(), self.invoices()), (["receipt"], [1]) if committed else ([], []))
+            if not committed:  # Now without the tables that find() made.
+                self.tasks.close()
+                self.connection.executescript("DROP TABLE taskpool_task; DROP TABLE taskpool_version")
+        self.assertEqual(self.tasks.find_one().data, {})
+
+    def test_it_begins_a_transaction_where_sqlite3_would(self):
+        self.tasks.count()
+        self.add("a")
+        self.assertTrue(self.connection.in_transaction)
+        self.assertEqual(self.ids(), [])
+        self.connection.rollback()
+        kinds = [({"isolation_level": "IMMEDIATE"}, True), ({"isolation_level": None}, False)]
+        if sys.version_info >= (3, 12):
+            kinds += [({"autocommit": True}, False), ({"autocommit": False}, True)]
+        for number, (options, waits) in enumerate(kinds):
+            with self.subTest(**options):
+                connection = self.connect(**options)
+                before = self.ids()
+                self.add(f"kind {number}", connection)
+                self.assertEqual(self.ids(), before if waits else [*before, f"kind {number}"])
+                connection.commit()
+                self.assertEqual(self.ids(), [*before, f"kind {number}"])
+
+    def test_an_error_leaves_the_transaction_as_it_was(self):
+        self.add("taken")
+        self.connection.execute("INSERT INTO invoice VALUES (1)")
+        many = [{"task_type": "mail", "task_id": i, "connection": self.connection} for i in ("a", "taken", "b")]
+        with self.assertRaises(DuplicateTask):
+            self.tasks.add_tasks(many)
+        self.assertTrue(self.connection.in_transaction)
+        self.connection.commit()
+        self.assertEqual((self.ids(), self.invoices()), (["taken"], [1]))
+        self.assertEqual(len(self.tasks.add_tasks(many[::2])), 2)
+        self.assertEqual(self.add("a", if_exists="keep").id, "a")
+        self.assertEqual(self.add("taken", if_exists="replace", priority=7).priority, 7)
+        self.connection.commit()
+        self.assertEqual(self.ids(), ["a", "b", "taken"])
+
+    def test_it_waits_for_other_writers_in_every_mode(self):
+        modes = [{}, {"isolation_level": None}, {"isolation_level": "EXCLUSIVE"}]
+        modes += [{"autocommit": False}] if sys.version_info >= (3, 12) else []
+        ended = threading.Event()
+
+        def write():
+            while not ended.is_set():
+                self.tasks.remove(task_id=self.tasks.add_task("other").id)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for mode in modes:
+                connection = self.connect(timeout=PATIENCE, **mode)
+                for number in range(100):
+                    self.add(f"{mode} {number}", connection)
+                    connection.commit()
+        finally:
+            ended.set()
+            writer.join()
+        self.assertEqual(self.tasks.count(task_type="mail"), 100 * len(modes))
+
+    def test_the_factories_of_the_connection_do_not_matter_and_stay(self):
+        factories = self.connection.row_factory, self.connection.text_factory = sqlite3.Row, bytes
+        self.add("a", data={"text": "\u00e9"})
+        self.assertEqual(self.add("a", if_exists="keep").data, {"text": "\u00e9"})
+        self.assertEqual((self.connection.row_factory, self.connection.text_factory), factories)
+
+    def test_a_cluster_runs_it_after_the_commit(self):
+        with self.cluster({"mail": echo}, self.tasks):
+            self.add("a", keep_result=60, data=[1])
+            self.connection.commit()
+            self.assertEqual(self.tasks.wait("a", PATIENCE).result, [1])
+        with self.cluster({"mail": echo}, self.tasks, refresh_rate=3_600_000) as cluster:
+            cluster.drain()
+            self.add("b", self.connect(isolation_level=None), keep_result=60)  # Committed: seen at once.
+            self.assertEqual(self.tasks.wait("b", PATIENCE).state, "done")
+
+    def test_what_cannot_work_is_refused(self):
+        elsewhere, closed = self.connect("other.db"), self.connect()
+        closed.close()
+        mixed = [{"task_type": "x", "connection": c} for c in (self.connection, self.connect())]
+        for call, error, text in (
+            (lambda: self.add("a", elsewhere), ValueError, r"connection is to .*other\.db; give one to .*tasks\.db"),
+            (lambda: self.add("a", self.connect(":memory:")), ValueError, "connection is to memory"),
+            (lambda: self.add("a", in_memory=True), ValueError, "connection is .*None"),
+            (lambda: self.add("a", closed), StoreError, "tasks.db: Cannot operate on a closed"),
+            (lambda: self.tasks.add_tasks(mixed), ValueError, "connection differs"),
+            (lambda: self.cluster({"x": echo}).submit("x", connection=self.connection), TypeError, "connection"),
+        ):
+            with self.assertRaisesRegex(error, text):
+                call()
+        self.assertEqual(self.ids(), [])
 
 
 SCHEMA_0 = """
@@ -1906,6 +2074,100 @@ class TestListeners(InFolder):
         queue.add_task("echo", 1)
         self.assertTrue(cluster._closed.wait(PATIENCE))
         self.assertEqual(told, [1, 2, 3, 4, 5])
+
+
+class TestProgress(InFolder):
+    """job.progress(done, total=None, note=None) shows how far a task is."""
+
+    def test_it_is_seen_by_find_and_the_listener_and_the_last_one_is_kept(self):
+        for in_memory in (False, True):
+            with self.subTest(in_memory=in_memory):
+                heard = []
+                queue = self.queue(f"{in_memory}.db")
+                for event in ("progress", "done"):
+                    queue.add_event_listener(event, lambda value, task, e=event: heard.append((e, value, task)))
+                flag, verbs = str(self.folder / f"flag {in_memory}"), queue.in_memory if in_memory else queue
+                with self.cluster({"steps": progress_and_hold}, queue) as cluster:
+                    future = cluster.submit("steps", flag, in_memory=in_memory, keep_result=60)
+                    task = future.task
+                    self.assertIsNone(task.progress)
+                    # Of a thousand reports the last is seen, although the task says no more.
+                    eventually(lambda: verbs.find_one(task_id=task.id).progress == (999, 1000, "half way"))
+                    self.assertEqual((verbs.find_one().progress.note, future.done()), ("half way", False))
+                    Path(flag + ".end").touch()
+                    ended = queue.wait(task.id, PATIENCE)
+                self.assertEqual((ended.state, ended.progress), ("done", (1000, 1000, None)))
+                reports = [(value, t) for e, value, t in heard if e == "progress"]
+                self.assertEqual([e for e, _, _ in heard], ["progress"] * len(reports) + ["done"])
+                self.assertEqual([value for value, _ in reports][-1:], [(1000, 1000, None)])
+                self.assertEqual({(value == t.progress, t.state) for value, t in reports}, {(True, "running")})
+                self.assertLess(len(reports), 50)
+                self.assertEqual(heard[-1][2].progress.done, 1000)
+
+    def test_a_failed_run_keeps_it_and_a_retry_begins_anew(self):
+        queue = self.queue()
+        queue.add_task("steps", "fail", task_id="a")
+        queue.add_task("steps", "fail", task_id="b", retries=1, retry_delay=3600)
+        queue.add_task("steps", "die", task_id="c")
+        with self.cluster({"steps": progress_and_end}, queue):
+            eventually(lambda: queue.count(state="failed") == 2 and queue.find_one(task_id="b").attempt == 1)
+            self.assertEqual(queue.find_one(task_id="a").progress, (1, 2, None))
+            self.assertIsNone(queue.find_one(task_id="b").progress)
+            queue.update("b", due_date=None)
+            self.assertEqual(queue.retry(task_id="a"), 1)
+            eventually(lambda: queue.count(state="failed") == 3)
+        found = {task.id: task.progress for task in queue.find()}
+        self.assertEqual(found, {"a": (1, 2, None), "b": None, "c": (1, 2, None)})
+        queue.retry(task_id="c")
+        self.assertIsNone(queue.find_one(task_id="c").progress)
+
+    def test_wrong_arguments_fail_the_task_and_other_tasks_cannot_report(self):
+        queue = self.queue()
+        wrong = {
+            "TypeError: done is '5' (str)": ["5"], "TypeError: done is True": [True], "ValueError: done is -1": [-1],
+            "ValueError: done is nan": ["nan"], "TypeError: total is 'x'": [1, "x"], "ValueError: total is -3": [1, -3],
+            "TypeError: note is 5": [1, 2, 5], "ValueError: note is ''": [1, 2, ""], "TypeError: done is None": [None],
+        }
+        tasks = [queue.add_task("steps", data) for data in wrong.values()]
+        with self.cluster({"steps": progress_with}, queue, max_available_workers=1, keep_alive="always") as cluster:
+            cluster.drain(PATIENCE)
+            self.assertEqual(cluster.submit("steps", "late").result(PATIENCE), "progress was called after its task had ended")
+        for text, task in zip(wrong, tasks):
+            self.assertIn(text, queue.find_one(task_id=task.id).error)
+        with self.assertRaisesRegex(RuntimeError, "running task only"):
+            taskpool.Progress(1, 2)(3)
+
+
+def progress_and_hold(job):
+    for step in range(1000):
+        job.progress(step, 1000, "half way")
+    deadline = time.monotonic() + PATIENCE
+    while not os.path.exists(job.data + ".end") and time.monotonic() < deadline:
+        time.sleep(0.005)
+    job.progress(998, 1000)
+    job.progress(1000, 1000)
+
+
+def progress_and_end(job):
+    if job.attempt == 1:
+        job.progress(0, 2)
+        job.progress(1, 2)
+    if job.data == "die":
+        time.sleep(0.3)  # Longer than a report may wait.
+        os._exit(1)
+    raise ValueError("after half")
+
+
+def progress_with(job):
+    if job.data == "late":
+        old, caught = progress_with.last, []
+        try:
+            old(1)
+        except RuntimeError as error:
+            caught.append(str(error))
+        return caught[0]
+    progress_with.last = job.progress
+    return job.progress(*(math.nan if value == "nan" else value for value in job.data))
 
 
 class TestConversations(WithCluster):
@@ -4985,6 +5247,175 @@ class TestRepeat(InFolder):
             cluster.shutdown()
 
 
+# --- Help for users' tests -------------------------------------------------------------
+
+
+class TestRunDue(InFolder):
+    """queue.run_due(task_map, until=None) runs what is due here, without workers."""
+
+    START = datetime(2026, 3, 1, tzinfo=timezone.utc)
+
+    def setUp(self):
+        super().setUp()
+        self.tasks = self.queue()
+        self.tasks.clock = self.START.timestamp
+
+    def run_due(self, *arguments, **options):
+        before = multiprocessing.active_children()
+        ended = self.tasks.run_due({**EVERYTHING, "now": self.hours}, *arguments, **options)
+        self.assertEqual(multiprocessing.active_children(), before)
+        self.assertEqual(self.tasks.count(state="running"), 0)
+        return ended
+
+    def hours(self, job):
+        """The hours from START to now, by the queue's clock."""
+        return round((self.tasks.clock() - self.START.timestamp()) / 3600, 6)
+
+    def test_what_is_due_runs_in_order_and_the_rest_waits(self):
+        for task_id, options in {
+            "low": {"priority": 0}, "old": {}, "young": {}, "high": {"priority": 9}, "memory": {"in_memory": True},
+            "later": {"due_date": timedelta(seconds=1)}, "other": {},
+        }.items():
+            self.tasks.add_task("x" if task_id == "other" else "echo", task_id, task_id=task_id, **options)
+        ended = self.run_due()
+        self.assertEqual([task.id for task in ended], ["memory", "high", "old", "young", "low"])
+        self.assertEqual([(t.state, t.result, t.error, t.attempt) for t in ended[:2]],
+                         [("done", "memory", None, 1), ("done", "high", None, 1)])
+        self.assertEqual([task.id for task in self.tasks.find()], ["later", "other"])
+        self.assertEqual(self.run_due(), [])
+
+    def test_every_kind_of_function_runs_and_fails_as_in_a_worker(self):
+        kinds = {"echo": [1], "sleep": "slept", "later": "later", "partial": 15, "method": 20}
+        for task_type in kinds:
+            self.tasks.add_task(task_type, [1] if task_type == "echo" else 5, keep_result=60)
+        self.assertEqual({t.task_type: t.result for t in self.run_due()}, kinds)
+        self.assertEqual({t.task_type: t.result for t in self.tasks.find(state="done")}, kinds)
+        self.tasks.remove(state="done")
+        texts = {"exit": "SystemExit: disk missing", "lock": "ValueError: holds a lock", "interrupt": None}
+        for kind in ("exit", "lock"):
+            self.tasks.add_task("raise_kind", kind)
+        self.tasks.add_task("return_kind", "lock")
+        failed = self.run_due()
+        for task, text in zip(failed, [texts["exit"], texts["lock"], "TypeError: the result (lock) cannot be pickled"]):
+            self.assertEqual((task.state, task.result), ("failed", None))
+            self.assertTrue(task.error.startswith(text), task.error)
+        self.assertEqual(self.tasks.count(state="failed"), 3)
+
+    def test_follow_ups_run_too_and_until_makes_time_pass_in_due_order(self):
+        def add_two(job):
+            self.tasks.add_task("now", task_id="at once")
+            self.tasks.add_task("now", task_id="next day", due_date=timedelta(days=1))
+            self.tasks.add_task("now", task_id="next year", due_date=timedelta(days=365))
+
+        self.tasks.add_task("now", task_id="third hour", due_date=timedelta(hours=3))
+        self.tasks.add_task("add two", due_date=timedelta(hours=2))
+        ended = self.tasks.run_due({"now": self.hours, "add two": add_two}, until=timedelta(days=2))
+        self.assertEqual([(t.id, t.result) for t in ended[1:]], [("at once", 2), ("third hour", 3), ("next day", 26)])
+        self.assertEqual((self.tasks.clock(), self.tasks.count()), (self.START.timestamp(), 1))
+        (last,) = self.run_due(until=self.START + timedelta(days=500))
+        self.assertEqual((last.id, last.result), ("next year", 365 * 24 + 2))
+
+    def test_until_in_the_past_runs_what_was_due_then(self):
+        self.tasks.add_task("now", task_id="past", due_date=-timedelta(hours=2))
+        self.tasks.add_task("now")
+        self.assertEqual([task.id for task in self.run_due(until=-timedelta(hours=1))], ["past"])
+
+    def test_a_schedule_runs_slot_by_slot_and_microseconds_are_exact(self):
+        self.tasks.add_task("now", task_id="nightly", repeat="30 2 * * *")
+        self.tasks.add_task("now", task_id="odd", repeat=timedelta(hours=40, microseconds=1), retries=1)
+        ended = self.run_due(until=timedelta(days=3))
+        self.assertEqual([(t.id, t.result) for t in ended], [
+            ("odd", 0), ("nightly", 2.5), ("nightly", 26.5), ("odd", 40), ("nightly", 50.5)])
+        self.assertEqual({t.state for t in ended}, {"waiting"})
+        due = {t.id: t.due_date - self.START for t in self.tasks.find()}
+        self.assertEqual(due, {"nightly": timedelta(hours=74.5), "odd": timedelta(hours=80, microseconds=2)})
+
+    def test_the_clock_stands_exactly_at_the_due_date(self):
+        def note(job):
+            noted.append(self.tasks.add_task("other").created_at - job.due_date)
+
+        noted = []
+        self.tasks.clock = datetime(2040, 1, 1, tzinfo=timezone.utc).timestamp  # Floats lose microseconds from 2038 on.
+        for number in range(200):
+            self.tasks.add_task("note", due_date=timedelta(microseconds=7_123_457 * number))
+        self.tasks.run_due({"note": note}, until=timedelta(hours=1))
+        self.assertEqual(noted, [timedelta()] * 200)
+
+    def test_retries_run_when_they_are_due(self):
+        self.tasks.add_task("succeed_at", 3, retries=2, retry_delay=60)
+        self.assertEqual([(t.state, t.attempt) for t in self.run_due()], [("waiting", 1)])
+        self.assertEqual(self.run_due(), [])
+        self.assertEqual(self.run_due(until=timedelta(seconds=59)), [])
+        ended = self.run_due(until=timedelta(minutes=5))
+        self.assertEqual([(t.state, t.attempt, t.result) for t in ended], [("waiting", 2, None), ("done", 3, 3)])
+
+    def test_errors_are_recorded_or_raised(self):
+        for _ in range(2):
+            self.tasks.add_task("fail")
+        try:
+            self.run_due(raise_errors=True)
+        except ValueError as error:
+            self.assertEqual(str(error), "attempt 1")
+            frame = error.__traceback__
+            while frame.tb_next:
+                frame = frame.tb_next
+            self.assertEqual(frame.tb_frame.f_code.co_name, "fail")  # The task's own traceback.
+        self.assertEqual((self.tasks.count(state="failed"), self.tasks.count(state="waiting")), (1, 1))
+        (recorded,) = self.run_due()
+        self.assertEqual(recorded.state, "failed")
+        self.tasks.add_task("raise_kind", "interrupt", task_id="interrupted")
+        with self.assertRaises(KeyboardInterrupt):  # Somebody pressed Ctrl-C: no failure.
+            self.run_due()
+        task = self.tasks.find_one(task_id="interrupted")
+        self.assertEqual((task.state, task.attempt), ("waiting", 0))
+
+    def test_listeners_progress_and_conversations_work(self):
+        heard = []
+        for event in taskpool.EVENTS:
+            self.tasks.add_event_listener(event, lambda value, task, e=event: heard.append((e, value, task.state)))
+        self.tasks.add_task("steps", task_id="steps", keep_result=9)
+        self.tasks.add_task("fail")
+
+        def steps(job):
+            job.progress(0, 2)
+            self.assertEqual(self.tasks.find_one(state="running").progress, (0, 2, None))
+            job.progress(1, 2)
+            job.progress(2, 2)
+            return "end"
+
+        self.tasks.run_due({"steps": steps, "fail": fail})
+        self.assertEqual([(e, str(v), s) for e, v, s in heard if e != "progress"],
+                         [("done", "end", "done"), ("error", "attempt 1", "failed")])
+        self.assertEqual([v for e, v, _ in heard if e == "progress"], [(0, 2, None), (2, 2, None)])
+        self.assertEqual(self.tasks.find_one(task_id="steps").progress, (2, 2, None))
+        for task_type in ("ping", "position", "three deep", "wait inside", "async ping", "ping later"):
+            self.tasks.add_task(task_type, "x")
+        ended = self.run_due(message_broker=answer_pings)
+        self.assertEqual([task.error for task in ended], [None] * 6)
+        self.assertEqual((ended[0].result, ended[2].result), ("pong x", ["pong ping 1", "pong ping 2", "pong ping 3"]))
+        for task_type in ("bad message", "bad initialize"):
+            self.tasks.add_task(task_type)
+        self.assertEqual([task.state for task in self.run_due(message_broker=answer_pings)], ["failed"] * 2)
+        self.tasks.add_task("ping", "x")
+        self.assertIn("run_due has no message_broker", self.run_due()[0].error)
+
+    def test_wrong_arguments_are_refused(self):
+        for options, error in (
+            ({"task_map": {}}, ValueError), ({"task_map": 5}, TypeError), ({"until": 5}, TypeError),
+            ({"until": timedelta.max}, ValueError), ({"raise_errors": 1}, TypeError), ({"message_broker": 1}, TypeError),
+        ):
+            with self.assertRaisesRegex(error, next(iter(options))):
+                self.tasks.run_due(**{"task_map": {"x": echo}, **options})
+
+    def test_a_row_that_cannot_be_read_is_an_error_and_the_others_run(self):
+        self.tasks.add_task("echo", task_id="bad")
+        self.tasks.add_task("echo", task_id="good")
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            db.execute("UPDATE taskpool_task SET retries = x'00' WHERE id = 'bad'")
+            db.commit()
+        self.assertEqual({t.id: t.state for t in self.run_due()}, {"bad": "failed", "good": "done"})
+
+
 # --- The file, the manual, the demo ----------------------------------------------------
 
 
@@ -5110,22 +5541,40 @@ class TestReadme(InFolder):
 
     TEXT = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
 
+    BLOCKS = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", TEXT, re.S)
+
     def test_every_python_block_runs_and_prints_what_the_manual_says(self):
         """A python block is a program; a text block right after it is its output."""
-        blocks = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", self.TEXT, re.S)
-        self.assertGreater(len(blocks), 5)
-        for number, (program, output) in enumerate(blocks):
+        self.assertGreater(len(self.BLOCKS), 5)
+        for number, (program, output) in enumerate(self.BLOCKS):
+            if "import pytest" in program:
+                continue  # See below.
             with self.subTest(block=number, starts=program[:60]):
                 folder = self.folder / str(number)
                 folder.mkdir()
                 path = self.script(program, f"{number}/example.py")
+                # asyncio's debug mode, part of -X dev, refuses run_in_executor(cluster, ...).
+                dev = ["-W", "default"] if "run_in_executor" in program else ["-X", "dev"]
                 process = subprocess.Popen(
-                    [sys.executable, str(path)], cwd=folder, text=True,
+                    [sys.executable, *dev, str(path)], cwd=folder, text=True,
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(HERE)},
                 )
                 out, err = process.communicate(timeout=PATIENCE)
                 self.assertEqual(process.returncode, 0, err)
                 self.assertEqual(out, output)
+                self.assertNotIn("Warning", err)  # Such as ResourceWarning, with -X dev.
+
+    def test_the_pytest_block_passes(self):
+        (program,) = [program for program, _ in self.BLOCKS if "import pytest" in program]
+        if importlib.util.find_spec("pytest") is None:
+            self.skipTest("pytest is not here: python -m pip install pytest")
+        done = subprocess.run(
+            [sys.executable, "-X", "dev", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(self.script(program, "test_it.py"))],
+            cwd=self.folder, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=PATIENCE,
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("1 passed", done.stdout)
+        self.assertNotIn("warning", done.stdout)
 
     def test_the_first_program_is_the_modules_own_and_has_eleven_lines(self):
         first = re.search(r"```python\n(.*?)```", self.TEXT, re.S).group(1)
@@ -5134,7 +5583,7 @@ class TestReadme(InFolder):
     def test_every_parameter_is_in_the_manual(self):
         import inspect
 
-        for function in (TaskQueue.add_task, Cluster.__init__, SQLiteStore.__init__, TaskQueue.find):
+        for function in (TaskQueue.add_task, Cluster.__init__, SQLiteStore.__init__, TaskQueue.find, TaskQueue.run_due):
             for name in inspect.signature(function).parameters:
                 if name != "self":
                     self.assertIn(f"`{name}`", self.TEXT)
