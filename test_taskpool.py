@@ -411,11 +411,14 @@ def ping_status(job, toggle_ipc):
 
 
 def ping_twice(job, toggle_ipc):
+    sent = threading.Event()
+
     def initialize(send):
         send({"status": 2, "data": 1})
         send({"status": 2, "data": 2})
+        sent.set()
 
-    return toggle_ipc(lambda answer: answer, initialize)
+    return toggle_ipc(lambda answer: sent.wait(PATIENCE), initialize)
 
 
 def ping_and_forget(job, toggle_ipc):
