@@ -1166,6 +1166,100 @@ SCHEMA_0 = """
 """
 
 
+# --- MongoDB -------------------------------------------------------------------------
+
+try:
+    import mongomock
+except ImportError:
+    mongomock = None
+try:
+    import pymongo
+    import pymongo.errors
+except ImportError:
+    pymongo = None
+
+SECANTUS = "pip install --no-deps --only-binary=:all: secantusdb==0.6.0b17"
+SERVER = shutil.which("secantusd-rs") or shutil.which("secantusd-rs", path=os.path.dirname(sys.executable))
+
+
+class MongoServer:
+    """A server that speaks MongoDB's protocol (SecantusDB: WiredTiger, one-node replica set)."""
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(prefix="taskpool-mongo-")
+        self.port = 0
+        self.start()
+
+    def start(self):
+        log = os.path.join(self.folder, "log")
+        with open(log, "wb") as out:
+            self.process = subprocess.Popen(
+                [SERVER, "--host", "127.0.0.1", "--port", str(self.port), "--storage-path", self.folder + "/data",
+                 "--sync-on-commit", "--log-file-max", "32MB", "--cache-size", "256M", "--log-level", "WARNING"],
+                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        said = eventually(lambda: re.search(r"listening on 127.0.0.1:(\d+)", Path(log).read_text()), "the server")
+        self.port = int(said.group(1))
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def close(self):
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def client(self, **options):
+        options = {"serverSelectionTimeoutMS": 5000, "port": self.port, "host": "127.0.0.1", **options}
+        return pymongo.MongoClient(**options)
+
+
+@unittest.skipUnless(pymongo and SERVER, f"needs a server and pymongo: {SECANTUS} && pip install pymongo")
+class WithMongo(InFolder):
+    """Tests that share one server; each has a collection of its own."""
+
+    server = None
+    numbers = iter(range(10**6))
+
+    def setUp(self):
+        super().setUp()
+        if WithMongo.server is None:
+            WithMongo.server = MongoServer()
+            unittest.addModuleCleanup(WithMongo.server.close)
+        self.client = self.server.client()
+        self.addCleanup(self.client.close)
+        self.collection = self.client.test[f"tasks{next(self.numbers)}"]
+        # Unlike MongoDB, this server fails deletes from a collection that does not exist.
+        self.client.test.create_collection(f"{self.collection.name}.masters")
+
+    def uri(self):
+        return f"mongodb://127.0.0.1:{self.server.port}"
+
+
+class MongoContract(StoreContract):
+    """What holds for MongoStore on whatever has a Collection."""
+
+    def open(self):
+        return taskpool.MongoStore(self.collection)
+
+
+@unittest.skipUnless(mongomock, "needs mongomock: pip install mongomock==4.3.0")
+class TestMongoStoreOnMongomock(MongoContract, unittest.TestCase):
+    """The MongoDB store keeps the contract, on a collection that is not pymongo's."""
+
+    def setUp(self):
+        self.collection = mongomock.MongoClient().test.tasks
+        super().setUp()
+
+
+class TestMongoStoreOnAServer(MongoContract, WithMongo):
+    """The MongoDB store keeps the contract, over the wire."""
+
+    def setUp(self):
+        WithMongo.setUp(self)
+        self.store = self.open()
+
+
 class TestSchemaVersions(InFolder):
     """Older files are brought up to date, newer ones are refused."""
 
