@@ -1959,6 +1959,11 @@ def _row_of(document: Mapping[str, Any], now: int) -> tuple[Row, str]:
     return row, problem
 
 
+def _due_here(owner: str, now: int) -> dict[str, Any]:
+    """Of `ready` documents, those that no other machine's clock promoted too early (P6)."""
+    return {"$or": [{"ready_at": {"$lte": now}}, {"promoter": {"$in": [None, owner]}}]}
+
+
 def _fitting(outcome: Outcome) -> Outcome:
     """Without a result that no document holds: it would be in the way of all others."""
     if outcome.result is None or len(outcome.result.encode()) <= _MOST_BYTES:
@@ -2255,8 +2260,8 @@ class MongoStore(Store):
             self._adopt(now, _ADOPTED_AT_ONCE)
             place = {"lane": {"$in": ["", owner]}, "taskType": {"$in": list(shares)}}
             due = {"state": "scheduled", **place, "ready_at": {"$lte": now}}
-            self._tasks.update_many(due, {"$set": {"state": "ready"}})
-            where: dict[str, Any] = {"state": "ready", **place}
+            self._tasks.update_many(due, {"$set": {"state": "ready", "promoter": owner}})
+            where: dict[str, Any] = {"state": "ready", **place, **_due_here(owner, now)}
             if until != NEVER:
                 where["due_at"] = {"$lte": until}
             if any(row.interrupted for row in claims.rows.values()):
@@ -2423,12 +2428,14 @@ class MongoStore(Store):
             where["due_at"] = {"$lte": until}
         with self._errors():
             self._adopt(now, _ADOPTED_AT_ONCE)
-            ready = self._find({"state": "ready", **where}, {"_id": 1}, limit=limit)
-            due = [now] * len(ready)
+            ready = {"state": "ready", **where, **_due_here(owner, now)}
+            due = [now] * len(self._find(ready, {"_id": 1}, limit=limit))
             if len(due) < limit:
-                where, order = {"state": "scheduled", **where}, [("ready_at", 1)]
-                later = self._find(where, {"ready_at": 1}, sort=order, limit=limit)
-                due += [document["ready_at"] for document in later]
+                elsewhere = {"state": "ready", **where, "ready_at": {"$gt": now}}
+                later = {"$or": [{"state": "scheduled", **where}, elsewhere]}
+                order = [("ready_at", 1)]
+                found = self._find(later, {"ready_at": 1}, sort=order, limit=limit)
+                due += [document["ready_at"] for document in found]
         return sorted(due)[:limit]
 
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
