@@ -1879,10 +1879,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _data_fields(text: str) -> dict[str, Any]:
-    value = json.loads(text) if len(text) <= _READABLE_CHARS else None
-    if value is None or not _is_plain(value):
-        return {"data": None, "json": text}
-    return {"data": value}
+    value = json.loads(text) if len(text) <= _READABLE_CHARS else {"$": ""}
+    return {"data": value} if _is_plain(value) else {"data": None, "json": text}
 
 
 def _fields_of(row: Row) -> dict[str, Any]:
@@ -1905,13 +1903,14 @@ def _fields_of(row: Row) -> dict[str, Any]:
 def _changes(old: Row, new: Row) -> dict[str, Any]:
     """The update that makes the document of *old* that of *new*; other fields stay."""
     before, after = _fields_of(old), _fields_of(new)
+    if new.created_at != old.created_at:  # Another task: whatever was changed meanwhile.
+        before, old = _USUAL, old._replace(data="")
     put = {name: value for name, value in after.items() if before.get(name, before) != value}
-    gone = [name for name in before if name not in after]
     if new.data != old.data:
-        put.update(_data_fields(new.data))
-        gone += ["json"] * ("json" not in put)
+        before, put = {**before, "json": ""}, {**put, **_data_fields(new.data)}
+    gone = dict.fromkeys(before.keys() - after.keys() - put.keys(), "")
     changes = {"$set": {"state": new.state, **put}}
-    return {**changes, "$unset": dict.fromkeys(gone, "")} if gone else changes
+    return {**changes, "$unset": gone} if gone else changes
 
 
 def _microseconds(date: Any) -> Any:
@@ -1961,7 +1960,8 @@ def _row_of(document: Mapping[str, Any], now: int) -> tuple[Row, str]:
 
 def _due_here(owner: str, now: int) -> dict[str, Any]:
     """Of `ready` documents, those that no other machine's clock promoted too early (P6)."""
-    return {"$or": [{"ready_at": {"$lte": now}}, {"promoter": {"$in": [None, owner]}}]}
+    past = {"$lte": now}
+    return {"$or": [{"ready_at": past, "due_at": past}, {"promoter": {"$in": [None, owner]}}]}
 
 
 def _fitting(outcome: Outcome) -> Outcome:
@@ -2012,8 +2012,8 @@ class MongoStore(Store):
     A document has the fields of nschwarz:cluster: `_id`, `taskType`, `priority`, `data`,
     `createdAt`, `onGoing`, `dueDate`, and our columns beside them. A Meteor application
     may insert documents with those seven alone. `data` holds the values themselves. Data
-    with a key that has a dot or begins with $, None, and data over 1,000,000 characters
-    are in the field `json` instead, as text. At most 7,000,000 bytes of data are stored,
+    with a key that has a dot or begins with $, and data over 1,000,000 characters are in
+    the field `json` instead, as text. At most 7,000,000 bytes of data are stored,
     and of a result with keep_result kept. What runs has `onGoing: true`; what has ended
     has no dueDate; for what waits for a retry it is the date of that: so the original's
     own poller starts none of them. Instants are kept in our fields in microseconds.
@@ -2449,7 +2449,9 @@ class MongoStore(Store):
         """The selector of *query*."""
         self._adopt(now)
         due = {"$lte" if query.due else "$gt": now}
-        terms: list[Any] = [{"due_at": {"$lte": query.until}}]
+        terms: list[Any] = []
+        if query.until != NEVER:
+            terms.append({"due_at": {"$lte": query.until}})
         if query.ids is not None:
             terms.append({"_id": {"$in": list(query.ids)}})
         if query.types is not None:
@@ -2461,7 +2463,7 @@ class MongoStore(Store):
         if query.due is not None:
             could_run = [{"state": "ready"}] * query.due
             terms.append({"$or": [{"state": "scheduled", "ready_at": due}, *could_run]})
-        return {"$and": terms}
+        return {"$and": terms} if terms else {}
 
     def find(self, query: Query, now: int) -> list[Row]:
         options: dict[str, Any] = {"sort": _RANK[1:], "skip": query.offset}

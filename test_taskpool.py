@@ -1730,6 +1730,9 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
             self.assertEqual([r.id for r in self.claim(limit, owner="late", now=late)], ids)
         self.assertEqual(self.store.next_due("late", ["x"], 5, late), [NOW + 2 * SECOND] * 2)
         self.assertEqual(self.store.next_due("early", ["x"], 5, early), [early] * 2)
+        (back,) = self.claim(1, owner="early", now=early)
+        self.settle(back, "ready", charged=False, owner="early")
+        self.assertEqual(self.claim(5, owner="late", now=late), [])
         # A clock that is set back holds back nothing that was due by it.
         self.assertEqual([r.id for r in self.claim(1, owner="early", now=late)], ["1"])
         self.assertEqual([r.id for r in self.claim(1, owner="late", now=early)], ["2"])
@@ -2108,7 +2111,7 @@ class TestMongoManyMachines(WithMongo):
         machines = [self.machine("early", 2.0), self.machine("late", -2.0)]
         held = [queue.add_task("hold").id for _ in range(2)]
         eventually(lambda: len(self.lines()) == 2)
-        ids = {t.id for t in queue.add_tasks([{"task_type": "note", "due_date": timedelta(seconds=s / 40)} for s in range(160)])}
+        ids = {t.id for t in queue.add_tasks([{"task_type": "note", "due_date": timedelta(seconds=1 + s / 60)} for s in range(160)])}
         eventually(lambda: len(self.lines()) == 162, "all tasks")
         for name in ("early", "late"):
             (self.folder / f"{name}.end").touch()
@@ -3734,6 +3737,9 @@ class TestKillAnythingAnyTime(InFolder):
             self.assertEqual(task.attempt, task.retries + 1)
             self.assertGreaterEqual(starts[task.id], task.retries + 1)
             self.assertIn("WorkerDied", task.error)
+        self.check_store()
+
+    def check_store(self):
         with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
             self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
             self.assertEqual(db.execute("SELECT count(*) FROM taskpool_task WHERE owner <> ''").fetchone(), (0,))
@@ -3811,6 +3817,30 @@ class TestKillAnythingAnyTime(InFolder):
             self.assertEqual(error.exit_code, 9)
             self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
         os.kill(int((self.folder / "pid").read_text()), signal.SIGKILL)
+
+
+class TestMongoKillAnythingAnyTime(WithMongo):
+    """P1-P4 with MongoDB: the same attack."""
+
+    drive, check = TestKillAnythingAnyTime.drive, TestKillAnythingAnyTime.check
+    MASTER, PRODUCER = (
+        source.replace("from taskpool", "import pymongo, taskpool; from taskpool").replace(
+            'TaskQueue("tasks.db")', "TaskQueue(taskpool.MongoStore(pymongo.MongoClient(URI).test.NAME))")
+        for source in (TestKillAnythingAnyTime.MASTER, TestKillAnythingAnyTime.PRODUCER)
+    )
+
+    def queue(self):
+        return TaskQueue(taskpool.MongoStore(self.collection))
+
+    def script(self, source, name="script.py"):
+        return super().script(source.replace("URI", repr(self.uri())).replace("NAME", self.collection.name), name)
+
+    def check_store(self):
+        self.assertEqual(self.collection.count_documents({"owner": {"$exists": True}}), 0)
+
+    @unittest.skipUnless(LINUX, "finds the victims in /proc")
+    def test_two_masters_and_producers_in_other_processes(self):
+        self.drive(masters=2, kills=14, producers=2, tasks=600)
 
 
 def command_line(pid):
