@@ -63,6 +63,9 @@ What is promised (the tests and the README carry the same numbers)
     P8  Nothing stored is ever unpickled or evaluated: who can write to the store can
         only start mapped functions with JSON data.
 
+Tasks are stored in a SQLite file, in a MongoDB collection that many machines share
+(TaskQueue(MongoStore(collection))), or in a store of your own.
+
 Units: durations are seconds (or a timedelta), but `refresh_rate` and an integer
 `keep_alive` are milliseconds, as in nschwarz:cluster, from which this descends.
 Instants are datetimes outside and integer microseconds since 1970 (UTC) inside.
@@ -977,7 +980,7 @@ def _shares(types: Mapping[str, float] | Iterable[str]) -> Mapping[str, float]:
 _RankedRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
 
 
-def _fits(row: Row, query: Query, now: int) -> bool:
+def fits(row: Row, query: Query, now: int) -> bool:
     waiting = row.state in ("scheduled", "ready")
     could_run = row.state == "ready" or (row.state == "scheduled" and row.ready_at <= now)
     return (
@@ -1184,7 +1187,7 @@ class MemoryStore(Store):
                 rows = list(self._rows.values())
             else:
                 rows = [self._rows[i] for i in dict.fromkeys(query.ids) if i in self._rows]
-        found = sorted((r for r in rows if _fits(r, query, now)), key=lambda row: row.created_at)
+        found = sorted((r for r in rows if fits(r, query, now)), key=lambda row: row.created_at)
         stop = None if query.limit is None else query.offset + query.limit
         return found[query.offset : stop]
 

@@ -1168,6 +1168,17 @@ SCHEMA_0 = """
 """
 
 
+class TestTheManualsOwnStore(StoreContract, unittest.TestCase):
+    """The store that README shows keeps the contract."""
+
+    def open(self):
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        source = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "class DictStore" in b)
+        names = {"__name__": "manual"}
+        exec(source, names)
+        return names["DictStore"]()
+
+
 # --- MongoDB -------------------------------------------------------------------------
 
 try:
@@ -1521,10 +1532,8 @@ class MongoContract(StoreContract):
                 with self.subTest(method=method, number=number):
                     rows = []
                     while len(rows) < 3:
-                        try:
+                        with contextlib.suppress(StoreError):
                             rows += store.claim("me", types, limit, NOW)
-                        except StoreError:
-                            pass
                     self.assertEqual([(r.id, r.attempt) for r in rows], [(f"{i}", 1) for i in range(3)])
                 self.collection.delete_many({})
 
@@ -2152,6 +2161,20 @@ class TestMongoManyMachines(WithMongo):
         first.kill()
         second.kill()
 
+    def test_the_three_lines_of_the_manual_work(self):
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        (source,) = re.findall(r"```py\n(.*?)```", readme, re.S)
+        source = source.replace("mongodb://localhost", self.uri()) + textwrap.dedent("""
+            def square(job):
+                return job.data**2
+            if __name__ == "__main__":
+                with Cluster({"square": square}, queue) as cluster:
+                    print(list(cluster.map("square", range(5))), queue)
+                client.drop_database("mydatabase")
+        """)
+        out = self.run_script(source)
+        self.assertEqual(out, "[0, 1, 4, 9, 16] TaskQueue(MongoStore('mydatabase.tasks'))\n")
+
     def test_two_clusters_on_a_meteor_applications_collection(self):
         now = datetime.now(timezone.utc)
         clusters = [self.cluster({"echo": echo, "line": add_line}, self.queue()) for _ in range(2)]
@@ -2170,8 +2193,8 @@ class TestMongoWithoutPymongo(InFolder):
     """The MongoDB store imports no driver."""
 
     @unittest.skipUnless(mongomock, "needs mongomock: pip install mongomock==4.3.0")
-    def test_a_cluster_runs_on_a_collection_that_is_not_pymongos(self):
-        """MG-03. (Its only worker waits while the store works: mongomock is not thread-safe.)"""
+    def test_it_works_where_pymongo_cannot_be_imported(self):
+        """MG-03."""
         out = self.run_script("""
             import sys
             sys.modules["pymongo"] = sys.modules["bson"] = None
@@ -4436,7 +4459,7 @@ class TestReadme(InFolder):
     def test_every_parameter_is_in_the_manual(self):
         import inspect
 
-        for function in (TaskQueue.add_task, Cluster.__init__, SQLiteStore.__init__, TaskQueue.find):
+        for function in (TaskQueue.add_task, Cluster.__init__, SQLiteStore.__init__, taskpool.MongoStore.__init__, TaskQueue.find):
             for name in inspect.signature(function).parameters:
                 if name != "self":
                     self.assertIn(f"`{name}`", self.TEXT)
