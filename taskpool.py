@@ -87,6 +87,7 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.process
+import operator
 import os
 import pickle
 import queue as _queues
@@ -125,14 +126,19 @@ __all__ = [
 
 AHEAD_SECONDS = 0.010  # Expected work that a worker may have claimed ahead (P5).
 AHEAD_TASKS = 256  # The same as a number of tasks: what a crash can give back.
-LEAST_SECONDS = AHEAD_SECONDS / AHEAD_TASKS  # Quicker tasks are no different (P5).
+LEAST_SHARE = 1 / AHEAD_TASKS  # Of a worker's room: quicker tasks are no different (P5).
+LEAST_SECONDS = AHEAD_SECONDS * LEAST_SHARE
 SLOW_SECONDS = 0.020  # A task that runs longer lets go of those queued behind it.
 LEASE_SECONDS = 30.0  # A master that has not renewed for this long is given up (P3).
 RENEW_SECONDS = 10.0  # Three chances to renew within one lease.
 WARN_SECONDS = 60.0  # The same warning is not given more often.
+OWNERS_SECONDS = 0.1  # How often producers look which masters there are, and ...
+KNOCK_SECONDS = 0.002  # ... how often they wake them.
 WATCH_SECONDS = 1.0  # How often masters look for dead masters.
 INTERRUPTIONS = 5  # Interrupted single claims after which a task fails (P3).
 BUSY_SECONDS = 30.0  # Longest wait for another process's write lock on SQLite.
+PROMOTE_TASKS = 5_000  # Due tasks made ready at once; a million must not stop the rest.
+CHECKPOINT_PAGES = 4000  # Of SQLite's write-ahead log (16 MB): fewer and cheaper fsyncs.
 RETRY_CAP_SECONDS = 3600.0  # Longest wait before a retry.
 BOOT_SECONDS = 0.04  # First wait after a worker died as it started; then doubled...
 BOOT_CAP_SECONDS = 30.0  # ... up to this.
@@ -271,6 +277,18 @@ def _packed_row(row: Row) -> str:
     return json.dumps(row._asdict())
 
 
+_raw_decode = json.JSONDecoder().raw_decode
+
+
+def _decode(text: str) -> Any:
+    """As json.loads, in a third of its time for the short texts that we wrote."""
+    try:
+        value, end = _raw_decode(text)
+    except ValueError:
+        end = -1
+    return value if end == len(text) else json.loads(text)
+
+
 def _public_state(state: str) -> str:
     return "waiting" if state in ("scheduled", "ready") else state
 
@@ -327,7 +345,7 @@ class Task:
         try:
             return self._data
         except AttributeError:
-            object.__setattr__(self, "_data", json.loads(self._row.data))
+            object.__setattr__(self, "_data", _decode(self._row.data))
             return self._data
 
     @property
@@ -391,9 +409,15 @@ class Task:
         return self._row.error
 
 
-def _new_id() -> str:
+_nonce = os.urandom(8).hex()  # Of this process; a fork draws another.
+_id_numbers = itertools.count()
+
+
+def _new_id(now: int) -> str:
     """A fresh id: time first, so that new ids are neighbours in the store's index."""
-    return f"{time.time_ns() // 1000:014x}{os.urandom(9).hex()}"
+    # Nothing random here: a system call lets go of the GIL, which costs more than all
+    # the rest of submit() while the dispatcher is busy.
+    return f"{now:014x}{_nonce}{next(_id_numbers):x}"
 
 
 def _shown(value: Any) -> str:
@@ -551,6 +575,7 @@ def _checked_json(value: Any) -> str:
 
 
 _NO_DATA: dict[str, Any] = {}
+_FRESH = tuple(Row._field_defaults.values())[:-1]  # The columns of a task's history.
 _IF_EXISTS = ("raise", "keep", "replace")
 
 
@@ -578,7 +603,7 @@ def _make_row(
     if in_memory is not False:
         _checked_bool("in_memory", in_memory)
     if task_id is None:
-        task_id = f"inMemory_{_new_id()}" if in_memory else _new_id()
+        task_id = f"inMemory_{_new_id(now)}" if in_memory else _new_id(now)
     else:
         _checked_text("task_id", task_id)
     if if_exists not in _IF_EXISTS:
@@ -593,13 +618,8 @@ def _make_row(
         keep_result = _checked_seconds("keep_result", keep_result, zero=True)
     due_at = now if due_date is None else _instant(due_date, now)
     state = "ready" if due_at <= now else "scheduled"
-    times = (now, due_at, due_at)
-    row = Row(
-        *(task_id, task_type, text, priority, *times),
-        *(retries, retry_delay, timeout, keep_result, lane, state),
-        in_memory=in_memory,
-    )
-    return row, if_exists
+    first = task_id, task_type, text, priority, now, due_at, due_at, retries, retry_delay
+    return Row._make((*first, timeout, keep_result, lane, state, *_FRESH, in_memory)), if_exists
 
 
 # --- Policies ------------------------------------------------------------------------
@@ -644,18 +664,18 @@ def share(expected: float | None) -> float:
 
     A type without history takes all. (P5: 10 ms of expected work, 256 tasks.)
 
-    >>> share(None), share(1.0), share(0.005), share(0.0) == 1 / 256
+    >>> share(None), share(1.0), share(0.005), share(0.0) == LEAST_SHARE
     (1.0, 1.0, 0.5, True)
     """
     if expected is None:
         return 1.0
-    return min(max(expected / AHEAD_SECONDS, 1 / AHEAD_TASKS), 1.0)
+    return min(max(expected / AHEAD_SECONDS, LEAST_SHARE), 1.0)
 
 
 def claimed(row: Row, owner: str) -> Row:
     """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
-    # Three times as fast as _replace, and done for every task.
-    return Row(*row[:12], "running", row.attempt + 1, row.claim + 1, owner, *row[16:])
+    # Five times as fast as _replace, and done for every task.
+    return Row._make((*row[:12], "running", row[13] + 1, row[14] + 1, owner, *row[16:]))
 
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
@@ -757,6 +777,8 @@ def _after_fork_in_child() -> None:
     for end in list(_master_ends):
         with contextlib.suppress(OSError):
             end.close()
+    global _nonce
+    _nonce = os.urandom(8).hex()
     _master_ends.clear()
     _held_for_fork.clear()
     for thing in list(_reset_in_forks):
@@ -825,10 +847,11 @@ def _here() -> str:
         return ""
 
 
-def _new_owner() -> str:
-    """A name for a running cluster, from which others can see whether it died."""
+def _new_owner(port: int) -> str:
+    """A name for a running cluster, from which others can see whether it died, and on
+    which port it hears of new tasks (see _WakeUp)."""
     pid = os.getpid()
-    return f"{_here()}|{pid}|{_process_start(pid)}|{os.urandom(8).hex()}"
+    return f"{_here()}|{pid}|{_process_start(pid)}|{os.urandom(8).hex()}|{port}"
 
 
 def owner_is_dead(owner: str) -> bool:
@@ -839,6 +862,18 @@ def owner_is_dead(owner: str) -> bool:
     if not start or not pid.isdigit() or place != _here():
         return False
     return _process_start(int(pid)) != start
+
+
+def _wake_owners(owners: Iterable[str]) -> None:
+    """Tell other masters of this machine that there is something new. May be lost."""
+    me = str(os.getpid())
+    places = [owner.split("|") for owner in owners]
+    ports = [int(p[4]) for p in places if len(p) == 5 and p[0] == _here() and p[1] != me]
+    if ports:
+        with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as knock:
+            knock.setblocking(False)
+            for port in ports:
+                knock.sendto(b"!", ("127.0.0.1", port))
 
 
 # --- Stores --------------------------------------------------------------------------
@@ -917,6 +952,10 @@ class Store:
         """Give back, uncharged, all that *owner* still holds, and forget it."""
         raise NotImplementedError
 
+    def owners(self) -> list[str]:
+        """Who renewed and did not leave, to be woken by producers. Default: nobody is."""
+        return []
+
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
     ) -> list[int]:
@@ -977,7 +1016,9 @@ def _shares(types: Mapping[str, float] | Iterable[str]) -> Mapping[str, float]:
     return types if isinstance(types, Mapping) else dict.fromkeys(types, 1.0)
 
 
+_Place = tuple[str, str]  # (lane, task_type)
 _RankedRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
+_DatedRow = tuple[int, int, Row]  # (ready_at, insertion, row)
 
 
 def fits(row: Row, query: Query, now: int) -> bool:
@@ -1008,8 +1049,8 @@ class MemoryStore(Store):
         """A forked child starts empty: the tasks belong to its parent."""
         self._lock = threading.RLock()  # Protects all below; held for a moment only.
         self._rows: dict[str, Row] = {}
-        self._ready: dict[tuple[str, str], list[_RankedRow]] = {}
-        self._scheduled: dict[tuple[str, str], list[tuple[int, int, Row]]] = {}
+        self._ready: dict[_Place, list[_RankedRow]] = collections.defaultdict(list)
+        self._scheduled: dict[_Place, list[_DatedRow]] = collections.defaultdict(list)
         self._expiring: list[tuple[int, str]] = []  # A heap of (expires_at, id).
         self._insertions = itertools.count()
         self._dead_entries = 0
@@ -1021,7 +1062,7 @@ class MemoryStore(Store):
             try:
                 for new, if_exists in additions:
                     old = self._rows.get(new.id)
-                    stored, row = after_add(old, new, if_exists)
+                    stored, row = after_add(old, new, if_exists) if old else (new, new)
                     if stored is not None:
                         before.append((new.id, old))
                         self._put(stored)
@@ -1035,18 +1076,18 @@ class MemoryStore(Store):
     def _put(self, row: Row) -> None:
         if row.id in self._rows:
             self._dead_entries += 1
+            if self._dead_entries > 1000 + len(self._rows):
+                self._sweep()
         self._rows[row.id] = row
-        place = row.lane, row.task_type
         if row.state == "ready":
-            entry = (-row.priority, row.created_at, next(self._insertions), row)
-            heapq.heappush(self._ready.setdefault(place, []), entry)
+            heap = self._ready[row.lane, row.task_type]
+            number = next(self._insertions)
+            heapq.heappush(heap, (-row.priority, row.created_at, number, row))
         elif row.state == "scheduled":
-            due = (row.ready_at, next(self._insertions), row)
-            heapq.heappush(self._scheduled.setdefault(place, []), due)
+            due = self._scheduled[row.lane, row.task_type]
+            heapq.heappush(due, (row.ready_at, next(self._insertions), row))
         elif row.expires_at is not None:
             heapq.heappush(self._expiring, (row.expires_at, row.id))
-        if self._dead_entries > 1000 + len(self._rows):
-            self._sweep()
 
     def _drop(self, task_id: str) -> None:
         if self._rows.pop(task_id, None):
@@ -1071,7 +1112,9 @@ class MemoryStore(Store):
         for task_type in types:
             for place in (("", task_type), (owner, task_type)):
                 scheduled = self._scheduled.get(place)
-                while scheduled and (scheduled[0][0] <= now or not self._alive(scheduled[0][2])):
+                for _ in range(PROMOTE_TASKS):
+                    if not scheduled or (scheduled[0][0] > now and self._alive(scheduled[0][2])):
+                        break
                     row = heapq.heappop(scheduled)[2]
                     if self._alive(row):
                         self._put(row._replace(state="ready"))
@@ -1091,7 +1134,7 @@ class MemoryStore(Store):
     ) -> list[Row]:
         if not self._rows:
             return []
-        shares = _shares(types)
+        shares, rows = _shares(types), self._rows
         taken: list[Row] = []
         later: list[Row] = []
         with self._lock:
@@ -1107,10 +1150,10 @@ class MemoryStore(Store):
                     break
                 else:
                     limit -= shares[row.task_type]
-                    self._rows[row.id] = running = claimed(row, owner)
+                    rows[row.id] = running = claimed(row, owner)
                     taken.append(running)
                 heapq.heappop(heap)
-                while heap and not self._alive(heap[0][3]):
+                while heap and rows.get(heap[0][3].id) is not heap[0][3]:
                     heapq.heappop(heap)
                 if heap:
                     heapq.heapreplace(heads, (heap[0], index))
@@ -1240,7 +1283,7 @@ _SCHEMA = (
         interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
         removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT)
     """,
-    # For _READY and _FOREIGN: what can be claimed, in order.
+    # For _READY and _STARTABLE: what can be claimed, in order.
     """
     CREATE INDEX IF NOT EXISTS taskpool_ready
     ON taskpool_task (lane, task_type, priority DESC, created_at) WHERE state = 'ready'
@@ -1298,9 +1341,11 @@ _ERASE = "DELETE FROM taskpool_task WHERE id = ?"
 _WRITE = f"UPDATE taskpool_task SET ({_LIST}) = ({', '.join('?' * len(_COLUMNS))}) WHERE id = ?"
 
 # scheduled -> ready
-_PROMOTE = """
-UPDATE taskpool_task SET state = 'ready'
-WHERE state = 'scheduled' AND lane = ? AND task_type = ? AND ready_at <= ?
+_PROMOTE = f"""
+UPDATE taskpool_task SET state = 'ready' WHERE seq IN (
+    SELECT seq FROM taskpool_task
+    WHERE state = 'scheduled' AND lane = ? AND task_type = ? AND ready_at <= ?
+    ORDER BY ready_at LIMIT {PROMOTE_TASKS})
 """
 # What claim() would take of one lane and type, best first.
 _READY = f"""
@@ -1340,6 +1385,7 @@ _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner
 _RENEW = "UPDATE taskpool_master SET beat = beat + 1 WHERE owner = ?"
 _ENTER = "INSERT INTO taskpool_master (owner, beat) VALUES (?, 0)"
 _LEAVE = "DELETE FROM taskpool_master WHERE owner = ?"
+_MASTERS = "SELECT owner FROM taskpool_master"
 # Holders of claims that are not in the table of masters count as silent masters.
 _OWNERS = """
 SELECT owner, beat FROM taskpool_master
@@ -1349,24 +1395,25 @@ AND owner NOT IN (SELECT owner FROM taskpool_master)
 _OPEN_LANE = "UPDATE taskpool_task SET lane = '' WHERE lane > '' AND lane = ?"
 _EXPIRE = "DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ?"
 
-# The distinct task types that wait, one index look-up each.
-_FOREIGN = """
+# The task types of a lane of which a task can start by then, one index look-up each.
+_STARTABLE = """
 WITH RECURSIVE
 ready(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'ready' AND lane = ''
+    SELECT min(task_type) FROM taskpool_task WHERE state = 'ready' AND lane = :lane
     UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'ready' AND lane = '' AND task_type > t)
+                      WHERE state = 'ready' AND lane = :lane AND task_type > t)
     FROM ready WHERE t IS NOT NULL),
 scheduled(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'scheduled' AND lane = ''
+    SELECT min(task_type) FROM taskpool_task WHERE state = 'scheduled' AND lane = :lane
     UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'scheduled' AND lane = '' AND task_type > t)
+                      WHERE state = 'scheduled' AND lane = :lane AND task_type > t)
     FROM scheduled WHERE t IS NOT NULL)
 SELECT t FROM ready WHERE t IS NOT NULL
 UNION SELECT t FROM scheduled WHERE t IS NOT NULL AND
     (SELECT min(ready_at) FROM taskpool_task
-     WHERE state = 'scheduled' AND lane = '' AND task_type = t) <= ?
+     WHERE state = 'scheduled' AND lane = :lane AND task_type = t) <= :instant
 """
+MANY_TYPES = 8  # From here on looking for what there is beats asking for each type.
 
 _OLDEST_FIRST = "ORDER BY created_at, seq LIMIT ? OFFSET ?"
 # waiting, failed, done -> (removed); a running task is marked.
@@ -1488,9 +1535,12 @@ class SQLiteStore(Store):
         try:
             yield
         except sqlite3.Error as error:
-            if type(error) is sqlite3.DatabaseError:
-                self._stale = True  # Damaged, perhaps: look at the file afresh next time.
-            raise StoreError(f"{self.path}: {error}{self._hint()}") from error
+            raise self._store_error(error) from error
+
+    def _store_error(self, error: sqlite3.Error) -> StoreError:
+        if type(error) is sqlite3.DatabaseError:
+            self._stale = True  # Damaged, perhaps: look at the file afresh next time.
+        return StoreError(f"{self.path}: {error}{self._hint()}")
 
     def _identity(self) -> tuple[int, int]:
         """Which file has our name now. SQLite writes to the one that it opened, also when
@@ -1517,6 +1567,7 @@ class SQLiteStore(Store):
             self._version(db)  # A newer file is refused before anything is changed.
             self._use_wal(db)
             db.execute(f"PRAGMA synchronous = {self._synchronous}")
+            db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             if self._version(db) != SCHEMA_VERSION:
                 self._make_schema(db)
         except BaseException:
@@ -1635,8 +1686,24 @@ class SQLiteStore(Store):
             self._stale = False
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
+        if len(additions) == 1 and self._add_alone(additions[0][0]):
+            return [additions[0][0]]
         with self.transaction() as db:
             return [self._add(db, new, if_exists) for new, if_exists in additions]
+
+    def _add_alone(self, new: Row) -> bool:
+        """The usual case in one statement, which costs half of a transaction. False if
+        that could not be done: the id is taken, say."""
+        with self._write_lock:
+            if self._writer is None or self._writing or self._stale:
+                return False
+            try:
+                self._writer.execute(_ADD, new[:-1])
+            except sqlite3.IntegrityError:
+                return False
+            except sqlite3.Error as error:
+                raise self._store_error(error) from error
+            return self._opened == self._identity()
 
     def _add(self, db: sqlite3.Connection, new: Row, if_exists: str) -> Row:
         try:
@@ -1699,10 +1766,10 @@ class SQLiteStore(Store):
     ) -> list[Row]:
         most = math.ceil(limit / min(shares.values()))
         suspect = db.execute(_SUSPECT, (owner,)).fetchone() is not None
-        places = [(lane, t) for t in shares for lane in ("", owner)]
+        places = self._places(db, owner, shares, now)
         db.executemany(_PROMOTE, [(*place, now) for place in places])
         streams = [db.execute(_READY, (*place, until, most)) for place in places]
-        candidates = iter(streams[0]) if len(streams) == 1 else heapq.merge(*streams, key=_rank)
+        candidates = heapq.merge(*streams, key=_rank)
         taken: list[Row] = []
         taken_seq: list[tuple[str, int]] = []
         broken: list[tuple[str, int]] = []
@@ -1729,6 +1796,21 @@ class SQLiteStore(Store):
         db.executemany(_CLAIM, taken_seq)
         db.executemany(_SET_ASIDE, broken)
         return taken + broken_rows
+
+    @staticmethod
+    def _places(
+        db: sqlite3.Connection, owner: str, types: Iterable[str], instant: int
+    ) -> list[_Place]:
+        """The lanes and types to look at for tasks that can start by *instant*."""
+        known, lanes = set(types), ("", owner)
+        if len(known) < MANY_TYPES:
+            return [(lane, task_type) for task_type in known for lane in lanes]
+        return [
+            (lane, task_type)
+            for lane in lanes
+            for (task_type,) in db.execute(_STARTABLE, {"lane": lane, "instant": instant})
+            if task_type in known
+        ]
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
         with self.transaction() as db:
@@ -1768,6 +1850,10 @@ class SQLiteStore(Store):
         with self.transaction() as db:
             self._give_back(db, owner, now, given_back)
 
+    def owners(self) -> list[str]:
+        with self._read() as db:
+            return [owner for (owner,) in db.execute(_MASTERS)]
+
     def _give_back(
         self, db: sqlite3.Connection, owner: str, now: int, after: Callable[[Row, int], Row | None]
     ) -> list[Row]:
@@ -1787,7 +1873,7 @@ class SQLiteStore(Store):
     ) -> list[int]:
         due: list[int] = []
         with self._read() as db:
-            for place in [(lane, t) for t in types for lane in ("", owner)]:
+            for place in self._places(db, owner, types, NEVER):
                 (ready,) = db.execute(_COUNT_READY, (*place, until, limit)).fetchone()
                 due += [now] * ready
                 due += [at for (at,) in db.execute(_NEXT_DUE, (*place, until, limit))]
@@ -1796,7 +1882,8 @@ class SQLiteStore(Store):
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
         with self._read() as db:
-            return sorted(t for (t,) in db.execute(_FOREIGN, (now,)) if t not in known)
+            found = db.execute(_STARTABLE, {"lane": "", "instant": now})
+            return sorted(task_type for (task_type,) in found if task_type not in known)
 
     def find(self, query: Query, now: int) -> list[Row]:
         where, values = _where(query, now)
@@ -2699,6 +2786,8 @@ class TaskQueue(_Tasks):
         self._in_memory = InMemoryTasks(self)
         self._watchers: tuple[Any, ...] = ()  # Running clusters: have _queue_changed().
         self._listeners: dict[str, Listener] = {}
+        self._owners: list[str] = []  # Masters to wake, as of when we looked last.
+        self._next_owners = self._next_knock = 0.0  # Monotonic.
 
     def __enter__(self) -> TaskQueue:
         return self
@@ -2723,6 +2812,18 @@ class TaskQueue(_Tasks):
             _worker.tell_master_of_changes()
         for watcher in self._watchers:
             watcher._queue_changed(removed)
+
+    def _wake_others(self) -> None:
+        """Have the masters in other processes look at the store, so that they need not
+        poll it. Not for each of many tasks: who is woken looks again a little later."""
+        now = time.monotonic()
+        if now >= self._next_owners:
+            self._next_owners = now + OWNERS_SECONDS
+            with contextlib.suppress(StoreError):
+                self._owners = self._store.owners()
+        if self._owners and now >= self._next_knock:
+            self._next_knock = now + KNOCK_SECONDS
+            _wake_owners(self._owners)
 
     def add_task(
         self,
@@ -2789,15 +2890,19 @@ class TaskQueue(_Tasks):
                 wrong = f"has no parameter {unknown[0]!r}" if unknown else "needs a 'task_type'"
                 raise TypeError(f"tasks[{index}]: add_task {wrong}")
             additions.append(_make_row(now, **task))
+        if not additions:
+            return []
+        if len({row.in_memory for row, _ in additions}) > 1:
+            raise ValueError("in_memory is True for some tasks; add those in a call of their own")
         return [Task(row) for row in self._add(additions)]
 
     def _add(self, additions: list[tuple[Row, str]]) -> list[Row]:
-        here = sum(row.in_memory for row, _ in additions)
-        if here not in (0, len(additions)):
-            raise ValueError("in_memory is True for some tasks; add those in a call of their own")
-        store = self._in_memory._store if here else self._store
-        rows = store.add(additions, self._now())
+        row = additions[0][0]
+        store = self._in_memory._store if row.in_memory else self._store
+        rows = store.add(additions, row.created_at)
         self._changed()
+        if not row.in_memory:
+            self._wake_others()
         return rows
 
     def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
@@ -3111,9 +3216,9 @@ class _WorkerProcess:
     the channel, so that answers come through while the task runs.
     """
 
-    def __init__(self, channel: Connection, permits: Connection | None) -> None:
+    def __init__(self, incoming: Connection, outgoing: Connection, permits: Any) -> None:
         self.task_map: Mapping[str, TaskFunction] = {}
-        self._channel = channel
+        self._incoming, self._outgoing = incoming, outgoing
         self._send_lock = threading.Lock()  # A message must not be cut by another.
         self._permits = permits
         self._permit = -1  # The number of the last permit read.
@@ -3128,7 +3233,7 @@ class _WorkerProcess:
         """Send to the master; called by any thread."""
         packed = _dumps(message)
         with self._send_lock:
-            self._channel.send_bytes(packed)
+            self._outgoing.send_bytes(packed)
 
     def tell_master_of_changes(self) -> None:
         with contextlib.suppress(OSError):
@@ -3150,7 +3255,7 @@ class _WorkerProcess:
             del message
 
     def _receive(self) -> Any:
-        return pickle.loads(self._channel.recv_bytes())
+        return pickle.loads(self._incoming.recv_bytes())
 
     def _read(self) -> None:
         """The body of the reader thread."""
@@ -3187,8 +3292,8 @@ class _WorkerProcess:
         report: tuple[Any, ...]
         try:
             task = Task(row)
-            try:
-                task.data  # noqa: B018 - Decoded here, so that bad rows fail for good.
+            try:  # Here, so that what cannot be decoded fails for good.
+                object.__setattr__(task, "_data", _decode(row.data))
             except ValueError as error:
                 wrong = RuntimeError(f"the stored data cannot be decoded: {error}")
                 report = ("fail", number, 0.0, _failure(wrong), False)
@@ -3207,8 +3312,10 @@ class _WorkerProcess:
         opened = sum(not future.done() for _, future in self._conversations.values())
         self._conversations.clear()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
+            try:  # noqa: SIM105 - Done for every task: suppress() costs more than flush().
                 stream.flush()
+            except Exception:
+                pass
         self.send((*report, opened) if report[0] == "done" else report)
 
     def _call(self, task: Task) -> Any:
@@ -3312,7 +3419,9 @@ class _WorkerProcess:
         threading.Thread(target=answer, name="taskpool-answer", daemon=True).start()
 
 
-def _worker_main(channel: Connection, permits: Connection | None, life: Connection) -> None:
+def _worker_main(
+    incoming: Connection, outgoing: Connection, permits: Connection | None, life: Connection
+) -> None:
     """The life of a worker process, from its first line to its exit."""
     global _worker
     # Ctrl-C reaches the whole process group; only the master answers to it. Under fork
@@ -3323,14 +3432,14 @@ def _worker_main(channel: Connection, permits: Connection | None, life: Connecti
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    _worker = worker = _WorkerProcess(channel, permits)
+    _worker = worker = _WorkerProcess(incoming, outgoing, permits)
     _die_with_master(life)
     with contextlib.suppress(Exception):
         import faulthandler
 
         faulthandler.enable()
     with contextlib.suppress(EOFError, OSError):  # The master is gone.
-        boot: _Boot = pickle.loads(channel.recv_bytes())[1]
+        boot: _Boot = pickle.loads(incoming.recv_bytes())[1]
         try:
             worker.task_map = _find_task_map(boot)
         except BaseException as error:
@@ -3391,14 +3500,22 @@ class _Calls:
 
 
 class _WakeUp:
-    """Ends the dispatcher's wait, from any thread: at most one byte is under way."""
+    """Ends the dispatcher's wait, from any thread: at most one byte is under way.
+
+    The same for other processes that add tasks is `bell`, a datagram socket on loopback.
+    What it says is not read: whoever rings it causes a look at the store, no more.
+    """
 
     def __init__(self) -> None:
         self.reader, self._writer = socket.socketpair()
-        self.reader.setblocking(False)
-        self._writer.setblocking(False)
+        self.bell, self.port = socket.socket(type=socket.SOCK_DGRAM), 0
+        with contextlib.suppress(OSError):  # Without it they wait for `refresh_rate`.
+            self.bell.bind(("127.0.0.1", 0))
+            self.port = self.bell.getsockname()[1]
         self._pending = False
-        _master_ends.update((self.reader, self._writer))
+        for end in (self.reader, self._writer, self.bell):
+            end.setblocking(False)
+            _master_ends.add(end)
 
     def set(self) -> None:
         if not self._pending:
@@ -3412,8 +3529,13 @@ class _WakeUp:
             self.reader.recv(64)
         self._pending = False
 
+    def clear_bell(self) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                self.bell.recv(64)
+
     def close(self) -> None:
-        for end in (self.reader, self._writer):
+        for end in (self.reader, self._writer, self.bell):
             _master_ends.discard(end)
             end.close()
 
@@ -3421,8 +3543,7 @@ class _WakeUp:
 def _own(connection: Connection) -> Any:
     """A raw, non-blocking file for the master's end of a pipe, in place of *connection*."""
     descriptor = os.dup(connection.fileno())
-    both = connection.readable and connection.writable
-    mode = "r+b" if both else "rb" if connection.readable else "wb"
+    mode = "rb" if connection.readable else "wb"
     connection.close()
     os.set_blocking(descriptor, False)
     end = open(descriptor, mode, buffering=0)  # noqa: SIM115
@@ -3440,21 +3561,24 @@ _READ_BYTES = 1 << 18
 
 
 class _Channel:
-    """The master's end of a worker's channel, without blocking: buffers both ways.
+    """The master's ends of a worker's pipes, without blocking: buffers both ways.
 
-    The framing is that of multiprocessing's Connection, which the worker uses.
+    The framing is that of multiprocessing's Connection, which the worker uses. Two pipes,
+    as a small message through a socket costs three times as much.
     """
 
     takes_back = True  # With permits: see _WorkerHandle.take_back.
 
-    def __init__(self, connection: Connection, wake: Callable[[], None]) -> None:
-        self._file = _own(connection)
+    def __init__(
+        self, incoming: Connection, outgoing: Connection, wake: Callable[[], None]
+    ) -> None:
+        self._incoming, self.outgoing = _own(incoming), _own(outgoing)
         self._received = bytearray()
         self._unsent: collections.deque[memoryview] = collections.deque()
-        self.ended = False  # The worker's end is closed, or broken.
+        self.ended = False  # The worker has closed its end, and all was read.
 
     def fileno(self) -> int:
-        return cast(int, self._file.fileno())
+        return cast(int, self._incoming.fileno())
 
     @property
     def is_full(self) -> bool:
@@ -3474,22 +3598,21 @@ class _Channel:
         try:
             while self._unsent:
                 chunk = self._unsent[0]
-                sent = self._file.write(chunk)
+                sent = self.outgoing.write(chunk)
                 if sent is None:
                     return
                 if sent < len(chunk):
                     self._unsent[0] = chunk[sent:]
                 else:
                     self._unsent.popleft()
-        except OSError:
-            self.ended = True
+        except OSError:  # Nobody reads; what the worker has sent is still to be read.
             self._unsent.clear()
 
     def receive(self) -> Iterator[bytes]:
         """The messages that have arrived; of a flood, a part, so that others get a turn."""
         try:
             for _ in range(16):
-                chunk = self._file.read(_READ_BYTES)
+                chunk = self._incoming.read(_READ_BYTES)
                 if not chunk:
                     self.ended = self.ended or chunk is not None
                     break
@@ -3512,7 +3635,8 @@ class _Channel:
         del self._received[:start]
 
     def close(self) -> None:
-        _disown(self._file)
+        _disown(self._incoming)
+        _disown(self.outgoing)
 
 
 class _ThreadedChannel:
@@ -3524,19 +3648,21 @@ class _ThreadedChannel:
     takes_back = False
     is_full = False
 
-    def __init__(self, connection: Connection, wake: Callable[[], None]) -> None:
-        self._connection, self._wake = connection, wake
+    def __init__(
+        self, incoming: Connection, outgoing: Connection, wake: Callable[[], None]
+    ) -> None:
+        self._incoming, self._outgoing, self._wake = incoming, outgoing, wake
         self._received: collections.deque[bytes] = collections.deque()
         self.ended = False
         self._sender = _Calls("send")
         self._hung_up = False
         threading.Thread(target=self._read, name="taskpool-receive", daemon=True).start()
-        _master_ends.add(connection)
+        _master_ends.update((incoming, outgoing))
 
     def send(self, message: bytes) -> None:
         def send() -> None:
             with contextlib.suppress(OSError, ValueError):
-                self._connection.send_bytes(message)
+                self._outgoing.send_bytes(message)
 
         self._sender.post(send)
 
@@ -3546,7 +3672,7 @@ class _ThreadedChannel:
     def _read(self) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._received.append(self._connection.recv_bytes())
+                self._received.append(self._incoming.recv_bytes())
                 self._wake()
         self._hung_up = True
         self._wake()
@@ -3559,20 +3685,53 @@ class _ThreadedChannel:
 
     def close(self) -> None:
         self._sender.stop()
-        _disown(self._connection)
+        _disown(self._incoming)
+        _disown(self._outgoing)
 
 
 class _Run:
-    """One claim, while this master holds it."""
+    """One claim, while this master holds it, and until everybody was told of its end."""
 
-    __slots__ = ("asks", "cost", "deadline", "future", "number", "row", "verdict")
+    __slots__ = (
+        *("row", "cost", "future", "number", "deadline", "asks", "verdict"),
+        *("outcome", "event", "packed", "error"),
+    )
+    # Set when it has ended:
+    outcome: Outcome
+    event: str | None  # done, error; None: given back or cancelled.
+    packed: bytes | None  # The pickled result; None = None.
+    error: Exception | _Failure | None
 
     def __init__(self, row: Row, cost: float, future: _TaskFuture | None) -> None:
         self.row, self.cost, self.future = row, cost, future
         self.number = -1  # In the order in which its worker gets tasks.
         self.deadline = math.inf  # Monotonic, of its timeout.
-        self.asks: dict[int, Any] = {}  # Conversations that wait for an answer.
+        self.asks: dict[int, Any] | None = None  # Conversations that wait for an answer.
         self.verdict: str | None = None  # Why its worker was killed: timeout, cancel.
+
+    def end(
+        self,
+        outcome: Outcome,
+        event: str | None = None,
+        packed: bytes | None = None,
+        error: Exception | _Failure | None = None,
+    ) -> None:
+        self.outcome, self.event, self.packed, self.error = outcome, event, packed, error
+
+    def end_unheard(self, state: str, charged: bool) -> None:
+        """End without a word to listeners: given back, or cancelled."""
+        self.end(Outcome(self.row.id, self.row.claim, state, charged))
+
+    def value(self) -> Any:
+        """The result, or the exception. May take its time, and never raises."""
+        if self.error is not None:
+            return _rebuilt(self.error) if isinstance(self.error, _Failure) else self.error
+        try:
+            return None if self.packed is None else pickle.loads(self.packed)
+        except BaseException as error:
+            failure = _failure(error)
+            text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
+            return RemoteError(failure.type_name, text, failure.traceback)
 
 
 def _start_process(process: Any) -> None:
@@ -3593,7 +3752,8 @@ class _WorkerHandle:
 
     def __init__(self, context: Any, number: int, boot: bytes, wake: _WakeUp) -> None:
         channel_type = _Channel if os.name == "posix" else _ThreadedChannel
-        mine, theirs = context.Pipe(duplex=True)
+        incoming, their_outgoing = context.Pipe(duplex=False)
+        their_incoming, outgoing = context.Pipe(duplex=False)
         life_theirs, life_mine = context.Pipe(duplex=False)
         permits_theirs: Any = None
         permits_mine: Any = None
@@ -3602,12 +3762,12 @@ class _WorkerHandle:
             os.set_blocking(permits_theirs.fileno(), False)
         self.process = context.Process(
             target=_worker_main,
-            args=(theirs, permits_theirs, life_theirs),
+            args=(their_incoming, their_outgoing, permits_theirs, life_theirs),
             name=f"taskpool-worker-{number}",
             daemon=False,  # So that tasks may start processes.
         )
         # In the master's keeping before the start, so that a fork closes them.
-        self.channel: Any = channel_type(mine, wake.set)
+        self.channel: Any = channel_type(incoming, outgoing, wake.set)
         self._ends: list[Any] = [_own(life_mine) if channel_type.takes_back else life_mine]
         if permits_mine is not None:
             copy = Connection(os.dup(permits_theirs.fileno()), writable=False)
@@ -3619,11 +3779,12 @@ class _WorkerHandle:
             self.close()
             raise
         finally:
-            for end in (theirs, life_theirs, permits_theirs):
+            for end in (their_incoming, their_outgoing, life_theirs, permits_theirs):
                 if end is not None:
                     end.close()
         self.pid: int = self.process.pid
         self.ready = False
+        self.watched = False  # The dispatcher waits until its channel can be written to.
         self.stopping = False  # Told to leave, or killed: gets no more tasks.
         self.killed = False  # By us: what it ran without a verdict is given back.
         self.runs: collections.deque[_Run] = collections.deque()  # In its hands, in order.
@@ -3641,16 +3802,16 @@ class _WorkerHandle:
     def give(self, runs: list[_Run]) -> None:
         if not self.runs:
             self.since = time.monotonic()
-        for number, run in enumerate(runs, self.given):
+        numbers = range(self.given, self.given + len(runs))
+        for number, run in zip(numbers, runs):
             run.number = number
-            self.runs.append(run)
             if run.row.timeout is not None:
                 # The worker tells the start; until then, allow for its getting there.
                 run.deadline = time.monotonic() + run.row.timeout + 1.0
+        self.runs += runs
         if self.channel.takes_back:
-            numbers = range(self.given, self.given + len(runs))
             with contextlib.suppress(OSError):
-                self._permits.write(b"".join(struct.pack("!Q", number) for number in numbers))
+                self._permits.write(struct.pack(f"!{len(runs)}Q", *numbers))
         self.channel.send(_dumps(("run", self.given, [tuple(run.row) for run in runs])))
         self.given += len(runs)
 
@@ -3663,7 +3824,7 @@ class _WorkerHandle:
         taken = [run for run in self.runs if run.number in numbers]
         for run in taken:
             self.runs.remove(run)
-            self.load -= run.cost
+        self.load = sum(run.cost for run in self.runs)
         return taken
 
     def end_head(self, now: float) -> _Run:
@@ -3695,6 +3856,40 @@ class _WorkerHandle:
             self.process.close()
 
 
+_load = operator.attrgetter("load")
+
+
+class _LeanCondition:
+    """What Future needs of a threading.Condition, which is made when somebody waits.
+
+    A Condition is seven objects that the garbage collector must look through, for each
+    of what may be a million Futures: as much work as all the rest of submit().
+    """
+
+    __slots__ = ("_condition", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._condition: threading.Condition | None = None
+
+    def acquire(self) -> None:
+        self._lock.acquire()
+
+    def release(self, *_: object) -> None:
+        self._lock.release()
+
+    __enter__, __exit__ = acquire, release
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self._condition is None:
+            self._condition = threading.Condition(self._lock)
+        return self._condition.wait(timeout)
+
+    def notify_all(self) -> None:
+        if self._condition is not None:
+            self._condition.notify_all()
+
+
 class _TaskFuture(Future[Any]):
     """The Future of a submitted task. `task` is the Task as it was added."""
 
@@ -3706,7 +3901,11 @@ class _TaskFuture(Future[Any]):
     _foreign = False  # The task may be run by another cluster.
 
     def __init__(self, cluster: Cluster, row: Row) -> None:
-        super().__init__()
+        # As Future.__init__, of which a test keeps watch, but for the condition.
+        self._condition: Any = _LeanCondition()
+        self._state, self._result, self._exception = "PENDING", None, None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
         self._row, self._cluster = row, cluster
 
     @property
@@ -3730,36 +3929,15 @@ class _TaskFuture(Future[Any]):
             self.set_running_or_notify_cancel()  # Tells concurrent.futures.wait().
 
 
-class _Ending(NamedTuple):
-    """How a run ended, until the store has it and everybody was told."""
-
-    run: _Run
-    outcome: Outcome
-    event: str | None = None  # done, error; None: given back or cancelled.
-    packed: bytes | None = None  # The pickled result; None = None.
-    error: Exception | _Failure | None = None
-
-
-def _value(ending: _Ending) -> Any:
-    """The result, or the exception, of a run. May take its time, and never raises."""
-    if ending.error is not None:
-        return _rebuilt(ending.error) if isinstance(ending.error, _Failure) else ending.error
-    try:
-        return None if ending.packed is None else pickle.loads(ending.packed)
-    except BaseException as error:
-        failure = _failure(error)
-        text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
-        return RemoteError(failure.type_name, text, failure.traceback)
-
-
-def _resolve_futures(endings: list[tuple[_TaskFuture, _Ending]]) -> None:
+def _resolve_futures(runs: list[_Run]) -> None:
     """In the thread of Futures, as unpickling and callbacks may take their time."""
-    for future, ending in endings:
-        if ending.event is None:
+    for run in runs:
+        future = cast(_TaskFuture, run.future)
+        if run.event is None:
             future._end_cancelled()
             continue
-        value = _value(ending)
-        if ending.event == "error" or (isinstance(value, RemoteError) and ending.packed):
+        value = run.value()
+        if run.event == "error" or (run.packed is not None and isinstance(value, RemoteError)):
             _resolve(future, error=value)
         else:
             _resolve(future, value)
@@ -3990,8 +4168,8 @@ class Cluster(concurrent.futures.Executor):
         self._workers: list[_WorkerHandle] = []
         self._hand: collections.deque[_Run] = collections.deque()  # Claimed, not yet given.
         self._hand_since = 0.0
-        self._unsettled_here: list[_Ending] = []  # In memory: until the next turn.
-        self._unsettled: list[_Ending] = []  # Persistent: until the store has it.
+        self._unsettled_here: list[_Run] = []  # Ended, in memory: until the next turn.
+        self._unsettled: list[_Run] = []  # Ended, persistent: until the store has it.
         self._expected: dict[str, float] = {}  # Seconds, by task type.
         self._shares = dict.fromkeys(self.task_map, 1.0)
         self._logs_runs = False
@@ -4003,6 +4181,8 @@ class Cluster(concurrent.futures.Executor):
         self._boot_after, self._failed_boots = 0.0, 0  # Back-off of dying starts.
         self._boot_error: Exception | None = None
         self._look = True  # Something may be claimable in the store. Any thread sets it.
+        self._added = False  # Something was added since the last look: claim first.
+        self._look_again = math.inf  # Monotonic: a second look after the bell.
         self._news = False  # Something was added since this turn began. Any thread sets it.
         self._hungry = True  # New tasks could start at once: adding them ends the wait.
         self._upcoming: list[int] | None = []  # What next_due said; None: more than we take.
@@ -4043,11 +4223,13 @@ class Cluster(concurrent.futures.Executor):
             self._future_thread = _Calls("futures")
             self._listener_thread = _Calls("listener")
             self._broker_thread = _Calls("broker")
-            self._owner = _new_owner()
             self._wake = _WakeUp()
+            self._owner = _new_owner(self._wake.port)
             self._context = multiprocessing.get_context(self._start_method)
             self._selector = selectors.DefaultSelector()
-            self._selector.register(self._wake.reader, selectors.EVENT_READ, None)
+            self._selector.register(self._wake.reader, selectors.EVENT_READ, self._wake.clear)
+            if self._wake.port and not self._in_memory_only:
+                self._selector.register(self._wake.bell, selectors.EVENT_READ, self._on_bell)
             _master_ends.add(self._selector)
             self.queue._watchers += (self,)
             _running.add(self)
@@ -4074,7 +4256,10 @@ class Cluster(concurrent.futures.Executor):
         default is in_memory=True. Raises what add_task raises, and RuntimeError after
         shutdown().
         """
-        self._use("submit")
+        if not self._started:
+            self._use("submit")
+            if self._auto_initialize:
+                self.initialize()  # Again, in a fork.
         if self._mode != "running":
             raise RuntimeError("cannot submit after shutdown")
         if self._in_memory_only:
@@ -4084,8 +4269,6 @@ class Cluster(concurrent.futures.Executor):
             raise _wrong_value("task_type", task_type, f"one of this cluster's: {known}")
         if "lane" in options or (options.get("in_memory") is False and self._in_memory_only):
             raise TypeError("submit() takes the parameters of add_task; this one cannot be given")
-        if self._auto_initialize and not self._started:
-            self.initialize()  # Again, in a fork.
         row, if_exists = _make_row(self.queue._now(), task_type, data, lane=self._owner, **options)
         future = _TaskFuture(self, row)
         before = self._futures.get(row.id)
@@ -4257,7 +4440,7 @@ class Cluster(concurrent.futures.Executor):
         self._wake_up()
 
     def _queue_changed(self, removed: bool) -> None:
-        self._look = self._news = True
+        self._look = self._news = self._added = True
         if removed:
             self._check_futures = True
         if removed or self._hungry:
@@ -4320,9 +4503,9 @@ class Cluster(concurrent.futures.Executor):
         self._keep_house(now)
         self._settle_in_memory()
         self._claim_in_memory()
+        self._assign(now)
         self._use_store(now)
         self._scale(now)
-        self._assign(now)
         self._progress(now)
         if self._mode != "closed":
             self._receive()
@@ -4333,7 +4516,6 @@ class Cluster(concurrent.futures.Executor):
 
     def _receive(self) -> None:
         """The only wait: for workers, other threads, or the alarm."""
-        wake = cast(_WakeUp, self._wake)
         # When all workers have work, a turn follows soon anyhow: new tasks need not end
         # the wait, and add up meanwhile.
         self._hungry = len(self._workers) < self._max_workers or any(
@@ -4343,9 +4525,9 @@ class Cluster(concurrent.futures.Executor):
         if self._inbox or (self._news and self._hungry):
             timeout = 0.0
         for key, events in self._selector.select(None if timeout == math.inf else timeout):
-            worker: _WorkerHandle | None = key.data
-            if worker is None:
-                wake.clear()
+            worker = key.data
+            if not isinstance(worker, _WorkerHandle):
+                worker()
                 continue
             if events & selectors.EVENT_WRITE:
                 worker.channel.flush()
@@ -4355,6 +4537,12 @@ class Cluster(concurrent.futures.Executor):
             if not worker.channel.takes_back:
                 self._hear(worker)
 
+    def _on_bell(self) -> None:
+        """Another process has added a task, and perhaps more, for which it did not ring."""
+        cast(_WakeUp, self._wake).clear_bell()
+        self._look = self._added = True
+        self._look_again = time.monotonic() + 2 * KNOCK_SECONDS
+
     def _hear(self, worker: _WorkerHandle) -> None:
         """Take in what a worker has sent."""
         now = time.monotonic()
@@ -4362,7 +4550,7 @@ class Cluster(concurrent.futures.Executor):
             message = pickle.loads(packed)
             kind = message[0]
             if kind == "done":
-                self._on_done(worker, now, *message[2:])
+                self._on_done(worker, now, message)
             elif kind == "fail":
                 self._on_fail(worker, now, *message[2:])
             elif kind == "start":
@@ -4388,16 +4576,8 @@ class Cluster(concurrent.futures.Executor):
         self._boot_error, self._failed_boots, self._boot_after = None, 0, 0.0
         self._look = True
 
-    def _on_done(
-        self,
-        worker: _WorkerHandle,
-        now: float,
-        seconds: float,
-        packed: bytes | None,
-        kept: str | None,
-        problem: str | None,
-        opened: int,
-    ) -> None:
+    def _on_done(self, worker: _WorkerHandle, now: float, message: tuple[Any, ...]) -> None:
+        _, _, seconds, packed, kept, problem, opened = message
         run = self._ended(worker, now, seconds)
         row = run.row
         if self._logs_runs:
@@ -4410,8 +4590,8 @@ class Cluster(concurrent.futures.Executor):
                 "to wait for it",
                 *(row.task_type, row.id, opened, what),
             )
-        outcome = Outcome(row.id, row.claim, "done", result=kept, error=problem)
-        self._settle(_Ending(run, outcome, "done", packed))
+        run.end(Outcome(row.id, row.claim, "done", True, 0, kept, problem), "done", packed)
+        self._settle(run)
 
     def _on_fail(
         self, worker: _WorkerHandle, now: float, seconds: float, failure: _Failure, may_retry: bool
@@ -4422,15 +4602,15 @@ class Cluster(concurrent.futures.Executor):
     def _ended(self, worker: _WorkerHandle, now: float, seconds: float) -> _Run:
         """The head of the worker's runs, which has ended after *seconds*."""
         run = worker.end_head(now)
-        self._learn(run.row.task_type, seconds)
         self._look = True
-        if worker.runs:
+        # Most are as quick as can be, and known to be: nothing to learn.
+        if seconds > LEAST_SECONDS or self._shares[run.row.task_type] > LEAST_SHARE:
+            self._learn(run.row.task_type, seconds)
+        if self._logs_runs and worker.runs:
             self._log_start(worker.runs[0])
         return run
 
     def _learn(self, task_type: str, seconds: float) -> None:
-        if seconds <= LEAST_SECONDS and self._shares[task_type] == 1 / AHEAD_TASKS:
-            return  # As quick as can be, and known to be.
         expected = learned(self._expected.get(task_type), seconds)
         self._expected[task_type], self._shares[task_type] = expected, share(expected)
 
@@ -4453,7 +4633,8 @@ class Cluster(concurrent.futures.Executor):
         else:
             outcome = Outcome(row.id, row.claim, "failed", error=text)
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
-        self._settle(_Ending(run, outcome, "error", error=error))
+        run.end(outcome, "error", error=error)
+        self._settle(run)
 
     # ---- Conversations
 
@@ -4469,6 +4650,7 @@ class Cluster(concurrent.futures.Executor):
             if answered.acquire(blocking=False):
                 self._post(lambda: self._answer(worker, run, conversation, ok, value))
 
+        run.asks = run.asks or {}
         run.asks[conversation] = answer
         row, pid, broker = run.row, worker.pid, self._broker
 
@@ -4496,26 +4678,25 @@ class Cluster(concurrent.futures.Executor):
     def _answer(
         self, worker: _WorkerHandle, run: _Run, conversation: int, ok: bool, value: Any
     ) -> None:
-        if run in worker.runs and run.asks.pop(conversation, None) is not None:
+        if run in worker.runs and run.asks and run.asks.pop(conversation, None):
             worker.channel.send(_dumps(("answer", conversation, ok, value)))
 
     # ---- Outcomes
 
-    def _settle(self, ending: _Ending) -> None:
+    def _settle(self, run: _Run) -> None:
         """Have the store record how a run ended; who waits for it is told after that."""
-        (self._unsettled_here if ending.run.row.in_memory else self._unsettled).append(ending)
+        (self._unsettled_here if run.row.in_memory else self._unsettled).append(run)
 
     def _settle_in_memory(self) -> None:
         if self._unsettled_here:
-            endings, self._unsettled_here = self._unsettled_here, []
-            memory, outcomes = self.queue.in_memory._memory, [e.outcome for e in endings]
-            self._settled(endings, memory.settle(self._owner, outcomes, self.queue._now()))
+            runs, self._unsettled_here = self._unsettled_here, []
+            memory, outcomes = self.queue.in_memory._memory, [run.outcome for run in runs]
+            self._settled(runs, memory.settle(self._owner, outcomes, self.queue._now()))
 
-    def _settled(self, endings: list[_Ending], held: list[bool]) -> None:
-        """The store has recorded these endings, if their claims were still held."""
-        resolvable = []
-        for ending, was_held in zip(endings, held):
-            run, outcome = ending.run, ending.outcome
+    def _settled(self, runs: list[_Run], held: list[bool]) -> None:
+        """The store has recorded how these ended, if their claims were still held."""
+        resolvable, listeners = [], self.queue._listeners
+        for run, was_held in zip(runs, held):
             row, future = run.row, run.future
             if not was_held:
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
@@ -4526,24 +4707,24 @@ class Cluster(concurrent.futures.Executor):
                 continue
             if future is not None:
                 future._runs = False
-                waits = outcome.state == "ready"
+                waits = run.outcome.state == "ready"
                 if not waits or self._futures.setdefault(row.id, future) is not future:
-                    resolvable.append((future, ending))
-            listener = self.queue._listeners.get(ending.event or "")
-            if listener is not None:
-                self._call_listener(listener, ending)
+                    resolvable.append(run)
+            if run.event in listeners:
+                self._call_listener(listeners[run.event], run)
         if resolvable:
             self._future_thread.post(lambda: _resolve_futures(resolvable))
 
-    def _call_listener(self, listener: Listener, ending: _Ending) -> None:
-        state, result, error = ending.outcome.state, ending.outcome.result, ending.outcome.error
-        task = Task(ending.run.row._replace(state=state, owner="", result=result, error=error))
-        self._listener_thread.post(lambda: listener(_value(ending), task))
+    def _call_listener(self, listener: Listener, run: _Run) -> None:
+        _, _, state, _, _, result, error = run.outcome
+        task = Task(run.row._replace(state=state, owner="", result=result, error=error))
+        self._listener_thread.post(lambda: listener(run.value(), task))
 
     def _give_back(self, runs: Iterable[_Run]) -> None:
         """running -> waiting, uncharged, for what has not started (or must stop)."""
         for run in runs:
-            self._settle(_Ending(run, Outcome(run.row.id, run.row.claim, "ready", False)))
+            run.end_unheard("ready", charged=False)
+            self._settle(run)
         self._look = True
 
     # ---- Workers
@@ -4556,11 +4737,12 @@ class Cluster(concurrent.futures.Executor):
                 self._give_back(worker.take_back())
                 head.verdict = "timeout"
                 worker.kill()
-            elif len(worker.runs) > 1 and worker.since + SLOW_SECONDS <= now:
+            elif head and len(worker.runs) > 1 and worker.since + SLOW_SECONDS <= now:
                 self._give_back(worker.take_back())
-                slow = cast(_Run, head).row.task_type
-                self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.since))
-                worker.load = max(worker.load, 1.0)
+                if head in worker.runs:  # Else the system is so slow that it has not begun.
+                    slow = head.row.task_type
+                    self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.since))
+                    head.cost = worker.load = 1.0
             if worker.kill_at <= now:
                 worker.kill()
             self._look_at_exit(worker, now)
@@ -4586,13 +4768,15 @@ class Cluster(concurrent.futures.Executor):
     def _bury(self, worker: _WorkerHandle, code: int | None) -> None:
         if worker.channel.takes_back and worker.ended_at == math.inf:
             self._selector.unregister(worker.channel)
+        self._watch_outgoing(worker, False)
         self._workers.remove(worker)
         self._give_back(worker.take_back())
         while worker.runs:
             run = worker.end_head(time.monotonic())
             row = run.row
             if run.verdict == "cancel":
-                self._settle(_Ending(run, Outcome(row.id, row.claim, "removed")))
+                run.end_unheard("removed", charged=True)
+                self._settle(run)
             elif run.verdict == "timeout":
                 late = TaskTimeout(f"{row.task_type!r} task {row.id!r} ran over {row.timeout:g} s")
                 self._fail(run, late, f"TaskTimeout: {late}")
@@ -4723,20 +4907,27 @@ class Cluster(concurrent.futures.Executor):
             self._take_in_hand(rows)
 
     def _take_in_hand(self, rows: list[Row]) -> None:
-        shares = self._claimable()
-        if rows and not self._hand:
+        if not rows:
+            return
+        if not self._hand:
             self._hand_since = time.monotonic()
+        shares, futures = self._claimable(), self._futures
         for row in rows:
             cost = 1.0 if row.interrupted else shares[row.task_type]
-            run = _Run(row, cost, self._futures.pop(row.id, None))
-            if row.state == "failed":  # It cannot be read; the store has set it aside.
-                reason = f"StoreError: the stored task cannot be run: {row.error}"
-                outcome = Outcome(row.id, row.claim, "failed", error=reason)
-                _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, reason)
-                error = StoreError(reason)
-                self._settled([_Ending(run, outcome, "error", error=error)], [True])
-                continue
-            self._hand.append(run)
+            run = _Run(row, cost, futures.pop(row.id, None))
+            if row.state == "running":
+                self._hand.append(run)
+            else:
+                self._on_unreadable(run)
+
+    def _on_unreadable(self, run: _Run) -> None:
+        """The row cannot be decoded; the store has set it aside as `failed`."""
+        row = run.row
+        reason = f"StoreError: the stored task cannot be run: {row.error}"
+        _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, reason)
+        outcome = Outcome(row.id, row.claim, "failed", error=reason)
+        run.end(outcome, "error", error=StoreError(reason))
+        self._settled([run], [True])
 
     def _use_store(self, now: float) -> None:
         """Send the store what ended, and for what can be claimed: one transaction."""
@@ -4747,23 +4938,26 @@ class Cluster(concurrent.futures.Executor):
             return
         claiming = self._mode in ("running", "finishing")
         room = self._room() if claiming else 0.0
+        if self._look_again <= now:
+            self._look, self._look_again = True, math.inf
+        self._wake_at(self._look_again)
         if self._store_due <= self.queue._now():
             self._look, self._store_due = True, NEVER
         if not self._unsettled and not (self._look and claiming):
             return
-        endings, self._unsettled = self._unsettled, []
-        self._look = False
-        self._store_busy, self._in_flight = True, len(endings)
-        outcomes = [ending.outcome for ending in endings]
+        runs, self._unsettled = self._unsettled, []
+        added, self._look, self._added = self._added, False, False
+        self._store_busy, self._in_flight = True, len(runs)
+        outcomes = [run.outcome for run in runs]
         owner, types, until = self._owner, dict(self._claimable()), self._until
         most = self._max_workers if claiming else 0
 
         def work() -> None:
             try:
-                answer: Any = self._store_turn(owner, outcomes, types, room, most, until)
+                answer: Any = self._store_turn(owner, outcomes, types, room, most, until, added)
             except BaseException as error:
                 answer = error
-            self._post(lambda: self._on_store_answer(endings, room, answer))
+            self._post(lambda: self._on_store_answer(runs, answer))
 
         self._store_thread.post(work)
 
@@ -4775,30 +4969,30 @@ class Cluster(concurrent.futures.Executor):
         room: float,
         most: int,
         until: int,
+        added: bool,
     ) -> tuple[list[bool], list[Row], list[int] | None]:
         """What the store thread does for a turn. A look at an empty queue writes nothing."""
         store, held, rows = self.queue._store, [], []
-        if outcomes:
+        if outcomes or (added and room > 0):
             with store.transaction():
-                held = store.settle(owner, outcomes, self.queue._now())
+                if outcomes:
+                    held = store.settle(owner, outcomes, self.queue._now())
                 if room > 0:
                     rows = store.claim(owner, types, room, self.queue._now(), until)
-        if most and sum(types[row.task_type] for row in rows) >= room / 2 and rows:
-            return held, rows, None
-        if outcomes and most:
-            return held, rows, None  # Recorded and claimed; the next turn looks on.
+            if most and (outcomes or rows):
+                return held, rows, None  # The next turn looks on.
         now = self.queue._now()
         upcoming = store.next_due(owner, types, most, now, until) if most else []
-        if room > 0 and upcoming and upcoming[0] <= now and not rows:
+        if room > 0 and upcoming and upcoming[0] <= now:
             rows = store.claim(owner, types, room, now, until)
             if rows:
                 return held, rows, None
         return held, rows, upcoming
 
-    def _on_store_answer(self, endings: list[_Ending], room: float, answer: Any) -> None:
+    def _on_store_answer(self, runs: list[_Run], answer: Any) -> None:
         self._store_busy, self._in_flight = False, 0
         if isinstance(answer, BaseException):
-            self._unsettled = endings + self._unsettled
+            self._unsettled = runs + self._unsettled
             self._look = True
             self._on_store_failure(answer)
             return
@@ -4809,7 +5003,7 @@ class Cluster(concurrent.futures.Executor):
             _log.warning("the store works again")
         now = self.queue._now()
         self._store_due = min((due for due in self._upcoming or () if due > now), default=NEVER)
-        self._settled(endings, held)
+        self._settled(runs, held)
         self._take_in_hand(rows)
         self._look = self._look or self._upcoming is None
 
@@ -4829,7 +5023,7 @@ class Cluster(concurrent.futures.Executor):
         workers = self._accepting()
         while self._hand and workers:
             run = self._hand[0]
-            worker = min(workers, key=lambda worker: worker.load)
+            worker = min(workers, key=_load)
             if worker.load > 0 and worker.load + run.cost > 1.0 + 1e-9:
                 break
             self._hand.popleft()
@@ -4859,14 +5053,8 @@ class Cluster(concurrent.futures.Executor):
     def _keep_house(self, now: float) -> None:
         """What is done every so often."""
         for worker in self._workers:
-            if not worker.channel.takes_back:
-                continue
-            if worker.ended_at < math.inf:
-                continue
-            full, channel = worker.channel.is_full, worker.channel
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if full else 0)
-            if self._selector.get_key(channel).events != events:
-                self._selector.modify(channel, events, worker)
+            if worker.channel.is_full != worker.watched:
+                self._watch_outgoing(worker, worker.channel.is_full)
         if self._next_refresh <= now:
             self._next_refresh = now + self._refresh
             self.queue.in_memory._memory.renew(self._owner, self.queue._now())
@@ -4880,6 +5068,14 @@ class Cluster(concurrent.futures.Executor):
             self._look_after_futures()
         if not self._in_memory_only and self._mode != "closing":
             self._watch_masters(now)
+
+    def _watch_outgoing(self, worker: _WorkerHandle, watched: bool) -> None:
+        if watched != worker.watched:
+            worker.watched = watched
+            if watched:
+                self._selector.register(worker.channel.outgoing, selectors.EVENT_WRITE, worker)
+            else:
+                self._selector.unregister(worker.channel.outgoing)
 
     def _watch_masters(self, now: float) -> None:
         store = self.queue._store
@@ -4919,7 +5115,8 @@ class Cluster(concurrent.futures.Executor):
             run = _Run(row, 1.0, self._futures.pop(row.id, None))
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, row.error)
             outcome = Outcome(row.id, row.claim, "failed", error=row.error)
-            self._settled([_Ending(run, outcome, "error", error=error)], [True])
+            run.end(outcome, "error", error=error)
+            self._settled([run], [True])
         if foreign:
             names = ", ".join(map(repr, foreign))
             _log.warning("tasks wait that this cluster has no function for: %s", names)
@@ -4991,7 +5188,8 @@ class Cluster(concurrent.futures.Executor):
     def _end_cancelled(self, run: _Run) -> None:
         if run.future is not None:
             run.future._end_cancelled()
-        self._settle(_Ending(run, Outcome(run.row.id, run.row.claim, "removed")))
+        run.end_unheard("removed", charged=True)
+        self._settle(run)
 
     def _begin_finish(self, until: int) -> None:
         if self._mode == "running":
@@ -5066,7 +5264,7 @@ class Cluster(concurrent.futures.Executor):
             return
         error = _failure(RuntimeError("the cluster was shut down before the broker answered"))
         for run in runs:
-            for answer in list(run.asks.values()):
+            for answer in list((run.asks or {}).values()):
                 answer(False, error)
 
     def _close(self) -> None:
@@ -5376,6 +5574,123 @@ def _demo() -> int:
     return OK
 
 
+# --- Bench ---------------------------------------------------------------------------
+# `python taskpool.py bench`: what this machine does. .ci/bench.py runs peers beside it.
+
+
+def _bench_nothing(job: Task) -> None:
+    """The task of which only the queue's own work is seen."""
+
+
+def _bench_late(job: Task) -> float:
+    """Seconds from just before add_task to the start of the function."""
+    return time.time() - cast(float, job.data)
+
+
+_BENCH_MAP: dict[str, TaskFunction] = {"nothing": _bench_nothing, "late": _bench_late}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
+def _resident_bytes() -> int:
+    """The memory of this process; 0 where /proc does not tell."""
+    pages = _read_text("/proc/self/statm").split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
+
+
+def _bench_claims(path: str, waiting: int) -> float:
+    """Seconds for claim and settle of one task while so many others wait. (Median)"""
+    store, now = SQLiteStore(path), time.time_ns() // 1000
+
+    def add(count: int, task_type: str) -> None:
+        for start in range(0, count, 10_000):
+            part = range(start, min(start + 10_000, count))
+            store.add([_make_row(now, task_type) for _ in part], now)
+
+    def claim_and_settle() -> None:
+        (row,) = store.claim("bench", ["nothing"], 1, now)
+        store.settle("bench", [Outcome(row.id, row.claim, "done")], now)
+
+    for task_type in ("nothing", "foreign"):
+        add(waiting // 2, task_type)
+    add(1000, "nothing")
+    seconds = _median(_seconds(claim_and_settle) for _ in range(1000))
+    store.close()
+    return seconds
+
+
+def _bench_latency(cluster: Cluster, in_memory: bool) -> float:
+    def once() -> float:
+        time.sleep(0.002)  # An idle cluster, not a busy one.
+        return cast(float, cluster.submit("late", time.time(), in_memory=in_memory).result())
+
+    return _median(once() for _ in range(200))
+
+
+def _bench_lines(folder: str) -> Iterator[tuple[str, str]]:
+    """What was measured, and the number, as they come."""
+    queue = TaskQueue(os.path.join(folder, "bench.db"))
+    options: Any = {"keep_alive": "always", "auto_initialize": False}
+    cluster = Cluster(_BENCH_MAP, queue, **options)
+
+    before, count = _resident_bytes(), 200_000
+    add = lambda: [queue.add_task("nothing", in_memory=True) for _ in range(count)]  # noqa: E731
+    yield "add_task in memory", f"{count / _seconds(add):,.0f} a second"
+    if before:
+        yield "a waiting task in memory", f"{(_resident_bytes() - before) / count:,.0f} bytes"
+    queue.in_memory.remove(state="waiting")
+
+    add = lambda: [queue.add_task("nothing") for _ in range(5000)]  # noqa: E731
+    yield "add_task", f"{5000 / _seconds(add):,.0f} a second"
+    many = [{"task_type": "nothing"}] * 50_000
+    yield "add_tasks", f"{50_000 / _seconds(lambda: queue.add_tasks(many)):,.0f} a second"
+    cluster.initialize()
+    while queue.count(state="waiting") > 54_000:
+        time.sleep(0.001)
+    left = queue.count()
+    yield "stored tasks run", f"{left / _seconds(cluster.drain):,.0f} a second"
+
+    def submit() -> None:
+        for future in [cluster.submit("nothing", in_memory=True) for _ in range(20_000)]:
+            future.result()
+
+    rates = [20_000 / _seconds(submit) for _ in range(3)]
+    yield "submit to result, in memory", f"{_median(rates):,.0f} a second"
+    for in_memory, what in ((False, "stored"), (True, "in memory")):
+        ms = _bench_latency(cluster, in_memory) * 1000
+        yield f"until an idle worker starts, {what}", f"{ms:.2f} ms"
+    cluster.shutdown()
+
+    def start() -> None:
+        with Cluster(_BENCH_MAP, queue, in_memory_only=True) as fresh:
+            fresh.submit("nothing").result()
+
+    yield "start and end of a cluster", f"{_seconds(start) * 1000:.0f} ms"
+    queue.close()
+    for waiting in (1_000, 100_000, 1_000_000):
+        us = _bench_claims(os.path.join(folder, f"{waiting}.db"), waiting) * 1e6
+        yield f"claim and settle, {waiting:,} waiting", f"{us:.0f} us"
+
+
+def _bench() -> int:
+    import tempfile
+
+    print(f"taskpool {__version__}, Python {sys.version.split()[0]}, {_usable_cpus()} CPUs")
+    with tempfile.TemporaryDirectory(prefix="taskpool-bench-") as folder:
+        for what, number in _bench_lines(folder):
+            print(f"  {what:<40} {number:>20}", flush=True)
+    return OK
+
+
 # --- Command line --------------------------------------------------------------------
 
 
@@ -5396,10 +5711,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--demo", action="store_true", help="show it at work, on real files")
+    parser.add_argument("command", nargs="?", choices=["bench"])
     parser.add_argument("--version", action="version", version=f"taskpool {__version__}")
     options = parser.parse_args(arguments)
     if options.demo:
         return _demo()
+    if options.command == "bench":
+        return _bench()
     parser.print_usage(sys.stderr)
     return USAGE
 

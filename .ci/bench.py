@@ -1,0 +1,224 @@
+"""How fast taskpool is beside its peers: `python .ci/bench.py [ROUNDS]`. Not a test.
+
+Each number comes from a process of its own. The peers take turns in every round, as the
+load of a machine changes; the table has the medians, and the medians of the ratios of
+each round. Two workers each. It makes a virtual environment in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable
+from typing import Any
+
+CI = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(CI))
+PEERS = ["huey==3.5.4"] + ["tinyjobs==0.6.0"] * (sys.version_info >= (3, 11))
+MEMORY, STORED, MANY, LATE = 20_000, 5_000, 50_000, 200  # How many tasks.
+
+HUEY = """
+from huey import SqliteHuey
+huey = SqliteHuey(filename="peer.db", results=False, fsync=False)
+
+@huey.task()
+def nothing():
+    pass
+
+add = nothing
+path, left = "peer.db", "SELECT count(*) FROM task"
+
+def work():
+    huey.create_consumer(workers=2, worker_type="process", periodic=False, initial_delay=0.01,
+                         max_delay=0.05, backoff=1.15).run()
+"""
+
+TINYJOBS = """
+import asyncio
+from tinyjobs import TinyJobs
+app = TinyJobs("sqlite:///peer.db")
+
+@app.task
+def nothing():
+    pass
+
+add = nothing.enqueue
+path = "peer.db"
+"""
+
+
+def nothing(job: Any = None) -> None:
+    """The task of which only the queue's own work is seen."""
+
+
+def late(added: Any) -> float:
+    """Seconds from before the call that added it to its start."""
+    return time.time() - getattr(added, "data", added)
+
+
+def rate(count: int, work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return count / (time.perf_counter() - started)
+
+
+def futures(submit: Callable[[], Any]) -> float:
+    """Tasks a second from the first submit() to the last result."""
+    [result() for result in [submit() for _ in range(100)]]  # Workers have started.
+    return rate(MEMORY, lambda: [result() for result in [submit() for _ in range(MEMORY)]])
+
+
+def latency(submit: Callable[[float], Any]) -> float:
+    """Milliseconds until an idle worker starts a task. (Median)"""
+    found = []
+    for _ in range(LATE):
+        time.sleep(0.002)
+        found.append(submit(time.time()))
+    return 1000 * statistics.median(found)
+
+
+def measure_pool() -> dict[str, float]:
+    import multiprocessing
+
+    with multiprocessing.Pool(2) as pool:
+        return {"memory": futures(lambda: pool.apply_async(nothing).get)}
+
+
+def measure_executor() -> dict[str, float]:
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(2) as pool:
+        return {
+            "memory": futures(lambda: pool.submit(nothing).result),
+            "latency in memory": latency(lambda at: pool.submit(late, at).result()),
+        }
+
+
+def measure_taskpool() -> dict[str, float]:
+    from taskpool import Cluster, TaskQueue
+
+    queue = TaskQueue("taskpool.db")
+    options: Any = {"keep_alive": "always", "auto_initialize": False, "logs": "error"}
+    options.update(max_available_workers=2, oversubscribe=True)
+    found: dict[str, float] = {}
+    found["add"] = rate(STORED, lambda: [queue.add_task("nothing") for _ in range(STORED)])
+    dicts = [{"task_type": "nothing"}] * (MANY - STORED)
+    found["add many"] = rate(len(dicts), lambda: queue.add_tasks(dicts))
+    with Cluster({"nothing": nothing, "late": late}, queue, **options) as cluster:
+        cluster.initialize()
+        while queue.count() > MANY * 0.98:  # Workers have started.
+            time.sleep(0.001)
+        left = queue.count()
+        found["run"] = rate(left, cluster.drain)
+        found["memory"] = futures(lambda: cluster.submit("nothing", in_memory=True).result)
+        for name, in_memory in (("latency in memory", True), ("latency stored", False)):
+            found[name] = latency(
+                lambda at, here=in_memory: cluster.submit("late", at, in_memory=here).result()
+            )
+    return found
+
+
+def measure_store(source: str, name: str) -> dict[str, float]:
+    """A peer with a SQLite file and a worker program of its own."""
+    with open(f"{name}_app.py", "w") as file:
+        file.write(source)
+    sys.path.insert(0, ".")
+    app = __import__(f"{name}_app")
+    found = {"add": rate(STORED, lambda: [app.add() for _ in range(STORED)])}
+    for _ in range(MANY - STORED):
+        app.add()
+    if name == "huey":
+        command, left = [sys.executable, "-c", "import huey_app; huey_app.work()"], app.left
+    else:
+        command = [sys.executable, "-m", "tinyjobs", "worker", "--app", f"{name}_app:app"]
+        command += ["--concurrency", "2"]
+        left = "SELECT count(*) FROM jobs WHERE status IN ('queued', 'running')"
+    worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with sqlite3.connect(app.path) as db:
+        count = lambda: db.execute(left).fetchone()[0]  # noqa: E731
+        while count() > MANY * 0.98:
+            if worker.poll() is not None:
+                raise RuntimeError(f"the worker of {name} ended")
+            time.sleep(0.005)
+        first = count()
+
+        def wait() -> None:
+            while count():
+                time.sleep(0.005)
+
+        found["run"] = rate(first, wait)
+    worker.send_signal(signal.SIGINT)
+    try:
+        worker.wait(10)
+    except subprocess.TimeoutExpired:
+        worker.kill()
+    return found
+
+
+MEASURES: dict[str, Callable[[], dict[str, float]]] = {
+    "taskpool": measure_taskpool,
+    "Pool.apply_async": measure_pool,
+    "ProcessPoolExecutor": measure_executor,
+    "SqliteHuey, fsync off": lambda: measure_store(HUEY, "huey"),
+    "tinyjobs": lambda: measure_store(TINYJOBS, "tinyjobs"),
+}
+WHAT = {
+    "memory": "in memory, submit to result, tasks/s",
+    "run": "stored tasks run, tasks/s",
+    "add": "added one by one, tasks/s",
+    "add many": "added by add_tasks, tasks/s",
+    "latency in memory": "until an idle worker starts, in memory, ms",
+    "latency stored": "until an idle worker starts, stored, ms",
+}
+
+
+def once(python: str, name: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(prefix="taskpool-bench-") as folder:
+        command = [python, os.path.abspath(__file__), "--measure", name]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        print(f"{name} failed:\n{done.stderr}", file=sys.stderr)
+        return {}
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def main(rounds: int) -> None:
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in MEASURES}
+    if len(PEERS) < 2:
+        del found["tinyjobs"]
+    with tempfile.TemporaryDirectory(prefix="taskpool-bench-") as folder:
+        venv.create(folder, with_pip=True)
+        python = os.path.join(folder, "bin", "python")
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        subprocess.run([*pip, *PEERS], check=True)
+        for _ in range(rounds):
+            for name in found:
+                found[name].append(once(python, name))
+    print(f"Python {platform.python_version()}, {os.cpu_count()} CPUs, {rounds} rounds")
+    for key, what in WHAT.items():
+        ours = [one.get(key) for one in found["taskpool"]]
+        print(f"\n{what}")
+        for name, all_ in found.items():
+            theirs = [one.get(key) for one in all_]
+            ratios = [a / b for a, b in zip(ours, theirs) if a and b]
+            if ratios:
+                median = statistics.median(value for value in theirs if value)
+                ratio = statistics.median(ratios)
+                print(f"  {name:<24} {median:>12,.2f}   taskpool / this {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(MEASURES[sys.argv[2]]()))
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
