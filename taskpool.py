@@ -2016,32 +2016,25 @@ def _row_of(document: Mapping[str, Any], now: int) -> tuple[Row, str]:
 
     What is missing, in a document that a Meteor application inserted, has its default.
     """
-    values = {**_USUAL, "priority": 1, "data": {}, "lane": ""}
+    values = {**_USUAL, "priority": 1, "data": {}, "lane": "", "state": "scheduled"}
     values["created_at"] = _microseconds(document.get("createdAt", now))
     values["due_at"] = _microseconds(document.get("dueDate", values["created_at"]))
-    values["state"] = "scheduled"
     if document.get("onGoing"):  # A Meteor cluster's. If that is dead: see recover().
         values.update(state="running", owner="nschwarz:cluster", attempt=1, claim=1)
     values.update(document)
     values.setdefault("ready_at", values["due_at"])
-    problem = values.get("unreadable", "")
-    if "json" not in values:
-        try:
-            values["json"] = _encode(values["data"])
-        except (TypeError, ValueError, RecursionError) as error:
-            problem = problem or f"field data: {error}"
-    values["data"] = values.get("json", "null")
-    columns: list[Any] = []
-    for name, types in _COLUMN_TYPES.items():
-        field = _FIELDS.get(name, name)
-        value = values.get(field)
-        if type(value) not in types and isinstance(value, (int, float)):
-            if type(value) is not bool and value // 1 == value:
-                value = int(value)  # JavaScript's 1.0, or the driver's own kind of int.
-        if type(value) not in types:
-            problem = problem or f"field {field} holds {_shown(value)}"
-            value = types[-1]()
-        columns.append(value)
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        values["data"] = values["json"] if "json" in values else _encode(values["data"])
+    columns: list[Any] = [values.get(_FIELDS.get(name, name)) for name in _COLUMNS]
+    for index, types in enumerate(_COLUMN_TYPES.values()):
+        value = columns[index]
+        if isinstance(value, (int, float)) and type(value) not in (bool, *types):
+            if value // 1 == value:
+                columns[index] = int(value)  # JavaScript's 1.0; the driver's kinds of int.
+    problem = values.get("unreadable") or _unusable(columns)
+    for index, (name, types) in enumerate(_COLUMN_TYPES.items()):
+        if type(columns[index]) not in types:
+            columns[index] = "null" if name == "data" else types[-1]()
     row = Row(*columns)._replace(id=str(document["_id"]))
     if "state" not in document and row.state == "scheduled" and row.ready_at <= now:
         row = row._replace(state="ready")
@@ -2060,6 +2053,10 @@ def _fitting(outcome: Outcome) -> Outcome:
         return outcome
     error = f"the result is not kept: it has over {_MOST_BYTES:,} bytes as JSON"
     return outcome._replace(result=None, error=error)
+
+
+def _is_held(row: Row, owner: str, outcome: Outcome) -> bool:
+    return (row.state, row.owner, row.claim) == ("running", owner, outcome.claim)
 
 
 class _Raced(Exception):
@@ -2264,7 +2261,7 @@ class MongoStore(Store):
         writes: list[tuple[Any, Any]] = []
         for old, new in pairs:
             where: dict[str, Any] = {"_id": old.id, "state": old.state}
-            for name in ("claim", "owner", "removed", "successor"):
+            for name in ("claim", "owner", "removed", "successor", "repeat"):
                 where[name] = getattr(old, name) or None  # None: or not there.
             changes = None if new is None else _changes(old, new)
             if changes is not None and new is not None and new.created_at != old.created_at:
@@ -2350,7 +2347,11 @@ class MongoStore(Store):
             self._adopt(now, _ADOPTED_AT_ONCE)
             place = {"lane": {"$in": ["", owner]}, "taskType": {"$in": list(shares)}}
             due = {"state": "scheduled", **place, "ready_at": {"$lte": now}}
-            self._tasks.update_many(due, {"$set": {"state": "ready", "promoter": owner}})
+            order = [("ready_at", 1)]
+            found = self._find(due, {"_id": 1}, sort=order, limit=PROMOTE_TASKS)
+            if found:
+                due["_id"] = {"$in": [document["_id"] for document in found]}
+                self._tasks.update_many(due, {"$set": {"state": "ready", "promoter": owner}})
             where: dict[str, Any] = {"state": "ready", **place, **_due_here(owner, now)}
             if until != NEVER:
                 where["due_at"] = {"$lte": until}
@@ -2358,20 +2359,20 @@ class MongoStore(Store):
                 where["interrupted"] = None
             for _ in range(_TRIES):
                 claims.in_doubt = True
-                chosen = self._take(owner, where, shares, limit)
+                chosen = self._take(owner, where, shares, limit, now)
                 # Read after the write: what others changed until then counts.
                 ours = {"_id": {"$in": chosen}, "state": "running", "owner": owner}
-                found = {d["_id"]: d for d in self._find(ours)} if chosen else {}
+                taken = {d["_id"]: d for d in self._find(ours)} if chosen else {}
                 claims.in_doubt = False
-                if found or not chosen:  # Else another cluster was quicker with all of them.
-                    return self._taken(claims, [found[key] for key in chosen if key in found], now)
+                if taken or not chosen:  # Else another cluster was quicker with all of them.
+                    return self._taken(claims, [taken[key] for key in chosen if key in taken], now)
             return []
 
     def _take(
-        self, owner: str, where: Any, shares: Mapping[str, float], limit: float
+        self, owner: str, where: Any, shares: Mapping[str, float], limit: float, now: int
     ) -> list[Any]:
         """ready -> running for what fits; the ids, some of which others may have got."""
-        mine = {"state": "running", "owner": owner, "onGoing": True}
+        mine = {"state": "running", "owner": owner, "onGoing": True, "ready_at": now}
         take = {"$set": mine, "$inc": {"claim": 1, "attempt": 1}}
         least, most = min(shares.values()), max(shares.values())
         if max(most, 1.0) <= limit + 1e-9 < 2 * least:  # One, whichever is the first.
@@ -2432,33 +2433,35 @@ class MongoStore(Store):
             while todo:
                 todo = [o for o in todo if o.id in rows and rows[o.id].claim == o.claim]
                 claims.unsure.update(o[:2] for o in todo)
-                hits = self._replace([(rows[o.id], after_run(rows[o.id], o, now)) for o in todo])
+                pairs = []
+                for outcome in todo:
+                    row = rows[outcome.id]
+                    pairs.append((row, after_run(row, outcome, now)))
+                    rows[outcome.id] = pairs[-1][1] or row  # Its run may go on.
+                hits = self._replace(pairs)
                 there: dict[str, Row] = {}
                 if not all(hits):
                     where = {"_id": {"$in": [o.id for o in todo]}}
                     there = {row.id: row for row in self._rows(where, now)}
                 again = []
-                for outcome, hit in zip(todo, hits):
-                    row = there.get(outcome.id)
-                    if row and (row.state, row.owner, row.claim) == (
-                        "running",
-                        owner,
-                        outcome.claim,
-                    ):
+                for outcome, hit, (row, _) in zip(todo, hits, pairs):
+                    found = there.get(outcome.id)
+                    if found is not None and _is_held(found, owner, outcome) and not hit:
                         again.append(outcome)  # It got a successor, or was removed.
-                    else:
-                        # If an earlier try may have recorded it, it did: unless the task
-                        # was recovered. (Not seen if that run has ended as well.)
-                        perhaps = hit is None or (not hit and outcome[:2] in unsure)
-                        mine = row is None or row.interrupted <= rows[outcome.id].interrupted
-                        answers[outcome[:2]] = bool(hit) or (perhaps and mine)
+                        continue
+                    # If an earlier try may have recorded it, it did: unless the task was
+                    # recovered. (Not seen if that run has ended as well.)
+                    perhaps = hit is None or (not hit and outcome[:2] in unsure)
+                    mine = found is None or found.interrupted <= row.interrupted
+                    answers[outcome[:2]] = bool(hit) or (perhaps and mine)
                 rows.update(there)
                 todo = again
             for outcome in outcomes:
                 claims.unsure.discard(outcome[:2])
-                row = claims.rows.get(outcome.id)
-                if row is not None and row.claim == outcome.claim:
+                if outcome.id in claims.rows and claims.rows[outcome.id].claim == outcome.claim:
                     del claims.rows[outcome.id]
+                if outcome.id in rows and _is_held(rows[outcome.id], owner, outcome):
+                    claims.rows[outcome.id] = rows[outcome.id]
             held = [answers.get(outcome[:2], False) for outcome in outcomes]
             if self._telling is not None:
                 self._telling += [(claims, o[:2], was) for o, was in zip(outcomes, held)]
@@ -2471,6 +2474,10 @@ class MongoStore(Store):
             self._masters.update_one({"_id": owner}, beat, upsert=True)
             self._tasks.delete_many({"expires_at": {"$lte": now}})
             self._give_back_unknown(owner, now)
+
+    def owners(self) -> list[str]:
+        with self._errors():
+            return [master["_id"] for master in self._masters.find({}, {"_id": 1})]
 
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
         ended: list[Row] = []
