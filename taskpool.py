@@ -64,6 +64,9 @@ What is promised (the tests and the README carry the same numbers)
     P8  Nothing stored is ever unpickled or evaluated: who can write to the store can
         only start mapped functions with JSON data.
 
+Tasks are stored in a SQLite file, in a MongoDB collection that many machines share
+(TaskQueue(MongoStore(collection))), or in a store of your own.
+
 Units: durations are seconds (or a timedelta), but `refresh_rate` and an integer
 `keep_alive` are milliseconds, as in nschwarz:cluster, from which this descends.
 Instants are datetimes outside and integer microseconds since 1970 (UTC) inside.
@@ -114,6 +117,7 @@ __all__ = [
     "Cluster",
     "Cron",
     "DuplicateTask",
+    "MongoStore",
     "RemoteError",
     "SQLiteStore",
     "Store",
@@ -1199,6 +1203,11 @@ def has_run(row: Row, before: Row) -> bool:
     return row.repeat is not None and row.due_at > before.due_at and row.claim > before.claim
 
 
+def given_back(row: Row, now: int) -> Row | None:
+    """running -> waiting, uncharged: its run was not to its end."""
+    return after_run(row, Outcome(row.id, row.claim, "ready", charged=False), now)
+
+
 def after_interruption(row: Row, now: int) -> Row | None:
     """running, its master dead -> the Row that follows, or None. (P3)
 
@@ -1490,6 +1499,21 @@ class Store:
         """Let go of files and connections. A later call opens them again."""
 
 
+def _dead_owners(
+    beats: Mapping[str, Any], seen: dict[str, tuple[Any, float]], seconds: float
+) -> list[str]:
+    """Which owners are dead: one can see it, or their beats stood still for a lease. (P3)
+
+    *seen* is the observer's memory: beats, and since when (*seconds*) they are so.
+    """
+    for owner in set(seen) - set(beats):
+        del seen[owner]
+    for owner, beat in beats.items():
+        if owner not in seen or seen[owner][0] != beat:
+            seen[owner] = beat, seconds
+    return [o for o in beats if seconds - seen[o][1] >= LEASE_SECONDS or owner_is_dead(o)]
+
+
 def _shares(types: Mapping[str, float] | Iterable[str]) -> Mapping[str, float]:
     return types if isinstance(types, Mapping) else dict.fromkeys(types, 1.0)
 
@@ -1499,7 +1523,7 @@ _RankedRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row
 _DatedRow = tuple[int, int, Row]  # (ready_at, insertion, row)
 
 
-def _fits(row: Row, query: Query, now: int) -> bool:
+def fits(row: Row, query: Query, now: int) -> bool:
     waiting = row.state in ("scheduled", "ready")
     could_run = row.state == "ready" or (row.state == "scheduled" and row.ready_at <= now)
     return (
@@ -1708,7 +1732,7 @@ class MemoryStore(Store):
                 rows = list(self._rows.values())
             else:
                 rows = [self._rows[i] for i in dict.fromkeys(query.ids) if i in self._rows]
-        found = sorted((r for r in rows if _fits(r, query, now)), key=lambda row: row.created_at)
+        found = sorted((r for r in rows if fits(r, query, now)), key=lambda row: row.created_at)
         stop = None if query.limit is None else query.offset + query.limit
         return found[query.offset : stop]
 
@@ -2403,12 +2427,7 @@ class SQLiteStore(Store):
 
         beats = self._read(look)
         beats.pop(owner, None)
-        for other, beat in beats.items():
-            if self._seen.get(other, (None,))[0] != beat:
-                self._seen[other] = beat, seconds
-        self._seen = {other: seen for other, seen in self._seen.items() if other in beats}
-        silent = [o for o, (_, since) in self._seen.items() if seconds - since >= LEASE_SECONDS]
-        dead = [other for other in beats if other in silent or owner_is_dead(other)]
+        dead = list(_dead_owners(beats, self._seen, seconds))
 
         def work(db: sqlite3.Connection) -> list[Row]:
             # Looked at again, under the lock: some may have renewed in between.
@@ -2421,9 +2440,6 @@ class SQLiteStore(Store):
         return self._write(work) if dead else []
 
     def leave(self, owner: str, now: int) -> None:
-        def given_back(row: Row, now: int) -> Row | None:
-            return after_run(row, Outcome(row.id, row.claim, "ready", charged=False), now)
-
         self._write(lambda db: self._give_back(db, owner, now, given_back))
 
     def owners(self) -> list[str]:
@@ -2877,6 +2893,674 @@ class _RunHere:
             return future
 
         return toggle_ipc
+
+
+# MongoDB. A document has the original's seven fields, which a Meteor application reads and
+# writes, and beside them our columns by their names. Those that hold their usual value
+# are left out.
+
+_FIELDS = {"id": "_id", "task_type": "taskType"}  # Other columns keep their names.
+_USUAL: dict[str, Any] = {
+    **Row._field_defaults,
+    "retries": 0,
+    "retry_delay": 1.0,
+    "timeout": None,
+    "keep_result": None,
+}
+_NO_DATES = {"createdAt": 0, "dueDate": 0}  # Only for Meteor; we have our own.
+_RANK = [("priority", -1), ("created_at", 1), ("seq", 1)]  # The order of claims.
+_MONGO_INDEXES: tuple[tuple[str, list[tuple[str, int]], bool], ...] = (
+    # What can be claimed, in order; also finds documents that have no state yet.
+    ("taskpool_ready", [("state", 1), ("lane", 1), ("taskType", 1), *_RANK], False),
+    # Documents that are not due are never in the way of others.
+    ("taskpool_scheduled", [("state", 1), ("lane", 1), ("taskType", 1), ("ready_at", 1)], False),
+    # Sparse: only running ones have an owner, only `done` ones expire.
+    ("taskpool_running", [("owner", 1)], True),
+    ("taskpool_expires", [("expires_at", 1)], True),
+)
+_READABLE_CHARS = 1_000_000  # Longer data are stored as text, which is smaller.
+_MOST_BYTES = 7_000_000  # Of data, and of a result: MongoDB's 16 MB hold both.
+_ADOPTED_AT_ONCE = 1000
+_TRIES = 20  # How often a change is begun anew when others were quicker.
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether all servers and drivers take these keys: not those with a $ or a dot."""
+    if isinstance(value, dict):
+        return all("." not in k and k[:1] != "$" and _is_plain(v) for k, v in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list) else True
+
+
+def _data_fields(text: str) -> dict[str, Any]:
+    value = json.loads(text) if len(text) <= _READABLE_CHARS else {"$": ""}
+    return {"data": value} if _is_plain(value) else {"data": None, "json": text}
+
+
+def _fields_of(row: Row) -> dict[str, Any]:
+    """A Row as the fields of its document, without those of its data."""
+    ended = row.state in ("failed", "done")
+    fields = {
+        "createdAt": _datetime(row.created_at),
+        # The original starts what is not on-going and has a dueDate that is past. So it
+        # keeps off what runs here, retries that wait, and what has ended.
+        "onGoing": row.state == "running",
+        "dueDate": None if ended else _datetime(max(row.due_at, row.ready_at)),
+    }
+    for name in _COLUMNS:
+        value = getattr(row, name)
+        if name != "data" and (name not in _USUAL or value != _USUAL[name]):
+            fields[_FIELDS.get(name, name)] = value
+    return fields
+
+
+def _changes(old: Row, new: Row) -> dict[str, Any]:
+    """The update that makes the document of *old* that of *new*; other fields stay."""
+    before, after = _fields_of(old), _fields_of(new)
+    if new.created_at != old.created_at:  # Another task: whatever was changed meanwhile.
+        before, old = _USUAL, old._replace(data="")
+    put = {name: value for name, value in after.items() if before.get(name, before) != value}
+    if new.data != old.data:
+        before, put = {**before, "json": ""}, {**put, **_data_fields(new.data)}
+    gone = dict.fromkeys(before.keys() - after.keys() - put.keys(), "")
+    changes = {"$set": {"state": new.state, **put}}
+    return {**changes, "$unset": gone} if gone else changes
+
+
+def _microseconds(date: Any) -> Any:
+    if not isinstance(date, datetime):
+        return date
+    # Without tz_aware, drivers give UTC without saying so.
+    aware = date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
+    return (aware - _EPOCH) // _MICROSECOND
+
+
+def _row_of(document: Mapping[str, Any], now: int) -> tuple[Row, str]:
+    """The Row of a document, and why it cannot be run ("" if it can).
+
+    What is missing, in a document that a Meteor application inserted, has its default.
+    """
+    values = {**_USUAL, "priority": 1, "data": {}, "lane": "", "state": "scheduled"}
+    values["created_at"] = _microseconds(document.get("createdAt", now))
+    values["due_at"] = _microseconds(document.get("dueDate", values["created_at"]))
+    if document.get("onGoing"):  # A Meteor cluster's. If that is dead: see recover().
+        values.update(state="running", owner="nschwarz:cluster", attempt=1, claim=1)
+    values.update(document)
+    values.setdefault("ready_at", values["due_at"])
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        values["data"] = values["json"] if "json" in values else _encode(values["data"])
+    columns: list[Any] = [values.get(_FIELDS.get(name, name)) for name in _COLUMNS]
+    for index, types in enumerate(_COLUMN_TYPES.values()):
+        value = columns[index]
+        if isinstance(value, (int, float)) and type(value) not in (bool, *types):
+            if value // 1 == value:
+                columns[index] = int(value)  # JavaScript's 1.0; the driver's kinds of int.
+    problem = values.get("unreadable") or _unusable(columns)
+    for index, (name, types) in enumerate(_COLUMN_TYPES.items()):
+        if type(columns[index]) not in types:
+            columns[index] = "null" if name == "data" else types[-1]()
+    row = Row(*columns)._replace(id=str(document["_id"]))
+    if "state" not in document and row.state == "scheduled" and row.ready_at <= now:
+        row = row._replace(state="ready")
+    return row, problem
+
+
+def _due_here(owner: str, now: int) -> dict[str, Any]:
+    """Of `ready` documents, those that no other machine's clock promoted too early (P6)."""
+    past = {"$lte": now}
+    return {"$or": [{"ready_at": past, "due_at": past}, {"promoter": {"$in": [None, owner]}}]}
+
+
+def _fitting(outcome: Outcome) -> Outcome:
+    """Without a result that no document holds: it would be in the way of all others."""
+    if outcome.result is None or len(outcome.result.encode()) <= _MOST_BYTES:
+        return outcome
+    error = f"the result is not kept: it has over {_MOST_BYTES:,} bytes as JSON"
+    return outcome._replace(result=None, error=error)
+
+
+def _is_held(row: Row, owner: str, outcome: Outcome) -> bool:
+    return (row.state, row.owner, row.claim) == ("running", owner, outcome.claim)
+
+
+class _Raced(Exception):
+    """What was read had been changed when it was to be written."""
+
+
+def _was_race(error: Any) -> bool:
+    """Whether another writer was quicker: to begin anew helps."""
+    if isinstance(error, _Raced):
+        return True
+    errors = (getattr(error, "details", None) or {}).get("writeErrors", ())
+    codes = {getattr(error, "code", None), *(one.get("code") for one in errors)}
+    return bool(codes & {11000, 112})  # A duplicate key; a conflict of transactions.
+
+
+def _has_no_transactions(error: Any) -> bool:
+    return isinstance(error, NotImplementedError) or getattr(error, "code", None) in (20, 263)
+
+
+class _Claims:
+    """What a MongoStore remembers of one owner."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}  # What claim() gave out and settle() did not end.
+        self.in_doubt = False  # The server may have more claims, of which nobody knows.
+        self.unsure: set[tuple[str, int]] = set()  # Ends that it may have recorded or not.
+        self.told: dict[tuple[str, int], bool] = {}  # Answers that got lost: transaction().
+
+
+class MongoStore(Store):
+    """Tasks in a MongoDB collection, shared by any number of processes and machines.
+
+    *collection* is a pymongo Collection, or what behaves like one (it is never imported).
+    Used are `find`, `distinct`, `count_documents`, `insert_many`, `update_one`,
+    `update_many`, `find_one_and_update`, `delete_one`, `delete_many`, `bulk_write`,
+    `create_index`, `full_name`, `database.client.start_session`, and [".masters"]. The
+    client is yours: its write concern counts ("majority" is advised), and close() leaves
+    it open. It must read from the primary.
+
+    A document has the fields of nschwarz:cluster: `_id`, `taskType`, `priority`, `data`,
+    `createdAt`, `onGoing`, `dueDate`, and our columns beside them. A Meteor application
+    may insert documents with those seven alone. `data` holds the values themselves. Data
+    with a key that has a dot or begins with $, and data over 1,000,000 characters are in
+    the field `json` instead, as text. At most 7,000,000 bytes of data are stored,
+    and of a result with keep_result kept. What runs has `onGoing: true`; what has ended
+    has no dueDate; for what waits for a retry it is the date of that: so the original's
+    own poller starts none of them. Instants are kept in our fields in microseconds.
+
+    Every change is one conditional write to one document. add() of several tasks uses a
+    transaction, where the server has them (a replica set); elsewhere the StoreError of an
+    add() that broke off lists what it stored. Raises StoreError, with the collection's
+    name, for whatever the driver raises; whether the server did what was asked is then
+    unknown, and the cluster, which asks again, finds out.
+    """
+
+    def __init__(self, collection: Any) -> None:
+        if not isinstance(getattr(collection, "full_name", None), str):
+            raise _wrong_type("collection", collection, "a pymongo Collection")
+        concern = getattr(collection, "write_concern", None)
+        preference: Any = getattr(collection, "read_preference", None)
+        if getattr(concern, "acknowledged", True) is False or getattr(preference, "mode", None):
+            allowed = "one that acknowledges writes and reads from the primary"
+            raise _wrong_value("collection", collection, allowed)
+        self._tasks, self._masters = collection, collection["masters"]
+        self._name: str = collection.full_name
+        self._insertions = itertools.count()
+        self._prepared = False
+        self._transactions = True  # Until the server says that it has none.
+        self._models = self._find_models()
+        self._reset_after_fork()
+        _reset_in_forks.add(self)
+
+    def __repr__(self) -> str:
+        return f"MongoStore({self._name!r})"
+
+    def _reset_after_fork(self) -> None:
+        # Serialises what clusters do; not held by producers.
+        self._lock = threading.RLock()
+        self._claims: dict[str, _Claims] = collections.defaultdict(_Claims)
+        self._telling: list[tuple[_Claims, Any, bool]] | None = None
+        self._seen: dict[str, tuple[Any, float]] = {}  # owner -> beat, and since when.
+
+    def _find_models(self) -> tuple[Any, Any] | None:
+        """What bulk_write() takes, from the package of the collection's own class."""
+        for kind in type(self._tasks).__mro__:
+            package = sys.modules.get(kind.__module__.partition(".")[0])
+            if hasattr(package, "DeleteOne"):
+                return cast(Any, package).DeleteOne, cast(Any, package).UpdateOne
+        return None  # Then each write is a call of its own.
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            if not self._prepared:
+                self._make_indexes()
+                self._prepared = True
+            yield
+        except (TaskPoolError, ValueError):
+            raise  # By the policies.
+        except Exception as error:
+            raise StoreError(self._text(error)) from error
+
+    def _text(self, error: Exception) -> str:
+        return f"{self._name}: {type(error).__name__}: {error}"[:500]
+
+    def _make_indexes(self) -> None:
+        for name, keys, sparse in _MONGO_INDEXES:
+            try:
+                self._tasks.create_index(keys, name=name, sparse=sparse)
+            except Exception as error:
+                if not isinstance(getattr(error, "code", None), int):
+                    raise  # The server did not answer.
+                _log.warning("%s: no index %s, this may be slow: %s", self._name, name, error)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """No transaction of the server's. But what settle() answered in it is remembered
+        if it fails: the caller did not get the answers, and will settle again."""
+        with self._lock:
+            telling: list[tuple[_Claims, Any, bool]] = []
+            self._telling = telling
+            try:
+                yield
+            except BaseException:
+                for claims, end, held in telling:
+                    claims.told[end] = held
+                raise
+            finally:
+                self._telling = None
+
+    # ---- Reading and writing documents
+
+    def _find(self, where: Any, fields: Any = _NO_DATES, **options: Any) -> list[dict[str, Any]]:
+        """The documents, also where one of them cannot be decoded: that is `unreadable`."""
+        try:
+            return list(self._tasks.find(where, fields, **options))
+        except Exception as error:
+            if "BSON" not in type(error).__name__:
+                raise
+        found: list[dict[str, Any]] = []
+        for document in list(self._tasks.find(where, {"_id": 1}, **options)):
+            try:
+                found += self._tasks.find(document, fields)
+            except Exception as error:
+                if "BSON" not in type(error).__name__:
+                    raise
+                hidden = {**_NO_DATES, "data": 0, "json": 0}
+                (document,) = self._tasks.find(document, hidden)
+                found.append({**document, "unreadable": str(error)[:500]})
+        return found
+
+    def _rows(self, where: Any, now: int, **options: Any) -> list[Row]:
+        return [_row_of(document, now)[0] for document in self._find(where, **options)]
+
+    def _adopt(self, now: int, most: float = math.inf) -> None:
+        """Give documents that a Meteor application inserted what they need to be tasks."""
+        writes: list[tuple[Any, Any]] = []
+        while most > 0:
+            writes.clear()
+            for document in self._find({"state": None}, None, limit=_ADOPTED_AT_ONCE):
+                row, problem = _row_of(document, now)
+                if problem:
+                    _log.error("%s: the task %s cannot be run: %s", self._name, row.id, problem)
+                    row = row._replace(state="failed", owner="", error=problem)
+                fields = {**_fields_of(row), "seq": next(self._insertions)}
+                for name in ("_id", "taskType", "createdAt", *["priority"] * bool(problem)):
+                    del fields[name]
+                writes.append(({"_id": document["_id"], "state": None}, {"$set": fields}))
+            self._write(writes)
+            most -= len(writes) or most
+
+    def _write(self, writes: list[tuple[Any, Any]], **options: Any) -> list[bool | None]:
+        """Update, or where the update is None delete, one document for each.
+
+        Returns whether it was there. A bulk_write() tells only how many were: None where
+        it were some and not all.
+        """
+        if self._models is not None and len(writes) > 1:
+            delete, update = self._models
+            operations = [
+                delete(where) if changes is None else update(where, changes)
+                for where, changes in writes
+            ]
+            done = self._tasks.bulk_write(operations, ordered=False, **options)
+            count = done.deleted_count + done.matched_count
+            one: bool | None = None if 0 < count < len(writes) else count > 0
+            return [one] * len(writes)
+        tasks = self._tasks
+        return [
+            (
+                tasks.delete_one(where, **options).deleted_count > 0
+                if changes is None
+                else tasks.update_one(where, changes, **options).matched_count > 0
+            )
+            for where, changes in writes
+        ]
+
+    def _replace(
+        self, pairs: Sequence[tuple[Row, Row | None]], **options: Any
+    ) -> list[bool | None]:
+        """Write the second Row of each pair in place of the first, if that is still so."""
+        writes: list[tuple[Any, Any]] = []
+        for old, new in pairs:
+            where: dict[str, Any] = {"_id": old.id, "state": old.state}
+            for name in ("claim", "owner", "removed", "successor", "repeat"):
+                where[name] = getattr(old, name) or None  # None: or not there.
+            changes = None if new is None else _changes(old, new)
+            if changes is not None and new is not None and new.created_at != old.created_at:
+                changes["$set"]["seq"] = next(self._insertions)  # To the end of the line.
+            writes.append((where, changes))
+        return self._write(writes, **options)
+
+    # ---- Adding
+
+    def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
+        many, ids = len(additions) > 1, [new.id for new, _ in additions]
+        for new, _ in additions:
+            if len(new.data) * 4 > _MOST_BYTES and len(new.data.encode()) > _MOST_BYTES:
+                raise ValueError(f"data of {_shown(new.id)}: over {_MOST_BYTES:,} bytes as JSON")
+        with self._errors():
+            there: dict[str, Row] = {}  # At first as if no id were taken: most are not.
+            for attempt in range(_TRIES):
+                if attempt or (many and not self._transactions):
+                    self._adopt(now)
+                    there = {row.id: row for row in self._rows({"_id": {"$in": ids}}, now)}
+                planned, rows = dict(there), []
+                for new, if_exists in additions:
+                    stored, row = after_add(planned.get(new.id), new, if_exists)
+                    planned[new.id] = stored or planned[new.id]
+                    rows.append(row)
+                whole = not many or self._transactions  # Else a failure may leave a part.
+                try:
+                    self._put(there, planned, whole and many)
+                    return rows
+                except Exception as error:
+                    if many and whole and _has_no_transactions(error):
+                        self._transactions = False
+                    elif not (whole and _was_race(error)):
+                        raise StoreError(f"{self._text(error)}{self._stored(rows)}") from error
+            raise StoreError(f"{self._name}: others change the same tasks all the time")
+
+    def _put(self, there: Mapping[str, Row], planned: Mapping[str, Row], at_once: bool) -> None:
+        """Store *planned* where *there* was read; *at_once*: in a transaction."""
+        pairs = [(there[i], row) for i, row in planned.items() if row is not there.get(i, row)]
+        fresh = [
+            {**_fields_of(row), **_data_fields(row.data), "seq": next(self._insertions)}
+            for i, row in planned.items()
+            if i not in there
+        ]
+        with contextlib.ExitStack() as stack:
+            options = {}
+            if at_once:
+                session = stack.enter_context(self._tasks.database.client.start_session())
+                concern = getattr(self._tasks, "write_concern", None)
+                stack.enter_context(session.start_transaction(write_concern=concern))
+                options = {"session": session}
+            if not all(self._replace(pairs, **options)):
+                raise _Raced
+            if fresh:
+                self._tasks.insert_many(fresh, **options)
+
+    def _stored(self, rows: list[Row]) -> str:
+        """For the error of an add(): which of its tasks are stored all the same."""
+        try:
+            found = set(self._rows({"_id": {"$in": [row.id for row in rows]}}, 0))
+        except Exception:
+            return "; whether anything was stored is not known"
+        ids = [row.id for row in rows if row in found]
+        return f"; stored all the same: {ids}" if ids else "; nothing was stored"
+
+    # ---- Running
+
+    def claim(
+        self,
+        owner: str,
+        types: Mapping[str, float] | Iterable[str],
+        limit: float,
+        now: int,
+        until: int = NEVER,
+    ) -> list[Row]:
+        shares = _shares(types)
+        if not shares or limit <= 0:
+            return []
+        with self._lock, self._errors():
+            claims = self._claims[owner]
+            if claims.in_doubt:
+                self._give_back_unknown(owner, now)
+            self._adopt(now, _ADOPTED_AT_ONCE)
+            place = {"lane": {"$in": ["", owner]}, "taskType": {"$in": list(shares)}}
+            due = {"state": "scheduled", **place, "ready_at": {"$lte": now}}
+            order = [("ready_at", 1)]
+            found = self._find(due, {"_id": 1}, sort=order, limit=PROMOTE_TASKS)
+            if found:
+                due["_id"] = {"$in": [document["_id"] for document in found]}
+                self._tasks.update_many(due, {"$set": {"state": "ready", "promoter": owner}})
+            where: dict[str, Any] = {"state": "ready", **place, **_due_here(owner, now)}
+            if until != NEVER:
+                where["due_at"] = {"$lte": until}
+            if any(row.interrupted for row in claims.rows.values()):
+                where["interrupted"] = None
+            for _ in range(_TRIES):
+                claims.in_doubt = True
+                chosen = self._take(owner, where, shares, limit, now)
+                # Read after the write: what others changed until then counts.
+                ours = {"_id": {"$in": chosen}, "state": "running", "owner": owner}
+                taken = {d["_id"]: d for d in self._find(ours)} if chosen else {}
+                claims.in_doubt = False
+                if taken or not chosen:  # Else another cluster was quicker with all of them.
+                    return self._taken(claims, [taken[key] for key in chosen if key in taken], now)
+            return []
+
+    def _take(
+        self, owner: str, where: Any, shares: Mapping[str, float], limit: float, now: int
+    ) -> list[Any]:
+        """ready -> running for what fits; the ids, some of which others may have got."""
+        mine = {"state": "running", "owner": owner, "onGoing": True, "ready_at": now}
+        take = {"$set": mine, "$inc": {"claim": 1, "attempt": 1}}
+        least, most = min(shares.values()), max(shares.values())
+        if max(most, 1.0) <= limit + 1e-9 < 2 * least:  # One, whichever is the first.
+            first = self._tasks.find_one_and_update(where, take, {"_id": 1}, sort=_RANK)
+            return [first["_id"]] if first else []
+        chosen: list[Any] = []
+        fields, count = {"taskType": 1, "interrupted": 1}, math.ceil(limit / least)
+        for document in self._find(where, fields, sort=_RANK, limit=count):
+            suspect = document.get("interrupted")
+            cost = 1.0 if suspect else shares[document["taskType"]]
+            if cost > limit + 1e-9 or (suspect and chosen):
+                break
+            limit -= cost
+            chosen.append(document["_id"])
+            if suspect:
+                break
+        if chosen:
+            self._tasks.update_many({"_id": {"$in": chosen}, "state": "ready"}, take)
+        return chosen
+
+    def _taken(self, claims: _Claims, documents: list[dict[str, Any]], now: int) -> list[Row]:
+        """The Rows that claim() returns; those that cannot be run become `failed`."""
+        rows: list[Row] = []
+        broken: list[tuple[Row, Row | None]] = []
+        for document in documents:
+            row, problem = _row_of(document, now)
+            if problem:
+                broken.append((row, row._replace(state="failed", owner="", error=problem)))
+            else:
+                claims.rows[row.id] = row
+                rows.append(row)
+        self._replace(broken)
+        return rows + [cast(Row, row) for _, row in broken]
+
+    def _give_back_unknown(self, owner: str, now: int) -> None:
+        """running -> ready, for claims that the server made and could not tell us of."""
+        claims = self._claims[owner]
+        known = {(row.id, row.claim) for row in claims.rows.values()}
+        held = self._find({"owner": owner}, {"claim": 1})
+        ids = [d["_id"] for d in held if (d["_id"], d["claim"]) not in known]
+        if ids:
+            rows = self._rows({"_id": {"$in": ids}, "owner": owner}, now)
+            self._replace([(row, given_back(row, now)) for row in rows])
+        claims.in_doubt = False
+
+    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
+        with self._lock, self._errors():
+            claims = self._claims[owner]
+            unsure = set(claims.unsure)
+            # By id and claim. In most cases one bulk_write() answers for all.
+            answers = {o[:2]: claims.told.pop(o[:2]) for o in outcomes if o[:2] in claims.told}
+            todo = [_fitting(outcome) for outcome in outcomes if outcome[:2] not in answers]
+            rows = {o.id: claims.rows[o.id] for o in todo if o.id in claims.rows}
+            unknown = [outcome.id for outcome in todo if outcome.id not in rows]
+            if unknown:
+                where = {"_id": {"$in": unknown}, "owner": owner}
+                rows.update((row.id, row) for row in self._rows(where, now))
+            while todo:
+                todo = [o for o in todo if o.id in rows and rows[o.id].claim == o.claim]
+                claims.unsure.update(o[:2] for o in todo)
+                pairs = []
+                for outcome in todo:
+                    row = rows[outcome.id]
+                    pairs.append((row, after_run(row, outcome, now)))
+                    rows[outcome.id] = pairs[-1][1] or row  # Its run may go on.
+                hits = self._replace(pairs)
+                there: dict[str, Row] = {}
+                if not all(hits):
+                    where = {"_id": {"$in": [o.id for o in todo]}}
+                    there = {row.id: row for row in self._rows(where, now)}
+                again = []
+                for outcome, hit, (row, _) in zip(todo, hits, pairs):
+                    found = there.get(outcome.id)
+                    if found is not None and _is_held(found, owner, outcome) and not hit:
+                        again.append(outcome)  # It got a successor, or was removed.
+                        continue
+                    # If an earlier try may have recorded it, it did: unless the task was
+                    # recovered. (Not seen if that run has ended as well.)
+                    perhaps = hit is None or (not hit and outcome[:2] in unsure)
+                    mine = found is None or found.interrupted <= row.interrupted
+                    answers[outcome[:2]] = bool(hit) or (perhaps and mine)
+                rows.update(there)
+                todo = again
+            for outcome in outcomes:
+                claims.unsure.discard(outcome[:2])
+                if outcome.id in claims.rows and claims.rows[outcome.id].claim == outcome.claim:
+                    del claims.rows[outcome.id]
+                if outcome.id in rows and _is_held(rows[outcome.id], owner, outcome):
+                    claims.rows[outcome.id] = rows[outcome.id]
+            held = [answers.get(outcome[:2], False) for outcome in outcomes]
+            if self._telling is not None:
+                self._telling += [(claims, o[:2], was) for o, was in zip(outcomes, held)]
+            return held
+
+    def renew(self, owner: str, now: int) -> None:
+        with self._lock, self._errors():
+            # Any value that is new. A counter could begin again where an observer left it.
+            beat = {"$set": {"beat": os.urandom(8).hex()}}
+            self._masters.update_one({"_id": owner}, beat, upsert=True)
+            self._tasks.delete_many({"expires_at": {"$lte": now}})
+            self._give_back_unknown(owner, now)
+
+    def owners(self) -> list[str]:
+        with self._errors():
+            return [master["_id"] for master in self._masters.find({}, {"_id": 1})]
+
+    def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
+        ended: list[Row] = []
+        with self._lock, self._errors():
+            # Holders of claims that are not among the masters count as silent ones.
+            beats: dict[str, Any] = dict.fromkeys(
+                self._tasks.distinct("owner", {"owner": {"$gt": ""}})
+            )
+            beats.update((master["_id"], master["beat"]) for master in self._masters.find())
+            beats.pop(owner, None)
+            for other in _dead_owners(beats, self._seen, seconds):
+                # Claims of later than this are those of a living master.
+                rows = self._rows({"owner": other}, now)
+                same = {"_id": other, "beat": beats[other]}
+                if beats[other] is not None and not list(self._masters.find(same)):
+                    continue  # It has renewed.
+                pairs = [(row, after_interruption(row, now)) for row in rows]
+                for (_, row), hit in zip(pairs, self._replace(pairs)):
+                    if hit is not False and row is not None and row.state == "failed":
+                        ended.append(row)
+                self._open_lane(other)
+                self._masters.delete_one(same)
+        return ended
+
+    def _open_lane(self, owner: str) -> None:
+        states = ["ready", "scheduled", "running"]
+        where = {"state": {"$in": states}, "lane": owner}
+        self._tasks.update_many(where, {"$set": {"lane": ""}})
+
+    def leave(self, owner: str, now: int) -> None:
+        with self._lock, self._errors():
+            rows = self._rows({"owner": owner}, now)
+            self._replace([(row, given_back(row, now)) for row in rows])
+            self._open_lane(owner)
+            self._masters.delete_one({"_id": owner})
+            self._claims.pop(owner, None)
+
+    # ---- Looking and changing
+
+    def next_due(
+        self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
+    ) -> list[int]:
+        where: dict[str, Any] = {"lane": {"$in": ["", owner]}, "taskType": {"$in": list(types)}}
+        if until != NEVER:
+            where["due_at"] = {"$lte": until}
+        with self._errors():
+            self._adopt(now, _ADOPTED_AT_ONCE)
+            ready = {"state": "ready", **where, **_due_here(owner, now)}
+            due = [now] * len(self._find(ready, {"_id": 1}, limit=limit))
+            if len(due) < limit:
+                elsewhere = {"state": "ready", **where, "ready_at": {"$gt": now}}
+                later = {"$or": [{"state": "scheduled", **where}, elsewhere]}
+                order = [("ready_at", 1)]
+                found = self._find(later, {"ready_at": 1}, sort=order, limit=limit)
+                due += [document["ready_at"] for document in found]
+        return sorted(due)[:limit]
+
+    def foreign(self, types: Iterable[str], now: int) -> list[str]:
+        other = {"lane": "", "taskType": {"$nin": list(types)}}
+        with self._errors():
+            found = set(self._tasks.distinct("taskType", {"state": "ready", **other}))
+            due = {"state": "scheduled", **other, "ready_at": {"$lte": now}}
+            return sorted(found.union(self._tasks.distinct("taskType", due)))
+
+    def _where(self, query: Query, now: int) -> dict[str, Any]:
+        """The selector of *query*."""
+        self._adopt(now)
+        due = {"$lte" if query.due else "$gt": now}
+        terms: list[Any] = []
+        if query.until != NEVER:
+            terms.append({"due_at": {"$lte": query.until}})
+        if query.ids is not None:
+            terms.append({"_id": {"$in": list(query.ids)}})
+        if query.types is not None:
+            terms.append({"taskType": {"$in": list(query.types)}})
+        if query.states is not None:
+            states = [s for s in query.states if s != "waiting"]
+            states += ["ready", "scheduled"] * ("waiting" in query.states)
+            terms.append({"state": {"$in": states}})
+        if query.due is not None:
+            could_run = [{"state": "ready"}] * query.due
+            terms.append({"$or": [{"state": "scheduled", "ready_at": due}, *could_run]})
+        return {"$and": terms} if terms else {}
+
+    def find(self, query: Query, now: int) -> list[Row]:
+        options: dict[str, Any] = {"sort": _RANK[1:], "skip": query.offset}
+        with self._errors():
+            where = self._where(query, now)
+            if query.limit == 0:
+                return []  # For MongoDB this is no limit.
+            return self._rows(where, now, **options, limit=query.limit or 0)
+
+    def count(self, query: Query, now: int) -> int:
+        with self._errors():
+            return cast(int, self._tasks.count_documents(self._where(query, now)))
+
+    def remove(self, query: Query, now: int) -> int:
+        with self._errors():
+            where = self._where(query, now)
+            mark = {"$set": {"removed": 1}, "$unset": {"successor": ""}}
+            running = {"state": "running", **where}
+            marked = self._tasks.update_many(running, mark).matched_count
+            others = {"state": {"$ne": "running"}, **where}
+            return cast(int, marked + self._tasks.delete_many(others).deleted_count)
+
+    def retry(self, query: Query, now: int) -> int:
+        with self._errors():
+            rows = self._rows({"state": "failed", **self._where(query, now)}, now)
+            hits = self._replace([(row, after_retry(row, now)) for row in rows])
+            return sum(hit is not False for hit in hits)
+
+    def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
+        with self._errors():
+            for _ in range(_TRIES):
+                self._adopt(now)
+                found = self._rows({"_id": task_id}, now)
+                new = after_update(found[0] if found else None, task_id, changes, now)
+                if self._replace([(found[0], new)])[0]:
+                    return new
+        raise StoreError(f"{self._name}: others change {_shown(task_id)} all the time")
 
 
 # --- Queue ---------------------------------------------------------------------------

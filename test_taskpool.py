@@ -28,6 +28,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -1619,6 +1620,1048 @@ SCHEMA_0 = """
         ('busy', 'x', '{}', 1, 2, 2, 2, 0, 1.0, '', 'running', 1, 1, 'me', 0, 0,
         '["busy", "x", "[2.0]", 5, 3, 3, 3, 0, 1.0, null, null, "", "ready", 0, 0, "", 0, null, null, null, 0, null, false]');
 """
+
+
+class TestTheManualsOwnStore(StoreContract, unittest.TestCase):
+    """The store that README shows keeps the contract."""
+
+    def open(self):
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        source = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "class DictStore" in b)
+        names = {"__name__": "manual"}
+        exec(source, names)
+        return names["DictStore"]()
+
+
+# --- MongoDB -------------------------------------------------------------------------
+
+try:
+    import mongomock
+except ImportError:
+    mongomock = None
+try:
+    import pymongo
+    import pymongo.errors
+except ImportError:
+    pymongo = None
+
+SECANTUS = "pip install --no-deps --only-binary=:all: secantusdb==0.6.0b17"
+SERVER = shutil.which("secantusd-rs") or shutil.which("secantusd-rs", path=os.path.dirname(sys.executable))
+
+
+class MongoServer:
+    """A server that speaks MongoDB's protocol (SecantusDB: WiredTiger, one-node replica set)."""
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(prefix="taskpool-mongo-")
+        self.port = 0
+        self.start()
+
+    def start(self):
+        log = os.path.join(self.folder, "log")
+        with open(log, "wb") as out:
+            self.process = subprocess.Popen(
+                [SERVER, "--host", "127.0.0.1", "--port", str(self.port), "--storage-path", self.folder + "/data",
+                 "--sync-on-commit", "--log-file-max", "32MB", "--cache-size", "256M", "--log-level", "WARNING"],
+                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        said = eventually(lambda: re.search(r"listening on 127.0.0.1:(\d+)", Path(log).read_text()), "the server")
+        self.port = int(said.group(1))
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def close(self):
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def client(self, **options):
+        options = {"serverSelectionTimeoutMS": 20_000, "heartbeatFrequencyMS": 500, "directConnection": True, **options}
+        options.update(port=self.port, host="127.0.0.1")
+        return pymongo.MongoClient(**options)
+
+
+@unittest.skipUnless(pymongo and SERVER, f"needs a server and pymongo: {SECANTUS} && pip install pymongo")
+class WithMongo(InFolder):
+    """Tests that share one server; each has a collection of its own."""
+
+    server = None
+    numbers = iter(range(10**6))
+
+    def setUp(self):
+        super().setUp()
+        if WithMongo.server is None:
+            WithMongo.server = MongoServer()
+            unittest.addModuleCleanup(WithMongo.server.close)
+        self.client = self.server.client()
+        self.addCleanup(self.client.close)
+        self.collection = self.client.test[f"tasks{next(self.numbers)}"]
+        # Unlike MongoDB, this server fails deletes from a collection that does not exist.
+        self.client.test.create_collection(f"{self.collection.name}.masters")
+
+    def uri(self):
+        return f"mongodb://127.0.0.1:{self.server.port}"
+
+
+class MongoContract(StoreContract):
+    """What holds for MongoStore on whatever has a Collection."""
+
+    FLOOD = 600  # Documents.
+
+    test_a_dead_master = TestSQLiteStore.test_a_master_that_is_seen_to_be_dead_is_recovered_at_once
+    test_a_silent_master = TestSQLiteStore.test_a_silent_master_is_recovered_after_its_lease
+    test_an_interrupted_task = TestSQLiteStore.test_an_interrupted_task_is_claimed_singly_and_the_fifth_time_fails
+
+    def open(self):
+        return taskpool.MongoStore(self.collection)
+
+    def raw(self, task_id="t"):
+        return self.collection.find_one({"_id": task_id})
+
+    def insert(self, task_id="m", **fields):
+        """A document as the original's addTask makes it."""
+        date = datetime.fromtimestamp(NOW // SECOND, timezone.utc)
+        document = {
+            "_id": task_id, "taskType": "x", "priority": 1, "data": {}, "createdAt": date, "onGoing": False,
+            "dueDate": date, **fields,
+        }
+        self.collection.insert_one({k: v for k, v in document.items() if v is not ...})
+
+    def pollable(self):
+        """What the original's own cluster would start."""
+        later = datetime.fromtimestamp(NOW // SECOND + 60, timezone.utc)
+        return {d["_id"] for d in self.collection.find({"onGoing": False, "dueDate": {"$lte": later}}, {"_id": 1})}
+
+    def test_the_originals_fields_are_written_for_a_meteor_application(self):
+        self.add(row(data={"a": [1, 2.5, {"b": None}]}, priority=3, due_date=timedelta(0.5)))
+        document = self.raw()
+        self.assertEqual((document["taskType"], document["priority"], document["onGoing"]), ("x", 3, False))
+        self.assertEqual(document["data"], {"a": [1, 2.5, {"b": None}]})
+        created, due = (document[name].replace(tzinfo=timezone.utc) for name in ("createdAt", "dueDate"))
+        self.assertEqual((created, due), (taskpool._datetime(NOW), taskpool._datetime(NOW + 43_200 * SECOND)))
+
+    def test_data_come_back_exactly_also_those_that_a_document_cannot_hold(self):
+        cases = [
+            {"z": 1, "a": 1.0, "": [2**63 - 1, -(2**63), 2**31, -0.0, 1e300, True, None, "\0é😀"]}, None, 0, 1.0, "x", [], {},
+            {"$set": {"a": 1}}, {"a": {"b.c": 1}}, {"a": [{"$x": {}}]}, {"_id": 7, "10": 1, "9": 2},
+            ["long"] * 200_000,
+        ]
+        for value in cases:
+            self.add(row(data=value))
+            text = row(data=value).data
+            self.assertEqual(self.look().data, text)
+            (claimed,) = self.claim()
+            self.assertEqual(claimed.data, text)
+            self.settle(claimed, "failed", error="E")
+            self.assertEqual(self.look().data, text)
+            self.store.retry(Query(), NOW)
+            for other in ({"$": 1}, {"plain": 1}, value):
+                self.store.update("t", {"data": row(data=other).data}, NOW)
+                self.assertEqual(self.look().data, row(data=other).data)
+            self.assertEqual(self.store.remove(Query(), NOW), 1)
+
+    def test_microseconds_survive_although_dates_have_milliseconds(self):
+        self.add(row(now=NOW + 1, due_date=timedelta(microseconds=1234)))
+        found = self.look()
+        self.assertEqual((found.created_at, found.due_at), (NOW + 1, NOW + 1235))
+        self.assertEqual(self.claim(now=NOW + 1234), [])
+        self.assertEqual(len(self.claim(now=NOW + 1235)), 1)
+
+    def test_a_document_of_a_meteor_application_runs_and_is_removed(self):
+        """SE-06, PR-04: seven fields, numbers as JavaScript writes them, or data left out."""
+        soon = taskpool._datetime(NOW + SECOND)
+        self.insert("Xq3vWhZp9LkTbRn2s", priority=1.0, data={"position": 1.0})
+        self.insert("first", priority=8)
+        self.insert("bare", data=..., priority=0.0)
+        self.insert("soon", dueDate=soon)
+        self.insert("other", taskType="y")
+        self.assertEqual(self.store.next_due("me", ["x"], 9, NOW), [NOW] * 3 + [NOW + SECOND])
+        self.insert("late", priority=5.0)
+        self.assertEqual(self.store.count(Query(states=["waiting"]), NOW), 6)
+        got = self.claim()
+        self.assertEqual([r.id for r in got], ["first", "late", "Xq3vWhZp9LkTbRn2s", "bare"])
+        self.assertEqual([r.data for r in got], ["{}", "{}", '{"position":1.0}', "{}"])
+        self.assertEqual({type(r.priority) for r in got}, {int})
+        self.assertTrue(all(self.raw(r.id)["onGoing"] for r in got))
+        self.assertEqual(self.pollable(), {"soon", "other"})
+        for claimed in got:
+            self.assertTrue(self.settle(claimed, "done"))
+        self.assertEqual({d["_id"] for d in self.collection.find()}, {"soon", "other"})
+        self.assertEqual(self.store.foreign(["x"], NOW), ["y"])
+        (claimed,) = self.claim(now=NOW + SECOND)
+        self.assertEqual((claimed.id, claimed.due_at, claimed.retries), ("soon", NOW + SECOND, 0))
+
+    def test_the_originals_poller_starts_nothing_that_runs_waits_for_a_retry_or_ended(self):
+        self.add(row("waits"), row("later", due_date=timedelta(1)))
+        for task_id, end in [
+            ("failed", {"state": "failed", "error": "E"}), ("retry", {"state": "ready", "ready_at": NOW + 3600 * SECOND}),
+            ("kept", {"state": "done", "result": "1"}), ("running", None),
+        ]:
+            self.add(row(task_id, "y", keep_result=60))
+            (claimed,) = self.claim(types=["y"])
+            if end:
+                self.settle(claimed, **end)
+        self.assertEqual(self.pollable(), {"waits"})
+        self.store.retry(Query(), NOW)
+        self.assertEqual(self.pollable(), {"waits", "failed"})
+
+    def test_what_a_meteor_cluster_left_on_going_is_recovered_after_the_lease(self):
+        self.insert("left", onGoing=True)
+        self.assertEqual(self.claim(), [])
+        for seconds in (0.0, 29.9):
+            self.store.recover("me", seconds, NOW)
+            self.assertEqual((self.claim(), self.look("left").state), ([], "running"))
+        self.store.recover("me", 30.0, NOW)
+        (claimed,) = self.claim()
+        self.assertEqual((claimed.id, claimed.attempt), ("left", 1))
+
+    def test_a_document_that_is_unusable_fails_with_the_reason_and_the_others_run(self):
+        """CR-08, TT-05."""
+        date = datetime(2001, 2, 3)
+        wrong = {
+            "priority": "high", "data": {"when": date}, "taskType": 5, "dueDate": "tomorrow", "createdAt": {"a": 1},
+        }
+        for field, value in wrong.items():
+            self.insert(f"bad {field}", **{field: value})
+        self.insert("bad half", priority=1.5)
+        self.insert("bad nan", data=float("nan"))
+        self.insert("good")
+        self.add(row("ours", priority=9))
+        self.collection.update_one({"_id": "ours"}, {"$set": {"retries": "many"}})
+        with self.assertLogs("taskpool", "ERROR") as logs:
+            got = self.claim()
+        self.assertEqual([(r.id, r.state) for r in got], [("good", "running"), ("ours", "failed")])
+        self.assertIn("column retries holds 'many'", got[1].error)
+        self.assertEqual(len(logs.output), 7)
+        failed = {r.id: r for r in self.store.find(Query(states=["failed"]), NOW)}
+        self.assertEqual(len(failed), 8)
+        for field in wrong:
+            ours = {"dueDate": "due_at", "createdAt": "created_at", "taskType": "task_type"}.get(field, field)
+            self.assertIn(f"column {ours} holds", failed[f"bad {field}"].error)
+        self.assertEqual(self.pollable(), set())
+        self.assertEqual(self.raw("bad priority")["priority"], "high")  # Nothing is lost.
+        self.assertEqual(self.raw("bad data")["data"]["when"].replace(tzinfo=None), date)
+        self.assertEqual(self.claim(), [])
+        self.store.retry(Query(ids=["bad priority"]), NOW)
+        self.assertEqual([(r.id, r.state) for r in self.claim()], [("bad priority", "failed")])
+
+    def test_fields_of_the_application_stay(self):
+        self.insert(mine="kept", data={"a": 1})
+        (claimed,) = self.claim()
+        self.settle(claimed, "failed", error="E")
+        self.assertEqual((self.raw("m")["mine"], self.raw("m")["data"]), ("kept", {"a": 1}))
+
+    def test_the_indexes_serve_the_claims_and_are_made_once(self):
+        """PF-01, MG-09: a claim reads what is ready, of its types, in order, and nothing else."""
+        for _ in range(2):
+            self.open().next_due("me", ["x"], 5, NOW)
+        found = {name: list(map(tuple, spec["key"])) for name, spec in self.collection.index_information().items()}
+        place = [("state", 1), ("lane", 1), ("taskType", 1)]
+        self.assertEqual(found, {
+            "_id_": [("_id", 1)], "taskpool_ready": [*place, ("priority", -1), ("created_at", 1), ("seq", 1)],
+            "taskpool_scheduled": [*place, ("ready_at", 1)], "taskpool_running": [("owner", 1)],
+            "taskpool_expires": [("expires_at", 1)],
+        })
+        recorder = Recorder(self.collection)
+        store = taskpool.MongoStore(recorder)
+        self.add(row("a"), row("b"), row("c", due_date=timedelta(1)))
+        store.claim("me", {"x": 0.1, "y": 1.0}, 1.0, NOW)
+        store.claim("me", ["x"], 1.0, NOW)
+        store.next_due("me", ["x"], 5, NOW)
+        store.claim("you", ["x"], 1.0, NOW)
+        selectors = [a[0] for name, a, _ in recorder.calls if name in ("find", "update_many", "find_one_and_update")]
+        scans = [s for s in selectors if "_id" not in s and s != {"state": None}]
+        self.assertGreater(len(scans), 4)
+        for selector in itertools.chain(*[[s] if "state" in s else s["$or"] for s in scans]):
+            self.assertIn(selector["state"], ("ready", "scheduled"))
+            self.assertEqual(list(selector)[1:3], ["lane", "taskType"])
+        for name, _, options in recorder.calls:
+            if name == "find_one_and_update" or (name == "find" and options.get("sort", [["priority"]])[0][0] == "priority" and "sort" in options):
+                self.assertEqual(options["sort"], [("priority", -1), ("created_at", 1), ("seq", 1)])
+
+    def test_a_result_that_no_document_holds_is_not_kept_and_says_so(self):
+        self.add(row(keep_result=60))
+        self.assertTrue(self.settle(self.claim()[0], "done", result='"' + "x" * 7_000_001 + '"'))
+        found = self.look()
+        self.assertEqual((found.state, found.result), ("done", None))
+        self.assertIn("7,000,000 bytes", found.error)
+        with self.assertRaisesRegex(ValueError, "data of 'big': over 7,000,000 bytes"):
+            self.add(row("big", data="é" * 3_600_000))
+
+    def test_what_is_no_collection_is_refused(self):
+        for wrong in (None, "mongodb://localhost", 5, MemoryStore()):
+            with self.assertRaisesRegex(TypeError, "pymongo Collection"):
+                taskpool.MongoStore(wrong)
+
+    # ---- Faults, one call at a time
+
+    def faulty(self):
+        """A store on a collection that can be told to fail, beside self.store."""
+        faults = Faults()
+        return taskpool.MongoStore(self.faulty_kind(self.collection, faults)), faults
+
+    def test_whatever_the_driver_raises_is_a_store_error_that_names_the_collection(self):
+        store, faults = self.faulty()
+        self.add(row())
+        query = Query(ids=["t"])
+        for verb in (
+            lambda: store.add([(row("u"), "raise")], NOW), lambda: store.claim("me", ["x"], 1, NOW),
+            lambda: store.settle("me", [Outcome("t", 1, "done")], NOW), lambda: store.renew("me", NOW),
+            lambda: store.recover("me", 0.0, NOW), lambda: store.leave("me", NOW), lambda: store.find(query, NOW),
+            lambda: store.next_due("me", ["x"], 1, NOW), lambda: store.foreign(["y"], NOW), lambda: store.count(query, NOW),
+            lambda: store.remove(query, NOW), lambda: store.retry(query, NOW), lambda: store.update("t", {"priority": 2}, NOW),
+        ):
+            faults.always = OSError("the network is gone")
+            with self.assertRaisesRegex(StoreError, "tasks.*: OSError: the network is gone"):
+                verb()
+            faults.always = None
+        self.assertEqual(len(store.claim("me", ["x"], 1, NOW)), 1)
+
+    def test_an_end_that_was_recorded_although_the_driver_raised_is_not_taken_for_lost(self):
+        """DU-07: settle is asked again with the same outcomes."""
+        for applied in (True, False):
+            for method in ("bulk_write", "delete_one", "update_one", "find"):
+                store, faults = self.faulty()
+                self.add(*[row(f"{i}", keep_result=60 if i == 1 else None) for i in range(5)])
+                rows = store.claim("me", ["x"], 5, NOW)
+                self.store.add([(row("3", priority=7), "replace")], NOW)
+                self.store.remove(Query(ids=["4"]), NOW)
+                outcomes = [
+                    Outcome("0", rows[0].claim, "done"), Outcome("1", rows[1].claim, "done", result="1"),
+                    Outcome("2", rows[2].claim, "failed", error="E"), Outcome("3", rows[3].claim, "done"),
+                    Outcome("4", rows[4].claim, "ready"), Outcome("5", 1, "done"),
+                ]
+                faults.plan(method, OSError("cut"), applied)
+                failures = 0
+                while True:
+                    try:
+                        held = store.settle("me", outcomes, NOW)
+                        break
+                    except StoreError:
+                        failures += 1
+                with self.subTest(method=method, applied=applied):
+                    self.assertEqual(failures, not faults.left())
+                    self.assertEqual(held, [True] * 5 + [False])
+                    found = {r.id: (r.state, r.priority) for r in self.store.find(Query(), NOW)}
+                    self.assertEqual(found, {"1": ("done", 1), "2": ("failed", 1), "3": ("ready", 7)})
+                    self.assertEqual(store.settle("me", outcomes, NOW), [False] * 6)
+                self.collection.delete_many({})
+
+    def test_an_uncertain_end_of_a_task_that_was_recovered_is_lost(self):
+        store, faults = self.faulty()
+        self.add(row())
+        (first,) = store.claim("me", ["x"], 1, NOW)
+        faults.plan("delete_one", OSError("cut"), False)
+        with self.assertRaises(StoreError):
+            store.settle("me", [Outcome("t", first.claim, "done")], NOW)
+        for seconds in (0.0, 30.0):
+            self.store.recover("you", seconds, NOW)
+        (second,) = self.claim(owner="you")
+        self.assertEqual(store.settle("me", [Outcome("t", first.claim, "done")], NOW), [False])
+        self.assertTrue(self.settle(second, "done", owner="you"))
+
+    def test_a_turn_that_fails_after_settle_gives_the_same_answers_again(self):
+        """The master settles and claims in one transaction(), and knows nothing if it fails."""
+        store, faults = self.faulty()
+        self.add(row("a"), row("b"), row("c"))
+        a, b, _ = store.claim("me", ["x"], 3, NOW)
+        outcomes = [Outcome("a", a.claim, "done"), Outcome("b", b.claim + 1, "done"), Outcome("b", b.claim, "ready")]
+        faults.plan("update_many", OSError("cut"), False)
+        for _ in range(2):
+            with contextlib.suppress(StoreError), store.transaction():
+                held = store.settle("me", outcomes, NOW)
+                got = store.claim("me", ["x"], 9, NOW)
+        self.assertEqual(held, [True, False, True])
+        self.assertEqual([r.id for r in got], ["b"])
+        self.assertEqual(store.settle("me", outcomes[:1] + outcomes[2:], NOW), [False] * 2)
+
+    def test_a_claim_that_was_made_although_the_driver_raised_is_given_back_uncharged(self):
+        for method, limit, types in [
+            ("update_many", 3, ["x"]), ("find", 3, ["x"]), ("find_one_and_update", 1, ["x"]), ("find", 1, ["x"]),
+        ]:
+            for number in range(8):  # Which call of that method fails.
+                store, faults = self.faulty()
+                self.add(*[row(f"{i}") for i in range(3)])
+                store.count(Query(), NOW)
+                faults.plan(method, OSError("cut"), True, skip=number)
+                with self.subTest(method=method, number=number):
+                    rows = []
+                    while len(rows) < 3:
+                        with contextlib.suppress(StoreError):
+                            rows += store.claim("me", types, limit, NOW)
+                    self.assertEqual([(r.id, r.attempt) for r in rows], [(f"{i}", 1) for i in range(3)])
+                self.collection.delete_many({})
+
+    def test_a_claim_that_the_server_made_late_is_given_back_at_the_next_renewal(self):
+        self.add(row())
+        self.store.renew("me", NOW)
+        late = {"state": "running", "owner": "me", "onGoing": True, "claim": 1, "attempt": 1}
+        self.collection.update_one({"_id": "t"}, {"$set": late})
+        self.store.renew("me", NOW)
+        (claimed,) = self.claim()
+        self.assertEqual((claimed.attempt, claimed.claim), (1, 2))
+        self.store.renew("me", NOW)
+        self.assertTrue(self.settle(claimed, "done"))
+
+    def test_an_add_that_broke_off_tells_what_it_stored(self):
+        store, faults = self.faulty()
+        store._transactions = False  # As on a server that is alone.
+        for applied, text in ((False, "nothing was stored"), (True, r"stored all the same: \['a', 'b'\]")):
+            faults.plan("insert_many", OSError("cut"), applied)
+            with self.assertRaisesRegex(StoreError, text):
+                store.add([(row("a"), "raise"), (row("b"), "raise")], NOW)
+        self.store.remove(Query(), NOW)
+        faults.plan("insert_many", OSError("cut"), True, and_then=("find", OSError("cut")))
+        with self.assertRaisesRegex(StoreError, "whether anything was stored is not known"):
+            store.add([(row("a"), "raise")], NOW)
+        self.assertEqual(store.add([(row("a", priority=5), "keep")], NOW)[0].priority, 1)
+
+    def test_of_two_that_add_the_same_id_at_once_one_is_told(self):
+        """MG-11: the other insert came between the look and the write."""
+        store, faults = self.faulty()
+        other = lambda: self.collection.find_one({"_id": "t"}) or self.add(row(priority=7))  # noqa: E731
+        faults.before("insert_many", other)
+        with self.assertRaises(DuplicateTask if self.TRANSACTIONS else StoreError) as caught:
+            store.add([(row("s"), "raise"), (row(), "raise")], NOW)
+        self.assertEqual(self.look("s") is None, self.TRANSACTIONS)
+        self.assertEqual("stored all the same: ['s']" in str(caught.exception), not self.TRANSACTIONS)
+        self.store.remove(Query(), NOW)
+        faults.before("insert_many", other)
+        self.assertEqual(store.add([(row(), "keep")], NOW)[0].priority, 7)
+        self.store.remove(Query(), NOW)
+        faults.before("insert_many", other)
+        store.add([(row(priority=9), "replace")], NOW)
+        self.assertEqual(self.look().priority, 9)
+        faults.before("update_one", lambda: self.claim())
+        store.add([(row(priority=3), "replace")], NOW)
+        self.assertEqual((self.look().state, self.look().priority), ("running", 9))
+        self.assertTrue(self.settle(self.look(), "done"))
+        self.assertEqual(self.look().priority, 3)
+        faults.before("update_one", lambda: self.collection.update_one({"_id": "t"}, {"$inc": {"claim": 1}}))
+        self.assertEqual(store.update("t", {"retries": 4}, NOW).retries, 4)
+        self.assertEqual((self.look().retries, self.look().claim), (4, 1))
+
+    def test_what_changes_between_look_and_claim_counts(self):
+        store, faults = self.faulty()
+        self.add(row("a"), row("b"), row("c"))
+
+        def meanwhile():
+            self.store.update("a", {"data": "5"}, NOW)
+            self.claim(1, owner="you") and self.store.remove(Query(ids=["c"]), NOW)
+
+        faults.before("update_many", meanwhile)
+        got = store.claim("me", ["x"], 3, NOW)
+        self.assertEqual([(r.id, r.data) for r in got], [("b", "{}")])
+        self.assertEqual(self.look("a").data, "5")
+        faults.before("update_many", lambda: self.add(row("e")) and self.claim(3, owner="you"))
+        self.add(row("d"), row("f"))
+        self.assertEqual([r.id for r in store.claim("me", ["x"], 3, NOW)], [])
+        self.add(row("g"), row("h"))
+        taken = []
+        faults.before("update_many", lambda: taken.extend(self.claim(1, owner="you")) or self.add(row("i")))
+        got = store.claim("me", ["x"], 1.5, NOW) + store.claim("me", ["x"], 3, NOW)
+        self.assertEqual(sorted(r.id for r in got + taken), ["g", "h", "i"])
+
+
+class Recorder:
+    """A collection that notes what it is asked."""
+
+    def __init__(self, collection):
+        self.collection, self.calls = collection, []
+
+    def __getitem__(self, name):
+        return self.collection[name]
+
+    def __getattr__(self, name):
+        value = getattr(self.collection, name)
+        if not callable(value) or name == "database":
+            return value
+
+        def call(*arguments, **options):
+            self.calls.append((name, arguments, options))
+            return value(*arguments, **options)
+
+        return call
+
+
+class Faults:
+    """What a Faulty collection shall do wrong."""
+
+    def __init__(self):
+        self.always, self._plans = None, []
+
+    def plan(self, method, error, applied, skip=0, and_then=None):
+        """Have the next call (after *skip*) of *method* raise, before or after the server did it."""
+        self._plans = [[method, skip, error, applied, None]]
+        if and_then:
+            self._plans.append([and_then[0], 0, and_then[1], False, None])
+
+    def before(self, method, action, skip=0):
+        """Have *action* called before the next call of *method*."""
+        self._plans = [[method, skip, None, False, action]]
+
+    def left(self):
+        return bool(self._plans)
+
+    def now(self, method):
+        if self.always:
+            raise self.always
+        if self._plans and self._plans[0][0] == method:
+            if self._plans[0][1] == 0:
+                return self._plans.pop(0)[2:]
+            self._plans[0][1] -= 1
+        return None, False, None
+
+
+class Faulty:
+    """A collection that fails as it is told. What its class's module begins with makes
+    MongoStore use bulk_write, as with pymongo's own."""
+
+    METHODS = frozenset(
+        "find distinct count_documents insert_many update_one update_many find_one_and_update delete_one "
+        "delete_many bulk_write create_index".split()
+    )
+
+    def __init__(self, collection, faults):
+        self._collection, self._faults = collection, faults
+
+    def __getitem__(self, name):
+        return type(self)(self._collection[name], self._faults)
+
+    def __getattr__(self, name):
+        value = getattr(self._collection, name)
+        if name not in self.METHODS:
+            return value
+
+        def call(*arguments, **options):
+            error, applied, action = self._faults.now(name)
+            if action:
+                action()
+            if error and not applied:
+                raise error
+            result = value(*arguments, **options)
+            if name == "find":
+                result = list(result)
+            if error:
+                raise error
+            return result
+
+        return call
+
+
+class FaultyInBulk(Faulty):
+    """The same; looks like pymongo's."""
+
+    __module__ = "pymongo.collection"
+
+
+@unittest.skipUnless(mongomock, "needs mongomock: pip install mongomock==4.3.0")
+class TestMongoStoreOnMongomock(MongoContract, unittest.TestCase):
+    """The MongoDB store keeps the contract, on a collection that is not pymongo's."""
+
+    faulty_kind, TRANSACTIONS = Faulty, False
+
+    def setUp(self):
+        self.collection = mongomock.MongoClient().test.tasks
+        super().setUp()
+
+
+class TestMongoStoreOnAServer(MongoContract, WithMongo):
+    """The MongoDB store keeps the contract, over the wire."""
+
+    faulty_kind, TRANSACTIONS = FaultyInBulk, True
+
+    def setUp(self):
+        WithMongo.setUp(self)
+        self.store = self.open()
+
+    def test_an_index_of_the_same_name_or_keys_only_warns(self):
+        """MG-07: neither refuses to start nor drops the user's index."""
+        self.collection.create_index([("owner", 1)], name="mine")
+        self.collection.create_index([("mine", 1)], name="taskpool_ready")
+        with self.assertLogs("taskpool", "WARNING") as logs:
+            self.add(row())
+            self.assertEqual(len(self.claim()), 1)
+        self.assertIn("taskpool_ready", logs.output[0])
+        self.assertIn("mine", self.collection.index_information())
+
+    def test_a_task_that_is_due_by_another_machines_clock_waits_for_ones_own(self):
+        """P6: never earlier by the clock of the machine that claims it."""
+        self.add(*[row(str(i), due_date=timedelta(seconds=2)) for i in range(3)], row("now"))
+        early, late = NOW + 2 * SECOND, NOW + SECOND
+        self.assertEqual([r.id for r in self.claim(1, owner="early", now=early)], ["0"])
+        for limit, ids in ((1, ["now"]), (1, []), (5, [])):
+            self.assertEqual([r.id for r in self.claim(limit, owner="late", now=late)], ids)
+        self.assertEqual(self.store.next_due("late", ["x"], 5, late), [NOW + 2 * SECOND] * 2)
+        self.assertEqual(self.store.next_due("early", ["x"], 5, early), [early] * 2)
+        (back,) = self.claim(1, owner="early", now=early)
+        self.settle(back, "ready", charged=False, owner="early")
+        self.assertEqual(self.claim(5, owner="late", now=late), [])
+        # A clock that is set back holds back nothing that was due by it.
+        self.assertEqual([r.id for r in self.claim(1, owner="early", now=late)], ["1"])
+        self.assertEqual([r.id for r in self.claim(1, owner="late", now=early)], ["2"])
+
+    def test_another_process_sees_what_was_stored(self):
+        self.add(row("a"), row("b", data={"n": [1, 2.0]}))
+        script = """
+            import sys, pymongo, taskpool
+            collection = pymongo.MongoClient(sys.argv[1]).test[sys.argv[2]]
+            for row in taskpool.MongoStore(collection).find(taskpool.Query(), 0):
+                print(row.id, row.data)
+        """
+        out = self.run_script(script, self.uri(), self.collection.name)
+        self.assertEqual(out, 'a {}\nb {"n":[1,2.0]}\n')
+
+    def test_dates_are_the_same_with_every_kind_of_client(self):
+        """MG-05, MG-04: tz_aware or not, in whatever zone."""
+        east = timezone(timedelta(hours=9))
+        for options in ({"tz_aware": False}, {"tz_aware": True}, {"tz_aware": True, "tzinfo": east}):
+            client = self.server.client(**options)
+            self.addCleanup(client.close)
+            store = taskpool.MongoStore(client.test[self.collection.name])
+            self.insert(dueDate=taskpool._datetime(NOW + SECOND))
+            store.add([(row(due_date=timedelta(hours=1)), "raise")], NOW)
+            self.assertEqual(store.claim("me", ["x"], 5, NOW), [])
+            self.assertEqual(store.next_due("me", ["x"], 5, NOW), [NOW + SECOND, NOW + 3600 * SECOND])
+            found = {r.id: (r.created_at, r.due_at) for r in store.find(Query(), NOW)}
+            self.assertEqual(found, {"m": (NOW, NOW + SECOND), "t": (NOW, NOW + 3600 * SECOND)})
+            store.remove(Query(), NOW)
+
+    def test_what_cannot_be_decoded_fails_with_the_reason_and_hides_nothing(self):
+        """JavaScript has dates after the year 9999, which Python has not."""
+        from bson.datetime_ms import DatetimeMS
+
+        never = DatetimeMS(8_640_000_000_000_000)
+        self.insert("late", dueDate=never)
+        self.insert("inside", data={"when": never})
+        self.insert("good")
+        with self.assertLogs("taskpool", "ERROR") as logs:
+            self.assertEqual([r.id for r in self.claim()], ["good"])
+        self.assertEqual(len(logs.output), 2)
+        failed = self.store.find(Query(states=["failed"]), NOW)
+        self.assertEqual({r.id for r in failed}, {"late", "inside"})
+        for found in failed:
+            self.assertIn("out of range", found.error)
+        self.store.retry(Query(ids=["inside"]), NOW)
+        self.assertEqual([(r.id, r.state) for r in self.claim()], [("inside", "failed")])
+        self.assertEqual(self.store.remove(Query(states=["failed"]), NOW), 2)
+
+    def test_many_tasks_cost_few_round_trips(self):
+        self.add(*[row(str(i)) for i in range(200)])
+        recorder = Recorder(self.collection)
+        recorder_kind = type("Recorded", (Recorder,), {"__module__": "pymongo.collection"})
+        recorder.__class__ = recorder_kind
+        store = taskpool.MongoStore(recorder)
+        store.count(Query(), NOW)
+        recorder.calls.clear()
+        rows = store.claim("me", {"x": 0.01}, 2.0, NOW)
+        self.assertEqual(([r.id for r in rows], len(recorder.calls)), ([str(i) for i in range(200)], 5))
+        recorder.calls.clear()
+        self.assertEqual(store.settle("me", [Outcome(r.id, r.claim, "done") for r in rows], NOW), [True] * 200)
+        self.assertEqual([name for name, _, _ in recorder.calls], ["bulk_write"])
+        self.add(row())
+        recorder.calls.clear()
+        (claimed,) = store.claim("me", ["x"], 1.0, NOW)
+        store.settle("me", [Outcome("t", claimed.claim, "done")], NOW)
+        names = [name for name, _, _ in recorder.calls]
+        self.assertEqual(names, ["find", "find", "find_one_and_update", "find", "delete_one"])
+
+    def test_it_asks_for_acknowledged_writes_and_reads_from_the_primary(self):
+        """MG-12: the write concern is the user's, and never weakened."""
+        for wrong in (
+            self.collection.with_options(write_concern=pymongo.WriteConcern(w=0)),
+            self.collection.with_options(read_preference=pymongo.ReadPreference.SECONDARY_PREFERRED),
+        ):
+            with self.assertRaisesRegex(ValueError, "acknowledges writes and reads from the primary"):
+                taskpool.MongoStore(wrong)
+        for wrong in (self.client, self.client.test):
+            with self.assertRaisesRegex(TypeError, "pymongo Collection"):
+                taskpool.MongoStore(wrong)
+        told = []
+
+        class Listener(pymongo.monitoring.CommandListener):
+            def started(self, event):
+                if event.command_name in ("insert", "update", "delete", "findAndModify", "commitTransaction"):
+                    told.append(event.command.get("writeConcern", event.command.get("autocommit")))
+
+            succeeded = failed = lambda self, event: None
+
+        client = self.server.client(w="majority", event_listeners=[Listener()])
+        self.addCleanup(client.close)
+        store = taskpool.MongoStore(client.test[self.collection.name])
+        store.add([(row("a"), "raise"), (row("b"), "raise")], NOW)
+        store.add([(row("c"), "raise")], NOW)
+        store.renew("me", NOW)
+        rows = store.claim("me", ["x"], 1, NOW) + store.claim("me", ["x"], 5, NOW)
+        store.settle("me", [Outcome(r.id, r.claim, "done") for r in rows], NOW)
+        self.assertGreater(len(told), 6)
+        self.assertEqual([c for c in told if c not in ({"w": "majority"}, False)], [])
+
+    def test_add_tasks_is_all_or_nothing_when_the_connection_breaks(self):
+        for command in ("insert", "commitTransaction"):
+            fail_point(self.client, {"times": 3}, failCommands=[command], closeConnection=True)
+            try:
+                with self.assertRaisesRegex(StoreError, "nothing was stored"):
+                    self.add(*[row(str(i)) for i in range(50)])
+            finally:
+                fail_point(self.client, "off")
+            self.assertEqual(self.store.count(Query(), NOW), 0)
+
+    def test_eight_threads_add_and_claim_without_an_error(self):
+        def work(number):
+            store, mine = self.open(), []
+            for i in range(15):
+                store.add([(row(f"{number} {i}"), "raise")], NOW)
+                mine += store.claim(f"o{number}", ["x"], 2, NOW)
+            for claimed in mine:
+                self.assertEqual(store.settle(f"o{number}", [Outcome(claimed.id, claimed.claim, "done")], NOW), [True])
+            return mine
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            got = [r for mine in pool.map(work, range(8)) for r in mine]
+        got += self.claim(1000)
+        self.assertEqual((len(got), len({r.id for r in got})), (120, 120))
+
+
+def fail_point(client, mode, **data):
+    """What the server shall do wrong, at the next commands."""
+    client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})
+
+
+class Proxy:
+    """Stands between a client and the server, and breaks connections."""
+
+    def __init__(self, port):
+        self.target, self.refuse, self.lose = port, False, lambda: False
+        self._pairs, self._lock = set(), threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                try:
+                    if self.refuse:
+                        raise OSError
+                    server = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    client.close()
+                    continue
+                with self._lock:
+                    self._pairs.add((client, server))
+                for a, b, reply in ((client, server, False), (server, client, True)):
+                    threading.Thread(target=self._pass_on, args=(a, b, reply, (client, server)), daemon=True).start()
+
+    def _pass_on(self, source, sink, reply, pair):
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if not data or (reply and self.lose()):
+                    break
+                sink.sendall(data)
+        self._end(pair)
+
+    def _end(self, pair):
+        with self._lock:
+            self._pairs.discard(pair)
+        for end in pair:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def cut(self):
+        """Break every connection."""
+        for pair in list(self._pairs):
+            self._end(pair)
+
+    def close(self):
+        self._listener.close()
+        self.cut()
+
+
+class TestMongoFaults(WithMongo):
+    """P1, P2 with MongoDB: what a network and a server do. MG-01, MG-03, DU-07."""
+
+    QUICK = {"serverSelectionTimeoutMS": 300, "connectTimeoutMS": 1000, "heartbeatFrequencyMS": 500}
+
+    def mongo_queue(self, collection=None):
+        return TaskQueue(taskpool.MongoStore(self.collection if collection is None else collection))
+
+    def through(self, port, **options):
+        """The collection, by another way."""
+        client = pymongo.MongoClient("127.0.0.1", port, directConnection=True, **{**self.QUICK, **options})
+        self.addCleanup(client.close)
+        return client.test[self.collection.name]
+
+    def left(self):
+        with contextlib.suppress(StoreError):
+            return self.mongo_queue().count()
+
+    def add_lines(self, count, **options):
+        """Tasks that write a line each, added on a way without faults."""
+        self.lines = str(self.folder / "lines")
+        tasks = [{"task_type": "line", "data": {"file": self.lines}, **options} for _ in range(count)]
+        return sorted(task.id for task in self.mongo_queue().add_tasks(tasks))
+
+    def run_all(self, ids, collection, meanwhile=lambda: None, **options):
+        """Run these tasks; each must start exactly once, as no process is killed."""
+        with self.assertLogs("taskpool", "WARNING") as logs:
+            logging.getLogger("taskpool").warning("at least one line")
+            cluster = self.cluster({"line": add_line}, self.mongo_queue(collection), keep_alive="always", **options)
+            meanwhile()
+            eventually(lambda: self.left() == 0, "the end of all tasks")
+            cluster.shutdown()
+        self.assertEqual(sorted(line.split()[0] for line in lines_of(self.lines)), ids)
+        self.assertEqual({line.split()[1] for line in lines_of(self.lines)}, {"1"})
+        text = "\n".join(logs.output)
+        self.assertNotIn("its claim was lost", text)
+        # One line for an outage, and one a minute while it lasts.
+        self.assertLessEqual(text.count("the store failed"), text.count("the store works again") + 1)
+        return text
+
+    def test_every_error_of_the_driver_from_every_method_is_survived(self):
+        kinds = [
+            pymongo.errors.AutoReconnect("a"), pymongo.errors.NotPrimaryError("b"), pymongo.errors.DuplicateKeyError("c", 11000),
+            pymongo.errors.OperationFailure("d", 1), pymongo.errors.WriteError("e", 2), pymongo.errors.NetworkTimeout("f"),
+            pymongo.errors.ServerSelectionTimeoutError("g"), OSError("h"),
+        ]
+        methods = sorted(Faulty.METHODS - {"insert_many", "count_documents", "create_index"})
+        for kind in (Faulty, FaultyInBulk):
+            faults, number = Faults(), [0]
+
+            def more(name, number=number, faults=faults):
+                number[0] += 1
+                if number[0] % 3 == 0 and number[0] < 400:
+                    return kinds[number[0] % len(kinds)], number[0] % 2 == 0, None
+                return None, False, None
+
+            faults.now = lambda name: more(name) if name in methods else (None, False, None)
+            with self.subTest(kind=kind.__name__), fast_back_off():
+                ids = self.add_lines(60)
+                text = self.run_all(ids, kind(self.collection, faults))
+                self.assertIn("the store failed", text)
+                os.remove(self.lines)
+
+    def test_replies_that_get_lost_on_the_way_are_survived(self):
+        """The server has done it, and the driver cannot know."""
+        proxy = Proxy(self.server.port)
+        self.addCleanup(proxy.close)
+        random_ = random.Random(5)
+        ids = self.add_lines(200)
+        proxy.lose = lambda: random_.random() < 0.1
+        with fast_back_off():
+            text = self.run_all(ids, self.through(proxy.port, retryWrites=False, retryReads=False))
+        self.assertIn("the store failed", text)
+
+    def test_a_connection_that_is_cut_for_a_while_is_survived(self):
+        proxy = Proxy(self.server.port)
+        self.addCleanup(proxy.close)
+        ids = self.add_lines(300)
+
+        def cut():
+            for _ in range(3):
+                done = len(lines_of(self.lines))
+                eventually(lambda: len(lines_of(self.lines)) > min(done + 10, 290))
+                proxy.refuse = True
+                proxy.cut()
+                self.assertFalse(threading.Event().wait(0.5))  # The length of the outage.
+                proxy.refuse = False
+
+        self.run_all(ids, self.through(proxy.port), cut)
+
+    def test_a_change_of_the_primary_is_survived(self):
+        """Commands whose connection is closed, and such that are refused as not on the primary."""
+        ids = self.add_lines(200)
+        self.addCleanup(fail_point, self.client, "off")
+        commands = ["find", "update", "delete", "findAndModify", "distinct"]
+
+        def change():
+            fail_point(self.client, {"times": 12}, failCommands=commands, closeConnection=True)
+            eventually(lambda: len(lines_of(self.lines)) > 60)
+            fail_point(self.client, {"times": 12}, failCommands=commands, errorCode=10107)
+
+        with fast_back_off():
+            self.run_all(ids, self.through(self.server.port), change)
+
+    def test_without_a_majority_nothing_is_lost_or_run_twice(self):
+        """The server does the write, and says that no majority has it."""
+        ids = self.add_lines(200)
+        self.addCleanup(fail_point, self.client, "off")
+        wrong = {"code": 64, "errmsg": "waiting for replication timed out"}
+
+        def lonely():
+            fail_point(self.client, {"times": 30}, failCommands=["update", "delete"], writeConcernError=wrong)
+
+        with fast_back_off():
+            text = self.run_all(ids, self.through(self.server.port, w="majority"), lonely)
+        self.assertIn("waiting for replication", text)
+
+    def test_a_server_that_is_killed_and_comes_back_has_lost_nothing(self):
+        server = MongoServer()
+        self.addCleanup(server.close)
+        self.client = server.client(**self.QUICK)
+        self.addCleanup(self.client.close)
+        self.collection = self.client.test.tasks
+        ids = self.add_lines(400)
+        waiting = self.add_lines(5, due_date=timedelta(days=1))
+
+        def kill():
+            for enough in (50, 150, 250):
+                eventually(lambda: len(lines_of(self.lines)) > enough)
+                server.kill()
+                if enough == 150:
+                    with self.assertRaises(StoreError):
+                        self.mongo_queue().add_task("line")
+                server.start()
+            eventually(lambda: self.left() == 5)
+            self.mongo_queue().remove(task_id=waiting)
+
+        self.run_all(ids, self.collection, kill)
+
+
+@contextlib.contextmanager
+def fast_back_off():
+    """A store that fails often is tried again soon, so that the test is quick."""
+    before = taskpool.STORE_SECONDS, taskpool.STORE_CAP_SECONDS
+    taskpool.STORE_SECONDS = taskpool.STORE_CAP_SECONDS = 0.01
+    try:
+        yield
+    finally:
+        taskpool.STORE_SECONDS, taskpool.STORE_CAP_SECONDS = before
+
+
+class TestMongoManyMachines(WithMongo):
+    """P2, P3, P6 with MongoDB: clusters that see nothing of each other but the documents."""
+
+    MASTER = """
+        import logging, os, sys, time, pymongo, taskpool
+        from taskpool import Cluster, MongoStore, TaskQueue
+        taskpool.LEASE_SECONDS, taskpool.RENEW_SECONDS, taskpool.WATCH_SECONDS = 1.5, 0.3, 0.1
+        taskpool._here = lambda: ""  # Another machine: nobody's death can be seen from here.
+        logging.basicConfig(filename=sys.argv[3] + ".log", level=logging.WARNING)
+        logging.getLogger("taskpool").addFilter(lambda record: "CPUs" not in record.getMessage())
+        def note(job):
+            fd = os.open("lines", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(fd, f"{job.id} {job.attempt} {time.time() - job.due_date.timestamp():.6f} {sys.argv[3]}\\n".encode())
+            os.close(fd)
+        def hold(job):
+            note(job)
+            while not os.path.exists(sys.argv[3] + ".end"):
+                time.sleep(0.005)
+        if __name__ == "__main__":
+            queue = TaskQueue(MongoStore(pymongo.MongoClient(sys.argv[1]).test[sys.argv[2]]))
+            queue.clock = lambda: time.time() + float(sys.argv[4])
+            Cluster({"note": note, "hold": hold}, queue, max_available_workers=2, oversubscribe=True,
+                    refresh_rate=100).run()
+    """
+
+    def machine(self, name, shift=0.0):
+        return self.start(self.script(self.MASTER), self.uri(), self.collection.name, name, shift)
+
+    def lines(self):
+        return [line.split() for line in lines_of(self.folder / "lines")]
+
+    def queue(self):
+        return TaskQueue(self.open())
+
+    def open(self):
+        return taskpool.MongoStore(self.collection)
+
+    def test_clusters_with_clocks_apart_run_each_task_once_and_recover_nobody_who_lives(self):
+        """DU-01: for several leases; by each one's own clock, and by no other."""
+        queue = self.queue()
+        machines = [self.machine("early", 2.0), self.machine("late", -2.0)]
+        held = [queue.add_task("hold").id for _ in range(2)]
+        eventually(lambda: len(self.lines()) == 2)
+        ids = {t.id for t in queue.add_tasks([{"task_type": "note", "due_date": timedelta(seconds=1 + s / 60)} for s in range(160)])}
+        eventually(lambda: len(self.lines()) == 162, "all tasks")
+        for name in ("early", "late"):
+            (self.folder / f"{name}.end").touch()
+        eventually(lambda: queue.count() == 0)
+        lines = self.lines()
+        self.assertEqual(sorted(line[0] for line in lines), sorted([*held, *ids]))
+        self.assertEqual({line[1] for line in lines}, {"1"})
+        for task_id, _, late, name in lines:
+            if task_id in ids:  # Never earlier by the clock of the machine that claimed it.
+                self.assertGreaterEqual(float(late) + {"early": 2.0, "late": -2.0}[name], 0.0)
+        for machine in machines:
+            machine.terminate()
+        for machine, name in zip(machines, ("early", "late")):
+            self.assertEqual(machine.wait(PATIENCE), 0)
+            self.assertEqual((self.folder / f"{name}.log").read_text(), "")
+        self.assertEqual(list(self.collection["masters"].find()), [])
+
+    @unittest.skipUnless(LINUX, "stops the workers, which it finds in /proc")
+    def test_a_machine_that_falls_silent_is_recovered_after_its_lease_and_its_late_outcome_discarded(self):
+        queue = self.queue()
+        queue.add_task("hold", task_id="t")
+        first = self.machine("first", 2.0)
+        eventually(lambda: len(self.lines()) == 1)
+        stopped = [first.pid, *children(first.pid)]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        second = self.machine("second", -2.0)
+        eventually(lambda: len(self.lines()) == 2)
+        self.assertEqual([line[:2] for line in self.lines()], [["t", "1"]] * 2)  # Not charged.
+        (self.folder / "first.end").touch()
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        eventually(lambda: "its claim was lost" in (self.folder / "first.log").read_text())
+        self.assertEqual(queue.find_one().state, "running")
+        (self.folder / "second.end").touch()
+        eventually(lambda: queue.count() == 0)
+        self.assertEqual((self.folder / "second.log").read_text(), "")
+        first.kill()
+        second.kill()
+
+    def test_the_three_lines_of_the_manual_work(self):
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        (source,) = re.findall(r"```py\n(.*?)```", readme, re.S)
+        source = source.replace("mongodb://localhost", self.uri()) + textwrap.dedent("""
+            def square(job):
+                return job.data**2
+            if __name__ == "__main__":
+                with Cluster({"square": square}, queue) as cluster:
+                    print(list(cluster.map("square", range(5))), queue)
+                client.drop_database("mydatabase")
+        """)
+        out = self.run_script(source)
+        self.assertEqual(out, "[0, 1, 4, 9, 16] TaskQueue(MongoStore('mydatabase.tasks'))\n")
+
+    def test_two_clusters_on_a_meteor_applications_collection(self):
+        now = datetime.now(timezone.utc)
+        clusters = [self.cluster({"echo": echo, "line": add_line}, self.queue()) for _ in range(2)]
+        path = str(self.folder / "out")
+        for i in range(100):
+            self.collection.insert_one({
+                "_id": f"{i:017d}", "taskType": "line", "priority": float(i % 3), "data": {"file": path},
+                "createdAt": now, "onGoing": False, "dueDate": now,
+            })
+        eventually(lambda: self.collection.count_documents({}) == 0, "the end of all tasks")
+        self.assertEqual(sorted(line.split()[0] for line in lines_of(path)), [f"{i:017d}" for i in range(100)])
+        self.assertEqual(clusters[0].submit("echo", [1, 2.0]).result(PATIENCE), [1, 2.0])
+
+
+class TestMongoWithoutPymongo(InFolder):
+    """The MongoDB store imports no driver."""
+
+    @unittest.skipUnless(mongomock, "needs mongomock: pip install mongomock==4.3.0")
+    def test_it_works_where_pymongo_cannot_be_imported(self):
+        """MG-03."""
+        out = self.run_script("""
+            import sys
+            sys.modules["pymongo"] = sys.modules["bson"] = None
+            import taskpool, mongomock
+            store = taskpool.MongoStore(mongomock.MongoClient().test.tasks)
+            (row,) = store.add([(taskpool._make_row(0, "x", {"a": 1}, keep_result=5)[0], "raise")], 0)
+            (claimed,) = store.claim("me", ["x"], 1, 0)
+            print(claimed.data, store.settle("me", [taskpool.Outcome(row.id, 1, "done", result="5")], 0))
+            print(store.find(taskpool.Query(), 0)[0].result)
+        """)
+        self.assertEqual(out, '{"a":1} [True]\n5\n')
 
 
 class TestSchemaVersions(InFolder):
@@ -3650,6 +4693,9 @@ class TestKillAnythingAnyTime(InFolder):
             self.assertEqual(task.attempt, task.retries + 1)
             self.assertGreaterEqual(starts[task.id], task.retries + 1)
             self.assertIn("WorkerDied", task.error)
+        self.check_store()
+
+    def check_store(self):
         with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
             self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
             self.assertEqual(db.execute("SELECT count(*) FROM taskpool_task WHERE owner <> ''").fetchone(), (0,))
@@ -3727,6 +4773,30 @@ class TestKillAnythingAnyTime(InFolder):
             self.assertEqual(error.exit_code, 9)
             self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
         os.kill(int((self.folder / "pid").read_text()), signal.SIGKILL)
+
+
+class TestMongoKillAnythingAnyTime(WithMongo):
+    """P1-P4 with MongoDB: the same attack."""
+
+    drive, check = TestKillAnythingAnyTime.drive, TestKillAnythingAnyTime.check
+    MASTER, PRODUCER = (
+        source.replace("from taskpool", "import pymongo, taskpool; from taskpool").replace(
+            'TaskQueue("tasks.db")', "TaskQueue(taskpool.MongoStore(pymongo.MongoClient(URI).test.NAME))")
+        for source in (TestKillAnythingAnyTime.MASTER, TestKillAnythingAnyTime.PRODUCER)
+    )
+
+    def queue(self):
+        return TaskQueue(taskpool.MongoStore(self.collection))
+
+    def script(self, source, name="script.py"):
+        return super().script(source.replace("URI", repr(self.uri())).replace("NAME", self.collection.name), name)
+
+    def check_store(self):
+        self.assertEqual(self.collection.count_documents({"owner": {"$exists": True}}), 0)
+
+    @unittest.skipUnless(LINUX, "finds the victims in /proc")
+    def test_two_masters_and_producers_in_other_processes(self):
+        self.drive(masters=2, kills=14, producers=2, tasks=600)
 
 
 def command_line(pid):
@@ -5457,7 +6527,7 @@ class TestTheFile(unittest.TestCase):
             thing = getattr(taskpool, name)
             self.assertTrue(thing.__doc__, name)
             for verb, function in vars(thing).items():
-                if not verb.startswith("_") and callable(function) and thing not in (SQLiteStore,):
+                if not verb.startswith("_") and callable(function) and thing not in (SQLiteStore, taskpool.MongoStore):
                     self.assertTrue(function.__doc__, f"{name}.{verb}")
 
     def test_lines_are_short_and_the_licence_travels_along(self):
@@ -5586,7 +6656,8 @@ class TestReadme(InFolder):
     def test_every_parameter_is_in_the_manual(self):
         import inspect
 
-        for function in (TaskQueue.add_task, Cluster.__init__, SQLiteStore.__init__, TaskQueue.find, TaskQueue.run_due):
+        stores = SQLiteStore.__init__, taskpool.MongoStore.__init__
+        for function in (TaskQueue.add_task, Cluster.__init__, *stores, TaskQueue.find, TaskQueue.run_due):
             for name in inspect.signature(function).parameters:
                 if name != "self":
                     self.assertIn(f"`{name}`", self.TEXT)
