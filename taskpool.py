@@ -106,7 +106,7 @@ from datetime import date, datetime, timedelta, timezone, tzinfo
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from types import CoroutineType
-from typing import Any, Callable, NamedTuple, Union, cast
+from typing import Any, Callable, NamedTuple, TypeVar, Union, cast
 
 __version__ = "0.1.0"
 __all__ = [
@@ -145,6 +145,7 @@ BOOT_CAP_SECONDS = 30.0  # ... up to this.
 STORE_SECONDS = 0.1  # The same for a store that fails...
 STORE_CAP_SECONDS = 5.0  # ... up to this.
 BOOT_TRIES = 5  # Silent deaths of starting workers, in a row, that count as an error.
+WAIT_SECONDS = 3600.0  # Longest wait of a dispatcher: selectors overflow at 24 days.
 EXIT_SECONDS = 2.0  # A worker told to stop is killed after this long.
 ERROR_CHARS = 10_000  # Messages of exceptions are cut to this, tracebacks to 4 times.
 EXCEPTION_BYTES = 1_000_000  # A larger pickled exception travels as text only.
@@ -1102,7 +1103,8 @@ def after_end(row: Row, now: int) -> Row | None:
         return row
     if row.keep_result is None:
         return None
-    return row._replace(expires_at=now + int(row.keep_result * 1e6))
+    kept = int(min(row.keep_result * 1e6, NEVER - now - 1))  # Fits in a store.
+    return row._replace(expires_at=now + kept)
 
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
@@ -1416,7 +1418,7 @@ class Store:
         raise NotImplementedError
 
     def transaction(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the calls inside one write, where the store can. Default: nothing."""
+        """Make the calls inside one write, and yield anything but None, if the store can."""
         return contextlib.nullcontext()
 
     def close(self) -> None:
@@ -1848,11 +1850,18 @@ def _rank(candidate: Sequence[Any]) -> tuple[int, int, int]:
     return -priority, created_at, seq
 
 
+@lru_cache(maxsize=1000)
+def _wrong_column(kinds: tuple[type, ...]) -> str | None:
+    """The first column whose value has a type that it cannot have."""
+    named = zip(_COLUMNS, kinds)
+    return next((name for name, kind in named if kind not in _COLUMN_TYPES[name]), None)
+
+
 def _unusable(columns: Sequence[Any]) -> str:
     """Why a stored row cannot be a Row ("" if it can): SQLite keeps any type anywhere."""
-    for name, value in zip(_COLUMNS, columns):
-        if type(value) not in _COLUMN_TYPES[name]:
-            return f"column {name} holds {_shown(value)}"
+    wrong = _wrong_column(tuple(map(type, columns)))
+    if wrong is not None:
+        return f"column {wrong} holds {_shown(columns[_COLUMNS.index(wrong)])}"
     if columns[_REPEAT] is not None:
         try:
             _read_repeat(columns[_REPEAT])
@@ -1905,6 +1914,9 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     return " AND ".join(terms), values
 
 
+_T = TypeVar("_T")  # What is read or written.
+
+
 class SQLiteStore(Store):
     """Tasks in one SQLite file (WAL), shared by any number of processes of one machine.
 
@@ -1944,7 +1956,7 @@ class SQLiteStore(Store):
         self._reader: sqlite3.Connection | None = None
         self._opened = self._reading = (0, 0)  # The _identity that each has.
         self._stale = False  # Open again before the next write.
-        self._writing = 0  # The depth of transactions; > 0 only for the lock's holder.
+        self._grouping = 0  # The thread in transaction(), which holds the write lock.
         self._seen: dict[str, tuple[int, float]] = {}  # owner -> beat, and since when.
 
     @contextlib.contextmanager
@@ -2045,55 +2057,78 @@ class SQLiteStore(Store):
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.005)
-        if mode != "wal":
+        if mode != "wal" and not self._connections:  # Once.
             _log.warning("%s: WAL is not possible here; journal mode is %s", self.path, mode)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write_lock, self._errors():
-            if self._writing:
+            if self._grouping:
                 yield cast(sqlite3.Connection, self._writer)
                 return
-            if self._stale or self._opened != self._identity():
-                self.close()
-            if self._writer is None:
-                self._writer = self._open()
-                self._opened = self._identity()
-            db = self._writer
-            db.execute("BEGIN IMMEDIATE")
-            self._writing += 1
             try:
+                db = self._begin()
+                self._grouping = threading.get_ident()
                 yield db
-                db.execute("COMMIT")
-                if self._opened != self._identity():
-                    raise StoreError(f"{self.path}: the file was deleted or replaced")
+                self._commit(db)
             except BaseException:
-                # SQLite may have rolled back itself (full disk); keep the first error.
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
+                self._roll_back()
                 raise
             finally:
-                self._writing -= 1
+                self._grouping = 0
 
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[sqlite3.Connection]:
-        if self._write_lock.acquire(blocking=False):
+    def _write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Have *work* write in a transaction of its own, or in that of the caller.
+
+        This and _read are no context managers: a Ctrl-C between the entering of one and
+        its block would keep the lock as long as somebody looks at the KeyboardInterrupt.
+        """
+        with self._write_lock, self._errors():
+            if self._grouping:
+                return work(cast(sqlite3.Connection, self._writer))
             try:
-                if self._writing:
-                    with self._errors():
-                        yield cast(sqlite3.Connection, self._writer)
-                    return
-            finally:
-                self._write_lock.release()
-        with self._read_lock, self._errors():
-            if self._reader is not None and self._reading != self._identity():
-                self._connections.remove(self._reader)
-                self._reader.close()
-                self._reader = None
-            if self._reader is None:
-                self._reader = self._open()
-                self._reading = self._identity()
-            yield self._reader
+                db = self._begin()
+                result = work(db)
+                self._commit(db)
+                return result
+            except BaseException:
+                self._roll_back()
+                raise
+
+    def _begin(self) -> sqlite3.Connection:
+        if self._stale or self._opened != self._identity():
+            self.close()
+        if self._writer is None:
+            self._writer = self._open()
+            self._opened = self._identity()
+        self._roll_back()  # What a second Ctrl-C, just after the first, left open.
+        self._writer.execute("BEGIN IMMEDIATE")
+        return self._writer
+
+    def _commit(self, db: sqlite3.Connection) -> None:
+        db.execute("COMMIT")
+        if self._opened != self._identity():
+            raise StoreError(f"{self.path}: the file was deleted or replaced")
+
+    def _roll_back(self) -> None:
+        # SQLite may have rolled back itself (full disk); keep the first error.
+        if self._writer is not None and self._writer.in_transaction:
+            self._writer.execute("ROLLBACK")
+
+    def _read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Have *work* read, in a transaction() what was written there too."""
+        with self._errors():
+            if self._grouping == threading.get_ident():
+                return work(cast(sqlite3.Connection, self._writer))
+            with self._read_lock:
+                if self._reader is not None and self._reading != self._identity():
+                    self._connections.remove(self._reader)
+                    self._reader.close()
+                    self._reader = None
+                if self._reader is None:
+                    self._reader = self._open()
+                    self._reading = self._identity()
+                return work(self._reader)
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:
@@ -2105,14 +2140,13 @@ class SQLiteStore(Store):
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         if len(additions) == 1 and self._add_alone(additions[0][0]):
             return [additions[0][0]]
-        with self.transaction() as db:
-            return [self._add(db, new, if_exists) for new, if_exists in additions]
+        return self._write(lambda db: [self._add(db, *addition) for addition in additions])
 
     def _add_alone(self, new: Row) -> bool:
         """The usual case in one statement, which costs half of a transaction. False if
         that could not be done: the id is taken, say."""
         with self._write_lock:
-            if self._writer is None or self._writing or self._stale:
+            if self._writer is None or self._writer.in_transaction or self._stale:
                 return False
             try:
                 self._writer.execute(_ADD, new[:-1])
@@ -2159,7 +2193,8 @@ class SQLiteStore(Store):
         shares = _shares(types)
         if not shares or limit <= 0:
             return []
-        with self.transaction() as db:
+
+        def work(db: sqlite3.Connection) -> list[Row]:
             try:
                 return self._claim(db, owner, shares, limit, now, until)
             except sqlite3.OperationalError as error:
@@ -2171,6 +2206,8 @@ class SQLiteStore(Store):
                 return self._claim(db, owner, shares, limit, now, until)
             finally:
                 db.text_factory = str
+
+        return self._write(work)
 
     def _claim(
         self,
@@ -2230,8 +2267,7 @@ class SQLiteStore(Store):
         ]
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
-        with self.transaction() as db:
-            return [self._settle(db, owner, outcome, now) for outcome in outcomes]
+        return self._write(lambda db: [self._settle(db, owner, o, now) for o in outcomes])
 
     def _settle(self, db: sqlite3.Connection, owner: str, outcome: Outcome, now: int) -> bool:
         claim = outcome.id, outcome.claim, owner
@@ -2246,14 +2282,18 @@ class SQLiteStore(Store):
         return True
 
     def renew(self, owner: str, now: int) -> None:
-        with self.transaction() as db:
+        def work(db: sqlite3.Connection) -> None:
             if not db.execute(_RENEW, (owner,)).rowcount:
                 db.execute(_ENTER, (owner,))
             db.execute(_EXPIRE, (now,))
 
+        self._write(work)
+
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
-        with self._read() as db:
-            beats: dict[str, int] = dict(db.execute(_OWNERS).fetchall())
+        def look(db: sqlite3.Connection) -> dict[str, int]:
+            return dict(db.execute(_OWNERS).fetchall())
+
+        beats = self._read(look)
         beats.pop(owner, None)
         for other, beat in beats.items():
             if self._seen.get(other, (None,))[0] != beat:
@@ -2261,24 +2301,26 @@ class SQLiteStore(Store):
         self._seen = {other: seen for other, seen in self._seen.items() if other in beats}
         silent = [o for o, (_, since) in self._seen.items() if seconds - since >= LEASE_SECONDS]
         dead = [other for other in beats if other in silent or owner_is_dead(other)]
-        ended: list[Row] = []
-        for other in dead:
-            with self.transaction() as db:
-                # Looked at again, under the lock: it may have renewed in between.
-                if dict(db.execute(_OWNERS).fetchall()).get(other) == beats[other]:
+
+        def work(db: sqlite3.Connection) -> list[Row]:
+            # Looked at again, under the lock: some may have renewed in between.
+            again, ended = look(db), []
+            for other in dead:
+                if again.get(other) == beats[other]:
                     ended += self._give_back(db, other, now, after_interruption)
-        return ended
+            return ended
+
+        return self._write(work) if dead else []
 
     def leave(self, owner: str, now: int) -> None:
         def given_back(row: Row, now: int) -> Row | None:
             return after_run(row, Outcome(row.id, row.claim, "ready", charged=False), now)
 
-        with self.transaction() as db:
-            self._give_back(db, owner, now, given_back)
+        self._write(lambda db: self._give_back(db, owner, now, given_back))
 
     def owners(self) -> list[str]:
-        with self._read() as db:
-            return [owner for (owner,) in db.execute(_MASTERS)]
+        found = self._read(lambda db: db.execute(_MASTERS).fetchall())
+        return [owner for (owner,) in found]
 
     def _give_back(
         self, db: sqlite3.Connection, owner: str, now: int, after: Callable[[Row, int], Row | None]
@@ -2297,65 +2339,71 @@ class SQLiteStore(Store):
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
     ) -> list[int]:
-        due: list[int] = []
-        with self._read() as db:
+        def work(db: sqlite3.Connection) -> list[int]:
+            due: list[int] = []
             for place in self._places(db, owner, types, NEVER):
                 (ready,) = db.execute(_COUNT_READY, (*place, until, limit)).fetchone()
                 due += [now] * ready
                 due += [at for (at,) in db.execute(_NEXT_DUE, (*place, until, limit))]
-        return sorted(due)[:limit]
+            return sorted(due)[:limit]
+
+        return self._read(work)
 
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
-        with self._read() as db:
-            found = db.execute(_STARTABLE, {"lane": "", "instant": now})
-            return sorted(task_type for (task_type,) in found if task_type not in known)
+        values = {"lane": "", "instant": now}
+        found = self._read(lambda db: db.execute(_STARTABLE, values).fetchall())
+        return sorted(task_type for (task_type,) in found if task_type not in known)
 
     def find(self, query: Query, now: int) -> list[Row]:
         where, values = _where(query, now)
         limit = -1 if query.limit is None else query.limit
         statement = f"SELECT {_LIST} FROM taskpool_task WHERE {where} {_OLDEST_FIRST}"
-        with self._read() as db:
+        values += limit, query.offset
+
+        def work(db: sqlite3.Connection) -> list[Any]:
             try:
-                found = db.execute(statement, (*values, limit, query.offset)).fetchall()
+                return db.execute(statement, values).fetchall()
             except sqlite3.OperationalError as error:
                 if "decode" not in str(error):
                     raise
                 db.text_factory = lambda raw: _decoded(raw, raw.decode(errors="replace"))
                 try:
-                    found = db.execute(statement, (*values, limit, query.offset)).fetchall()
+                    return db.execute(statement, values).fetchall()
                 finally:
                     db.text_factory = str
-        return [Row(*columns) for columns in found]
+
+        return [Row(*columns) for columns in self._read(work)]
 
     def count(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self._read() as db:
-            found = db.execute(f"SELECT count(*) FROM taskpool_task WHERE {where}", values)
-            return cast(int, found.fetchone()[0])
+        statement = f"SELECT count(*) FROM taskpool_task WHERE {where}"
+        return cast(int, self._read(lambda db: db.execute(statement, values).fetchone()[0]))
 
     def remove(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self.transaction() as db:
-            marked = db.execute(f"{_MARK} AND {where}", values).rowcount
-            return marked + db.execute(f"{_REMOVE} AND {where}", values).rowcount
+        statements = f"{_MARK} AND {where}", f"{_REMOVE} AND {where}"
+        return self._write(lambda db: sum(db.execute(s, values).rowcount for s in statements))
 
     def retry(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self.transaction() as db:
-            found = db.execute(
-                f"SELECT {_LIST} FROM taskpool_task WHERE state = 'failed' AND {where}", values
-            ).fetchall()
+        statement = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'failed' AND {where}"
+
+        def work(db: sqlite3.Connection) -> int:
+            found = db.execute(statement, values).fetchall()
             for columns in found:
                 self._replace(db, Row(*columns), after_retry(Row(*columns), now))
             return len(found)
 
+        return self._write(work)
+
     def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
-        with self.transaction() as db:
-            old = self._row(db, task_id)
-            new = after_update(old, task_id, changes, now)
+        def work(db: sqlite3.Connection) -> Row:
+            new = after_update(self._row(db, task_id), task_id, changes, now)
             self._replace(db, new, new)
             return new
+
+        return self._write(work)
 
 
 # --- Queue ---------------------------------------------------------------------------
@@ -3027,7 +3075,7 @@ class _WorkerProcess:
                 for offset, values in enumerate(rows):
                     if self._permitted(number + offset):
                         self._run(number + offset, Row._make(values))
-                del rows
+                del rows, values
             del message
 
     def _receive(self) -> Any:
@@ -3083,7 +3131,7 @@ class _WorkerProcess:
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: they end the task, not the worker.
             report = ("fail", number, time.perf_counter() - started, _failure(error), True)
-            error.__traceback__ = None  # Frees the frames, and what they hold.
+            traceback.clear_frames(error.__traceback__)  # Frees what they hold.
         self._current = -1
         opened = sum(not future.done() for _, future in self._conversations.values())
         self._conversations.clear()
@@ -3619,6 +3667,10 @@ class _WorkerHandle:
 
     def kill(self) -> None:
         self.stopping = self.killed = True
+        self.end()
+
+    def end(self) -> None:
+        """Kill it, but as one that dies by itself: what it runs fails."""
         with contextlib.suppress(OSError, ValueError):
             self.process.kill()
 
@@ -3843,7 +3895,7 @@ def _at_exit() -> None:
             try:
                 cluster.shutdown()
             except KeyboardInterrupt:
-                cluster._closed.wait(cluster._shutdown_timeout + EXIT_SECONDS)
+                cluster._closed.wait(min(cluster._shutdown_timeout, WAIT_SECONDS) + EXIT_SECONDS)
 
 
 _at_exit_registered = False
@@ -4298,10 +4350,10 @@ class Cluster(concurrent.futures.Executor):
         self._hungry = len(self._workers) < self._max_workers or any(
             not worker.runs for worker in self._workers
         )
-        timeout = max(0.0, self._alarm - time.monotonic())
+        timeout = min(max(0.0, self._alarm - time.monotonic()), WAIT_SECONDS)
         if self._inbox or (self._news and self._hungry):
             timeout = 0.0
-        for key, events in self._selector.select(None if timeout == math.inf else timeout):
+        for key, events in self._selector.select(timeout):
             worker = key.data
             if not isinstance(worker, _WorkerHandle):
                 worker()
@@ -4344,7 +4396,7 @@ class Cluster(concurrent.futures.Executor):
                 self._on_failed_boot()
                 self._on_boot_error(_rebuilt(message[1]), message[1])
         if worker.channel.ended and worker.ended_at == math.inf:
-            worker.ended_at = time.monotonic()
+            worker.ended_at, worker.load = time.monotonic(), math.inf  # No more tasks for it.
             if worker.channel.takes_back:
                 self._selector.unregister(worker.channel)
 
@@ -4538,7 +4590,7 @@ class Cluster(concurrent.futures.Executor):
         silent = now - worker.ended_at
         if code is None and silent < 1.0:
             if silent >= 0.05:  # It closed its pipe, but lives.
-                worker.kill()
+                worker.end()
             ending = worker.stopping or worker.ended_at < math.inf
             self._wake_at(now + (0.002 if ending else 0.5))
             return
@@ -4754,10 +4806,11 @@ class Cluster(concurrent.futures.Executor):
         """What the store thread does for a turn. A look at an empty queue writes nothing."""
         store, held, rows = self.queue._store, [], []
         if outcomes or (added and room > 0):
-            with store.transaction():
+            with store.transaction() as together:
                 if outcomes:
                     held = store.settle(owner, outcomes, self.queue._now())
-                if room > 0:
+                # A claim that failed must not undo, or seem to undo, what is recorded.
+                if room > 0 and (together is not None or not outcomes):
                     rows = store.claim(owner, types, room, self.queue._now(), until)
             if most and (outcomes or rows):
                 return held, rows, None  # The next turn looks on.
@@ -4838,6 +4891,7 @@ class Cluster(concurrent.futures.Executor):
         if self._next_refresh <= now:
             self._next_refresh = now + self._refresh
             self.queue.in_memory._memory.renew(self._owner, self.queue._now())
+            cast(_WakeUp, self._wake).clear()  # Ctrl-C may have come before its byte.
             self._look = True
             self._check_futures = self._check_futures or self._idle.is_set()
             if self._keep_alive is None and self._mode == "running" and not self._hand:

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import doctest
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -21,6 +22,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import queue as queues
 import random
 import re
 import shutil
@@ -33,6 +35,7 @@ import textwrap
 import threading
 import time
 import unittest
+import unittest.mock
 from concurrent.futures import Future
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -48,6 +51,7 @@ from taskpool import (
     Query,
     RemoteError,
     SQLiteStore,
+    Store,
     StoreError,
     TaskQueue,
     TaskTimeout,
@@ -182,6 +186,12 @@ def add_line(job):
     os.close(fd)
 
 
+def line_and_perhaps_die(job):
+    add_line(job)
+    if job.data.get("die"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def add_slot(job):
     """Append the slot that runs and the id of the master, then end in the way that data name."""
     fd = os.open(job.data["file"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -212,6 +222,14 @@ def hold(job):
     while not os.path.exists(job.data + ".end") and time.monotonic() < deadline:
         time.sleep(0.005)
     return "held"
+
+
+def hold_the_gil(job):
+    """Sleep in C code that does not let go of the interpreter."""
+    import ctypes
+
+    add_line(job)
+    ctypes.PyDLL(None).usleep(int(job.data["seconds"] * 1e6))
 
 
 def fail(job):
@@ -304,12 +322,30 @@ def raise_kind(job):
     if kind == "eof":
         raise EOFError("mine")
     if kind == "huge":
-        raise ValueError("x" * 30_000_000)
+        raise ValueError("x" * 200_000_000)
     if kind == "surrogate":
         raise ValueError("gl\u0101\udcff")
     if kind == "deep":
         return raise_kind(job)
+    if kind == "base":
+        raise Bare("bare")
+    if kind in LIKE_OURS:
+        raise LIKE_OURS[kind]("database is locked")
     return None
+
+
+class Bare(BaseException):
+    pass
+
+
+LIKE_OURS = {
+    kind.__name__: kind
+    for kind in (
+        BrokenPipeError, ConnectionResetError, InterruptedError, StopIteration, queues.Empty, sqlite3.OperationalError,
+        concurrent.futures.CancelledError, concurrent.futures.InvalidStateError, BlockingIOError, StoreError, GeneratorExit,
+        asyncio.CancelledError,
+    )
+}
 
 
 def return_kind(job):
@@ -440,7 +476,10 @@ class Scaler:
 
 
 class TestWhatAddTaskTakes(InFolder):
-    """Wrong arguments raise at once and name the parameter; nothing is stored."""
+    """Wrong arguments raise at once and name the parameter; nothing is stored.
+
+    CK-06, PR-04, RT-03, SE-01, SE-06, ENGINE 19.
+    """
 
     WRONG = [  # (parameter, value, error)
         *[("task_type", v, TypeError) for v in (None, 5, b"x", ["x"])],
@@ -773,6 +812,8 @@ class StoreContract:
         self.add(row(keep_result=10))
         self.settle(self.claim()[0], "done", result="[1]")
         self.assertEqual((self.look().state, self.look().result), ("done", "[1]"))
+        self.add(row("ages", keep_result=1e300))  # CK-06: beyond every integer.
+        self.assertTrue(self.settle(self.claim()[0], "done", result="[2]"))
         self.store.renew("me", NOW + 9 * SECOND)
         self.assertIsNotNone(self.look())
         self.store.renew("me", NOW + 10 * SECOND)
@@ -820,6 +861,7 @@ class StoreContract:
         self.assertEqual([(r.id, r.state) for r in self.store.find(Query(), NOW)], [("1", "running"), ("2", "failed")])
 
     def test_order_is_priority_then_age_then_insertion(self):
+        """PR-01, PR-02, PR-04."""
         ranks = [(5, 0), (1, -2), (1, -1), (0, 0), (-1, -9)]
         for order in (ranks, ranks[::-1], ranks[2:] + ranks[:2]):
             self.add(*[row(f"{p} {age}", priority=p, now=NOW + age) for p, age in order])
@@ -919,6 +961,7 @@ class StoreContract:
         self.assertEqual([at <= NOW + 5 * SECOND for at in due], [True] * 4)
 
     def test_if_exists_decides_by_the_state_of_the_old_one(self):
+        """SE-04."""
         self.add(row(priority=1))
         with self.assertRaisesRegex(DuplicateTask, "'t' is waiting"):
             self.add(row(priority=2))
@@ -1307,6 +1350,37 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.settle(neighbour, "ready", ready_at=NOW)
         self.assertEqual(self.look("neighbour").interrupted, 0)  # A run ended: reset.
 
+    def test_reading_and_running_keep_what_another_version_stored(self):
+        """TT-05: a state, a type and a column that this version does not know."""
+        queue = self.queue("store.db")
+        for task_id in ("state", "type", "good"):
+            queue.add_task("unknown" if task_id == "type" else "echo", task_id=task_id)
+        with contextlib.closing(sqlite3.connect(self.folder / "store.db")) as db:
+            db.execute("ALTER TABLE taskpool_task ADD COLUMN colour TEXT")
+            db.execute("UPDATE taskpool_task SET state = 'paused', colour = 'red' WHERE id = 'state'")
+            db.commit()
+            self.cluster({"echo": echo}, queue).shutdown()
+            self.assertEqual(queue.count(), 2)
+            self.assertEqual({t.id: t.state for t in queue.find()}, {"state": "paused", "type": "waiting"})
+            self.assertEqual(queue.find(due=True, state="waiting")[0].id, "type")
+            self.assertEqual((queue.retry(), queue.find_one(task_id="state").task_type), (0, "echo"))
+            found = db.execute("SELECT state, colour FROM taskpool_task WHERE id = 'state'").fetchall()
+        self.assertEqual(found, [("paused", "red")])
+
+    def test_where_wal_is_impossible_it_works_with_one_warning(self):
+        """SQ-07."""
+        class NoWAL(sqlite3.Connection):
+            def execute(self, statement, *values):
+                return super().execute(statement.replace("journal_mode = WAL", "journal_mode"), *values)
+
+        connect = functools.partial(sqlite3.connect, factory=NoWAL)
+        with unittest.mock.patch("sqlite3.connect", connect), self.assertLogs("taskpool", "WARNING") as logs:
+            queue = self.queue("plain.db")
+            with self.cluster({"echo": echo}, queue) as cluster:
+                self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(5)], list(range(5)))
+        self.assertEqual([record.levelname for record in logs.records], ["WARNING"])
+        self.assertIn("plain.db: WAL is not possible here; journal mode is delete", logs.output[0])
+
     def test_an_interruption_keeps_the_slot_and_the_fifth_the_schedule(self):
         """CR-03, P3."""
         self.add(row(repeat=timedelta(seconds=10), lane="far0"))
@@ -1342,6 +1416,9 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.assertEqual(self.claim()[0].state, "failed")
 
     def test_user_tables_in_the_same_file_are_left_alone(self):
+        """SM-03; an empty file is as good as none."""
+        (self.folder / "empty.db").touch()
+        self.assertEqual(self.queue("empty.db").add_task("x").state, "waiting")
         path = self.folder / "app.db"
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.execute("CREATE TABLE task (id)")
@@ -1387,6 +1464,7 @@ class TestSchemaVersions(InFolder):
             return db.execute(query).fetchone()[0]
 
     def test_an_older_file_keeps_its_tasks_and_gets_what_is_new(self):
+        """SM-03."""
         path = self.make(SCHEMA_0)
         with contextlib.closing(SQLiteStore(path)) as store:
             self.assertEqual([r.id for r in store.find(Query(), NOW)], ["old", "busy"])
@@ -1406,6 +1484,7 @@ class TestSchemaVersions(InFolder):
         self.assertEqual(self.value(path, shape), self.value(self.folder / "fresh.db", shape))
 
     def test_a_newer_file_is_refused_and_not_touched(self):
+        """SM-04, TT-05."""
         with self.queue("newer.db") as queue:
             queue.add_task("x")
         path = self.make("PRAGMA journal_mode = DELETE; PRAGMA user_version = 77", "newer.db")
@@ -1439,7 +1518,7 @@ EVERYTHING = {
     "forget": ping_and_forget, "die": ping_and_die, "bad message": fail_in_on_message,
     "bad initialize": fail_in_initialize, "add": add_from_task, "cluster": use_cluster_in_task,
     "pid": pid_of_worker, "line": add_line, "kill first": kill_at_first, "badly": end_badly,
-    "partial": functools.partial(double_with, 3), "method": Scaler(4).scale,
+    "end": line_and_perhaps_die, "partial": functools.partial(double_with, 3), "method": Scaler(4).scale,
 }
 
 
@@ -1643,11 +1722,11 @@ class TestFailures(WithCluster):
         self.assertIn("in fail", str(error.__cause__))
 
     def test_an_exception_that_cannot_be_rebuilt_becomes_a_remote_error(self):
-        """EX-01, EX-03, EX-05, ENGINE 22, 23."""
+        """EX-01, EX-03, EX-05, EX-09, ENGINE 22, 23."""
         for kind, type_name, text in [
             ("odd", "Odd", "1: odd"), ("unprintable", "Unprintable", ""), ("exit", "SystemExit", "disk missing"),
             ("exit0", "SystemExit", "0"), ("interrupt", "KeyboardInterrupt", ""), ("local", "Local", "inside"),
-            ("lock", "ValueError", "holds a lock"), ("huge", "ValueError", "xxx"),
+            ("lock", "ValueError", "holds a lock"), ("huge", "ValueError", "xxx"), ("base", "Bare", "bare"),
         ]:
             with self.subTest(kind=kind):
                 error = self.error("raise_kind", kind)
@@ -1665,9 +1744,13 @@ class TestFailures(WithCluster):
 
     def test_errors_that_look_like_the_pools_own_are_plain_task_errors(self):
         """EX-06."""
-        for kind, error in [("timeout", TimeoutError), ("eof", EOFError), ("deep", RecursionError), ("surrogate", ValueError)]:
+        for kind, error in [("timeout", TimeoutError), ("eof", EOFError), ("deep", RecursionError), ("surrogate", ValueError), *LIKE_OURS.items()]:
             with self.subTest(kind=kind):
-                self.assertIs(type(self.error("raise_kind", kind)), error)
+                caught = self.error("raise_kind", kind)
+                if issubclass(error, Exception):
+                    self.assertIs(type(caught), error)
+                else:
+                    self.assertTrue(caught.type_name.endswith(kind), caught.type_name)
 
     def test_a_result_that_cannot_travel_fails_that_task_only(self):
         """SE-09, ENGINE 20, 22."""
@@ -1793,6 +1876,19 @@ class TestListeners(InFolder):
             cluster.drain(PATIENCE)
             eventually(lambda: len(told) == 6)
         self.assertIn("from a listener", "\n".join(logs.output))
+
+    def test_the_error_listener_hears_of_every_way_to_die(self):
+        """TO-07: once for each failed start."""
+        queue, told = self.queue(), []
+        queue.add_event_listener("error", lambda value, task: told.append((task.id, type(value), task.state)))
+        with self.cluster({"badly": end_badly}, queue) as cluster:
+            for how in ("kill", "exit", "sleep"):
+                data = {"file": str(self.folder / how), "how": how}
+                queue.add_task("badly", data, task_id=how, timeout=0.3, retries=1, retry_delay=0)
+            self.assertTrue(cluster.drain(PATIENCE))
+        kinds = [("exit", WorkerDied), ("kill", WorkerDied), ("sleep", TaskTimeout)]
+        expected = [(how, kind, state) for how, kind in kinds for state in ("failed", "waiting")]
+        self.assertEqual(sorted(told, key=lambda one: (one[0], one[2])), expected)
 
     def test_a_listener_may_add_tasks_and_shut_down(self):
         queue, told = self.queue(), []
@@ -2006,7 +2102,7 @@ class TestClusterOptions(InFolder):
         self.assertEqual(future.result(PATIENCE), 5)
 
     def test_a_worker_is_replaced_after_max_tasks_per_worker(self):
-        """SG-11, ENGINE 10."""
+        """SG-11, ENGINE 10, 28."""
         for most in (1, 3):
             cluster = self.cluster(
                 {"pid": pid_of_worker}, max_tasks_per_worker=most, max_available_workers=1, keep_alive="always"
@@ -2015,6 +2111,10 @@ class TestClusterOptions(InFolder):
             counts = collections.Counter(f.result(PATIENCE) for f in futures)
             self.assertEqual(sorted(counts.values()), [most] * (9 // most))
             cluster.shutdown()
+        cluster = self.cluster({"large": return_kind}, max_tasks_per_worker=1)
+        futures = [cluster.submit("large", "large") for _ in range(3)]
+        cluster.shutdown()  # At once: what is due is finished first.
+        self.assertEqual([len(f.result(0)) for f in futures], [3_000_000] * 3)
 
     def test_the_last_task_of_a_retiring_worker_times_out_and_is_charged(self):
         """RT-03: as any other task."""
@@ -2026,10 +2126,40 @@ class TestClusterOptions(InFolder):
                 self.assertIsInstance(future.exception(PATIENCE), kind)
                 self.assertEqual([line.split()[1] for line in lines_of(path)], ["1", "2"])
 
+    def test_a_worker_that_is_closed_for_idleness_gets_no_task(self):
+        """ENGINE 11: tasks come just as their worker is closed."""
+        method = "fork" if "fork" in METHODS else "spawn"
+        cluster = self.cluster(
+            {"echo": echo}, keep_alive=4, refresh_rate=4, start_method=method, in_memory_only=True, max_available_workers=1
+        )
+        chance = random.Random(1)
+        for i in range(120):
+            self.assertEqual(cluster.submit("echo", i).result(PATIENCE), i)
+            threading.Event().wait(chance.uniform(0.002, 0.010))
+        self.assertGreater(next(cluster._worker_numbers), 5)
+
     def test_max_workers_counts_usable_cpus(self):
+        """ENGINE 61: by affinity, and by the quota of a container."""
         if hasattr(os, "sched_getaffinity"):
-            self.assertLessEqual(Cluster.max_workers(), len(os.sched_getaffinity(0)))
+            usable = os.sched_getaffinity(0)
+            self.assertLessEqual(Cluster.max_workers(), len(usable))
+            os.sched_setaffinity(0, {min(usable)})
+            self.addCleanup(os.sched_setaffinity, 0, usable)
+            self.assertEqual(Cluster.max_workers(), 1)
+            os.sched_setaffinity(0, usable)
+        for text, most in [("50000 100000", 1), ("100001 100000", 2), ("max 100000", 10**6), ("", 10**6)]:
+            with unittest.mock.patch.object(taskpool, "_read_text", lambda path, text=text: text):
+                self.assertLessEqual(Cluster.max_workers(), most)
         self.assertGreaterEqual(Cluster.max_workers(), 1)
+
+    def test_the_longest_durations_are_slept_through(self):
+        """CK-06: what is a month away or more overflows no timer."""
+        longest = {"refresh_rate": 2**63 - 1, "keep_alive": 2**63 - 1, "shutdown_timeout": 1e300}
+        cluster = self.cluster({"echo": echo}, in_memory_only=True, **longest)
+        cluster.submit("echo", due_date=datetime(9999, 12, 31))
+        future = cluster.submit("echo", timeout=1e300, retries=1, retry_delay=1e300)
+        self.assertEqual(future.result(PATIENCE), None)
+        self.assertEqual(cluster.submit("echo", 5).result(PATIENCE), 5)
 
     def test_set_refresh_rate_changes_the_poll(self):
         queue, other = self.queue(), self.queue()
@@ -2188,6 +2318,124 @@ class TestP1NothingIsLost(InFolder):
             self.assertEqual(queue.find_one().state, "waiting")  # It starts again.
 
 
+    def test_what_was_recorded_or_claimed_is_kept_when_the_next_call_fails(self):
+        """The store fails after each claim; or between two calls that it cannot group."""
+        class Failing(SQLiteStore):
+            claimed = False
+
+            def claim(self, *arguments):
+                rows = super().claim(*arguments)
+                self.claimed = bool(rows)
+                return rows
+
+            def next_due(self, *arguments):
+                if self.claimed:
+                    self.claimed = False
+                    raise StoreError("the look failed")
+                return super().next_due(*arguments)
+
+        class Ungrouped(SQLiteStore):
+            transaction = Store.transaction
+            turn = 0
+
+            def claim(self, *arguments):
+                self.turn += 1
+                if self.turn % 2:
+                    raise StoreError("the claim failed")
+                return super().claim(*arguments)
+
+        for kind in (Failing, Ungrouped):
+            with self.subTest(kind=kind.__name__), self.assertLogs("taskpool", "WARNING") as logs:
+                path = str(self.folder / kind.__name__)
+                with unittest.mock.patch.object(taskpool, "STORE_CAP_SECONDS", 0.01), TaskQueue(kind(path + ".db")) as queue:
+                    with self.cluster({"line": add_line}, queue) as cluster:
+                        futures = [cluster.submit("line", {"file": path}) for _ in range(40)]
+                        self.assertEqual([f.result(PATIENCE) for f in futures], [None] * 40)
+                    self.assertEqual(queue.count(), 0)
+                self.assertEqual(len(set(lines_of(path))), len(lines_of(path)), "one ran twice")
+            text = "\n".join(logs.output)
+            self.assertIn("failed; nothing is lost", text)
+            self.assertNotIn("claim was lost", text)
+
+    def test_an_add_that_raised_stored_nothing(self):
+        """DU-07: so that the caller may try again."""
+        with unittest.mock.patch.object(taskpool, "BUSY_SECONDS", 0.005):
+            queue, stop, errors, added = self.queue(), threading.Event(), 0, 0
+            queue.count()
+        db = sqlite3.connect(self.folder / "tasks.db", isolation_level=None, check_same_thread=False)
+        self.addCleanup(db.close)
+
+        def lock():
+            while not stop.is_set():
+                db.execute("BEGIN IMMEDIATE")
+                stop.wait(random.uniform(0, 0.02))
+                db.execute("COMMIT")
+                stop.wait(random.uniform(0, 0.002))
+
+        locker = threading.Thread(target=lock)
+        locker.start()
+        with unittest.mock.patch.object(taskpool, "BUSY_SECONDS", 0.005):
+            while errors < 5 or added < 50:
+                try:
+                    queue.add_task("x", task_id=str(added))
+                    added += 1
+                except StoreError as error:  # A DuplicateTask would be a lie of the one before.
+                    self.assertIn("locked", str(error))
+                    errors += 1
+        stop.set()
+        locker.join()
+        self.assertEqual(sorted(int(t.id) for t in queue.find()), list(range(added)))
+
+    def test_a_ctrl_c_anywhere_in_a_queue_call_loses_nothing_and_blocks_nobody(self):
+        """SQ-05: also not while the KeyboardInterrupt is looked at."""
+        queue, other = self.queue(), SQLiteStore(self.folder / "tasks.db")
+        self.addCleanup(other.close)
+        calls = {
+            "add": lambda n: queue.add_task("x", task_id=f"add{n}"), "find": lambda n: queue.find(task_id="none"),
+            "count": lambda n: queue.count(), "remove": lambda n: queue.remove(task_id=f"none{n}"),
+        }
+        with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:
+            for name, call in calls.items():
+                call("first")
+                for n in range(10_000):
+                    events = iter(range(n))
+
+                    def interrupt(frame, event, argument, events=events):
+                        ours = frame.f_code.co_filename.endswith(("taskpool.py", "contextlib.py"))
+                        if ours and event in ("call", "c_return") and next(events, None) is None:
+                            raise KeyboardInterrupt
+
+                    sys.setprofile(interrupt)  # Where CPython looks for signals.
+                    try:
+                        call(n)
+                        break
+                    except KeyboardInterrupt:
+                        sys.setprofile(None)
+                        task_id = f"after {name} {n}"
+                        queue.add_task("x", task_id=task_id)
+                        self.assertEqual(len(other.find(Query(ids=[task_id]), NOW)), 1, "it is not stored")
+                        other.remove(Query(ids=[task_id]), NOW)
+                        self.assertEqual(elsewhere.submit(queue.count, task_id=task_id).result(PATIENCE), 0)
+                        self.assertTrue(elsewhere.submit(queue.add_task, "x").result(PATIENCE))
+                    finally:
+                        sys.setprofile(None)
+                self.assertGreater(n, 20)
+
+    def test_a_retry_is_never_put_beyond_the_calendar(self):
+        """RT-01."""
+        for attempt in (60, 1100, 10**6):
+            for in_memory in (False, True):
+                queue = self.queue()
+                verbs = queue.in_memory if in_memory else queue
+                task = queue.add_task("fail", retries=10**7, retry_delay=1e300, in_memory=in_memory)
+                verbs._store.update(task.id, {"attempt": attempt}, NOW)
+                with self.cluster({"fail": fail}, queue):
+                    eventually(lambda: verbs.find_one(task_id=task.id).error)
+                    ready_at = verbs._store.find(Query(ids=[task.id]), NOW)[0].ready_at
+                    verbs.remove(task_id=task.id)
+                self.assertLessEqual(ready_at, (time.time() + 3601) * 1e6)
+
+
 class TestP2OnceAndOnlyOnce(InFolder):
     """P2 Each charged start runs once; a late outcome of a lost claim is discarded."""
 
@@ -2201,6 +2449,18 @@ class TestP2OnceAndOnlyOnce(InFolder):
             self.assertTrue(cluster.drain(PATIENCE))
         self.assertEqual(sorted(line.split()[0] for line in lines_of(path)), sorted(ids))
         self.assertEqual(first.count(), 0)
+
+    def test_a_claim_is_kept_for_longer_than_a_lease_by_a_master_that_lives(self):
+        """DU-01, DU-10: also while the task holds the GIL of its worker."""
+        leases = {"LEASE_SECONDS": 1.0, "RENEW_SECONDS": 0.05, "WATCH_SECONDS": 0.05}
+        with unittest.mock.patch.multiple(taskpool, **leases), unittest.mock.patch.object(taskpool, "owner_is_dead", return_value=False):
+            path = str(self.folder / "starts")
+            clusters = [self.cluster({"long": hold_the_gil}, self.queue()) for _ in range(2)]
+            clusters[0].queue.add_task("long", {"file": path, "seconds": 2.5})
+            self.assertTrue(clusters[0].drain(PATIENCE))
+            for cluster in clusters:
+                cluster.shutdown()
+        self.assertEqual(len(lines_of(path)), 1)
 
     def test_a_late_outcome_of_a_lost_claim_is_discarded(self):
         queue, path = self.queue(), str(self.folder / "hold")
@@ -2238,7 +2498,7 @@ class TestP3MasterDead(InFolder):
     """
 
     def test_a_new_master_takes_over_at_once_and_no_worker_is_left(self):
-        """CR-01, CR-10, SG-07, ENGINE 65."""
+        """CR-01, CR-10, CR-11, SG-07, ENGINE 65."""
         queue = self.queue()
         for i in range(4):
             queue.add_task("note", task_id=str(i))
@@ -2258,13 +2518,14 @@ class TestP3MasterDead(InFolder):
         lines = lines_of(self.folder / "lines")
         self.assertEqual({line.split()[0] for line in lines}, {"0", "1", "2", "3"})
         self.assertEqual({line.split()[1] for line in lines}, {"1"})  # Not charged.
+        self.assertEqual(queue.add_task("note", task_id="0").attempt, 0)  # Its id is free again.
 
 
 class TestP4WorkerDead(WithCluster):
     """P4 Only the task that a dead worker was running is charged."""
 
     def test_a_worker_that_dies_costs_one_attempt_of_one_task(self):
-        """CR-09."""
+        """CR-09, RT-05, ENGINE 1."""
         paths = [str(self.folder / str(i)) for i in range(3)]
         futures = [self.submit("kill first", {"file": p}, retries=1, retry_delay=0) for p in paths]
         echoes = [self.submit("echo", i, in_memory=True) for i in range(200)]
@@ -2274,16 +2535,21 @@ class TestP4WorkerDead(WithCluster):
         self.assertEqual([f.result(PATIENCE) for f in echoes], list(range(200)))
 
     def test_the_neighbours_in_a_batch_run_once_and_uncharged(self):
-        path = str(self.folder / "lines")
-        for _ in range(30):  # Teaches the cluster that lines are quick: then they go in batches.
-            self.result("line", {"file": str(self.folder / "warm")})
-        tasks = [{"task_type": "line", "data": {"file": path}, "task_id": f"t{i:03}"} for i in range(300)]
-        tasks[150] = {"task_type": "badly", "data": {"file": path, "how": "kill"}, "task_id": "t150"}
-        self.shared_queue.add_tasks(tasks)
-        eventually(lambda: self.shared_queue.count(state=["waiting", "running"]) == 0)
-        lines = lines_of(path)
-        self.assertEqual(sorted(lines), [f"t{i:03} 1" for i in range(300)])
-        self.assertEqual([t.id for t in self.shared_queue.find()], ["t150"])
+        """ENGINE 1: tasks of one type, in both kinds of queue."""
+        for in_memory in (False, True):
+            path = str(self.folder / f"lines {in_memory}")
+            verbs = self.shared_queue.in_memory if in_memory else self.shared_queue
+            for _ in range(30):  # Teaches the cluster that these are quick: then they go in batches.
+                self.result("end", {"file": str(self.folder / "warm")}, in_memory=in_memory)
+            tasks = [
+                {"task_type": "end", "data": {"file": path, "die": i == 150}, "task_id": f"t{i:03}", "in_memory": in_memory}
+                for i in range(300)
+            ]
+            self.shared_queue.add_tasks(tasks)
+            eventually(lambda: verbs.count(state=["waiting", "running"]) == 0)
+            self.assertEqual(sorted(lines_of(path)), [f"t{i:03} 1" for i in range(300)])
+            self.assertEqual([t.id for t in verbs.find()], ["t150"])
+            verbs.remove(state="failed")
 
     @unittest.skipUnless(LINUX, "counts by /proc")
     def test_dead_workers_leave_no_zombie_and_no_descriptor(self):
@@ -2351,8 +2617,7 @@ class TestP5Order(InFolder):
         futures = [cluster.submit("echo", i) for i in range(100)]
         eventually(lambda: cluster.workers()[0]["state"] == "busy")
         first = cluster.workers()[0]["since"]
-        again = lambda: cluster.workers()[0]["since"] - first > timedelta(milliseconds=10)
-        eventually(again, "giving it tasks once more")
+        eventually(lambda: cluster.workers()[0]["since"] - first > timedelta(milliseconds=10))
         os.kill(worker["pid"], signal.SIGCONT)
         self.assertEqual([future.result(PATIENCE) for future in futures], list(range(100)))
         self.assertEqual([w["pid"] for w in cluster.workers()], [worker["pid"]])
@@ -2373,8 +2638,22 @@ class TestP5Order(InFolder):
             self.assertEqual(futures[3].result(PATIENCE), "held")
             os.remove(path + ".end")
 
+    def test_nor_behind_one_that_holds_the_gil(self):
+        cluster = self.cluster({"mixed": mixed}, keep_alive="always")
+        for _i in range(50):
+            cluster.submit("mixed", None, in_memory=True).result(PATIENCE)
+        for in_memory in (True, False):
+            slow = {"file": str(self.folder / "gil"), "seconds": 2 * PATIENCE}
+            tasks = [slow if i == 3 else None for i in range(100)]
+            futures = [cluster.submit("mixed", data, in_memory=in_memory) for data in tasks]
+            self.assertEqual(len(concurrent.futures.wait(futures[:3] + futures[4:], PATIENCE).not_done), 0)
+            self.assertFalse(futures[3].done())
+            self.assertTrue(cluster.cancel(futures[3].task.id))
+
 
 def mixed(job):
+    if isinstance(job.data, dict):
+        hold_the_gil(job)
     return hold(job) if job.data else None
 
 
@@ -2821,7 +3100,7 @@ class TestEnds(InFolder):
         self.assertTrue(cluster._closed.is_set())
 
     def test_an_entry_file_that_raises_in_the_worker_is_a_boot_error(self):
-        """TT-04, ENGINE 7."""
+        """TT-04, ENGINE 7, 34, 35."""
         for body, text in [
             ("raise ImportError('no such thing')", "standard error"), ("sys.exit(1)", "code 1"),
             ("import os; os._exit(4)", "code 4"),
@@ -2831,11 +3110,13 @@ class TestEnds(InFolder):
                 from taskpool import Cluster, TaskQueue
                 if __name__ != "__main__":
                     {body}
-                def f(job): pass
+                import functools
+                def f(job, ballast=None): pass
                 if __name__ == "__main__":
                     queue = TaskQueue("tasks.db")
                     stored = queue.add_task("f", task_id="stored")
-                    cluster = Cluster({{"f": f}}, queue, max_available_workers=1)
+                    large = functools.partial(f, ballast="x" * 500_000)  # More than a pipe holds.
+                    cluster = Cluster({{"f": large}}, queue, max_available_workers=1)
                     print("future", cluster.submit("f").exception())
                     for wait in (cluster.drain, cluster.run):
                         try:
@@ -2854,20 +3135,26 @@ class TestEnds(InFolder):
 
     @unittest.skipUnless(LINUX, "looks into /proc")
     def test_every_way_to_end_a_program_leaves_no_process(self):
-        """SG-10, ENGINE 64, 71, 79."""
+        """SG-10, ENGINE 64, 65, 67, 71, 79: with an idle, a busy, and a GIL-holding worker."""
         source = """
-            import os, signal, sys, time
+            import ctypes, os, signal, sys, time
             from taskpool import Cluster, TaskQueue
             def busy(job):
+                open("busy", "w").close()
                 while True: pass
+            def gil(job):
+                open("gil", "w").close()
+                ctypes.PyDLL(None).sleep(60)
             def pid(job): return os.getpid()
             if __name__ == "__main__":
-                cluster = Cluster({"busy": busy, "pid": pid}, TaskQueue("tasks.db"), max_available_workers=2,
-                                  keep_alive="always", shutdown_timeout=0.1, in_memory_only=True, oversubscribe=True)
+                cluster = Cluster({"busy": busy, "gil": gil, "pid": pid}, TaskQueue("tasks.db"), max_available_workers=3,
+                                  keep_alive="always", shutdown_timeout=0.1, in_memory_only=True, oversubscribe=True,
+                                  start_method=sys.argv[2])
                 cluster.submit("pid").result()
                 if sys.argv[1] != "script":
-                    cluster.submit("busy")
-                    while not any(w["state"] == "busy" for w in cluster.workers()): time.sleep(0.005)
+                    cluster.submit("busy"), cluster.submit("gil")
+                    while not (os.path.exists("busy") and os.path.exists("gil")): time.sleep(0.005)
+                while any(w["state"] == "starting" for w in cluster.workers()): time.sleep(0.005)
                 print(*[w["pid"] for w in cluster.workers()], flush=True)
                 how = sys.argv[1]
                 if how == "_exit": os._exit(0)
@@ -2877,11 +3164,134 @@ class TestEnds(InFolder):
                 if how == "exit": sys.exit(3)
                 if how == "raise": raise ValueError
         """
-        for how, code in [("_exit", 0), ("kill", -9), ("term", -15), ("exit", 3), ("raise", 1), ("script", 0)]:
-            with self.subTest(how=how):
-                pids = list(map(int, self.run_script(source, how, code=code).split()))
-                self.assertEqual(len(pids), 2)
-                eventually(lambda: not any(map(is_alive, pids)), seconds=10)
+        for how, code, methods in [
+            ("_exit", 0, ["spawn"]), ("kill", -9, METHODS), ("term", -15, ["spawn"]), ("exit", 3, ["spawn"]),
+            ("raise", 1, ["spawn"]), ("script", 0, METHODS),
+        ]:
+            for method in methods:
+                with self.subTest(how=how, method=method):
+                    pids = list(map(int, self.run_script(source, how, method, code=code).split()))
+                    self.assertEqual(len(pids), 3)
+                    eventually(lambda: not any(map(is_alive, pids)), "the end of all workers", 10)
+                    for name in ("busy", "gil"):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.remove(self.folder / name)
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_signals_while_workers_start_end_the_program_too(self):
+        """SG-01, ENGINE 74: one, or two, while the entry file takes its time in the worker."""
+        source = """
+            import os, sys, time
+            from taskpool import Cluster, TaskQueue
+            def f(job): pass
+            if __name__ != "__main__":
+                open("booting", "w").close()
+                time.sleep(60)
+            if __name__ == "__main__":
+                cluster = Cluster({"f": f}, TaskQueue("tasks.db"), max_available_workers=1)
+                cluster.run()
+                print("stopped")
+        """
+        queue, script = self.queue(), self.script(source)
+        queue.add_task("f", task_id="stored")
+        for numbers in ([signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]):
+            with self.subTest(numbers=numbers):
+                process = self.start(script)
+                eventually((self.folder / "booting").exists)
+                workers = children(process.pid)
+                for number in numbers:
+                    process.send_signal(number)
+                out, err = process.communicate(timeout=PATIENCE)
+                self.assertEqual((out, err, process.returncode), ("stopped\n", "", 0))
+                eventually(lambda: not any(map(is_alive, workers)))
+                self.assertEqual([(t.id, t.state, t.attempt) for t in queue.find()], [("stored", "waiting", 0)])
+                os.remove(self.folder / "booting")
+
+    def test_a_storm_of_signals_is_two_signals(self):
+        """LL-06: while all threads log."""
+        out = self.run_script(
+            """
+            import logging, os, signal, sys, threading, time
+            from taskpool import Cluster, TaskQueue
+            def hold(job): time.sleep(60)
+            if __name__ == "__main__":
+                logging.basicConfig(level=logging.DEBUG, filename="log")
+                for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+                def storm():
+                    while not any(w["state"] == "busy" for w in cluster.workers()): time.sleep(0.005)
+                    for i in range(400):
+                        os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM)[i % 2])
+                        logging.getLogger("taskpool").info("storm %d", i)
+                class Chatty(TaskQueue):
+                    def clock(self):
+                        logging.info("what time is it?")
+                        return time.time()
+                cluster = Cluster({"hold": hold}, Chatty("tasks.db"), max_available_workers=1, shutdown_timeout=60)
+                cluster.queue.add_task("hold")
+                thread = threading.Thread(target=storm)
+                thread.start()
+                cluster.run()
+                thread.join()
+                print("stopped", signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+            """
+        )
+        self.assertEqual((out, self.stderr), ("stopped True\n", ""))
+        self.assertEqual([(t.state, t.attempt) for t in self.queue().find()], [("waiting", 0)])
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_the_end_waits_for_exit_handlers_but_not_for_threads_and_children(self):
+        """ENGINE 80, 82, 85."""
+        out = self.run_script(
+            """
+            import atexit, os, subprocess, sys, threading, time
+            import taskpool
+            from taskpool import Cluster, TaskQueue
+            def leave(job):
+                threading.Thread(target=time.sleep, args=(60,)).start()
+                child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                return os.getpid(), child.pid
+            def idle(job): return os.getpid()
+            if __name__ != "__main__":
+                atexit.register(lambda: open(f"left {os.getpid()}", "w").close())
+            if __name__ == "__main__":
+                taskpool.EXIT_SECONDS = 0.5
+                with Cluster({"leave": leave}, TaskQueue("x.db"), max_available_workers=1, in_memory_only=True) as cluster:
+                    print(*cluster.submit("leave").result())
+                taskpool.EXIT_SECONDS = 60.0
+                with Cluster({"idle": idle}, TaskQueue("x.db"), max_available_workers=1, in_memory_only=True) as cluster:
+                    print(cluster.submit("idle").result())
+            """
+        )
+        stuck, child, idle = map(int, out.split())
+        os.kill(child, signal.SIGKILL)  # It is the task's own: see the manual.
+        self.assertFalse(is_alive(stuck) or is_alive(idle))
+        self.assertTrue((self.folder / f"left {idle}").exists())
+
+    def test_the_end_in_one_thread_and_submits_in_others_never_lock_each_other(self):
+        """ENGINE 31: also submits that fail."""
+        for wait in (True, False):
+            cluster = self.cluster({"echo": echo}, start_method="fork" if "fork" in METHODS else "spawn", in_memory_only=True)
+            begun, accepted = threading.Event(), []
+
+            def work():
+                while True:
+                    for data in (1, {1, 2}):
+                        try:
+                            accepted.append(cluster.submit("echo", data))
+                        except TypeError:
+                            begun.set()
+                        except RuntimeError:  # After shutdown.
+                            return
+
+            threads = [threading.Thread(target=work) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            begun.wait(PATIENCE)
+            cluster.shutdown(wait=wait)
+            for thread in threads:
+                thread.join(PATIENCE)
+                self.assertFalse(thread.is_alive())
+            self.assertEqual(len(concurrent.futures.wait(accepted, PATIENCE).not_done), 0)
 
 
 # --- Attacks ---------------------------------------------------------------------------
@@ -3072,7 +3482,8 @@ def leave_a_grandchild(job):
 def misbehave(job):
     """Run for ever, in a way that is hard to end; or do harm to the process."""
     how = job.data["how"]
-    Path(job.data["file"]).write_text(str(os.getpid()))
+    if how != "write":
+        Path(job.data["file"]).write_text(str(os.getpid()))
     if how == "spin":
         while True:
             pass
@@ -3095,9 +3506,9 @@ def misbehave(job):
 
         left, _right = socket.socketpair()
         left.recv(1)
-    if how == "close":
+    if how in ("close", "close and stay"):
         os.closerange(3, 64)
-        return "closed"
+        return time.sleep(PATIENCE) if how == "close and stay" else "closed"
     if how == "chdir":
         os.chdir("/")
         return "moved"
@@ -3132,6 +3543,15 @@ def misbehave(job):
 
         sys.stderr = None
         ctypes.string_at(0)
+    if how == "write":
+        with open(job.data["file"], "a" if job.attempt > 1 else "w") as file:
+            while True:
+                print(job.attempt, file=file, flush=True)
+                time.sleep(0.002)
+    if how == "term to exit":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
+    if how.startswith("term"):
+        os.kill(os.getpid(), signal.SIGTERM)
     if how == "daemon":
         threading.Thread(target=time.sleep, args=(PATIENCE,), daemon=True).start()
         return "left a thread"
@@ -3153,7 +3573,7 @@ class TestHostileTasks(WithCluster):
         return self.submit("misbehave", {"how": how, "file": self.file}, **options)
 
     def test_a_timeout_ends_every_way_to_run_for_ever(self):
-        """TO-01, TO-03, TO-05, ENGINE 8."""
+        """TO-01, TO-03, ENGINE 8, 16."""
         for how in ("sleep", "spin", "regex", "gil", "signals", "thread", "child", "socket"):
             with self.subTest(how=how):
                 error = self.misbehave(how, timeout=0.3).exception(PATIENCE)
@@ -3162,6 +3582,7 @@ class TestHostileTasks(WithCluster):
                 eventually(lambda: not is_alive(pid))
 
     def test_a_task_that_harms_its_process_harms_no_other(self):
+        """EX-07."""
         for how, result in [
             ("chdir", "moved"), ("stdout", "printed"), ("handlers", "handled"), ("pool", [1, 2]), ("executor", 3),
             ("daemon", "left a thread"),
@@ -3170,7 +3591,9 @@ class TestHostileTasks(WithCluster):
                 self.assertEqual(self.misbehave(how).result(PATIENCE), result)
                 for i in range(4):
                     self.assertEqual(self.result("echo", i), i)
-        for how, kind in [("close", WorkerDied), ("segfault", WorkerDied), ("memory", MemoryError)]:
+        for how, kind in [
+            ("close", WorkerDied), ("close and stay", WorkerDied), ("segfault", WorkerDied), *[("memory", MemoryError)] * 5,
+        ]:
             with self.subTest(how=how):
                 error = self.misbehave(how).exception(PATIENCE)
                 self.assertIsInstance(error, kind)
@@ -3184,6 +3607,47 @@ class TestHostileTasks(WithCluster):
         for i in range(10):
             self.assertEqual(self.result("echo", i, in_memory=True), i)
         self.assertEqual(len(big.result(PATIENCE)), 200_000_000)
+
+    def test_a_flood_of_submits_while_the_dispatcher_is_held_up_blocks_nobody(self):
+        """ENGINE 29: the wake-up pipe is not filled by them."""
+        release, futures = threading.Event(), []
+        self.shared._post(lambda: release.wait(PATIENCE))
+
+        def work():
+            futures.extend([self.submit("echo", i, in_memory=True) for i in range(1000)])
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+            self.assertFalse(thread.is_alive())
+        release.set()
+        self.assertEqual(sum(future.result(PATIENCE) for future in futures), 4 * sum(range(1000)))
+        self.shared._wake._pending = True  # As a Ctrl-C before its byte leaves it.
+        eventually(lambda: not self.shared._wake._pending)
+
+    def test_no_attempt_runs_beside_the_next_one(self):
+        """TO-05."""
+        path = self.folder / "attempts"
+        error = self.submit("misbehave", {"how": "write", "file": str(path)}, timeout=0.3, retries=1, retry_delay=0)
+        self.assertIsInstance(error.exception(PATIENCE), TaskTimeout)
+        attempts = path.read_text().split()
+        self.assertEqual(attempts, sorted(attempts))
+        self.assertEqual(set(attempts), {"1", "2"})
+
+    def test_a_worker_dies_of_sigterm_whatever_the_master_does_with_it(self):
+        """ENGINE 14, 76: also under fork, and after a task made it a SystemExit."""
+        previous = signal.signal(signal.SIGTERM, lambda *_: self.fail("the master's own handler ran"))
+        self.addCleanup(signal.signal, signal.SIGTERM, previous)
+        with self.cluster({"misbehave": misbehave}, start_method="fork", max_available_workers=1) as cluster:
+            data = {"how": "term", "file": str(self.folder / "pid")}
+            error = cluster.submit("misbehave", data).exception(PATIENCE)
+            self.assertEqual((type(error), error.exit_code), (WorkerDied, -signal.SIGTERM))
+            data["how"] = "term to exit"
+            error = cluster.submit("misbehave", data).exception(PATIENCE)
+            self.assertEqual(error.type_name, "SystemExit")
+        self.assertFalse(is_alive(int((self.folder / "pid").read_text())))
 
     def test_large_data_travel_both_ways_without_a_deadlock(self):
         text = "x" * 2_000_000
@@ -3222,6 +3686,345 @@ class TestHostileTasks(WithCluster):
             """
         )
         self.assertEqual(out.split("\n"), ["True", "[] True", "True", ""])
+
+
+def waste(job):
+    """Fail with much memory in a frame, which an exception may hold in a cycle."""
+    held = b"x" * 20_000_000
+    if job.data == "chained":
+        try:
+            inner = ValueError("inner")
+            raise inner
+        except ValueError as error:
+            raise LookupError("outer") from error
+    raise ValueError(len(held))
+
+
+def memory_of(pid):
+    """Bytes of a process that are in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class TestOddPlaces(InFolder):
+    """P4 where processes, pipes, text or threads are not as usual."""
+
+    def test_the_channel_of_windows_does_the_same(self):
+        """ENGINE 58: two threads for each worker, one task at a time."""
+        with unittest.mock.patch.object(taskpool, "_Channel", taskpool._ThreadedChannel):
+            cluster = self.cluster(
+                {**EVERYTHING, "misbehave": misbehave}, message_broker=answer_pings, keep_alive="always", refresh_rate=20
+            )
+            self.assertEqual(list(cluster.map("echo", range(50))), list(range(50)))
+            self.assertEqual(len(cluster.submit("return_kind", "large").result(PATIENCE)), 3_000_000)
+            self.assertEqual(len(cluster.submit("echo", "x" * 2_000_000).result(PATIENCE)), 2_000_000)
+            self.assertEqual(cluster.submit("three deep").result(PATIENCE), [f"pong ping {i}" for i in (1, 2, 3)])
+            self.assertEqual(str(cluster.submit("fail").exception(PATIENCE)), "attempt 1")
+            data = {"how": "kill", "file": str(self.folder / "lines")}
+            self.assertIsInstance(cluster.submit("badly", data, retries=1, retry_delay=0).exception(PATIENCE), WorkerDied)
+            data = {"how": "close", "file": str(self.folder / "pid")}
+            self.assertIsInstance(cluster.submit("misbehave", data).exception(PATIENCE), WorkerDied)
+            data["how"] = "gil"
+            self.assertIsInstance(cluster.submit("misbehave", data, timeout=0.3).exception(PATIENCE), TaskTimeout)
+            path = str(self.folder / "hold")
+            held = cluster.submit("hold", path)
+            eventually(lambda: os.path.exists(path + ".started"))
+            self.assertTrue(cluster.cancel(held.task.id))
+            eventually(held.cancelled)
+            victims = [w["pid"] for w in cluster.workers()]
+            for victim in victims:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+            self.assertEqual(list(cluster.map("echo", range(50))), list(range(50)))
+            pids = [w["pid"] for w in cluster.workers()]
+            cluster.shutdown()
+            eventually(lambda: not any(map(is_alive, pids + victims)) or not LINUX)
+            with self.cluster({"pid": pid_of_worker}, max_tasks_per_worker=1) as cluster:
+                self.assertEqual(len(set(cluster.map("pid", range(4)))), 4)
+
+    @unittest.skipUnless("forkserver" in METHODS and LINUX, "needs forkserver")
+    def test_a_killed_forkserver_costs_its_workers_and_is_replaced(self):
+        """ENGINE 40, 41, 43: the entry file may also be preloaded in it."""
+        out = self.run_script(
+            """
+            import multiprocessing, os, signal, time
+            from multiprocessing.forkserver import _forkserver
+            from taskpool import Cluster, TaskQueue
+            def hold(job):
+                open("pid", "w").write(str(os.getpid()))
+                time.sleep(60)
+            cluster = Cluster({"hold": hold, "pid": lambda job: os.getpid()}, TaskQueue("x.db"), max_available_workers=1,
+                              start_method="forkserver", in_memory_only=True, auto_initialize=False)
+            if Cluster.is_master():
+                multiprocessing.set_forkserver_preload(["__main__"])
+                cluster.initialize()
+                future = cluster.submit("hold")
+                while not (os.path.exists("pid") and open("pid").read()): time.sleep(0.005)
+                os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
+                print(type(future.exception()).__name__, cluster.submit("pid").result() > 0)
+                deadline, pid = time.monotonic() + 60, open("pid").read()
+                while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline: time.sleep(0.005)
+                print(os.path.exists(f"/proc/{pid}"))
+            """
+        )
+        self.assertEqual(out, "WorkerDied True\nFalse\n", self.stderr)
+
+    @unittest.skipUnless("fork" in METHODS, "needs fork")
+    def test_forks_of_a_program_with_busy_threads_do_not_hang(self):
+        """WP-03, ENGINE 37, 38, 83."""
+        out = self.run_script(
+            """
+            import io, importlib, logging, os, random, sqlite3, sys, threading
+            import colorsys, taskpool
+            from taskpool import Cluster, TaskQueue
+            def task(job):
+                logging.warning("in %d", os.getpid())
+                importlib.reload(colorsys)
+                return os.getpid(), random.random()
+            def busy():
+                db = sqlite3.connect("user.db", isolation_level=None)
+                while not stop.wait(0.001):
+                    logging.warning("busy")
+                    importlib.reload(colorsys)
+                    db.execute("SELECT 1").fetchone()
+                    queue.count()
+            if __name__ == "__main__":
+                logging.basicConfig()
+                stop, queue = threading.Event(), TaskQueue("tasks.db")
+                threads = [threading.Thread(target=busy) for _ in range(8)]
+                for thread in threads: thread.start()
+                with Cluster({"task": task}, queue, max_available_workers=4, max_tasks_per_worker=1, oversubscribe=True,
+                             start_method="fork", logs="error") as cluster:
+                    results = list(cluster.map("task", range(30)))
+                stop.set()
+                print(len({pid for pid, _ in results}), len({number for _, number in results}))
+            """
+        )
+        self.assertEqual(out, "30 30\n", self.stderr)
+
+    def test_any_text_passes_where_output_is_ascii_or_closed(self):
+        """SE-07."""
+        source = r"""
+            import logging, os, sys
+            from taskpool import Cluster, TaskQueue
+            def bad(job): raise ValueError("gl\u0101\u017e \U0001f600 \udcff")
+            def same(job):
+                print("gl\u0101\u017e")
+                return "gl\u0101\u017e \U0001f600 \udcff"
+            if __name__ == "__main__":
+                logging.basicConfig(level=logging.INFO)
+                with Cluster({"\u043f\u043e\u0447\u0442\u0430": bad, "same": same, "echo": len}, TaskQueue("tasks.db"),
+                             max_available_workers=1) as cluster:
+                    error = cluster.submit("\u043f\u043e\u0447\u0442\u0430").exception()
+                    result = cluster.submit("same", keep_result=60, task_id="kept").result
+                    try: result = result()
+                    except UnicodeEncodeError as failed: result = failed.object
+                with open("out", "w", encoding="ascii", errors="backslashreplace") as file:
+                    print(ascii(str(error)), ascii(result), file=file)
+        """
+        ascii_only = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+        def close():
+            os.close(1), os.close(2)
+
+        for options in ({}, {"preexec_fn": close} if os.name == "posix" else {}):
+            self.run_script(source, env=ascii_only, **options)
+            text = r"'gl\u0101\u017e \U0001f600 \udcff'"
+            said = (self.folder / "out").read_text()
+            self.assertTrue(said.startswith(text), said)
+            self.assertIn(r"gl\u0101\u017e", said[len(text):])
+            failed = self.queue().find_one(state="failed", task_type="\u043f\u043e\u0447\u0442\u0430")
+            self.assertIn("ValueError: gl\u0101\u017e \U0001f600 \\udcff", failed.error)
+            self.queue().remove(state=["failed", "done"])
+
+    def test_each_event_is_one_line_of_the_programs_own_logging(self):
+        """LL-04: with two clusters, started again and again, set up before or after."""
+        out = self.run_script(
+            """
+            import logging, sys
+            if sys.argv[1] == "before": logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+            from taskpool import Cluster, TaskQueue
+            if sys.argv[1] == "after": logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+            def f(job): pass
+            if __name__ == "__main__":
+                for turn in range(3):
+                    clusters = [Cluster({"f": f}, TaskQueue(f"{n}.db"), max_available_workers=1, start_method=sys.argv[2]) for n in "ab"]
+                    for n, cluster in zip("ab", clusters): cluster.submit("f", task_id=f"{n}{turn}").result()
+                    for cluster in clusters: cluster.shutdown()
+                print(len(logging.getLogger().handlers), logging.getLogger("taskpool").propagate, logging.getLogger().level)
+            """,
+            "before", METHODS[-1],
+        )
+        lines = out.splitlines()
+        for turn in range(3):
+            for name in "ab":
+                self.assertEqual(sum(line == f"cluster:f:{name}{turn}:\tstarted" for line in lines), 1)
+                self.assertEqual(sum(line.startswith(f"cluster:f:{name}{turn}:\tdone in") for line in lines), 1)
+        self.assertEqual(lines[-1], "1 True 20")
+
+
+@unittest.skipUnless(LINUX, "measures by /proc")
+class TestNothingPilesUp(InFolder):
+    """P4: no process, thread, file descriptor or memory is left over."""
+
+    def test_a_worker_forgets_what_its_tasks_held(self):
+        """PF-03, ENGINE 32."""
+        task_map = {"waste": waste, "echo": echo, "pid": pid_of_worker}
+        cluster = self.cluster(task_map, max_available_workers=1, keep_alive="always", in_memory_only=True)
+        pid = cluster.submit("pid").result(PATIENCE)
+        for how in ("plain", "chained"):
+            for _ in range(3):
+                cluster.submit("waste", how).exception(PATIENCE)
+            before = memory_of(pid), memory_of(os.getpid())
+            for _ in range(12):
+                cluster.submit("waste", how).exception(PATIENCE)
+                self.assertLess(memory_of(pid) - before[0], 50_000_000, how)
+            self.assertLess(memory_of(os.getpid()) - before[1], 50_000_000, how)
+        before = memory_of(pid)
+        cluster.submit("echo", "x" * 70_000_000).result(PATIENCE)
+        eventually(lambda: memory_of(pid) - before < 30_000_000)  # Although it got nothing else to do.
+        self.assertEqual(cluster.submit("pid").result(PATIENCE), pid)
+
+    def test_a_master_forgets_what_ended_and_the_file_does_not_grow(self):
+        """PF-05, SQ-09."""
+        queue = self.queue()
+        cluster = self.cluster({"echo": echo, "fail": fail}, queue, keep_alive="always", logs="error")
+        queue.add_event_listener("done", lambda value, task: None)
+        logging.getLogger("taskpool").setLevel(logging.CRITICAL)
+        self.addCleanup(logging.getLogger("taskpool").setLevel, logging.NOTSET)
+
+        def round_():
+            for in_memory in (True, False):
+                futures = [cluster.submit("echo", [i], in_memory=in_memory) for i in range(500)]
+                futures += [cluster.submit("fail", in_memory=in_memory) for _ in range(20)]
+                concurrent.futures.wait(futures, PATIENCE)
+                del futures
+                queue.add_tasks({"task_type": "echo", "in_memory": in_memory} for _ in range(500))
+                self.assertTrue(cluster.drain(PATIENCE))
+            queue.remove(state="failed"), queue.in_memory.remove(state="failed")
+            gc.collect()
+            size = sum(file.stat().st_size for file in self.folder.glob("tasks.db*"))
+            return sys.getallocatedblocks(), size
+
+        for _ in range(3):
+            round_()
+        before, after = round_(), [round_() for _ in range(3)][-1]
+        self.assertLess(after[0] - before[0], 1500)  # Of 6000 tasks, not one block each.
+        self.assertLessEqual(after[1], before[1] + 100_000)
+        self.assertEqual((queue.count(), queue.in_memory.count()), (0, 0))
+
+    def test_twenty_starts_and_stops_leave_nothing(self):
+        """SG-10, LL-04."""
+        queue, records = self.queue(), []
+        handler = logging.Handler()
+        handler.emit = records.append
+        logging.getLogger("taskpool").addHandler(handler)
+        self.addCleanup(logging.getLogger("taskpool").removeHandler, handler)
+
+        def look():
+            mine = [t.name for t in threading.enumerate() if t.name.startswith("taskpool")]
+            return len(os.listdir("/proc/self/fd")), mine, len(children(os.getpid()))
+
+        def turn(number):
+            cluster = self.cluster({"fail": fail, "pid": pid_of_worker}, queue, start_method="fork", keep_alive="always")
+            pids.append(cluster.submit("pid", in_memory=bool(number % 2)).result(PATIENCE))
+            future = cluster.submit("fail", task_id=f"turn {number}", keep_result=60)
+            self.assertIsInstance(future.exception(PATIENCE), ValueError)
+            with contextlib.suppress(ZeroDivisionError):
+                if number % 4 == 0:
+                    cluster.shutdown()
+                elif number % 4 == 1:
+                    cluster.shutdown(wait=False)
+                elif number % 4 == 2:
+                    with cluster:
+                        cluster.submit("pid")
+                else:
+                    with cluster:
+                        raise ZeroDivisionError
+            self.assertTrue(cluster._closed.wait(PATIENCE))
+
+        pids = []
+        turn(0)
+        before = eventually(lambda: look() if not look()[1] else None)
+        for number in range(1, 20):
+            turn(number)
+        eventually(lambda: look() == before, f"{look()} like {before}")
+        self.assertFalse(any(map(is_alive, pids)))
+        lines = [record.getMessage() for record in records]
+        self.assertEqual([sum(f"turn {n}:\tfailed" in line for line in lines) for n in range(20)], [1] * 20)
+
+    def test_ignored_deaths_many_files_and_few_descriptors(self):
+        """SG-08, SG-11, ENGINE 77: SIGCHLD ignored; descriptors over 1024; a low limit."""
+        out = self.run_script(
+            """
+            import os, resource, signal, sys, time
+            from taskpool import Cluster, TaskQueue
+            def pid(job): return os.getpid()
+            def die(job): os._exit(4)
+            def descriptors(): return len(os.listdir("/proc/self/fd"))
+            def limit(most): resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            def until(condition):
+                deadline = time.monotonic() + 60
+                while not condition() and time.monotonic() < deadline: time.sleep(0.005)
+            def idle(): return [w["pid"] for w in cluster.workers() if w["state"] == "idle"]
+            if __name__ == "__main__":
+                hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+                options = {"in_memory_only": True, "oversubscribe": True, "logs": "error"}
+                limit(min(hard, 4096) if hard >= 0 else 4096)
+                files = [open(os.devnull) for _ in range(1500)] if hard < 0 or hard > 1600 else []
+                with Cluster({"pid": pid}, TaskQueue("x.db"), max_available_workers=2, **options) as cluster:
+                    print(len(set(cluster.map("pid", range(20)))) > 0)
+                for file in files: file.close()
+                with Cluster({"pid": pid}, TaskQueue("x.db"), max_available_workers=1, max_tasks_per_worker=1,
+                             start_method="fork", **options) as cluster:
+                    list(cluster.map("pid", range(5)))
+                    before = descriptors()
+                    limit(before + 20)
+                    print(len(set(cluster.map("pid", range(80)))))
+                    until(lambda: descriptors() <= before)
+                    print(descriptors() <= before)
+                limit(1024)
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+                with Cluster({"pid": pid, "die": die}, TaskQueue("x.db"), max_available_workers=3, keep_alive="always",
+                             start_method="fork", **options) as cluster:
+                    until(lambda: len(idle()) == 3)
+                    before, first = descriptors(), idle()
+                    futures = [cluster.submit("die") for _ in range(3)]
+                    print(["exit code unknown" in str(f.exception()) for f in futures])
+                    until(lambda: len(idle()) == 3)
+                    second = idle()
+                    for victim in second: os.kill(victim, signal.SIGKILL)
+                    until(lambda: len(idle()) == 3 and not set(idle()) & set(second))
+                    print(len({*first, *second, *idle()}), descriptors() <= before)
+            """
+        )
+        self.assertEqual(out, "True\n80\nTrue\n[True, True, True]\n9 True\n", self.stderr)
+
+    def test_workers_that_die_as_they_start_cost_little(self):
+        """TT-04: each start after a longer pause, in which the master sleeps."""
+        turns, starts = [], []
+        with self.assertLogs("taskpool", "ERROR") as logs:
+            cluster = self.cluster({"deadly": Deadly()}, max_available_workers=1, auto_initialize=False, in_memory_only=True)
+            turn, start = cluster._turn, cluster._start_worker
+            cluster._turn = lambda: (turns.append(1), turn())
+            cluster._start_worker = lambda: (starts.append(time.monotonic()), start())[1]
+            cluster.initialize()
+            cluster.queue.add_task("deadly", in_memory=True)
+            eventually(lambda: len(starts) >= 6)
+        for number, (one, two) in enumerate(zip(starts, starts[1:])):
+            self.assertGreaterEqual(two - one, taskpool.BOOT_SECONDS * 2**number)
+        self.assertLess(len(turns), 600)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("code 4 (while starting)".split(" (")[0], logs.output[0])
+
+
+class Deadly:
+    """A task function that ends the process that unpickles it."""
+
+    def __call__(self, job):
+        pass
+
+    def __reduce__(self):
+        return os._exit, (4,)
 
 
 class TestStoresUnderPressure(InFolder):
@@ -4231,6 +5034,7 @@ class TestTheFile(unittest.TestCase):
         self.assertIn("MIT", lines[0] + lines[1])
 
     def test_the_examples_in_docstrings_are_true(self):
+        """RT-01: back_off."""
         result = doctest.testmod(taskpool)
         self.assertEqual(result.failed, 0)
         self.assertGreater(result.attempted, 2)
