@@ -5824,7 +5824,6 @@ class TestCron(unittest.TestCase):
     """When the next run is: rules, bugs of other engines, and what a Cron is."""
 
     def assert_runs(self, text, tz, after, expected):
-        zone_or_skip(tz)
         runs = first_runs(Cron(text, tz), datetime.fromisoformat(after), len(expected))
         wanted = [datetime.fromisoformat(run).isoformat() for run in expected]
         self.assertEqual([run.isoformat() for run in runs], wanted)
@@ -5836,11 +5835,13 @@ class TestCron(unittest.TestCase):
 
     def test_each_rule_holds(self):
         """CN-01, CN-03, TZ-03, TZ-05."""
+        zone_or_skip("Europe/Berlin")
         for what, text, tz, after, expected in cells(CRON_RULES):
             with self.subTest(what, text=text):
                 self.assert_runs(text, tz, after, expected.split())
 
     def test_no_bug_reported_elsewhere_is_here(self):
+        zone_or_skip("Europe/Berlin")
         for report, text, tz, *after, expected in cells(CRON_REPORTS):
             with self.subTest(report, text=text):
                 if after:
@@ -5850,6 +5851,7 @@ class TestCron(unittest.TestCase):
                         Cron(text, tz)
 
     def test_every_vector_gives_its_five_runs(self):
+        zone_or_skip("Europe/Berlin")
         for case in self.cases("vectors.json"):
             with self.subTest(text=case["expr"], tz=case["tz"], after=case["after"]):
                 self.assert_runs(case["expr"], case["tz"], case["after"], case["next"])
@@ -5914,12 +5916,12 @@ class TestCron(unittest.TestCase):
                 Cron("* * * * *").next(wrong)
 
     def test_there_is_no_run_past_the_year_9999(self):
+        zone_or_skip("Asia/Tokyo")
         last = datetime(9999, 12, 31, 23, 59, tzinfo=UTC)
         self.assertEqual(Cron("* * * * *").next(last - MINUTE), last)
         for text in ("* * * * *", "0 0 29 2 *", "0 0 1 1 *"):
             for tz in ("UTC", "Asia/Tokyo", "America/New_York"):
                 with self.subTest(text=text, tz=tz), self.assertRaisesRegex(ValueError, "9999"):
-                    zone_or_skip(tz)
                     cron = Cron(text, tz)
                     cron.next(cron.next(last))
 
@@ -5971,9 +5973,9 @@ class TestCron(unittest.TestCase):
                 self.assertEqual(first_runs(twin, after, 3), first_runs(cron, after, 3))
 
     def test_explain_says_it_in_words(self):
+        zone_or_skip("Europe/Paris")
         for text, tz, words in cells(CRON_WORDS):
             with self.subTest(text=text):
-                zone_or_skip(tz)
                 self.assertEqual(Cron(text, tz).explain(), words)
         for _, text, *_, expected in cells(CRON_RULES) + cells(CRON_REPORTS):
             if not expected.startswith("error"):
