@@ -1134,6 +1134,11 @@ def next_slot(repeat: str, due_at: int, now: int) -> int | None:
         return None
 
 
+def _succeeding(row: Row, successor: str) -> Row:
+    """The Row that follows *row* under its id. It was created when it was added."""
+    return Row(**json.loads(successor))._replace(claim=row.claim)
+
+
 def claimed(row: Row, owner: str, now: int) -> Row:
     """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
     # Five times as fast as _replace, and done for every task.
@@ -1185,8 +1190,7 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
         row = row._replace(state="ready", attempt=attempt, owner="", progress=None)
         return row._replace(ready_at=outcome.ready_at)
     if row.successor is not None:
-        # Its created_at stays: that is when it was added.
-        return Row(**json.loads(row.successor))
+        return _succeeding(row, row.successor)
     if outcome.state == "done" and row.keep_result is None and row.repeat is None:
         return None
     row = row._replace(
@@ -1219,7 +1223,7 @@ def after_interruption(row: Row, now: int) -> Row | None:
     interrupted = row.interrupted + 1
     if interrupted > INTERRUPTIONS:
         if row.successor is not None:
-            return Row(**json.loads(row.successor))
+            return _succeeding(row, row.successor)
         times = f"{INTERRUPTIONS} times in a row"
         error = f"Interrupted: its master died {times} while it ran this task alone"
         row = row._replace(state="failed", owner="", interrupted=0)
@@ -1239,8 +1243,11 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
 
     The first is None if nothing is to be stored. Raises DuplicateTask.
     """
-    if old is None or old.state in ("failed", "done"):
+    if old is None:
         return new, new
+    replacing = new._replace(claim=old.claim)  # The fencing token is never reset.
+    if old.state in ("failed", "done"):
+        return replacing, new
     if if_exists == "keep" and not old.removed:
         return None, old
     if if_exists == "raise":
@@ -1250,7 +1257,7 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
         )
     if old.state == "running":
         return old._replace(successor=_packed_row(new), removed=0), new
-    return new, new
+    return replacing, new
 
 
 def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now: int) -> Row:

@@ -1014,6 +1014,22 @@ class StoreContract:
             self.settle(self.claim()[0], "failed", error="E")
         self.assertEqual(self.store.count(Query(), NOW), 1)
 
+    def test_the_number_of_a_claim_grows_over_all_tasks_of_an_id(self):
+        """P2: the outcome of an old claim never fits a later task of the same id and owner."""
+        self.add(row())
+        numbers = []
+        for ending in ("failed", "ready", "done"):
+            (claimed,) = self.claim()
+            numbers.append(claimed.claim)
+            if ending == "done":
+                self.add(row(), if_exists="replace")
+            self.settle(claimed, ending, ready_at=NOW)
+            if ending != "done":
+                self.add(row(), if_exists="replace")
+        (last,) = self.claim()
+        self.assertEqual([*numbers, last.claim], [1, 2, 3, 4])
+        self.assertFalse(self.settle(claimed, "done"))
+
     def test_replacing_a_running_task_makes_a_successor_in_place_of_its_retry(self):
         for end in ({"state": "done"}, {"state": "failed", "error": "E"}, {"state": "ready", "ready_at": NOW}):
             self.add(row())
@@ -2040,7 +2056,7 @@ class MongoContract(StoreContract):
         self.assertEqual(self.look().priority, 3)
         faults.before("update_one", lambda: self.collection.update_one({"_id": "t"}, {"$inc": {"claim": 1}}))
         self.assertEqual(store.update("t", {"retries": 4}, NOW).retries, 4)
-        self.assertEqual((self.look().retries, self.look().claim), (4, 1))
+        self.assertEqual((self.look().retries, self.look().claim), (4, 2))
 
     def test_what_changes_between_look_and_claim_counts(self):
         store, faults = self.faulty()
