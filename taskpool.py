@@ -2756,6 +2756,9 @@ class _Reports:
 
     def end(self) -> None:
         """The run has ended: send what is left."""
+        if self._unsent is None and self._timer is None:
+            self._number = -1
+            return
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
