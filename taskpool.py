@@ -6155,7 +6155,8 @@ def _print_task(options: Any) -> int:
 
 def _change(options: Any) -> int:
     """retry and remove: tells of each id what became of it; 1 if one was not there."""
-    _ViewOfFile(options.db).count(Query(), 0)  # Raises if it is not a file of ours.
+    with contextlib.closing(_ViewOfFile(options.db)) as view:
+        view.count(Query(limit=0), 0)  # Raises if it is no file of ours.
     code = OK
     with TaskQueue(options.db) as queue:
         for task_id in dict.fromkeys(options.id):

@@ -5059,6 +5059,30 @@ class TestReadme(InFolder):
                 self.assertEqual(out, output)
                 self.assertNotIn("Warning", err)  # Such as ResourceWarning, with -X dev.
 
+    def test_every_command_prints_what_the_manual_says(self):
+        """A console block is run in the folder of the program before it."""
+        blocks = re.findall(r"```python\n((?:(?!```).)*?)```\s*```console\n(.*?)```", self.TEXT, re.S)
+        self.assertGreater(len(blocks), 0)
+        environment = {**os.environ, "PYTHONPATH": str(HERE), "COLUMNS": "200"}
+        for program, console in blocks:
+            subprocess.run([sys.executable, str(self.script(program))], cwd=self.folder, env=environment, check=True)
+            for part in console.split("$ python ")[1:]:
+                line, _, expected = part.partition("\n")
+                command = shlex.split(line)
+                self.assertEqual(command[0], "taskpool.py")
+                done = subprocess.run(
+                    [sys.executable, "-X", "dev", str(HERE / "taskpool.py"), *command[1:]], cwd=self.folder,
+                    env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE,
+                )
+                self.assertEqual(self.timeless(done.stdout), self.timeless(expected), line)
+
+    @staticmethod
+    def timeless(text):
+        """Without what differs from run to run: instants, durations, and how wide they are."""
+        text = re.sub(r"\d{4}-\d\d-\d\d[ T][\d:.]+\+\d\d:00", "INSTANT", text)
+        text = re.sub(r"\b[\d.]+ (s|min|h|d)\b", r"SPAN", text)
+        return re.sub(r" +", " ", text)
+
     def test_the_pytest_block_passes(self):
         (program,) = [program for program, _ in self.BLOCKS if "import pytest" in program]
         if importlib.util.find_spec("pytest") is None:
