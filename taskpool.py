@@ -6628,36 +6628,458 @@ def _bench() -> int:
 
 
 # --- Command line --------------------------------------------------------------------
-
+# What an operator asks of a file that others may be working on. Looking changes nothing.
 
 _EPILOG = """\
-  python taskpool.py --demo       works through the standard library, in ten seconds
+examples:
+  python taskpool.py --demo                         the promises, on real files, in ten seconds
+  python taskpool.py run app:TASKS tasks.db         serve the TASKS of app.py until Ctrl-C
+  python taskpool.py status tasks.db --watch        what waits, runs and fails; bars of what runs
+  python taskpool.py list tasks.db --state failed   the failed ones, oldest first
+  python taskpool.py show tasks.db ID               all of one task, with its error
+  python taskpool.py retry tasks.db ID ID           put failed ones back to waiting
+  python taskpool.py cron "0 9 * * MON-FRI" --tz Europe/Berlin
   python -c "help(__import__('taskpool').TaskQueue.add_task)"     one call, explained
 """
 
+# One line per type, for _status. What was given back has ready_at 0: it waits since its
+# due date.
+_STATUS = """
+SELECT task_type, sum(state IN ('ready', 'scheduled')), sum(due), sum(state = 'running'),
+    sum(state = 'failed'), sum(state = 'done'), min(CASE WHEN due THEN since END),
+    min(CASE WHEN state = 'scheduled' AND NOT due THEN since END)
+FROM (SELECT task_type, state, CAST(max(created_at, due_at, ready_at) AS INTEGER) AS since,
+    state = 'ready' OR (state = 'scheduled' AND ready_at <= ?) AS due FROM taskpool_task)
+GROUP BY task_type ORDER BY task_type
+"""
+_COUNTS = ("waiting", "due", "running", "failed", "done")
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 1 for failure, 2 for usage."""
+
+def _told_owner(owner: str) -> dict[str, Any]:
+    """Which process an owner is, and whether it lives: alive, dead or unknown."""
+    place, pid, start = (str(owner).split("|") + ["", "", ""])[:3]
+    state = "dead" if owner_is_dead(owner) else "unknown"
+    if state == "unknown" and start and place == _here():
+        state = "alive"
+    return {"pid": int(pid) if pid.isdigit() else None, "state": state}
+
+
+def _told(thing: Any, how: str | Callable[[Any], Any]) -> Any:
+    """An attribute of a Task, or what a function makes of *thing*, as JSON has it."""
+    try:
+        value = getattr(thing, how) if isinstance(how, str) else how(thing)
+    except Exception as error:  # A row that was edited by hand: show the rest.
+        value = f"cannot be read: {error}"
+    if isinstance(value, Progress):
+        return value._asdict()
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value) if isinstance(value, (timedelta, Cron, bytes)) else value
+
+
+class _ViewOfFile(SQLiteStore):
+    """An existing file as it is: to look at it neither makes, upgrades nor changes it."""
+
+    def _open(self) -> sqlite3.Connection:
+        import pathlib
+
+        if not os.path.exists(self.path):
+            raise StoreError(f"{self.path}: no such file; give the one that your TaskQueue has")
+        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
+        db = sqlite3.connect(
+            uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            if self._version(db) is None:
+                raise StoreError(f"{self.path}: holds no tasks; give the file of your TaskQueue")
+            there = {name for _, name, *_ in db.execute("PRAGMA table_info(taskpool_task)")}
+            missing = [f"NULL AS {name}" for name in _COLUMNS if name not in there]
+            if missing:  # Of an older version: what it lacks is put beside it, in memory.
+                db.execute("PRAGMA temp_store = MEMORY")
+                view = f"SELECT *, {', '.join(missing)} FROM main.taskpool_task"
+                db.execute(f"CREATE TEMP VIEW taskpool_task AS {view}")
+            db.execute("PRAGMA query_only = 1")
+        except BaseException:
+            db.close()
+            raise
+        self._connections.append(db)
+        return db
+
+    def status(self, now: int) -> dict[str, Any]:
+        """What `status --json` prints."""
+        types = self._read(lambda db: db.execute(_STATUS, (now,)).fetchall())
+        owners = self._read(lambda db: db.execute(_OWNERS).fetchall())
+        running = self.find(Query(states=["running"]), now)
+        return {
+            "file": self.path,
+            "tasks": sum(sum(counts) - counts[1] for _, *counts in (t[:6] for t in types)),
+            "types": [
+                {
+                    "task_type": task_type,
+                    **dict(zip(_COUNTS, counts)),
+                    "oldest_wait": None if since is None else max(0.0, (now - since) / 1e6),
+                    "next_due": None if due_at is None else _told(due_at, _datetime),
+                }
+                for task_type, *counts, since, due_at in types
+            ],
+            "running": [
+                {
+                    **{name: _told(Task(row), name) for name in ("id", "task_type", "attempt")},
+                    "where": _told_owner(row.owner),
+                    "since": _told(row.ready_at, _datetime),
+                    "progress": _told(Task(row), "progress"),
+                }
+                for row in running
+            ],
+            "masters": [_told_owner(owner) for owner, _ in owners],
+        }
+
+
+_SHOWN = (
+    "id task_type state data priority due_date created_at attempt retries retry_delay timeout "
+    "repeat progress result error"
+).split()
+
+
+def _told_task(task: Task) -> dict[str, Any]:
+    """What `show --json` prints."""
+    return {name: _told(task, name) for name in _SHOWN}
+
+
+def _plain(text: str) -> str:
+    """Without what would move the cursor or change colours."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _span(seconds: float) -> str:
+    """A duration for people, in one unit.
+
+    >>> [_span(seconds) for seconds in (0.25, 90, 150, 7200, 200000)]
+    ['0.2 s', '90 s', '2 min', '2 h', '2 d']
+    """
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def _distance(instant: str, now: int) -> str:
+    """An instant as told, from now: "in 5 min", "2 h ago"."""
+    try:
+        seconds = (_instant(datetime.fromisoformat(instant), 0) - now) / 1e6
+    except ValueError:
+        return instant
+    return f"in {_span(seconds)}" if seconds > 0 else f"{_span(-seconds)} ago"
+
+
+def _bar(progress: Any) -> str:
+    """A report of job.progress as text, with a bar if its total is known."""
+    try:
+        done, total, note = progress["done"], progress["total"], progress["note"]
+        text = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+        if total:
+            part = min(done / total, 1.0)
+            text = f"[{'#' * int(20 * part):<20}] {int(100 * part):3}%  {text}"
+        return f"{text}  {note}" if note else text
+    except (TypeError, ValueError, KeyError):  # None, or edited by hand.
+        return ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Lines in columns; numbers to the right."""
+    cells = [list(head)] + [[_plain(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    right = [all(text.replace(",", "").isdigit() for text in c[1:]) for c in zip(*cells)]
+    return [
+        "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(row, widths, right)
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _status_lines(name: str, status: Mapping[str, Any], now: int) -> list[str]:
+    """The status for people."""
+    masters = ", ".join(f"pid {m['pid']} ({m['state']})" for m in status["masters"])
+    lines = [
+        f"{_plain(name)}: {status['tasks']:,} tasks",
+        f"masters: {masters or 'none; nothing runs until a Cluster works on this file'}",
+    ]
+    if any(master["state"] == "unknown" for master in status["masters"]):
+        lines.append("  (unknown: of another machine or container, or a system without /proc)")
+    if status["types"]:
+        rows = []
+        for t in status["types"]:
+            wait = "-" if t["oldest_wait"] is None else _span(t["oldest_wait"])
+            due = "-" if t["next_due"] is None else _distance(t["next_due"], now)
+            rows.append([t["task_type"], *(f"{t[name]:,}" for name in _COUNTS), wait, due])
+        lines += ["", *_table(["type", *_COUNTS, "oldest wait", "next due"], rows)]
+    if status["running"]:
+        rows = [
+            [r["task_type"], r["id"], r["attempt"], f"pid {r['where']['pid']}"]
+            + [_distance(r["since"], now), _bar(r["progress"])]
+            for r in status["running"][:20]
+        ]
+        lines += ["", *_table("running id attempt master started progress".split(), rows)]
+        if len(status["running"]) > 20:
+            lines.append(f"... and {len(status['running']) - 20:,} more")
+    return lines
+
+
+def _print_status(options: Any) -> int:
+    import shutil
+
+    def text(view: _ViewOfFile) -> str:
+        now = time.time_ns() // 1000
+        status = view.status(now)
+        if options.json:
+            return json.dumps(status, default=str, indent=None if options.watch else 2)
+        return "\n".join(_status_lines(options.db, status, now))
+
+    with contextlib.closing(_ViewOfFile(options.db)) as view:
+        live = options.watch and not options.json and sys.stdout.isatty()
+        while True:
+            shown = text(view)
+            if live:  # Home, then each line up to its end, then clear what is below.
+                width, height = shutil.get_terminal_size()
+                lines = [line[: width - 1] for line in shown.split("\n")[: height - 1]]
+                shown = "\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J"
+            print(shown, end="" if live else "\n", flush=True)
+            if not options.watch:
+                return OK
+            time.sleep(1.0)
+            if not live and not options.json:
+                print()
+
+
+def _print_list(options: Any) -> int:
+    now = time.time_ns() // 1000
+    query = Query(types=options.type, states=options.state)
+    with contextlib.closing(_ViewOfFile(options.db)) as view:
+        tasks = [
+            _told_task(Task(row)) for row in view.find(query._replace(limit=options.limit), now)
+        ]
+        total = view.count(query, now)
+    if options.json:
+        print(json.dumps(tasks, default=str, indent=2))
+        return OK
+    rows = []
+    for task in tasks:
+        what = (str(task["error"] or "") or _bar(task["progress"])).partition("\n")[0]
+        what = what or json.dumps(task["data"], default=str, ensure_ascii=False)
+        due = _distance(str(task["due_date"]), now)
+        rows.append(
+            [task["task_type"], task["id"], task["state"], task["attempt"], due, what[:60]]
+        )
+    print("\n".join(_table("type id state attempt due what".split(), rows)))
+    if total > len(tasks):
+        print(f"... {len(tasks):,} of {total:,}; --limit shows more")
+    return OK
+
+
+def _print_task(options: Any) -> int:
+    now = time.time_ns() // 1000
+    with contextlib.closing(_ViewOfFile(options.db)) as view:
+        found = view.find(Query(ids=[options.id]), now)
+    if not found:
+        raise TaskPoolError(f"{options.db}: no task {_shown(options.id)}; see the command list")
+    task = _told_task(Task(found[0]))
+    if options.json:
+        print(json.dumps(task, default=str, indent=2))
+        return OK
+    task["progress"] = _bar(task["progress"]) or None
+    for name, value in task.items():
+        text = (
+            value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+        )
+        first, *rest = text.split("\n")
+        ago = f" ({_distance(first, now)})" if name in ("due_date", "created_at") else ""
+        print(f"{name:<12} {_plain(first)}{ago}")
+        print("".join(f"    {_plain(line)}\n" for line in rest), end="")
+    return OK
+
+
+def _change(options: Any) -> int:
+    """retry and remove: tells of each id what became of it; 1 if one was not there."""
+    with contextlib.closing(_ViewOfFile(options.db)) as view:
+        view.count(Query(limit=0), 0)  # Raises if it is no file of ours.
+    code = OK
+    with TaskQueue(options.db) as queue:
+        for task_id in dict.fromkeys(options.id):
+            task = queue.find_one(task_id=task_id)
+            if options.command == "retry":
+                done, word = queue.retry(task_id=task_id), "waiting"
+            else:
+                done, word = queue.remove(task_id=task_id), "removed"
+                if task is not None and task.on_going:
+                    word = "runs; it is removed at the end of this run"
+            if done:
+                print(f"{_plain(task_id)}: {word}")
+            else:
+                why = f"it is {task.state}, not failed" if task else "no such task"
+                print(f"taskpool.py: {_shown(task_id)}: {why}", file=sys.stderr)
+                code = FAILURE
+    return code
+
+
+def _load_task_map(name: str) -> Mapping[str, TaskFunction]:
+    """The mapping that MODULE:NAME means. Raises TaskPoolError, in one line."""
+    import importlib
+
+    module_name, _, attributes = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(1, os.getcwd())  # Behind the folder of this file.
+    try:
+        # In a worker that is to run your file again.
+        with _rerun() if _worker else contextlib.nullcontext():
+            thing: Any = importlib.import_module(module_name)
+        for attribute in attributes.split("."):
+            thing = getattr(thing, attribute)
+        return _checked_task_map(thing)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f" ({last.filename}, line {last.lineno})" if os.path.exists(last.filename) else ""
+        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise TaskPoolError(f"{name} cannot be used as a task map: {text}{where}") from error
+
+
+class _NamedTaskMap:
+    """A task map on its way to a worker, which imports it: so lambdas work, too."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> Any:
+        return _load_task_map, (self.name,)
+
+
+def _serve(options: Any) -> int:
+    """The command run: a Cluster on its own."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    name, workers = options.task_map, options.workers
+    task_map = _load_task_map(name)
+    with TaskQueue(options.db) as queue:
+        cluster = Cluster(task_map, queue, max_available_workers=workers, auto_initialize=False)
+        cluster._boot = cluster._boot._replace(pickled_map=_dumps(_NamedTaskMap(name)))
+        types = ", ".join(map(repr, task_map))
+        _log.info("serving %s of %s until Ctrl-C or SIGTERM", types, options.db)
+        cluster.run()
+    return OK
+
+
+def _print_cron(options: Any) -> int:
+    cron = Cron(options.expression, options.tz)
+    print(cron.explain())
+    for instant in itertools.islice(cron, options.n):
+        print(instant.isoformat(sep=" ", timespec="seconds"))
+    return OK
+
+
+def _parser() -> Any:
     import argparse
 
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:  # In one line.
+            usage = " ".join(self.format_usage().split())
+            self.exit(USAGE, f"{self.prog}: {message}; {usage}\n")
+
+    def number(text: str) -> int:
+        if not text.isdigit() or not int(text):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number over 0")
+        return int(text)
+
+    def module_name(text: str) -> str:
+        name, _, attribute = text.partition(":")
+        names = not name.endswith(".py") and all(map(str.isidentifier, name.split(".")))
+        if not attribute or not names:
+            raise argparse.ArgumentTypeError(f"{text!r} is no MODULE:TASK_MAP, such as app:TASKS")
+        return text
+
+    parser = Parser(
         prog="taskpool.py",
         description="Background jobs in one file: run Python functions later, elsewhere.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--demo", action="store_true", help="show it at work, on real files")
-    parser.add_argument("command", nargs="?", choices=["bench"])
     parser.add_argument("--version", action="version", version=f"taskpool {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, act: Callable[[Any], int], text: str, db: bool = True) -> Any:
+        added = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        added.set_defaults(act=act)
+        if db:
+            added.add_argument("db", metavar="DB", help="the file of your TaskQueue")
+        return added
+
+    status = command("status", _print_status, "what waits, runs and fails, by type")
+    status.add_argument("--watch", action="store_true", help="each second, until Ctrl-C")
+    listed = command("list", _print_list, "the tasks, oldest first")
+    listed.add_argument("--state", action="append", choices=STATES, help="only such")
+    listed.add_argument("--type", action="append", help="only such")
+    listed.add_argument("--limit", type=number, default=100, help="at most so many (%(default)s)")
+    show = command("show", _print_task, "all of one task")
+    show.add_argument("id", metavar="ID")
+    for looking in (status, listed, show):
+        looking.add_argument("--json", action="store_true", help="for programs")
+    retry = command("retry", _change, "put failed tasks back to waiting")
+    remove = command("remove", _change, "remove tasks; a running one ends its run")
+    for changing in (retry, remove):
+        changing.add_argument("id", metavar="ID", nargs="+")
+    run = command("run", _serve, "serve a task map until a signal", db=False)
+    run.add_argument(
+        *("task_map",), metavar="MODULE:TASK_MAP", type=module_name,
+        help="a module here or on Python's path, and the name of a dict in it",
+    )  # fmt: skip
+    run.add_argument("db", metavar="DB", help="the file; it is made if it is not there")
+    run.add_argument("--workers", type=number, help="at most so many processes (all CPUs)")
+    cron = command("cron", _print_cron, "explain a schedule, and tell its next runs", db=False)
+    cron.add_argument("expression", metavar="EXPR", help='such as "0 9 * * MON-FRI"')
+    cron.add_argument("--tz", default="UTC", help="its time zone (%(default)s)")
+    cron.add_argument("-n", type=number, default=5, help="how many runs (%(default)s)")
+    command("bench", lambda options: _bench(), "what this machine does", db=False)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 1 for failure, 2 for usage."""
+    parser = _parser()
     options = parser.parse_args(arguments)
     if options.demo:
         return _demo()
-    if options.command == "bench":
-        return _bench()
-    parser.print_usage(sys.stderr)
-    return USAGE
+    if options.command is None:
+        parser.error("say what to do")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # A terminal that lacks a letter is no error.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = cast(int, options.act(options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # Whoever read our output has enough of it: `| head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return OK if options.command == "status" else FAILURE
+    except (TaskPoolError, OSError, ValueError) as error:
+        usage = isinstance(error, ValueError) and options.command == "cron"
+        print(f"taskpool.py: {_plain(str(error))}", file=sys.stderr)
+        return USAGE if usage else FAILURE
+
+
+def _under_own_name() -> Any:
+    """This module as others import it. Where it is __main__ that is another copy, but in
+    workers, which import it by its name, tasks and your modules must have the same one."""
+    import importlib
+
+    here = sys.modules[__name__]
+    stem = os.path.splitext(os.path.basename(__file__))[0]
+    return importlib.import_module(here.__spec__.name if here.__spec__ else stem)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["run"]:
+        sys.exit(_under_own_name().main())
     sys.modules.setdefault("taskpool", sys.modules["__main__"])  # Never imported twice.
     sys.exit(main())

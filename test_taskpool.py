@@ -16,6 +16,7 @@ import doctest
 import functools
 import gc
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -26,6 +27,7 @@ import pickle
 import queue as queues
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -6627,6 +6629,300 @@ class TestCommandLine(InFolder):
             self.assertIn("usage", done.stderr)
 
 
+def tell_of_worker(job):
+    return taskpool.Cluster.is_master(), taskpool._worker is not None
+
+
+class TestOperators(InFolder):
+    """status, list, show, retry, remove, run and cron: for who has not read the manual."""
+
+    def main(self, *arguments):
+        """Exit code, standard output and standard error of a command, run here."""
+        out, err = io.StringIO(), io.StringIO()
+        before = os.getcwd()
+        os.chdir(self.folder)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = taskpool.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os.chdir(before)
+        return code, out.getvalue(), err.getvalue()
+
+    def out(self, *arguments):
+        code, out, err = self.main(*arguments)
+        self.assertEqual((code, err), (0, ""))
+        return out
+
+    def error(self, *arguments, code=1):
+        got, out, err = self.main(*arguments)
+        self.assertEqual((got, out, err.count("\n")), (code, "", 1), err)
+        return err
+
+    def some(self):
+        """A queue with a task in each state but running."""
+        queue = self.queue()
+        with self.cluster({"echo": echo, "fail": fail}, queue):
+            queue.add_task("echo", [1], task_id="good", keep_result=3600)
+            queue.add_task("fail", task_id="bad")
+        queue.add_task("echo", "later", task_id="later", due_date=timedelta(days=3))
+        queue.add_task("other", task_id="other")
+        return queue
+
+    def test_status_tells_what_waits_runs_and_fails_and_who_works(self):
+        queue, flag = self.some(), str(self.folder / "flag")
+        with self.cluster({"hold": hold, "steps": progress_and_hold}, queue) as cluster:
+            queue.add_task("hold", flag, task_id="held")
+            queue.add_task("steps", flag, task_id="steps")
+            eventually(lambda: os.path.exists(flag + ".started"))
+            eventually(lambda: queue.find_one(task_id="steps").progress == (999, 1000, "half way"))
+            status, text = json.loads(self.out("status", "tasks.db", "--json")), self.out("status", "tasks.db")
+            Path(flag + ".end").touch()
+            self.assertTrue(cluster.drain(PATIENCE))
+        names = ("waiting", "due", "running", "failed", "done")
+        counts = {t["task_type"]: tuple(t[name] for name in names) for t in status["types"]}
+        self.assertEqual(counts, {
+            "echo": (1, 0, 0, 0, 1), "fail": (0, 0, 0, 1, 0), "hold": (0, 0, 1, 0, 0),
+            "other": (1, 1, 0, 0, 0), "steps": (0, 0, 1, 0, 0),
+        })
+        by_type = {t["task_type"]: t for t in status["types"]}
+        wait = by_type["other"]["oldest_wait"]
+        self.assertTrue(0 <= wait < PATIENCE, wait)
+        self.assertEqual(by_type["echo"]["next_due"], queue.find_one(task_id="later").due_date.isoformat())
+        self.assertEqual((by_type["echo"]["oldest_wait"], by_type["other"]["next_due"], status["tasks"]), (None, None, 6))
+        alive = {"pid": os.getpid(), "state": "alive" if LINUX else "unknown"}
+        self.assertEqual(status["masters"], [alive])
+        running = {r["id"]: r for r in status["running"]}
+        self.assertEqual(running["held"]["where"], alive)
+        self.assertEqual(running["steps"]["progress"], {"done": 999, "total": 1000, "note": "half way"})
+        since = datetime.fromisoformat(running["held"]["since"])
+        self.assertTrue(timedelta() <= datetime.now(timezone.utc) - since < timedelta(seconds=PATIENCE))
+        self.assertRegex(text, r"^tasks.db: 6 tasks\nmasters: pid \d+ \(")
+        self.assertRegex(text, r"\nother +1 +1 +0 +0 +0  \d[\d.]* s +-\n")
+        self.assertRegex(text, r"\necho +1 +0 +0 +0 +1  - +in 3 d\n")
+        self.assertRegex(text, r"\nsteps +steps +1  pid \d+  .* ago  \[#{19} \]  99%  999 of 1,000  half way\n")
+        self.assertIn("masters: none", self.out("status", "tasks.db"))
+
+    @unittest.skipUnless(LINUX, "only /proc tells that a process is dead")
+    def test_status_tells_that_a_master_is_dead(self):
+        with contextlib.closing(SQLiteStore(self.folder / "tasks.db")) as store:
+            dead = subprocess.Popen([sys.executable, "-c", ""])
+            dead.wait()
+            store.renew(f"{taskpool._here()}|{dead.pid}|1|x|0", NOW)
+            store.renew("elsewhere|7|1|x|0", NOW)
+            store.renew("odd", NOW)
+        masters = json.loads(self.out("status", "tasks.db", "--json"))["masters"]
+        states = {master["pid"]: master["state"] for master in masters}
+        self.assertEqual(states, {dead.pid: "dead", 7: "unknown", None: "unknown"})
+        self.assertIn("(unknown: of another machine", self.out("status", "tasks.db"))
+
+    def test_looking_makes_upgrades_and_changes_nothing(self):
+        old = self.folder / "old.db"
+        with contextlib.closing(sqlite3.connect(old)) as db:
+            db.executescript(SCHEMA_0)
+        newer, foreign = self.folder / "newer.db", self.folder / "foreign.db"
+        for path, script in (
+            (newer, SCHEMA_0 + ";PRAGMA user_version = 77"), (foreign, "CREATE TABLE mine (id)"),
+        ):
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                db.executescript(script)
+        (self.folder / "text.db").write_text("no database, but long enough to be looked at" * 20)
+        before = {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        self.assertRegex(self.out("list", "old.db"), r"\nx     old   waiting        0  \d+ d ago")
+        self.assertEqual(json.loads(self.out("show", "old.db", "busy", "--json"))["progress"], None)
+        self.assertRegex(self.out("status", "old.db"), r"\nx +1 +1 +1 +0 +0 ")
+        for command in (("status",), ("list",), ("show", "x"), ("retry", "x"), ("remove", "x")):
+            for name, text in (
+                ("none.db", "no such file"), ("newer.db", "made by a newer taskpool"),
+                ("foreign.db", "holds no tasks"), ("text.db", "not a database"), (".", "unable to open"),
+            ):
+                with self.subTest(command=command, file=name):
+                    self.assertIn(text, self.error(command[0], name, *command[1:]))
+        self.assertEqual({path.name: path.read_bytes() for path in self.folder.iterdir()}, before)
+
+    def test_list_and_show_tell_of_tasks(self):
+        self.some()
+        listed = json.loads(self.out("list", "tasks.db", "--json"))
+        self.assertEqual([(t["id"], t["state"]) for t in listed],
+                         [("good", "done"), ("bad", "failed"), ("later", "waiting"), ("other", "waiting")])
+        self.assertEqual([t["id"] for t in json.loads(self.out(
+            "list", "tasks.db", "--json", "--state", "waiting", "--state", "done", "--type", "echo"))], ["good", "later"])
+        lines = self.out("list", "tasks.db", "--limit", 2).splitlines()
+        self.assertEqual(lines[0].split(), "type id state attempt due what".split())
+        self.assertRegex(lines[2], r"^fail  bad   failed        1  .* ago  ValueError: attempt 1$")
+        self.assertEqual(lines[3:], ["... 2 of 4; --limit shows more"])
+        bad = json.loads(self.out("show", "tasks.db", "bad", "--json"))
+        self.assertEqual((bad["task_type"], bad["data"], bad["attempt"], bad["result"]), ("fail", {}, 1, None))
+        text = self.out("show", "tasks.db", "bad")
+        self.assertRegex(text, r"(?m)^state +failed$")
+        self.assertRegex(text, r"(?m)^due_date +\d{4}-.*\+00:00 \(.* ago\)$")
+        self.assertRegex(text, r"(?m)^error +ValueError: attempt 1\n(    .*\n)+\Z")
+        self.assertRegex(self.out("show", "tasks.db", "good"), r"(?m)^result +\[1\]$")
+        self.assertIn("no task 'nope'", self.error("show", "tasks.db", "nope"))
+
+    def test_what_a_task_holds_does_not_reach_the_terminal_as_a_command(self):
+        queue, evil = self.queue(), "\x1b[2J\x07\n\u202ex"
+        queue.add_task(evil, evil, task_id=evil)
+        queue.add_task("x", task_id="odd")
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            db.execute("UPDATE taskpool_task SET due_at = x'00', data = 'no json', progress = '[\"a\"]' WHERE id = 'odd'")
+            db.execute("UPDATE taskpool_task SET error = ? WHERE id <> 'odd'", (evil,))
+            db.commit()
+        texts = [self.out(*c) for c in (
+            ("status", "tasks.db"), ("list", "tasks.db"), ("show", "tasks.db", evil), ("show", "tasks.db", "odd"),
+            ("list", "tasks.db", "--json"), ("remove", "tasks.db", evil),
+        )]
+        texts.append(self.error("remove", "tasks.db", evil))
+        for text in texts:
+            self.assertEqual([c for c in text if c != "\n" and not c.isprintable()], [])
+        self.assertIn("data         cannot be read", texts[3])
+
+    def test_retry_and_remove_tell_of_each_task(self):
+        queue, flag = self.some(), str(self.folder / "flag")
+        self.assertEqual(self.out("retry", "tasks.db", "bad"), "bad: waiting\n")
+        self.assertEqual(queue.find_one(task_id="bad").state, "waiting")
+        code, out, err = self.main("retry", "tasks.db", "bad", "nope")
+        self.assertEqual((code, out), (1, ""))
+        self.assertEqual(err, "taskpool.py: 'bad': it is waiting, not failed\ntaskpool.py: 'nope': no such task\n")
+        with self.cluster({"hold": hold}, queue):
+            queue.add_task("hold", flag, task_id="held")
+            eventually(lambda: os.path.exists(flag + ".started"))
+            self.assertIn("held: runs; it is removed at the end", self.out("remove", "tasks.db", "held"))
+            Path(flag + ".end").touch()
+        code, out, err = self.main("remove", "tasks.db", "good", "nope", "bad")
+        self.assertEqual((code, out, err), (1, "good: removed\nbad: removed\n", "taskpool.py: 'nope': no such task\n"))
+        self.assertEqual([task.id for task in queue.find()], ["later", "other"])
+
+    def test_a_mistake_is_told_in_one_line_with_the_usage(self):
+        for arguments in (
+            [], ["--colour"], ["stat"], ["status"], ["status", "a", "b"], ["list", "a", "--state", "x"],
+            ["list", "a", "--limit", "0"], ["show", "a"], ["retry", "a"], ["run", "app", "a"], ["run", "a.py:X", "a"],
+            ["run", "app:X"], ["run", "app:X", "a", "--workers", "0"], ["cron"], ["cron", "* * * * *", "-n", "x"],
+        ):
+            with self.subTest(arguments=arguments):
+                self.assertIn("; usage: taskpool.py", self.error(*arguments, code=2))
+        self.assertIn("tz 'Nowhere' is unknown", self.error("cron", "* * * * *", "--tz", "Nowhere", code=2))
+        self.assertIn("61", self.error("cron", "61 * * * *", code=2))
+
+    def test_the_worked_lines_of_help_are_right(self):
+        text = self.out("--help")
+        lines = re.findall(r"python taskpool\.py (.*?)(?:  +.*)?$", text.split("examples:")[1], re.M)
+        self.assertGreater(len(lines), 5)
+        for line in lines:
+            taskpool._parser().parse_args(shlex.split(line))
+
+    def test_cron_explains_and_tells_the_next_runs(self):
+        lines = self.out("cron", "30 9 * * MON", "--tz", "Europe/Berlin", "-n", 3).splitlines()
+        self.assertEqual(lines[0], taskpool.Cron("30 9 * * MON", "Europe/Berlin").explain())
+        runs = [datetime.fromisoformat(line) for line in lines[1:]]
+        self.assertEqual([(run.weekday(), run.hour, run.minute) for run in runs], [(0, 9, 30)] * 3)
+        self.assertEqual(runs[0], taskpool.Cron("30 9 * * MON", "Europe/Berlin").next())
+
+    def test_a_reader_that_has_enough_is_no_error(self):
+        queue = self.queue()
+        queue.add_tasks({"task_type": "x", "data": "y" * 50} for _ in range(5000))
+        process = self.start(HERE / "taskpool.py", "list", "tasks.db", "--limit", "5000")
+        process.stdout.readline()
+        process.stdout.close()
+        self.assertEqual((process.wait(PATIENCE), process.stderr.read()), (0, ""))
+
+    @unittest.skipUnless(hasattr(signal, "SIGINT") and os.name == "posix", "needs signals")
+    def test_watch_goes_on_until_ctrl_c(self):
+        queue = self.some()
+        for flags, mark in (((), "tasks.db: "), (("--json",), '{"file"')):
+            process = self.start(HERE / "taskpool.py", "status", "tasks.db", "--watch", *flags)
+            for count in range(2):
+                line = ""
+                while not line.startswith(mark):
+                    line = process.stdout.readline()
+                self.assertIn(": 4 tasks" if not flags else '"tasks": 4', line) if not count else None
+                queue.add_task("new")
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, err), (0, ""))
+            queue.remove(task_type="new")
+
+    def test_watch_draws_over_what_a_terminal_shows(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest("this system has no pty")
+        self.some()
+        mine, theirs = pty.openpty()
+        process = self.start(HERE / "taskpool.py", "status", "tasks.db", "--watch", stdout=theirs)
+        os.close(theirs)
+        shown = b""
+        while shown.count(b"\x1b[J") < 2:
+            shown += os.read(mine, 4096)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(PATIENCE), 0)
+        os.close(mine)
+        screens = shown.split(b"\x1b[J")
+        self.assertTrue(all(screen.startswith(b"\x1b[H") for screen in screens[:2]), screens)
+        self.assertEqual(screens[0].count(b"\x1b[K"), screens[0].count(b"\n"))
+
+    APP = """
+        import os, taskpool
+        from taskpool import Cluster, TaskQueue
+
+        cluster = Cluster({"x": print}, TaskQueue("other.db"), auto_initialize=False)
+        if os.environ.get("ADD") and not cluster.is_master():
+            cluster.queue.add_task("x")
+
+        def about(job):
+            return [Cluster.is_master(), taskpool._worker is not None, Task is type(job)]
+
+        Task = taskpool.Task
+        class inner:
+            TASKS = {"about": about, "lambda": lambda job: job.data + 1}
+    """
+
+    @unittest.skipUnless(os.name == "posix", "sends a signal")
+    def test_run_serves_until_a_signal_and_workers_have_the_same_copy(self):
+        self.script(self.APP, "app.py")
+        queue = self.queue()
+        for command in (["app:inner.TASKS"], ["-m"]):
+            for task_type, data in (("about", None), ("lambda", 41)):
+                queue.add_task(task_type, data, task_id=task_type, keep_result=60)
+            if command == ["-m"]:  # As a module, with another signal.
+                process = self.start("-m", "taskpool", "run", "app:inner.TASKS", "tasks.db", "--workers", "1")
+            else:
+                process = self.start(HERE / "taskpool.py", "run", "app:inner.TASKS", "tasks.db", "--workers", "1")
+            results = [queue.wait(task_type, PATIENCE).result for task_type in ("about", "lambda")]
+            process.send_signal(signal.SIGTERM if command == ["-m"] else signal.SIGINT)
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, out), (0, ""), err)
+            self.assertEqual(results, [[False, True, True], 42], err)
+            self.assertIn("serving 'about', 'lambda' of tasks.db until Ctrl-C", err)
+            self.assertIn("cluster:lambda:lambda:\tdone", err)
+            queue.remove(state="done")
+
+    def test_run_says_in_one_line_what_it_cannot_use(self):
+        (self.folder / "broken.py").write_text("\n1 / 0")
+        (self.folder / "odd.py").write_text("TASKS = {'x': 5}\nEMPTY = {}")
+        for name, text in (
+            ("nope:TASKS", "ModuleNotFoundError: No module named 'nope'"), ("odd:NOPE", "has no attribute 'NOPE'"),
+            ("broken:TASKS", r"ZeroDivisionError.*broken\.py, line 2\)"), ("odd:TASKS", r"task_map\['x'\] is 5"),
+            ("odd:EMPTY", "task_map is {}"),
+        ):
+            process = self.start(HERE / "taskpool.py", "run", name, "tasks.db")
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, out, err.count("\n")), (1, "", 1), err)
+            self.assertRegex(err, text)
+        self.assertFalse((self.folder / "tasks.db").exists())
+
+    @unittest.skipUnless(os.name == "posix", "ends by itself there, too, but slowly")
+    def test_run_ends_with_an_error_if_its_module_cannot_be_run_again(self):
+        self.script(self.APP, "app.py")
+        self.queue().add_task("about")
+        process = self.start(HERE / "taskpool.py", "run", "app:inner.TASKS", "tasks.db", env={"ADD": "1"})
+        _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("was called while a worker process runs your file again", err)
+        self.assertEqual(self.queue("other.db").count(), 0)
+
+
 class TestReadme(InFolder):
     """Every block of the manual is run; every output in it is real."""
 
@@ -6654,6 +6950,30 @@ class TestReadme(InFolder):
                 self.assertEqual(process.returncode, 0, err)
                 self.assertEqual(out, output)
                 self.assertNotIn("Warning", err)  # Such as ResourceWarning, with -X dev.
+
+    def test_every_command_prints_what_the_manual_says(self):
+        """A console block is run in the folder of the program before it."""
+        blocks = re.findall(r"```python\n((?:(?!```).)*?)```\s*```console\n(.*?)```", self.TEXT, re.S)
+        self.assertGreater(len(blocks), 0)
+        environment = {**os.environ, "PYTHONPATH": str(HERE), "COLUMNS": "200"}
+        for program, console in blocks:
+            subprocess.run([sys.executable, str(self.script(program))], cwd=self.folder, env=environment, check=True)
+            for part in console.split("$ python ")[1:]:
+                line, _, expected = part.partition("\n")
+                command = shlex.split(line)
+                self.assertEqual(command[0], "taskpool.py")
+                done = subprocess.run(
+                    [sys.executable, "-X", "dev", str(HERE / "taskpool.py"), *command[1:]], cwd=self.folder,
+                    env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE,
+                )
+                self.assertEqual(self.timeless(done.stdout), self.timeless(expected), line)
+
+    @staticmethod
+    def timeless(text):
+        """Without what differs from run to run: instants, durations, and how wide they are."""
+        text = re.sub(r"\d{4}-\d\d-\d\d[ T][\d:.]+\+\d\d:00", "INSTANT", text)
+        text = re.sub(r"\b[\d.]+ (s|min|h|d)\b", r"SPAN", text)
+        return re.sub(r" +", " ", text)
 
     def test_the_pytest_block_passes(self):
         (program,) = [program for program, _ in self.BLOCKS if "import pytest" in program]
