@@ -2537,378 +2537,6 @@ class SQLiteStore(Store):
         return self._write(work)
 
 
-@atexit.register
-def _close_stores() -> None:
-    """At the end of the program: from Python 3.13 on, sqlite3 warns of what nobody closed.
-
-    Registered by the import, so that it comes after the ends of clusters.
-    """
-    for store in list(_reset_in_forks):
-        if isinstance(store, SQLiteStore) and store._write_lock.acquire(timeout=EXIT_SECONDS):
-            store.close()
-            store._write_lock.release()
-
-
-# --- Calls ---------------------------------------------------------------------------
-# How a task's function is called: in a worker, or here by TaskQueue.run_due.
-
-TaskFunction = Callable[..., Any]
-Broker = Callable[[Callable[[Any], None], dict[str, Any]], Any]
-
-
-class _Failure(NamedTuple):
-    """An exception on its way to another process."""
-
-    type_name: str
-    text: str
-    traceback: str
-    pickled: bytes | None  # None if it cannot be rebuilt.
-
-
-def _dumps(value: Any) -> bytes:
-    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-
-
-def _cut(text: str, most: int) -> str:
-    text = text[: most + 1].encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= most else text[:most] + "... (cut)"
-
-
-def _failure(error: BaseException) -> _Failure:
-    """Describe *error*, whatever it does to those who look at it."""
-    kind = type(error)
-    name = kind.__qualname__
-    if kind.__module__ not in ("builtins", "__main__", "__mp_main__"):
-        name = f"{kind.__module__}.{name}"
-    try:
-        text = _cut(str(error), ERROR_CHARS)
-    except Exception as other:
-        text = f"<its __str__ raised {type(other).__name__}>"
-    try:
-        lines = traceback.format_exception(kind, error, error.__traceback__)
-        trace = _cut("".join(_cut(line, ERROR_CHARS) for line in lines), 4 * ERROR_CHARS)
-    except Exception:
-        trace = f"{name}: {text}"
-    pickled = None
-    if isinstance(error, Exception):  # SystemExit and its like would end the receiver.
-        with contextlib.suppress(BaseException):
-            attempt = _dumps(error)
-            if len(attempt) <= EXCEPTION_BYTES and type(pickle.loads(attempt)) is kind:
-                pickled = attempt
-    return _Failure(name, text, trace, pickled)
-
-
-def _error_text(failure: _Failure) -> str:
-    """Task.error: type, message, traceback."""
-    head = f"{failure.type_name}: {failure.text}" if failure.text else failure.type_name
-    return f"{head}\n\n{failure.traceback}" if failure.traceback else head
-
-
-def _wants_toggle_ipc(function: TaskFunction) -> str | None:
-    """How to pass toggle_ipc: "name", "position", or None for not at all."""
-    import inspect
-
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # Some builtins have no signature.
-        return None
-    if any(parameter.name == "toggle_ipc" for parameter in parameters):
-        named = next(p for p in parameters if p.name == "toggle_ipc")
-        return "position" if named.kind is named.POSITIONAL_ONLY else "name"
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) > 1 and positional[1].default is positional[1].empty:
-        return "position"
-    return None
-
-
-def _checked_message(message: Any) -> Any:
-    allowed = 'a dict {"status": int > 1, "data": any}'
-    if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
-        raise _wrong_type("message", message, allowed)
-    if type(message["status"]) is not int:
-        raise _wrong_type("status", message["status"], "an int over 1")
-    if message["status"] <= 1:
-        raise _wrong_value("status", message["status"], "an int over 1 (0 and 1 are taken)")
-    return {"status": message["status"], "data": message.get("data")}
-
-
-def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
-    if not isinstance(task_map, Mapping):
-        raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
-    if not task_map:
-        raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
-    for task_type, function in task_map.items():
-        _checked_text("a key of task_map", task_type)
-        if not callable(function):
-            raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
-    return dict(task_map)
-
-
-def _resolve(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
-    """Resolve *future*, unless it already is."""
-    try:
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(value)
-    except concurrent.futures.InvalidStateError:
-        pass
-
-
-def _follow(future: Future[Any], result: Any) -> None:
-    """Resolve *future* with *result*; with its result, if that is a Future too."""
-    if not isinstance(result, Future):
-        _resolve(future, result)
-        return
-
-    def done(inner: Future[Any]) -> None:
-        if inner.cancelled():
-            _resolve(future, error=concurrent.futures.CancelledError())
-        elif inner.exception() is not None:
-            _resolve(future, error=inner.exception())
-        else:
-            _follow(future, inner.result())
-
-    result.add_done_callback(done)
-
-
-def _call(
-    function: TaskFunction, style: str | None, job: Task, toggle_ipc: Callable[[], Any]
-) -> Any:
-    """The result of a task's function, awaited where it is to be awaited."""
-    if style is None:
-        value = function(job)
-    elif style == "name":
-        value = function(job, toggle_ipc=toggle_ipc())
-    else:
-        value = function(job, toggle_ipc())
-    if type(value) is CoroutineType:
-        import asyncio
-
-        value = asyncio.run(value)
-    while isinstance(value, Future):
-        value = value.result()
-    return value
-
-
-def _packed(value: Any) -> bytes:
-    try:
-        return _dumps(value)
-    except Exception as error:
-        kind = type(value).__name__
-        raise TypeError(f"the result ({kind}) cannot be pickled: {error}") from error
-
-
-def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
-    """The result as JSON, and why it is not kept: for tasks that stay."""
-    if row.keep_result is None and row.repeat is None:
-        return None, None
-    try:
-        _check_json(value, "result", 0)
-        return _encode(value), None
-    except (TypeError, ValueError) as error:
-        problem = f"the result is kept as None: {error}"
-        return None, None if row.keep_result is None else problem
-
-
-class _Reports:
-    """Reports of job.progress on their way out: at most ten a second, and the last one."""
-
-    def __init__(self, send: Callable[[int, str], None]) -> None:
-        self._send = send  # Given the number of the run and the JSON of a Progress.
-        self._lock = threading.Lock()  # Protects all below, from the timer.
-        self._number = -1  # Of the running task, or -1.
-        self._unsent: Progress | None = None
-        self._next = 0.0  # Monotonic: when the next one may go.
-        self._timer: threading.Timer | None = None  # Sends what waits for that.
-
-    def begin(self, number: int) -> Callable[..., None]:
-        """The `job.progress` of a run that begins."""
-        self._number = number
-        return functools.partial(self._report, number)
-
-    def _report(
-        self, number: int, done: float, total: float | None = None, note: str | None = None
-    ) -> None:
-        report = _checked_progress(done, total, note)
-        with self._lock:
-            if number != self._number:
-                raise RuntimeError("progress was called after its task had ended")
-            self._unsent = report
-            wait = self._next - time.monotonic()
-            if wait <= 0:
-                self._flush()
-            elif self._timer is None:
-                self._timer = threading.Timer(wait, self._on_timer)
-                self._timer.daemon = True
-                self._timer.start()
-
-    def _on_timer(self) -> None:
-        with self._lock:
-            self._timer = None
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._unsent is not None:
-            self._next = time.monotonic() + REPORT_SECONDS
-            self._send(self._number, _encode(self._unsent))
-            self._unsent = None
-
-    def end(self) -> None:
-        """The run has ended: send what is left."""
-        if self._unsent is None and self._timer is None:
-            self._number = -1
-            return
-        with self._lock:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-            self._flush()
-            self._number = -1
-
-
-class _RunHere:
-    """TaskQueue.run_due: a master and its only worker in the caller's thread."""
-
-    def __init__(
-        self,
-        queue: TaskQueue,
-        task_map: Mapping[str, TaskFunction],
-        raise_errors: bool,
-        broker: Broker | None,
-    ) -> None:
-        self._queue, self._broker = queue, broker
-        self._task_map, self._raise_errors = task_map, raise_errors
-        self._stores = [queue._store] if _worker else [queue.in_memory._store, queue._store]
-        self._owner = _new_owner(0)
-        self._numbers = itertools.count()  # Of the runs.
-        self._reports = _Reports(self._on_report)
-        self._ended: list[Task] = []
-
-    def run(self, until: int | None) -> list[Task]:
-        """Run what is due; with *until* also what becomes due, the clock moving along."""
-        queue, clock = self._queue, self._queue.clock
-        now, last = queue._now(), NEVER if until is None else until
-        if until is not None:
-            # Half a microsecond more, so that no rounding leads to before *now*.
-            queue.clock = lambda: (now + 0.5) / 1e6
-        try:
-            queue._store.recover(self._owner, time.monotonic(), now)
-            while True:
-                now = queue._now() if until is None else now
-                if self._run_next(now, last):
-                    continue
-                due = [
-                    instant
-                    for store in self._stores
-                    for instant in store.next_due(self._owner, self._task_map, 1, now, last)
-                ]
-                if until is None or not due or min(due) > until:
-                    return self._ended
-                now = max(now, min(due))
-        finally:
-            queue.clock = clock
-            for store in self._stores:
-                store.leave(self._owner, now)  # Interrupted by Ctrl-C: given back.
-
-    def _run_next(self, now: int, last: int) -> bool:
-        """Run the task that comes first, if one is due."""
-        for store in self._stores:
-            rows = store.claim(self._owner, dict.fromkeys(self._task_map, 1.0), 1, now, last)
-            for row in rows:
-                self._run(store, row)
-            if rows:
-                return True
-        return False
-
-    def _run(self, store: Store, row: Row) -> None:
-        self._store, self._row = store, row
-        value: Any = None
-        error: BaseException | None = None
-        try:
-            if row.state == "failed":  # The store has set it aside.
-                raise StoreError(f"the stored task cannot be run: {row.error}")
-            value = self._value(row)
-            _packed(value)  # As a worker does.
-            outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
-        except (Exception, SystemExit) as raised:
-            error = raised
-            text = _error_text(_failure(error))
-            outcome = failed_start(row, text, self._queue._now(), row.state == "running")
-        finally:
-            self._reports.end()
-        outcome, row = outcome._replace(progress=self._row.progress), self._row
-        now = self._queue._now()
-        store.settle(self._owner, [outcome], now)
-        told = as_told(row, outcome, now)
-        result = None if error is not None else _kept(row._replace(keep_result=0.0), value)[0]
-        self._ended.append(Task(told._replace(result=result)))
-        if error is None:
-            self._tell("done", value, Task(told))
-        else:
-            self._tell("error", error, Task(told))
-            if self._raise_errors:
-                raise error
-
-    def _value(self, row: Row) -> Any:
-        function = self._task_map[row.task_type]
-        job = Task(row, self._reports.begin(next(self._numbers)))
-        return _call(function, _wants_toggle_ipc(function), job, self._toggle_ipc)
-
-    def _tell(self, event: str, value: Any, task: Task) -> None:
-        listener = self._queue._listeners.get(event)
-        if listener is not None:
-            try:
-                listener(value, task)
-            except Exception:
-                _log.exception("error in a listener")
-
-    def _on_report(self, number: int, report: str) -> None:
-        self._row = row = self._row._replace(progress=report)
-        outcome = Outcome(row.id, row.claim, "running", progress=report)
-        self._store.settle(self._owner, [outcome], self._queue._now())
-        self._tell("progress", Task(row).progress, Task(row))
-
-    def _toggle_ipc(self) -> Callable[..., Future[Any]]:
-        broker, row = self._broker, self._row
-        about = {"worker": os.getpid(), "task_id": row.id, "task_type": row.task_type}
-
-        def toggle_ipc(
-            on_message: Callable[[Any], Any], initialize: Callable[[Callable[[Any], None]], Any]
-        ) -> Future[Any]:
-            future: Future[Any] = Future()
-            answered, sent = threading.Lock(), threading.Lock()  # Held from the first on.
-
-            def respond(value: Any = None) -> None:
-                if answered.acquire(blocking=False):
-                    try:
-                        _follow(future, on_message(pickle.loads(_dumps(value))))
-                    except BaseException as error:
-                        _resolve(future, error=error)
-
-            def send(message: Any) -> None:
-                try:
-                    if not sent.acquire(blocking=False):
-                        raise RuntimeError("send() was called twice in one conversation")
-                    if broker is None:
-                        raise RuntimeError("run_due has no message_broker to answer toggle_ipc")
-                    broker(respond, {**pickle.loads(_dumps(_checked_message(message))), **about})
-                except BaseException as error:
-                    _resolve(future, error=error)
-
-            try:
-                initialize(send)
-            except BaseException as error:
-                _resolve(future, error=error)
-            return future
-
-        return toggle_ipc
-
-
-# MongoDB. A document has the original's seven fields, which a Meteor application reads and
-# writes, and beside them our columns by their names. Those that hold their usual value
-# are left out.
-
 _FIELDS = {"id": "_id", "task_type": "taskType"}  # Other columns keep their names.
 _USUAL: dict[str, Any] = {
     **Row._field_defaults,
@@ -3572,6 +3200,378 @@ class MongoStore(Store):
                     return new
         raise StoreError(f"{self._name}: others change {_shown(task_id)} all the time")
 
+
+@atexit.register
+def _close_stores() -> None:
+    """At the end of the program: from Python 3.13 on, sqlite3 warns of what nobody closed.
+
+    Registered by the import, so that it comes after the ends of clusters.
+    """
+    for store in list(_reset_in_forks):
+        if isinstance(store, SQLiteStore) and store._write_lock.acquire(timeout=EXIT_SECONDS):
+            store.close()
+            store._write_lock.release()
+
+
+# --- Calls ---------------------------------------------------------------------------
+# How a task's function is called: in a worker, or here by TaskQueue.run_due.
+
+TaskFunction = Callable[..., Any]
+Broker = Callable[[Callable[[Any], None], dict[str, Any]], Any]
+
+
+class _Failure(NamedTuple):
+    """An exception on its way to another process."""
+
+    type_name: str
+    text: str
+    traceback: str
+    pickled: bytes | None  # None if it cannot be rebuilt.
+
+
+def _dumps(value: Any) -> bytes:
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+
+
+def _cut(text: str, most: int) -> str:
+    text = text[: most + 1].encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= most else text[:most] + "... (cut)"
+
+
+def _failure(error: BaseException) -> _Failure:
+    """Describe *error*, whatever it does to those who look at it."""
+    kind = type(error)
+    name = kind.__qualname__
+    if kind.__module__ not in ("builtins", "__main__", "__mp_main__"):
+        name = f"{kind.__module__}.{name}"
+    try:
+        text = _cut(str(error), ERROR_CHARS)
+    except Exception as other:
+        text = f"<its __str__ raised {type(other).__name__}>"
+    try:
+        lines = traceback.format_exception(kind, error, error.__traceback__)
+        trace = _cut("".join(_cut(line, ERROR_CHARS) for line in lines), 4 * ERROR_CHARS)
+    except Exception:
+        trace = f"{name}: {text}"
+    pickled = None
+    if isinstance(error, Exception):  # SystemExit and its like would end the receiver.
+        with contextlib.suppress(BaseException):
+            attempt = _dumps(error)
+            if len(attempt) <= EXCEPTION_BYTES and type(pickle.loads(attempt)) is kind:
+                pickled = attempt
+    return _Failure(name, text, trace, pickled)
+
+
+def _error_text(failure: _Failure) -> str:
+    """Task.error: type, message, traceback."""
+    head = f"{failure.type_name}: {failure.text}" if failure.text else failure.type_name
+    return f"{head}\n\n{failure.traceback}" if failure.traceback else head
+
+
+def _wants_toggle_ipc(function: TaskFunction) -> str | None:
+    """How to pass toggle_ipc: "name", "position", or None for not at all."""
+    import inspect
+
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # Some builtins have no signature.
+        return None
+    if any(parameter.name == "toggle_ipc" for parameter in parameters):
+        named = next(p for p in parameters if p.name == "toggle_ipc")
+        return "position" if named.kind is named.POSITIONAL_ONLY else "name"
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) > 1 and positional[1].default is positional[1].empty:
+        return "position"
+    return None
+
+
+def _checked_message(message: Any) -> Any:
+    allowed = 'a dict {"status": int > 1, "data": any}'
+    if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
+        raise _wrong_type("message", message, allowed)
+    if type(message["status"]) is not int:
+        raise _wrong_type("status", message["status"], "an int over 1")
+    if message["status"] <= 1:
+        raise _wrong_value("status", message["status"], "an int over 1 (0 and 1 are taken)")
+    return {"status": message["status"], "data": message.get("data")}
+
+
+def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
+    if not isinstance(task_map, Mapping):
+        raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
+    if not task_map:
+        raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
+    for task_type, function in task_map.items():
+        _checked_text("a key of task_map", task_type)
+        if not callable(function):
+            raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
+    return dict(task_map)
+
+
+def _resolve(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
+    """Resolve *future*, unless it already is."""
+    try:
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+    except concurrent.futures.InvalidStateError:
+        pass
+
+
+def _follow(future: Future[Any], result: Any) -> None:
+    """Resolve *future* with *result*; with its result, if that is a Future too."""
+    if not isinstance(result, Future):
+        _resolve(future, result)
+        return
+
+    def done(inner: Future[Any]) -> None:
+        if inner.cancelled():
+            _resolve(future, error=concurrent.futures.CancelledError())
+        elif inner.exception() is not None:
+            _resolve(future, error=inner.exception())
+        else:
+            _follow(future, inner.result())
+
+    result.add_done_callback(done)
+
+
+def _call(
+    function: TaskFunction, style: str | None, job: Task, toggle_ipc: Callable[[], Any]
+) -> Any:
+    """The result of a task's function, awaited where it is to be awaited."""
+    if style is None:
+        value = function(job)
+    elif style == "name":
+        value = function(job, toggle_ipc=toggle_ipc())
+    else:
+        value = function(job, toggle_ipc())
+    if type(value) is CoroutineType:
+        import asyncio
+
+        value = asyncio.run(value)
+    while isinstance(value, Future):
+        value = value.result()
+    return value
+
+
+def _packed(value: Any) -> bytes:
+    try:
+        return _dumps(value)
+    except Exception as error:
+        kind = type(value).__name__
+        raise TypeError(f"the result ({kind}) cannot be pickled: {error}") from error
+
+
+def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
+    """The result as JSON, and why it is not kept: for tasks that stay."""
+    if row.keep_result is None and row.repeat is None:
+        return None, None
+    try:
+        _check_json(value, "result", 0)
+        return _encode(value), None
+    except (TypeError, ValueError) as error:
+        problem = f"the result is kept as None: {error}"
+        return None, None if row.keep_result is None else problem
+
+
+class _Reports:
+    """Reports of job.progress on their way out: at most ten a second, and the last one."""
+
+    def __init__(self, send: Callable[[int, str], None]) -> None:
+        self._send = send  # Given the number of the run and the JSON of a Progress.
+        self._lock = threading.Lock()  # Protects all below, from the timer.
+        self._number = -1  # Of the running task, or -1.
+        self._unsent: Progress | None = None
+        self._next = 0.0  # Monotonic: when the next one may go.
+        self._timer: threading.Timer | None = None  # Sends what waits for that.
+
+    def begin(self, number: int) -> Callable[..., None]:
+        """The `job.progress` of a run that begins."""
+        self._number = number
+        return functools.partial(self._report, number)
+
+    def _report(
+        self, number: int, done: float, total: float | None = None, note: str | None = None
+    ) -> None:
+        report = _checked_progress(done, total, note)
+        with self._lock:
+            if number != self._number:
+                raise RuntimeError("progress was called after its task had ended")
+            self._unsent = report
+            wait = self._next - time.monotonic()
+            if wait <= 0:
+                self._flush()
+            elif self._timer is None:
+                self._timer = threading.Timer(wait, self._on_timer)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _on_timer(self) -> None:
+        with self._lock:
+            self._timer = None
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._unsent is not None:
+            self._next = time.monotonic() + REPORT_SECONDS
+            self._send(self._number, _encode(self._unsent))
+            self._unsent = None
+
+    def end(self) -> None:
+        """The run has ended: send what is left."""
+        if self._unsent is None and self._timer is None:
+            self._number = -1
+            return
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._flush()
+            self._number = -1
+
+
+class _RunHere:
+    """TaskQueue.run_due: a master and its only worker in the caller's thread."""
+
+    def __init__(
+        self,
+        queue: TaskQueue,
+        task_map: Mapping[str, TaskFunction],
+        raise_errors: bool,
+        broker: Broker | None,
+    ) -> None:
+        self._queue, self._broker = queue, broker
+        self._task_map, self._raise_errors = task_map, raise_errors
+        self._stores = [queue._store] if _worker else [queue.in_memory._store, queue._store]
+        self._owner = _new_owner(0)
+        self._numbers = itertools.count()  # Of the runs.
+        self._reports = _Reports(self._on_report)
+        self._ended: list[Task] = []
+
+    def run(self, until: int | None) -> list[Task]:
+        """Run what is due; with *until* also what becomes due, the clock moving along."""
+        queue, clock = self._queue, self._queue.clock
+        now, last = queue._now(), NEVER if until is None else until
+        if until is not None:
+            # Half a microsecond more, so that no rounding leads to before *now*.
+            queue.clock = lambda: (now + 0.5) / 1e6
+        try:
+            queue._store.recover(self._owner, time.monotonic(), now)
+            while True:
+                now = queue._now() if until is None else now
+                if self._run_next(now, last):
+                    continue
+                due = [
+                    instant
+                    for store in self._stores
+                    for instant in store.next_due(self._owner, self._task_map, 1, now, last)
+                ]
+                if until is None or not due or min(due) > until:
+                    return self._ended
+                now = max(now, min(due))
+        finally:
+            queue.clock = clock
+            for store in self._stores:
+                store.leave(self._owner, now)  # Interrupted by Ctrl-C: given back.
+
+    def _run_next(self, now: int, last: int) -> bool:
+        """Run the task that comes first, if one is due."""
+        for store in self._stores:
+            rows = store.claim(self._owner, dict.fromkeys(self._task_map, 1.0), 1, now, last)
+            for row in rows:
+                self._run(store, row)
+            if rows:
+                return True
+        return False
+
+    def _run(self, store: Store, row: Row) -> None:
+        self._store, self._row = store, row
+        value: Any = None
+        error: BaseException | None = None
+        try:
+            if row.state == "failed":  # The store has set it aside.
+                raise StoreError(f"the stored task cannot be run: {row.error}")
+            value = self._value(row)
+            _packed(value)  # As a worker does.
+            outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
+        except (Exception, SystemExit) as raised:
+            error = raised
+            text = _error_text(_failure(error))
+            outcome = failed_start(row, text, self._queue._now(), row.state == "running")
+        finally:
+            self._reports.end()
+        outcome, row = outcome._replace(progress=self._row.progress), self._row
+        now = self._queue._now()
+        store.settle(self._owner, [outcome], now)
+        told = as_told(row, outcome, now)
+        result = None if error is not None else _kept(row._replace(keep_result=0.0), value)[0]
+        self._ended.append(Task(told._replace(result=result)))
+        if error is None:
+            self._tell("done", value, Task(told))
+        else:
+            self._tell("error", error, Task(told))
+            if self._raise_errors:
+                raise error
+
+    def _value(self, row: Row) -> Any:
+        function = self._task_map[row.task_type]
+        job = Task(row, self._reports.begin(next(self._numbers)))
+        return _call(function, _wants_toggle_ipc(function), job, self._toggle_ipc)
+
+    def _tell(self, event: str, value: Any, task: Task) -> None:
+        listener = self._queue._listeners.get(event)
+        if listener is not None:
+            try:
+                listener(value, task)
+            except Exception:
+                _log.exception("error in a listener")
+
+    def _on_report(self, number: int, report: str) -> None:
+        self._row = row = self._row._replace(progress=report)
+        outcome = Outcome(row.id, row.claim, "running", progress=report)
+        self._store.settle(self._owner, [outcome], self._queue._now())
+        self._tell("progress", Task(row).progress, Task(row))
+
+    def _toggle_ipc(self) -> Callable[..., Future[Any]]:
+        broker, row = self._broker, self._row
+        about = {"worker": os.getpid(), "task_id": row.id, "task_type": row.task_type}
+
+        def toggle_ipc(
+            on_message: Callable[[Any], Any], initialize: Callable[[Callable[[Any], None]], Any]
+        ) -> Future[Any]:
+            future: Future[Any] = Future()
+            answered, sent = threading.Lock(), threading.Lock()  # Held from the first on.
+
+            def respond(value: Any = None) -> None:
+                if answered.acquire(blocking=False):
+                    try:
+                        _follow(future, on_message(pickle.loads(_dumps(value))))
+                    except BaseException as error:
+                        _resolve(future, error=error)
+
+            def send(message: Any) -> None:
+                try:
+                    if not sent.acquire(blocking=False):
+                        raise RuntimeError("send() was called twice in one conversation")
+                    if broker is None:
+                        raise RuntimeError("run_due has no message_broker to answer toggle_ipc")
+                    broker(respond, {**pickle.loads(_dumps(_checked_message(message))), **about})
+                except BaseException as error:
+                    _resolve(future, error=error)
+
+            try:
+                initialize(send)
+            except BaseException as error:
+                _resolve(future, error=error)
+            return future
+
+        return toggle_ipc
+
+
+# MongoDB. A document has the original's seven fields, which a Meteor application reads and
+# writes, and beside them our columns by their names. Those that hold their usual value
+# are left out.
 
 # --- Queue ---------------------------------------------------------------------------
 # What producers call, in any process. It reads the clock; it knows no worker.
