@@ -6572,49 +6572,56 @@ def _bench_latency(cluster: Cluster, in_memory: bool) -> float:
     return _median(once() for _ in range(200))
 
 
-def _bench_lines(folder: str) -> Iterator[tuple[str, str]]:
-    """What was measured, and the number, as they come."""
-    queue = TaskQueue(os.path.join(folder, "bench.db"))
-    options: Any = {"keep_alive": "always", "auto_initialize": False}
-    cluster = Cluster(_BENCH_MAP, queue, **options)
+def _bench_memory(queue: TaskQueue, count: int) -> Iterator[tuple[str, str]]:
+    def add() -> None:
+        for _ in range(count):
+            queue.add_task("nothing", in_memory=True)
 
-    before, count = _resident_bytes(), 200_000
-    add = lambda: [queue.add_task("nothing", in_memory=True) for _ in range(count)]  # noqa: E731
+    before = _resident_bytes()
     yield "add_task in memory", f"{count / _seconds(add):,.0f} a second"
     if before:
         yield "a waiting task in memory", f"{(_resident_bytes() - before) / count:,.0f} bytes"
     queue.in_memory.remove(state="waiting")
 
-    add = lambda: [queue.add_task("nothing") for _ in range(5000)]  # noqa: E731
-    yield "add_task", f"{5000 / _seconds(add):,.0f} a second"
-    many = [{"task_type": "nothing"}] * 50_000
-    yield "add_tasks", f"{50_000 / _seconds(lambda: queue.add_tasks(many)):,.0f} a second"
+
+def _bench_lines(folder: str, scale: float = 1.0) -> Iterator[tuple[str, str]]:
+    """What was measured, and the number, as they come. *scale*: of the numbers of tasks."""
+    queue = TaskQueue(os.path.join(folder, "bench.db"))
+    cluster = Cluster(_BENCH_MAP, queue, keep_alive="always", auto_initialize=False)
+    few, many, most = (int(count * scale) for count in (5_000, 50_000, 200_000))
+
+    def add() -> None:
+        for _ in range(few):
+            queue.add_task("nothing")
+
+    def submit() -> None:
+        for future in [cluster.submit("nothing", in_memory=True) for _ in range(many // 2)]:
+            future.result()
+
+    def begin() -> None:
+        with Cluster(_BENCH_MAP, queue, in_memory_only=True) as fresh:
+            fresh.submit("nothing").result()
+
+    yield from _bench_memory(queue, most)
+    yield "add_task", f"{few / _seconds(add):,.0f} a second"
+    dicts = [{"task_type": "nothing"}] * many
+    yield "add_tasks", f"{many / _seconds(lambda: queue.add_tasks(dicts)):,.0f} a second"
     cluster.initialize()
-    while queue.count(state="waiting") > 54_000:
+    while queue.count(state="waiting") > 0.98 * (few + many):  # Workers start first.
         time.sleep(0.001)
     left = queue.count()
     yield "stored tasks run", f"{left / _seconds(cluster.drain):,.0f} a second"
-
-    def submit() -> None:
-        for future in [cluster.submit("nothing", in_memory=True) for _ in range(20_000)]:
-            future.result()
-
-    rates = [20_000 / _seconds(submit) for _ in range(3)]
-    yield "submit to result, in memory", f"{_median(rates):,.0f} a second"
+    rate = _median(many // 2 / _seconds(submit) for _ in range(3))
+    yield "submit to result, in memory", f"{rate:,.0f} a second"
     for in_memory, what in ((False, "stored"), (True, "in memory")):
         ms = _bench_latency(cluster, in_memory) * 1000
         yield f"until an idle worker starts, {what}", f"{ms:.2f} ms"
     cluster.shutdown()
-
-    def start() -> None:
-        with Cluster(_BENCH_MAP, queue, in_memory_only=True) as fresh:
-            fresh.submit("nothing").result()
-
-    yield "start and end of a cluster", f"{_seconds(start) * 1000:.0f} ms"
+    yield "start and end of a cluster", f"{_seconds(begin) * 1000:,.0f} ms"
     queue.close()
-    for waiting in (1_000, 100_000, 1_000_000):
+    for waiting in (int(count * scale) for count in (1_000, 100_000, 1_000_000)):
         us = _bench_claims(os.path.join(folder, f"{waiting}.db"), waiting) * 1e6
-        yield f"claim and settle, {waiting:,} waiting", f"{us:.0f} us"
+        yield f"claim and settle, {waiting:,} waiting", f"{us:,.0f} us"
 
 
 def _bench() -> int:

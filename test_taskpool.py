@@ -6620,6 +6620,15 @@ class TestCommandLine(InFolder):
         self.assertIn("BROKEN: seen", out)
         self.assertIn("9. A part that is broken", out.split("NOT as promised")[1])
 
+    def test_the_bench_measures_everything_it_names(self):
+        """With few tasks: the numbers themselves are nobody's promise."""
+        names = "add_task in memory|add_tasks?|stored tasks run|submit to result|until an idle|start and end|claim and"
+        lines = list(taskpool._bench_lines(str(self.folder), 0.002))
+        for what, number in lines:
+            with self.subTest(what=what):
+                self.assertRegex(number, r"^[1-9][\d,]*( a second| ms| us)$|^\d[\d,]* bytes$|^\d+\.\d\d ms$")
+        self.assertEqual(sum(bool(re.match(names, what)) for what, _ in lines), 11)
+
     def test_version_help_and_usage(self):
         self.assertEqual(self.command("--version").stdout, f"taskpool {taskpool.__version__}\n")
         self.assertIn("--demo", self.command("--help").stdout)
