@@ -2263,10 +2263,7 @@ class MongoStore(Store):
             where: dict[str, Any] = {"_id": old.id, "state": old.state}
             for name in ("claim", "owner", "removed", "successor", "repeat"):
                 where[name] = getattr(old, name) or None  # None: or not there.
-            changes = None if new is None else _changes(old, new)
-            if changes is not None and new is not None and new.created_at != old.created_at:
-                changes["$set"]["seq"] = next(self._insertions)  # To the end of the line.
-            writes.append((where, changes))
+            writes.append((where, None if new is None else _changes(old, new)))
         return self._write(writes, **options)
 
     # ---- Adding
