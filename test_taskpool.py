@@ -1910,6 +1910,16 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
         self.assertGreater(len(told), 6)
         self.assertEqual([c for c in told if c not in ({"w": "majority"}, False)], [])
 
+    def test_a_server_without_transactions_is_found_out_and_add_tasks_checks_first(self):
+        store, faults = self.faulty()
+        alone = OSError("Transaction numbers are only allowed on a replica set member or mongos")
+        alone.code = 20
+        faults.plan("insert_many", alone, False)
+        store.add([(row("a"), "raise"), (row("b"), "raise")], NOW)
+        with self.assertRaises(DuplicateTask):
+            store.add([(row("c"), "raise"), (row("b"), "raise")], NOW)
+        self.assertEqual([r.id for r in self.store.find(Query(), NOW)], ["a", "b"])
+
     def test_add_tasks_is_all_or_nothing_when_the_connection_breaks(self):
         for command in ("insert", "commitTransaction"):
             fail_point(self.client, {"times": 3}, failCommands=[command], closeConnection=True)
