@@ -2673,10 +2673,6 @@ def _was_race(error: Any) -> bool:
     return bool(codes & {11000, 112})  # A duplicate key; a conflict of transactions.
 
 
-def _has_no_transactions(error: Any) -> bool:
-    return isinstance(error, NotImplementedError) or getattr(error, "code", None) in (20, 263)
-
-
 class _Claims:
     """What a MongoStore remembers of one owner."""
 
@@ -2864,10 +2860,7 @@ class MongoStore(Store):
             where: dict[str, Any] = {"_id": old.id, "state": old.state}
             for name in ("claim", "owner", "removed", "successor", "repeat"):
                 where[name] = getattr(old, name) or None  # None: or not there.
-            changes = None if new is None else _changes(old, new)
-            if changes is not None and new is not None and new.created_at != old.created_at:
-                changes["$set"]["seq"] = next(self._insertions)  # To the end of the line.
-            writes.append((where, changes))
+            writes.append((where, None if new is None else _changes(old, new)))
         return self._write(writes, **options)
 
     # ---- Adding
@@ -2893,8 +2886,9 @@ class MongoStore(Store):
                     self._put(there, planned, whole and many)
                     return rows
                 except Exception as error:
-                    if many and whole and _has_no_transactions(error):
-                        self._transactions = False
+                    code = getattr(error, "code", None)
+                    if many and whole and (code == 20 or isinstance(error, NotImplementedError)):
+                        self._transactions = False  # A server that is alone; mongomock.
                     elif not (whole and _was_race(error)):
                         raise StoreError(f"{self._text(error)}{self._stored(rows)}") from error
             raise StoreError(f"{self._name}: others change the same tasks all the time")

@@ -2005,7 +2005,7 @@ class MongoContract(StoreContract):
                 faults.plan(method, OSError("cut"), True, skip=number)
                 with self.subTest(method=method, number=number):
                     rows = []
-                    while len(rows) < 3:
+                    for _ in range(6):
                         with contextlib.suppress(StoreError):
                             rows += store.claim("me", types, limit, NOW)
                     self.assertEqual([(r.id, r.attempt) for r in rows], [(f"{i}", 1) for i in range(3)])
@@ -2059,6 +2059,33 @@ class MongoContract(StoreContract):
         faults.before("update_one", lambda: self.collection.update_one({"_id": "t"}, {"$inc": {"claim": 1}}))
         self.assertEqual(store.update("t", {"retries": 4}, NOW).retries, 4)
         self.assertEqual((self.look().retries, self.look().claim), (4, 2))
+        faults.before("update_one", lambda: self.store.update("t", {"retries": 9, "timeout": 5.0}, NOW))
+        new = row(now=NOW + 5, data=8)
+        store.add([(new, "replace")], NOW)
+        self.assertEqual(self.look(), new._replace(claim=2))  # Nothing of the one that it replaces.
+
+    def test_a_master_that_renews_just_before_it_would_be_recovered_keeps_its_tasks(self):
+        store, faults = self.faulty()
+        self.add(row())
+        self.store.renew("far", NOW)
+        self.claim(owner="far")
+        store.recover("me", 0.0, NOW)
+        faults.before("find", lambda: self.store.renew("far", NOW), skip=1)
+        self.assertEqual(store.recover("me", 30.0, NOW), [])
+        self.assertEqual((faults.left(), self.look().state), (False, "running"))
+        store.recover("me", 31.0, NOW)
+        store.recover("me", 60.9, NOW)
+        self.assertEqual(self.look().state, "running")
+        store.recover("me", 61.0, NOW)
+        self.assertEqual(self.look().state, "ready")
+
+    def test_an_interrupted_task_is_not_taken_together_with_those_before_it(self):
+        self.add(row("killer"))
+        self.claim(owner="far")
+        for seconds in (0.0, 30.0):
+            self.store.recover("me", seconds, NOW)
+        self.add(row("first", priority=2), row("third"))
+        self.assertEqual([[r.id for r in self.claim()] for _ in range(3)], [["first"], ["killer"], ["third"]])
 
     def test_what_changes_between_look_and_claim_counts(self):
         store, faults = self.faulty()
@@ -2315,6 +2342,16 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
         store.settle("me", [Outcome(r.id, r.claim, "done") for r in rows], NOW)
         self.assertGreater(len(told), 6)
         self.assertEqual([c for c in told if c not in ({"w": "majority"}, False)], [])
+
+    def test_a_server_without_transactions_is_found_out_and_add_tasks_checks_first(self):
+        store, faults = self.faulty()
+        alone = OSError("Transaction numbers are only allowed on a replica set member or mongos")
+        alone.code = 20
+        faults.plan("insert_many", alone, False)
+        store.add([(row("a"), "raise"), (row("b"), "raise")], NOW)
+        with self.assertRaises(DuplicateTask):
+            store.add([(row("c"), "raise"), (row("b"), "raise")], NOW)
+        self.assertEqual([r.id for r in self.store.find(Query(), NOW)], ["a", "b"])
 
     def test_add_tasks_is_all_or_nothing_when_the_connection_breaks(self):
         for command in ("insert", "commitTransaction"):
