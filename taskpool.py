@@ -3927,9 +3927,10 @@ class Cluster(concurrent.futures.Executor):
                 worker.kill()
             elif len(worker.runs) > 1 and worker.since + SLOW_SECONDS <= now:
                 self._give_back(worker.take_back())
-                slow = cast(_Run, head).row.task_type
-                self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.since))
-                worker.load = max(worker.load, 1.0)
+                if worker.runs:  # Else not even the first had started: it is not to blame.
+                    slow = cast(_Run, head).row.task_type
+                    self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.since))
+                    worker.load = max(worker.load, 1.0)
             if worker.kill_at <= now:
                 worker.kill()
             self._look_at_exit(worker, now)

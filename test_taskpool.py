@@ -2382,6 +2382,21 @@ class TestP5Order(InFolder):
             self.assertEqual(futures[3].result(PATIENCE), "held")
             os.remove(path + ".end")
 
+    @unittest.skipUnless(LINUX, "stops a worker")
+    def test_a_worker_that_could_not_even_start_its_batch_is_used_again(self):
+        """As happens to all on a machine that has too much to do."""
+        cluster = self.cluster({"echo": echo}, keep_alive="always", max_available_workers=1, in_memory_only=True)
+        for i in range(20):
+            self.assertEqual(cluster.submit("echo", i).result(PATIENCE), i)
+        (worker,) = cluster._workers
+        os.kill(worker.pid, signal.SIGSTOP)
+        self.addCleanup(os.kill, worker.pid, signal.SIGCONT)
+        futures = [cluster.submit("echo", i) for i in range(50)]
+        eventually(lambda: worker.given > 20 + 100)  # Given, taken back, and given again.
+        os.kill(worker.pid, signal.SIGCONT)
+        self.assertEqual([future.result(PATIENCE) for future in futures], list(range(50)))
+        self.assertEqual(cluster._workers, [worker])
+
     def test_nor_behind_one_that_holds_the_gil(self):
         cluster = self.cluster({"mixed": mixed}, keep_alive="always")
         for _i in range(50):
