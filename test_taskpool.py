@@ -1120,7 +1120,8 @@ class TestSQLiteStore(StoreContract, InFolder):
         start = taskpool._process_start(process.pid)
         dead = f"{taskpool._here()}|{process.pid}|{start}|abc"
         self.store.renew(dead, NOW)
-        self.add(row("run"), row("lane", lane=dead))
+        early = dead[:-3] + "early"  # It died before it could renew for the first time.
+        self.add(row("run"), row("lane", lane=dead), row("early", lane=early))
         self.claim(1, owner=dead)
         self.assertEqual(self.store.recover("me", 0.0, NOW), [])
         self.assertEqual(self.look("run").state, "running")
@@ -1130,7 +1131,7 @@ class TestSQLiteStore(StoreContract, InFolder):
         eventually(lambda: taskpool.owner_is_dead(dead))  # A zombie counts as dead.
         self.assertEqual(self.store.recover("me", 0.0, NOW), [])
         self.assertEqual((self.look("run").state, self.look("run").attempt), ("ready", 0))
-        self.assertEqual(self.look("lane").lane, "")
+        self.assertEqual((self.look("lane").lane, self.look("early").lane), ("", ""))
 
     def test_a_silent_master_is_recovered_after_its_lease(self):
         far = "elsewhere|1|1|abc"
@@ -1147,6 +1148,11 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.store.recover("me", 161.0, NOW)
         self.assertEqual((self.look().state, self.look().interrupted), ("ready", 1))
         self.assertFalse(self.settle(first, "done", owner=far))
+        self.add(row("lane", lane=far))  # As it left.
+        self.store.recover("me", 200.0, NOW)
+        self.assertEqual(self.look("lane").lane, far)
+        self.store.recover("me", 230.0, NOW)
+        self.assertEqual(self.look("lane").lane, "")
 
     def test_an_interrupted_task_is_claimed_singly_and_the_fifth_time_fails(self):
         """P3: six starts in all, and its neighbours are not blamed."""
