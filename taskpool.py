@@ -1901,11 +1901,18 @@ _RENEW = "UPDATE taskpool_master SET beat = beat + 1 WHERE owner = ?"
 _ENTER = "INSERT INTO taskpool_master (owner, beat) VALUES (?, 0)"
 _LEAVE = "DELETE FROM taskpool_master WHERE owner = ?"
 _MASTERS = "SELECT owner FROM taskpool_master"
-# Holders of claims that are not in the table of masters count as silent masters.
+# Holders of claims, and owners of lanes, that are not in the table of masters count as
+# silent masters: one may die before its first beat, or add to its lane as it leaves.
 _OWNERS = """
+WITH RECURSIVE lane_owner(o) AS (
+    SELECT min(lane) FROM taskpool_task WHERE lane > ''
+    UNION ALL SELECT (SELECT min(lane) FROM taskpool_task WHERE lane > '' AND lane > o)
+    FROM lane_owner WHERE o IS NOT NULL)
 SELECT owner, beat FROM taskpool_master
-UNION SELECT DISTINCT owner, -1 FROM taskpool_task WHERE state = 'running'
-AND owner NOT IN (SELECT owner FROM taskpool_master)
+UNION SELECT owner, -1 FROM (
+    SELECT owner FROM taskpool_task WHERE state = 'running'
+    UNION SELECT o FROM lane_owner WHERE o IS NOT NULL)
+WHERE owner NOT IN (SELECT owner FROM taskpool_master)
 """
 _OPEN_LANE = "UPDATE taskpool_task SET lane = '' WHERE lane > '' AND lane = ?"
 _EXPIRE = "DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ?"
@@ -5177,6 +5184,8 @@ class Cluster(concurrent.futures.Executor):
                 self._futures[row.id] = before
             raise
         future._stored = True
+        if self._mode == "closed" and not future.cancel():  # Meanwhile: see _close.
+            future._end_cancelled()
         if stored is not row:  # Kept: another task stands for this one.
             if before is not None:
                 self._futures[row.id] = before
@@ -6199,6 +6208,7 @@ class Cluster(concurrent.futures.Executor):
 
     def _close(self) -> None:
         """The dispatcher's last act."""
+        self._mode = "closed"  # What submit() adds from here on, it cancels itself.
         if self._unsettled:
             text = "the store did not come back: %d outcome(s) are lost, those tasks start again"
             _log.error(text, len(self._unsettled))
