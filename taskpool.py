@@ -33,8 +33,9 @@ The life of a task (each arrow is a method of Store)
        add                claim                settle: done
     --------> waiting --------------> running ---------------> (removed), or `done`
                 ^                      |  |                     if keep_result was given
-                |  settle: retry, or   |  |    settle: failed
-                |  given back; recover |  +------------------> failed
+                |  settle: retry, next |  |    settle: failed
+                |  slot of `repeat`, or|  +------------------> failed
+                |  given back; recover |                         |
                 +----------------------+                         |
                 |                retry                           |
                 +------------------------------------------------+
@@ -70,8 +71,8 @@ Units: durations are seconds (or a timedelta), but `refresh_rate` and an integer
 `keep_alive` are milliseconds, as in nschwarz:cluster, from which this descends.
 Instants are datetimes outside and integer microseconds since 1970 (UTC) inside.
 
-Map of the file: errors, tasks, policies, stores, queue, messages, worker, master,
-demo and command line. Each part uses only the parts above it.
+Map of the file: errors, cron, tasks, policies, stores, queue, messages, worker,
+master, demo and command line. Each part uses only the parts above it.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import heapq
 import itertools
 import json
@@ -101,16 +103,19 @@ import threading
 import time
 import traceback
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone, tzinfo
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from types import CoroutineType
-from typing import Any, Callable, NamedTuple, Union, cast
+from typing import Any, Callable, NamedTuple, TypeVar, Union, cast
 
 __version__ = "0.1.0"
 __all__ = [
     "Cluster",
+    "Cron",
     "DuplicateTask",
     "MongoStore",
     "RemoteError",
@@ -145,6 +150,9 @@ BOOT_CAP_SECONDS = 30.0  # ... up to this.
 STORE_SECONDS = 0.1  # The same for a store that fails...
 STORE_CAP_SECONDS = 5.0  # ... up to this.
 BOOT_TRIES = 5  # Silent deaths of starting workers, in a row, that count as an error.
+WAIT_SECONDS = 3600.0  # Longest wait of a dispatcher: selectors overflow at 24 days.
+REPORT_SECONDS = 0.1  # Between two reports of job.progress that leave a worker...
+REPORT_STORE_SECONDS = 1.0  # ... and between two that a master stores.
 EXIT_SECONDS = 2.0  # A worker told to stop is killed after this long.
 ERROR_CHARS = 10_000  # Messages of exceptions are cut to this, tracebacks to 4 times.
 EXCEPTION_BYTES = 1_000_000  # A larger pickled exception travels as text only.
@@ -235,6 +243,360 @@ class _RemoteTraceback(Exception):
         return f'\n"""\n{self.args[0]}"""'
 
 
+# --- Cron ----------------------------------------------------------------------------
+# When is the next run? Arithmetic with calendars and clocks, which knows of no task.
+
+_DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June", "July", "August"),
+    *("September", "October", "November", "December"),
+)
+_MONTH_LENGTHS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+_MACROS = {
+    "@YEARLY": "0 0 1 1 *",
+    "@ANNUALLY": "0 0 1 1 *",
+    "@MONTHLY": "0 0 1 * *",
+    "@WEEKLY": "0 0 * * 0",
+    "@DAILY": "0 0 * * *",
+    "@MIDNIGHT": "0 0 * * *",
+    "@HOURLY": "0 * * * *",
+}
+_ORDINALS = {"L": "last", "1": "first", "2": "second", "3": "third", "4": "fourth", "5": "fifth"}
+
+
+def _number(word: str) -> int:
+    """Plain digits as a number, else -1. Three digits suffice to be out of any range."""
+    return int(word.lstrip("0")[:3] or 0) if word.isdigit() and word.isascii() else -1
+
+
+class _Field(NamedTuple):
+    """One of the fields of a cron text: reads its part of the text, or says it in words."""
+
+    name: str
+    unit: str
+    every: range  # The values that * stands for.
+    allowed: str
+    names: tuple[str, ...] = ()
+
+    def error(self, item: str) -> ValueError:
+        """What is wrong with a list item, with a hint if it is one of the usual slips."""
+        span, slash, step = item.partition("/")
+        size, short = len(self.every), span[:3]
+        if _number(step) > size and self.unit not in ("month", "weekday"):
+            interval = f"repeat=timedelta({self.unit}s={step})"
+            hint = f"every {step} {self.unit}s is {interval}, a step is 1 to {size}"
+        elif slash and not 1 <= _number(step) <= size:
+            hint = f"a step is 1 to {size}"
+        elif "" in span.split("-"):
+            hint = "a value is missing"
+        elif span.isalpha() and any(name.startswith(short.capitalize()) for name in self.names):
+            hint = f"write {short}, names have three letters"
+        elif "~" in span or span in ("H", "R") or span.startswith(("H(", "R(")):
+            hint = "random values (H, R, ~) are not supported"
+        elif "L" in span:
+            hint = "L is the last day of a month, 5L or FRIL its last Friday; L-3 is not supported"
+        else:
+            hint = "there is no such value"
+        lists = "and lists (1,2), ranges (1-5) and steps (*/2) of these"
+        return ValueError(f"{self.name} {item!r}: {hint}; allowed: {self.allowed}, {lists}")
+
+    def value(self, word: str, item: str) -> int:
+        """The value of a number or name; *item* is what to blame if it is neither."""
+        names = [] if word.isdigit() else [name[:3].upper() for name in self.names]
+        value = self.every[names.index(word)] if word in names else _number(word)
+        if value in self.every or (value == 7 and self.unit == "weekday"):
+            return value
+        raise self.error(item)
+
+    def values(self, text: str) -> Sequence[int]:
+        """The values of a text without marks such as L, sorted."""
+        if text == "*":
+            return self.every
+        if (number := _number(text)) in self.every:
+            return (number,)
+        every, size, found = self.every, len(self.every), set[int]()
+        for item in text.split(","):
+            span, slash, step_word = item.partition("/")
+            start, dash, stop = span.partition("-")
+            step = _number(step_word) if slash else 1
+            if not 1 <= step <= size:
+                raise self.error(item)
+            first = every[0] if span == "*" else self.value(start, item)
+            last = every[-1] if slash or span == "*" else first
+            if dash:
+                last = self.value(stop, item)
+            last += size if last < first else 0  # 22-4 wraps around: 22-28, less 24 from 24 on.
+            found.update(every[(at - every[0]) % size] for at in range(first, last + 1, step))
+        return sorted(found)
+
+    def marked_values(self, text: str) -> list[tuple[int, str]]:
+        """Pairs of value and mark: 5 is (5, ""), 5W (5, "W"), 5L (5, "L"), FRI#2 (5, "2"), and
+        the last day of the month is 0: L is (0, ""), LW (0, "W"). None for * and ?."""
+        found, is_date = [], self.unit == "day"
+        for item in text.split(",") if text not in ("*", "?") else ():
+            word, mark = item[:-1], item[-1:]
+            if is_date and item in ("L", "LW"):
+                found.append((0, item[1:]))
+            elif word and mark == ("W" if is_date else "L"):
+                found.append((self.value(word, item), mark))
+            elif not is_date and word[-1:] == "#" and mark in "12345":
+                found.append((self.value(word[:-1], item), mark))
+            else:
+                found += [(value, "") for value in self.values(item)]
+        return found
+
+    def say(self, text: str) -> str:
+        """The text, or a part of it, in words."""
+        if "," in text:
+            return " and ".join(self.say(item) for item in text.split(","))
+        span, _, step = text.partition("/")
+        if step or span == "*":
+            every = f"every {step} {self.unit}s" if step else f"every {self.unit}"
+            return every if span == "*" else f"{every} from {self.say(span)}"
+        if "-" in text:
+            return " to ".join(self.say(word) for word in text.split("-"))
+        word, mark = text[:-1].rstrip("#"), text[-1]
+        if "#" in text or (mark in "LW" and self.unit != "month"):
+            which = _ORDINALS.get(mark, "working day nearest to")
+            return f"the {which} {self.say(word) if word else 'day'}"
+        value = self.value(text, text) - self.every[0]
+        return self.names[value % len(self.names)] if self.names else f"{self.unit} {int(text)}"
+
+
+_SECOND = _Field("second", "second", range(60), "0-59")
+_MINUTE = _Field("minute", "minute", range(60), "0-59")
+_HOUR = _Field("hour", "hour", range(24), "0-23")
+_DATE = _Field("day-of-month", "day", range(1, 32), "1-31, L, LW, 15W, or ? alone")
+_MONTH = _Field("month", "month", range(1, 13), "1-12, JAN-DEC", _MONTHS)
+_WEEKDAY = _Field("day-of-week", "weekday", range(7), "0-7, SUN-SAT, 5L, FRI#2, or ? alone", _DAYS)
+
+
+def _cron_fields(text: str) -> list[str]:
+    """The five or six fields in capitals, macros replaced."""
+    macro = text.strip(" \t").encode().upper().decode()  # As bytes: no other letter gets ASCII.
+    if macro.startswith("@") and macro not in _MACROS:
+        raise ValueError(
+            f"no such macro; allowed: {', '.join(_MACROS).lower()}; @reboot has no time, and "
+            "instead of @every 5m use repeat=timedelta(minutes=5)"
+        )
+    parts = [part for part in _MACROS.get(macro, macro).replace("\t", " ").split(" ") if part]
+    if len(parts) not in (5, 6):
+        year = " (a year field is not supported)" if len(parts) == 7 else ""
+        allowed = "[second] minute hour day-of-month month day-of-week"
+        raise ValueError(f"{len(parts)} fields{year}; allowed: {allowed}")
+    return parts
+
+
+@lru_cache(maxsize=1024)
+def _month_kind(year: int, month: int) -> tuple[int, int]:
+    """The weekday of a month's first day (0: Sunday), and its length."""
+    leap = month == 2 and year % (400 if year % 100 == 0 else 4) == 0
+    return date(year, month, 1).isoweekday() % 7, _MONTH_LENGTHS[month - 1] + leap
+
+
+@lru_cache(maxsize=1024)  # next() asks twice, and mostly about the same few days.
+def _clock_change(zone: tzinfo, day: int) -> tuple[datetime, datetime] | None:
+    """From what to what the clock is put, if that skips or repeats a time of the day (ordinal)."""
+    start = datetime.fromordinal(day).replace(tzinfo=zone)
+    end = start.replace(hour=23, minute=59, second=59, fold=1)
+    before, after = start.utcoffset() or timedelta(), end.utcoffset() or timedelta()
+    if before == after:
+        return None
+    instant = start.replace(tzinfo=timezone.utc) - max(before, after)  # It is before the change.
+    for power in range(17, -1, -1):  # Halving, as zones put clocks by any length, at any time.
+        probe = instant + timedelta(seconds=2**power)
+        instant = probe if probe.astimezone(zone).utcoffset() == before else instant
+    new = (instant + timedelta(seconds=1)).astimezone(zone)
+    return new - (after - before), new
+
+
+class _Times:
+    """The times that a cron text means, on a clock that is never changed."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            self.fields = _cron_fields(text)
+            *second, minute, hour, day, month, weekday = self.fields
+            self.seconds = _SECOND.values(second[0]) if second else (0,)
+            self.minutes, self.hours = _MINUTE.values(minute), _HOUR.values(hour)
+            self.months = _MONTH.values(month)
+            self._dates, self._weekdays = _DATE.marked_values(day), _WEEKDAY.marked_values(weekday)
+            # As in Debian: */2 counts as a star, 1-31 does not.
+            self._needs_both = day[0] in "*?" or weekday[0] in "*?"
+            self._known_days: dict[tuple[int, int], Sequence[int]] = {}
+            months = itertools.product(range(2000, 2028), self.months)  # Of all calendars.
+            if not any(self._days(year, month) for year, month in months):
+                raise ValueError("never fires, no date matches")
+        except ValueError as error:
+            raise ValueError(f"cron text {text!r}: {error}") from None
+
+    def _days(self, year: int, month: int) -> Sequence[int]:
+        """The matching days of a month, sorted."""
+        kind = _month_kind(year, month)
+        days = self._known_days.get(kind)
+        if days is None:
+            days = self._known_days[kind] = self._days_of_kind(*kind)
+        return days
+
+    def _days_of_kind(self, first: int, length: int) -> Sequence[int]:
+        every, dates, weekdays = range(1, length + 1), set[int](), set[int]()
+        for number, mark in self._dates:
+            day = number or length
+            if mark:
+                working = [at for at in every if 0 < (first + at - 1) % 7 < 6]
+                day = min(working, key=lambda at: abs(at - day))
+            if number <= length:
+                dates.add(day)
+        for weekday, mark in self._weekdays:
+            same = every[(weekday - first) % 7 :: 7]
+            weekdays.update(same["L12345".index(mark) - 1 :][:1] if mark else same)
+        if self._dates and self._weekdays:
+            return sorted(dates & weekdays if self._needs_both else dates | weekdays)
+        return sorted(dates or weekdays) if self._dates or self._weekdays else every
+
+    def following(self, moment: datetime) -> datetime:
+        """The first of these times after *moment*, in its zone."""
+        hours, minutes, seconds, months = self.hours, self.minutes, self.seconds, self.months
+        year, month, day = moment.year, moment.month, moment.day
+        hour, minute, second = moment.hour, moment.minute, moment.second
+        days = self._days(year, month) if month in months else ()
+        today = day in days
+        if today and hour in hours and minute in minutes and second < seconds[-1]:
+            second = seconds[bisect_right(seconds, second)]
+        elif today and hour in hours and minute < minutes[-1]:
+            minute, second = minutes[bisect_right(minutes, minute)], seconds[0]
+        elif today and hour < hours[-1]:
+            hour, minute, second = hours[bisect_right(hours, hour)], minutes[0], seconds[0]
+        else:
+            hour, minute, second = hours[0], minutes[0], seconds[0]
+            days = days[bisect_right(days, day) :]
+            place = year * len(months) + bisect_right(months, month)
+            while not days:
+                year, month = place // len(months), months[place % len(months)]
+                days = self._days(year, month)
+                place += 1
+            day = days[0]
+        return datetime(year, month, day, hour, minute, second, tzinfo=moment.tzinfo)
+
+
+_times = lru_cache(maxsize=1024)(_Times)  # A text is often read more than once.
+
+
+class Cron:
+    """A schedule in cron's notation: `Cron("0 9 * * 1-5", "Europe/Paris").next()`.
+
+    *text* is minute, hour, day-of-month, month and day-of-week; or six fields, the second
+    first; or @yearly @annually @monthly @weekly @daily @midnight @hourly. *tz* is the zone
+    of its clock. Raises ValueError if the text is wrong or never matches (30 February), or
+    the zone is unknown; TypeError if they are not str.
+
+    Rules of crontab(5) and cron(8), Vixie's as in Debian; L, W, # and ? as in Quartz, but 0
+    and 7 are Sunday. Ranges wrap around (22-4). `5/15` is `5-59/15`. If a day field begins
+    with * or is ?, a day must match both, otherwise one is enough: `0 0 13 * 5` is each 13th
+    and each Friday. If hour, minute or a written second begins with *, the job runs when the
+    clock shows a matching time: not in a skipped hour, twice in a repeated one. Others run
+    once for each matching time: a skipped one right after the clock change, a repeated one
+    at first.
+    """
+
+    def __init__(self, text: str, tz: str = "UTC") -> None:
+        if not isinstance(text, str) or not isinstance(tz, str):
+            raise TypeError(f"text and tz of a Cron must be str, not {text!r} and {tz!r}")
+        self._text, self.tz = text, tz
+        self._zone: tzinfo = timezone.utc
+        if tz != "UTC":  # Which works on Windows, too, where there is no time zone data.
+            from zoneinfo import ZoneInfo  # Slow to import.
+
+            try:
+                self._zone = ZoneInfo(tz)
+            except (LookupError, ValueError, OSError):  # OSError: some are folders, "America".
+                raise ValueError(
+                    f"tz {tz!r} is unknown; allowed: names such as 'Europe/Paris' "
+                    "(if none works, `pip install tzdata`)"
+                ) from None
+        self._times = _times(text)
+        self._is_interval = "*" in [field[0] for field in self._times.fields[:-3]]
+
+    def _after(self, moment: datetime) -> datetime:
+        """The first run after *moment*; both are in the zone, and so compare as clock times."""
+        found, zone = self._times.following(moment), self._zone
+        if self.tz == "UTC":
+            return found
+        change, fold = _clock_change(zone, moment.toordinal()), moment.fold
+        tick = timedelta(seconds=1)
+        if change and change[1] <= moment < change[0]:  # The clock shows this time twice.
+            if found >= change[0] and self._is_interval and not fold:
+                found, fold = self._times.following(change[1] - tick), 1
+            if found < change[0] and (self._is_interval or not fold):
+                return found.replace(fold=fold)
+            found = self._times.following(change[0] - tick)
+        while (change := _clock_change(zone, found.toordinal())) and change[0] <= found < change[
+            1
+        ]:
+            if not self._is_interval:
+                return change[1]
+            found = self._times.following(change[1] - tick)
+        return found
+
+    def next(self, after: datetime | None = None) -> datetime:
+        """The first run later than *after* (aware; None: now), in zone tz; ValueError if none."""
+        after = datetime.now(timezone.utc) if after is None else after
+        if not isinstance(after, datetime):
+            raise TypeError(f"after must be a datetime, not {after!r}")
+        if after.utcoffset() is None:
+            raise ValueError(f"after must be aware (have a tzinfo), {after!r} is not")
+        try:  # By way of UTC, because *after* may be a time that the zone's clock skips.
+            return self._after(after.astimezone(timezone.utc).astimezone(self._zone))
+        except (ValueError, OverflowError):  # datetime has no year 10000.
+            raise ValueError(f"{self!r} has no run after {after}, up to the year 9999") from None
+
+    def __iter__(self) -> Iterator[datetime]:
+        """The runs from now on, one after the other."""
+        moment = None
+        while True:
+            moment = self.next(moment)
+            yield moment
+
+    def explain(self) -> str:
+        """The schedule in words, with what becomes of it when the zone's clock is changed."""
+        *clock, day, month, weekday = self._times.fields
+        times = [
+            ":".join(f"{number:02}" for number in time[: len(clock)])
+            for time in itertools.product(
+                self._times.hours, self._times.minutes, self._times.seconds
+            )
+        ]
+        when = " and ".join(times)
+        if self._is_interval or len(times) > 4:
+            fields = zip((_SECOND, _MINUTE, _HOUR)[-len(clock) :], clock)
+            when = " of ".join(field.say(part) for field, part in fields)
+        when = when.replace("s of every hour", "s") if when.startswith("every") else f"at {when}"
+        days = (" if it is " if "*" in day[0] + weekday[0] else " or ").join(
+            field.say(part)
+            for field, part in ((_DATE, day), (_WEEKDAY, weekday))
+            if part not in ("*", "?")
+        )
+        parts = when, days, "" if month == "*" else _MONTH.say(month), self.tz
+        rule = "has no run, a repeated one two" if self._is_interval else "runs right after it"
+        change = "" if self.tz == "UTC" else f"; a time skipped by the clock change {rule}"
+        return ", ".join(filter(None, parts)) + change
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cron) and (self._times.fields, self.tz) == (
+            other._times.fields,
+            other.tz,
+        )
+
+    def __hash__(self) -> int:
+        return hash((*self._times.fields, self.tz))
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"Cron({self._text!r}, {self.tz!r})"
+
+
 # --- Tasks ---------------------------------------------------------------------------
 # The values that travel, and what may be in them. Nothing here does I/O.
 
@@ -251,7 +613,8 @@ class Row(NamedTuple):
     priority: int
     created_at: int  # Microseconds since 1970, like all instants here.
     due_at: int  # The due date. Retries do not move it.
-    ready_at: int  # The earliest start: the due date, or that of the next retry.
+    ready_at: int  # The earliest start: the due date, or that of the next retry. While it
+    # is running: when it was claimed.
     retries: int
     retry_delay: float  # Seconds.
     timeout: float | None  # Seconds.
@@ -262,13 +625,13 @@ class Row(NamedTuple):
     claim: int = 0  # The fencing token: grows with every claim, never reset.
     owner: str = ""  # Who holds the claim, while running.
     interrupted: int = 0  # Claims that ended with their master, since a run ended.
-    result: str | None = None  # JSON text, with keep_result.
+    result: str | None = None  # JSON text, with keep_result or repeat.
     error: str | None = None
     expires_at: int | None = None  # When a `done` row is removed.
     removed: int = 0  # 1: remove() was called during the run.
     successor: str | None = None  # What replaces this when its run ends: _packed_row.
-    repeat: str | None = None
-    progress: str | None = None
+    repeat: str | None = None  # JSON text: microseconds, or the arguments of Cron.
+    progress: str | None = None  # JSON of a Progress: the last report of its run.
     in_memory: bool = False  # Not a column.
 
 
@@ -289,6 +652,17 @@ def _decode(text: str) -> Any:
     return value if end == len(text) else json.loads(text)
 
 
+@lru_cache(maxsize=1024)
+def _read_repeat(text: str) -> timedelta | Cron:
+    """Task.repeat from its column. Raises ValueError if that cannot be read (here)."""
+    value = json.loads(text)
+    if type(value) is list and [type(word) for word in value] == [str, str]:
+        return Cron(*value)
+    if type(value) is int and 0 < value <= timedelta.max // _MICROSECOND:
+        return value * _MICROSECOND
+    raise ValueError(f"{text!r} is neither microseconds nor a cron text and a zone")
+
+
 def _public_state(state: str) -> str:
     return "waiting" if state in ("scheduled", "ready") else state
 
@@ -297,18 +671,32 @@ def _datetime(instant: int) -> datetime:
     return _EPOCH + instant * _MICROSECOND
 
 
+class Progress(NamedTuple):
+    """What a task reported last, by `job.progress(done, total, note)`."""
+
+    done: float
+    total: float | None = None
+    note: str | None = None
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise RuntimeError("progress can be reported by the running task only, with its `job`")
+
+
 class Task:
     """One task, as it was when you looked. Immutable.
 
     Returned by add_task and find, and passed to your functions as `job`.
     """
 
-    __slots__ = ("_data", "_row")
+    __slots__ = ("_data", "_report", "_row")
     _row: Row
     _data: Any
+    _report: Callable[..., None]  # Only of the `job` of a running task.
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Row, report: Callable[..., None] | None = None) -> None:
         object.__setattr__(self, "_row", row)
+        if report is not None:
+            object.__setattr__(self, "_report", report)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Task is immutable; cannot set {name!r} (see TaskQueue.update)")
@@ -399,14 +787,29 @@ class Task:
         return self._row.timeout
 
     @property
+    def repeat(self) -> timedelta | Cron | None:
+        """How it repeats: an interval, a Cron, or None for not at all."""
+        return None if self._row.repeat is None else _read_repeat(self._row.repeat)
+
+    @property
     def result(self) -> Any:
-        """The JSON result of a `done` task that was added with keep_result."""
+        """The JSON result of a `done` task that was added with keep_result; of a repeating
+        task that of its last run."""
         return None if self._row.result is None else json.loads(self._row.result)
 
     @property
     def error(self) -> str | None:
-        """The last failure: type, message and traceback as text."""
+        """The failure of its last run: type, message and traceback as text."""
         return self._row.error
+
+    @property
+    def progress(self) -> Any:
+        """In the running task a function: `job.progress(done, total=None, note=None)` reports
+        how far it is. Elsewhere its last report, with these as attributes; None if none."""
+        try:
+            return self._report
+        except AttributeError:
+            return self._row.progress and Progress(*json.loads(self._row.progress))
 
 
 _nonce = os.urandom(8).hex()  # Of this process; a fork draws another.
@@ -497,6 +900,17 @@ def _checked_seconds(name: str, value: Any, zero: bool = False) -> float:
     return seconds
 
 
+def _checked_progress(done: Any, total: Any = None, note: Any = None) -> Progress:
+    for name, value in (("done", done), ("total", total)):
+        if type(value) not in (int, float) and not (value is None and name == "total"):
+            raise _wrong_type(name, value, "a number of 0 or more")
+        if value is not None and not 0 <= value <= MAX_INT:  # Neither is NaN.
+            raise _wrong_value(name, value, "a number of 0 or more")
+    if note is not None:
+        _checked_text("note", note)
+    return Progress(done, total, note)
+
+
 def _checked_milliseconds(name: str, value: Any) -> float:
     """Milliseconds (an int or a timedelta) as seconds."""
     allowed = "a whole number of milliseconds over 0, or a timedelta"
@@ -509,7 +923,7 @@ def _checked_milliseconds(name: str, value: Any) -> float:
     return value / 1000
 
 
-def _instant(due_date: Any, now: int) -> int:
+def _instant(due_date: Any, now: int, name: str = "due_date") -> int:
     """Microseconds since 1970 of a due date; naive datetimes are local time."""
     allowed = "a datetime (naive = local time), a timedelta from now, or None"
     if due_date is None:
@@ -523,8 +937,22 @@ def _instant(due_date: Any, now: int) -> int:
             aware = due_date if due_date.utcoffset() is not None else due_date.astimezone()
             return (aware - _EPOCH) // _MICROSECOND
     except (OverflowError, ValueError, OSError) as error:
-        raise _wrong_value("due_date", due_date, allowed + f" ({error})") from None
-    raise _wrong_type("due_date", due_date, allowed)
+        raise _wrong_value(name, due_date, allowed + f" ({error})") from None
+    raise _wrong_type(name, due_date, allowed)
+
+
+def _checked_repeat(repeat: Any) -> timedelta | Cron:
+    allowed = "a timedelta over 0, a cron text, or a Cron"
+    if isinstance(repeat, timedelta) and repeat <= timedelta():
+        raise _wrong_value("repeat", repeat, allowed)
+    if type(repeat) is str:
+        try:
+            return Cron(repeat)
+        except ValueError as error:
+            raise ValueError(f"repeat: {error}") from None
+    if not isinstance(repeat, (timedelta, Cron)):
+        raise _wrong_type("repeat", repeat, allowed)
+    return repeat
 
 
 _encode = json.JSONEncoder(
@@ -588,11 +1016,13 @@ def _make_row(
     task_id: Any = None,
     due_date: Any = None,
     in_memory: Any = False,
+    repeat: Any = None,
     retries: Any = 0,
     retry_delay: Any = 1.0,
     timeout: Any = None,
     keep_result: Any = None,
     if_exists: Any = "raise",
+    connection: Any = None,
     lane: str = "",
 ) -> tuple[Row, str]:
     """The new Row and its `if_exists`, or the error that add_task documents."""
@@ -616,10 +1046,20 @@ def _make_row(
         timeout = _checked_seconds("timeout", timeout)
     if keep_result is not None:
         keep_result = _checked_seconds("keep_result", keep_result, zero=True)
+    if connection is not None and not isinstance(connection, sqlite3.Connection):
+        raise _wrong_type("connection", connection, "a sqlite3.Connection to the queue's file")
+    if repeat is not None:
+        rule = _checked_repeat(repeat)
+        if isinstance(rule, timedelta):
+            repeat = str(rule // _MICROSECOND)
+        else:
+            repeat = json.dumps([str(rule), rule.tz])
+            due_date = rule.next(_datetime(now)) if due_date is None else due_date
     due_at = now if due_date is None else _instant(due_date, now)
     state = "ready" if due_at <= now else "scheduled"
     first = task_id, task_type, text, priority, now, due_at, due_at, retries, retry_delay
-    return Row._make((*first, timeout, keep_result, lane, state, *_FRESH, in_memory)), if_exists
+    row = Row._make((*first, timeout, keep_result, lane, state, *_FRESH, in_memory))
+    return (row if repeat is None else row._replace(repeat=repeat)), if_exists
 
 
 # --- Policies ------------------------------------------------------------------------
@@ -631,11 +1071,12 @@ class Outcome(NamedTuple):
 
     id: str
     claim: int
-    state: str  # done, failed, ready (start again at ready_at), or removed.
+    state: str  # done, failed, ready (start again at ready_at), removed; running: a report.
     charged: bool = True  # False: given back; the start does not count.
     ready_at: int = 0
     result: str | None = None  # JSON text.
     error: str | None = None
+    progress: str | None = None  # JSON of a Progress.
 
 
 def back_off(seconds: float, failures: int, most: float) -> float:
@@ -672,34 +1113,98 @@ def share(expected: float | None) -> float:
     return min(max(expected / AHEAD_SECONDS, LEAST_SHARE), 1.0)
 
 
-def claimed(row: Row, owner: str) -> Row:
+def next_slot(repeat: str, due_at: int, now: int) -> int | None:
+    """When a task that was due at *due_at* repeats, or None: later than that and than *now*.
+
+    So missed slots are made up by one run, and a clock set back runs no slot twice.
+
+    >>> next_slot("10", 100, 100), next_slot("10", 100, 137), next_slot("10", 100, 0)
+    (110, 140, 110)
+    """
+    try:
+        rule = _read_repeat(repeat)
+    except ValueError:
+        return now  # So that the next claim() sets the task aside, and says why.
+    try:
+        if isinstance(rule, Cron):
+            return _instant(rule.next(_datetime(max(now, due_at))), now)
+        interval = rule // _MICROSECOND
+        return _instant(_datetime(due_at + (max(now - due_at, 0) // interval + 1) * interval), now)
+    except (OverflowError, ValueError):  # There is no year 10000.
+        return None
+
+
+def _succeeding(row: Row, successor: str) -> Row:
+    """The Row that follows *row* under its id. It was created when it was added."""
+    return Row(**json.loads(successor))._replace(claim=row.claim)
+
+
+def claimed(row: Row, owner: str, now: int) -> Row:
     """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
     # Five times as fast as _replace, and done for every task.
-    return Row._make((*row[:12], "running", row[13] + 1, row[14] + 1, owner, *row[16:]))
+    claim = "running", row[13] + 1, row[14] + 1, owner
+    return Row._make((*row[:6], now, *row[7:12], *claim, *row[16:]))
+
+
+def after_end(row: Row, now: int) -> Row | None:
+    """done, failed -> waiting for its next slot, if it has one; else kept, or None."""
+    slot = None if row.repeat is None else next_slot(row.repeat, row.due_at, now)
+    if slot is not None:
+        row = row._replace(state="scheduled", attempt=0, due_at=slot, ready_at=slot)
+        return row._replace(progress=None)
+    if row.state == "failed":
+        return row
+    if row.keep_result is None:
+        return None
+    kept = int(min(row.keep_result * 1e6, NEVER - now - 1))  # Fits in a store.
+    return row._replace(expires_at=now + kept)
+
+
+def failed_start(row: Row, error: str, now: int, may_retry: bool = True) -> Outcome:
+    """What becomes of a charged start that failed: a retry, or the end."""
+    if may_retry and row.attempt <= row.retries:
+        delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
+        ready_at = now + int(delay * 1e6)
+        return Outcome(row.id, row.claim, "ready", ready_at=ready_at, error=error)
+    return Outcome(row.id, row.claim, "failed", error=error, progress=row.progress)
+
+
+def as_told(row: Row, outcome: Outcome, now: int) -> Row:
+    """The Row of a run that has ended, for listeners."""
+    state = outcome.state
+    if row.repeat and row.state == "running" and next_slot(row.repeat, row.due_at, now):
+        state = "scheduled"
+    return row._replace(state=state, owner="", result=outcome.result, error=outcome.error)
 
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     """running -> the Row that follows, or None if the task is over and gone."""
+    if outcome.progress is not None:
+        row = row._replace(progress=outcome.progress)
+    if outcome.state == "running":
+        return row
     if row.removed or outcome.state == "removed":
         return None
     if not outcome.charged:
-        return row._replace(
-            state="ready", attempt=max(row.attempt - 1, 0), owner="", ready_at=outcome.ready_at
-        )
+        attempt = max(row.attempt - 1, 0)
+        row = row._replace(state="ready", attempt=attempt, owner="", progress=None)
+        return row._replace(ready_at=outcome.ready_at)
     if row.successor is not None:
-        # Its created_at stays: that is when it was added.
-        return Row(**json.loads(row.successor))
-    if outcome.state == "done" and row.keep_result is None:
+        return _succeeding(row, row.successor)
+    if outcome.state == "done" and row.keep_result is None and row.repeat is None:
         return None
     row = row._replace(
         state=outcome.state, owner="", interrupted=0, result=outcome.result, error=outcome.error
     )
     if outcome.state == "ready":
         state = "ready" if outcome.ready_at <= now else "scheduled"
-        return row._replace(state=state, ready_at=outcome.ready_at)
-    if outcome.state == "done":
-        return row._replace(expires_at=now + int(cast(float, row.keep_result) * 1e6))
-    return row
+        return row._replace(state=state, ready_at=outcome.ready_at, progress=None)
+    return after_end(row, now)
+
+
+def has_run(row: Row, before: Row) -> bool:
+    """Whether a run of a repeating task has ended since it was *before*."""
+    return row.repeat is not None and row.due_at > before.due_at and row.claim > before.claim
 
 
 def given_back(row: Row, now: int) -> Row | None:
@@ -718,18 +1223,19 @@ def after_interruption(row: Row, now: int) -> Row | None:
     interrupted = row.interrupted + 1
     if interrupted > INTERRUPTIONS:
         if row.successor is not None:
-            return Row(**json.loads(row.successor))
+            return _succeeding(row, row.successor)
         times = f"{INTERRUPTIONS} times in a row"
         error = f"Interrupted: its master died {times} while it ran this task alone"
-        return row._replace(state="failed", owner="", interrupted=0, error=error)
-    return row._replace(
-        state="ready", attempt=max(row.attempt - 1, 0), owner="", interrupted=interrupted, lane=""
-    )
+        row = row._replace(state="failed", owner="", interrupted=0)
+        return after_end(row._replace(result=None, error=error), now)
+    row = row._replace(state="ready", attempt=max(row.attempt - 1, 0), owner="", progress=None)
+    return row._replace(interrupted=interrupted, lane="")
 
 
 def after_retry(row: Row, now: int) -> Row:
     """failed -> waiting, with a fresh set of attempts."""
-    return row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="")
+    row = row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="")
+    return row._replace(progress=None)
 
 
 def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Row]:
@@ -737,9 +1243,12 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
 
     The first is None if nothing is to be stored. Raises DuplicateTask.
     """
-    if old is None or old.state in ("failed", "done"):
+    if old is None:
         return new, new
-    if if_exists == "keep":
+    replacing = new._replace(claim=old.claim)  # The fencing token is never reset.
+    if old.state in ("failed", "done"):
+        return replacing, new
+    if if_exists == "keep" and not old.removed:
         return None, old
     if if_exists == "raise":
         raise DuplicateTask(
@@ -748,7 +1257,7 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
         )
     if old.state == "running":
         return old._replace(successor=_packed_row(new), removed=0), new
-    return new, new
+    return replacing, new
 
 
 def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
@@ -990,7 +1499,7 @@ class Store:
         raise NotImplementedError
 
     def transaction(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the calls inside one write, where the store can. Default: nothing."""
+        """Make the calls inside one write, and yield anything but None, if the store can."""
         return contextlib.nullcontext()
 
     def close(self) -> None:
@@ -1150,7 +1659,7 @@ class MemoryStore(Store):
                     break
                 else:
                     limit -= shares[row.task_type]
-                    rows[row.id] = running = claimed(row, owner)
+                    rows[row.id] = running = claimed(row, owner, now)
                     taken.append(running)
                 heapq.heappop(heap)
                 while heap and rows.get(heap[0][3].id) is not heap[0][3]:
@@ -1268,6 +1777,7 @@ class MemoryStore(Store):
 
 _COLUMNS = Row._fields[:-1]
 _LIST = ", ".join(_COLUMNS)
+_REPEAT = _COLUMNS.index("repeat")
 
 SCHEMA_VERSION = 1  # Counts changes of what follows; see SQLiteStore._prepare.
 _SCHEMA = (
@@ -1332,6 +1842,10 @@ _UPGRADES = (
     ),
 )
 _TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+_FILES = "PRAGMA database_list"  # Rows of number, name, file.
+# Does nothing, but as a write: it waits for the lock, where a transaction that has only
+# read fails at once if another process wrote meanwhile.
+_LOCK = "PRAGMA main.incremental_vacuum(1)"
 
 # -> waiting. Fails if the id is taken.
 _ADD = f"INSERT INTO taskpool_task ({_LIST}) VALUES ({', '.join('?' * len(_COLUMNS))})"
@@ -1356,7 +1870,8 @@ ORDER BY priority DESC, created_at, seq LIMIT ?
 # ready -> running
 _CLAIM = """
 UPDATE taskpool_task
-SET state = 'running', owner = ?, claim = claim + 1, attempt = attempt + 1 WHERE seq = ?
+SET state = 'running', owner = ?, ready_at = ?, claim = claim + 1, attempt = attempt + 1
+WHERE seq = ?
 """
 # ready -> failed, for rows that cannot be read: they must not block the rest.
 _SET_ASIDE = "UPDATE taskpool_task SET state = 'failed', error = ? WHERE seq = ?"
@@ -1378,7 +1893,7 @@ WHERE state = 'ready' AND lane = ? AND task_type = ? AND due_at <= ? LIMIT ?)
 # a later one has another number.
 _HELD = "id = ? AND claim = ? AND owner = ? AND state = 'running'"
 # running -> (removed), the common end of a run.
-_FINISH = f"DELETE FROM taskpool_task WHERE {_HELD} AND successor IS NULL"
+_FINISH = f"DELETE FROM taskpool_task WHERE {_HELD} AND successor IS NULL AND repeat IS NULL"
 _HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE {_HELD}"
 _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner = ?"
 
@@ -1436,11 +1951,23 @@ def _rank(candidate: Sequence[Any]) -> tuple[int, int, int]:
     return -priority, created_at, seq
 
 
+@lru_cache(maxsize=1000)
+def _wrong_column(kinds: tuple[type, ...]) -> str | None:
+    """The first column whose value has a type that it cannot have."""
+    named = zip(_COLUMNS, kinds)
+    return next((name for name, kind in named if kind not in _COLUMN_TYPES[name]), None)
+
+
 def _unusable(columns: Sequence[Any]) -> str:
     """Why a stored row cannot be a Row ("" if it can): SQLite keeps any type anywhere."""
-    for name, value in zip(_COLUMNS, columns):
-        if type(value) not in _COLUMN_TYPES[name]:
-            return f"column {name} holds {_shown(value)}"
+    wrong = _wrong_column(tuple(map(type, columns)))
+    if wrong is not None:
+        return f"column {wrong} holds {_shown(columns[_COLUMNS.index(wrong)])}"
+    if columns[_REPEAT] is not None:
+        try:
+            _read_repeat(columns[_REPEAT])
+        except (ValueError, RecursionError) as error:
+            return f"column repeat: {error}"
     return ""
 
 
@@ -1488,6 +2015,9 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     return " AND ".join(terms), values
 
 
+_T = TypeVar("_T")  # What is read or written.
+
+
 class SQLiteStore(Store):
     """Tasks in one SQLite file (WAL), shared by any number of processes of one machine.
 
@@ -1527,7 +2057,7 @@ class SQLiteStore(Store):
         self._reader: sqlite3.Connection | None = None
         self._opened = self._reading = (0, 0)  # The _identity that each has.
         self._stale = False  # Open again before the next write.
-        self._writing = 0  # The depth of transactions; > 0 only for the lock's holder.
+        self._grouping = 0  # The thread in transaction(), which holds the write lock.
         self._seen: dict[str, tuple[int, float]] = {}  # owner -> beat, and since when.
 
     @contextlib.contextmanager
@@ -1569,14 +2099,16 @@ class SQLiteStore(Store):
             db.execute(f"PRAGMA synchronous = {self._synchronous}")
             db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             if self._version(db) != SCHEMA_VERSION:
+                db.execute("BEGIN IMMEDIATE")
                 self._make_schema(db)
+                db.execute("COMMIT")
         except BaseException:
             db.close()
             raise
         self._connections.append(db)
         return db
 
-    def _version(self, db: sqlite3.Connection) -> int | None:
+    def _version(self, db: sqlite3.Connection | sqlite3.Cursor) -> int | None:
         """The version of our tables, None if there are none. Raises StoreError if newer.
 
         In a file of ours it is `user_version`, where other tools see it. In one that is
@@ -1599,9 +2131,8 @@ class SQLiteStore(Store):
             )
         return version
 
-    def _make_schema(self, db: sqlite3.Connection) -> None:
-        """Make the tables, or bring those of an older version up to date."""
-        db.execute("BEGIN IMMEDIATE")
+    def _make_schema(self, db: sqlite3.Connection | sqlite3.Cursor) -> None:
+        """Make the tables, or bring those of an older version up to date: in a transaction."""
         version = self._version(db)  # Again: another process may have been quicker.
         if version is not None:
             for statements in _UPGRADES[version:]:
@@ -1613,7 +2144,6 @@ class SQLiteStore(Store):
         db.execute("INSERT INTO taskpool_version VALUES (?)", (SCHEMA_VERSION,))
         if all(name.startswith("taskpool_") for (name,) in db.execute(_TABLES)):
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        db.execute("COMMIT")
 
     def _use_wal(self, db: sqlite3.Connection) -> None:
         # The switch needs the file for itself and fails at once, whatever the timeout.
@@ -1628,55 +2158,78 @@ class SQLiteStore(Store):
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.005)
-        if mode != "wal":
+        if mode != "wal" and not self._connections:  # Once.
             _log.warning("%s: WAL is not possible here; journal mode is %s", self.path, mode)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write_lock, self._errors():
-            if self._writing:
+            if self._grouping:
                 yield cast(sqlite3.Connection, self._writer)
                 return
-            if self._stale or self._opened != self._identity():
-                self.close()
-            if self._writer is None:
-                self._writer = self._open()
-                self._opened = self._identity()
-            db = self._writer
-            db.execute("BEGIN IMMEDIATE")
-            self._writing += 1
             try:
+                db = self._begin()
+                self._grouping = threading.get_ident()
                 yield db
-                db.execute("COMMIT")
-                if self._opened != self._identity():
-                    raise StoreError(f"{self.path}: the file was deleted or replaced")
+                self._commit(db)
             except BaseException:
-                # SQLite may have rolled back itself (full disk); keep the first error.
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
+                self._roll_back()
                 raise
             finally:
-                self._writing -= 1
+                self._grouping = 0
 
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[sqlite3.Connection]:
-        if self._write_lock.acquire(blocking=False):
+    def _write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Have *work* write in a transaction of its own, or in that of the caller.
+
+        This and _read are no context managers: a Ctrl-C between the entering of one and
+        its block would keep the lock as long as somebody looks at the KeyboardInterrupt.
+        """
+        with self._write_lock, self._errors():
+            if self._grouping:
+                return work(cast(sqlite3.Connection, self._writer))
             try:
-                if self._writing:
-                    with self._errors():
-                        yield cast(sqlite3.Connection, self._writer)
-                    return
-            finally:
-                self._write_lock.release()
-        with self._read_lock, self._errors():
-            if self._reader is not None and self._reading != self._identity():
-                self._connections.remove(self._reader)
-                self._reader.close()
-                self._reader = None
-            if self._reader is None:
-                self._reader = self._open()
-                self._reading = self._identity()
-            yield self._reader
+                db = self._begin()
+                result = work(db)
+                self._commit(db)
+                return result
+            except BaseException:
+                self._roll_back()
+                raise
+
+    def _begin(self) -> sqlite3.Connection:
+        if self._stale or self._opened != self._identity():
+            self.close()
+        if self._writer is None:
+            self._writer = self._open()
+            self._opened = self._identity()
+        self._roll_back()  # What a second Ctrl-C, just after the first, left open.
+        self._writer.execute("BEGIN IMMEDIATE")
+        return self._writer
+
+    def _commit(self, db: sqlite3.Connection) -> None:
+        db.execute("COMMIT")
+        if self._opened != self._identity():
+            raise StoreError(f"{self.path}: the file was deleted or replaced")
+
+    def _roll_back(self) -> None:
+        # SQLite may have rolled back itself (full disk); keep the first error.
+        if self._writer is not None and self._writer.in_transaction:
+            self._writer.execute("ROLLBACK")
+
+    def _read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Have *work* read, in a transaction() what was written there too."""
+        with self._errors():
+            if self._grouping == threading.get_ident():
+                return work(cast(sqlite3.Connection, self._writer))
+            with self._read_lock:
+                if self._reader is not None and self._reading != self._identity():
+                    self._connections.remove(self._reader)
+                    self._reader.close()
+                    self._reader = None
+                if self._reader is None:
+                    self._reader = self._open()
+                    self._reading = self._identity()
+                return work(self._reader)
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:
@@ -1688,14 +2241,51 @@ class SQLiteStore(Store):
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         if len(additions) == 1 and self._add_alone(additions[0][0]):
             return [additions[0][0]]
-        with self.transaction() as db:
-            return [self._add(db, new, if_exists) for new, if_exists in additions]
+        return self._write(lambda db: [self._add(db, *addition) for addition in additions])
+
+    def add_through(
+        self, connection: sqlite3.Connection, additions: Sequence[tuple[Row, str]]
+    ) -> list[Row]:
+        """add() in the transaction of the caller's own *connection* to the same file.
+
+        Begins one where sqlite3 would; neither commits nor rolls it back.
+        """
+        factory = connection.text_factory
+        db = sqlite3.Cursor(connection)  # Without the connection's row_factory.
+        with self._errors():
+            try:
+                connection.text_factory = str
+                main = next(file for _, name, file in db.execute(_FILES) if name == "main")
+                if not (main and os.path.exists(self.path) and os.path.samefile(main, self.path)):
+                    text = f"connection is to {main or 'memory'}; give one to {self.path}"
+                    raise ValueError(text)
+                # From Python 3.12 on isolation_level counts only if autocommit is -1.
+                level = connection.isolation_level
+                if getattr(connection, "autocommit", -1) == -1 and level is not None:
+                    if not connection.in_transaction:
+                        db.execute(f"BEGIN {level}")
+                db.execute("SAVEPOINT taskpool")
+                try:
+                    db.execute(_LOCK)
+                    if self._version(db) != SCHEMA_VERSION:
+                        self._make_schema(db)
+                    rows = [self._add(db, new, if_exists) for new, if_exists in additions]
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back all.
+                        db.execute("ROLLBACK TO taskpool")
+                        db.execute("RELEASE taskpool")
+                    raise
+                db.execute("RELEASE taskpool")
+                return rows
+            finally:
+                connection.text_factory = factory
+                db.close()
 
     def _add_alone(self, new: Row) -> bool:
         """The usual case in one statement, which costs half of a transaction. False if
         that could not be done: the id is taken, say."""
         with self._write_lock:
-            if self._writer is None or self._writing or self._stale:
+            if self._writer is None or self._writer.in_transaction or self._stale:
                 return False
             try:
                 self._writer.execute(_ADD, new[:-1])
@@ -1705,7 +2295,7 @@ class SQLiteStore(Store):
                 raise self._store_error(error) from error
             return self._opened == self._identity()
 
-    def _add(self, db: sqlite3.Connection, new: Row, if_exists: str) -> Row:
+    def _add(self, db: sqlite3.Connection | sqlite3.Cursor, new: Row, if_exists: str) -> Row:
         try:
             db.execute(_ADD, new[:-1])
             return new
@@ -1718,11 +2308,11 @@ class SQLiteStore(Store):
             self._replace(db, old, stored)
         return row
 
-    def _row(self, db: sqlite3.Connection, task_id: str) -> Row | None:
+    def _row(self, db: sqlite3.Connection | sqlite3.Cursor, task_id: str) -> Row | None:
         found = db.execute(_BY_ID, (task_id,)).fetchone()
         return None if found is None else Row(*found)
 
-    def _replace(self, db: sqlite3.Connection, old: Row, new: Row | None) -> None:
+    def _replace(self, db: sqlite3.Connection | sqlite3.Cursor, old: Row, new: Row | None) -> None:
         """Write *new* in the place of *old*; a new task goes to the end of the line."""
         if new is not None and (new.id, new.created_at) == (old.id, old.created_at):
             db.execute(_WRITE, (*new[:-1], old.id))
@@ -1742,7 +2332,8 @@ class SQLiteStore(Store):
         shares = _shares(types)
         if not shares or limit <= 0:
             return []
-        with self.transaction() as db:
+
+        def work(db: sqlite3.Connection) -> list[Row]:
             try:
                 return self._claim(db, owner, shares, limit, now, until)
             except sqlite3.OperationalError as error:
@@ -1754,6 +2345,8 @@ class SQLiteStore(Store):
                 return self._claim(db, owner, shares, limit, now, until)
             finally:
                 db.text_factory = str
+
+        return self._write(work)
 
     def _claim(
         self,
@@ -1771,7 +2364,7 @@ class SQLiteStore(Store):
         streams = [db.execute(_READY, (*place, until, most)) for place in places]
         candidates = heapq.merge(*streams, key=_rank)
         taken: list[Row] = []
-        taken_seq: list[tuple[str, int]] = []
+        taken_seq: list[tuple[str, int, int]] = []
         broken: list[tuple[str, int]] = []
         broken_rows: list[Row] = []
         for seq, *columns in candidates:
@@ -1787,8 +2380,8 @@ class SQLiteStore(Store):
             if cost > limit + 1e-9 or (row.interrupted and taken):
                 break
             limit -= cost
-            taken.append(claimed(row, owner))
-            taken_seq.append((owner, seq))
+            taken.append(claimed(row, owner, now))
+            taken_seq.append((owner, now, seq))
             if row.interrupted:
                 break
         for stream in streams:
@@ -1813,8 +2406,7 @@ class SQLiteStore(Store):
         ]
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
-        with self.transaction() as db:
-            return [self._settle(db, owner, outcome, now) for outcome in outcomes]
+        return self._write(lambda db: [self._settle(db, owner, o, now) for o in outcomes])
 
     def _settle(self, db: sqlite3.Connection, owner: str, outcome: Outcome, now: int) -> bool:
         claim = outcome.id, outcome.claim, owner
@@ -1829,30 +2421,37 @@ class SQLiteStore(Store):
         return True
 
     def renew(self, owner: str, now: int) -> None:
-        with self.transaction() as db:
+        def work(db: sqlite3.Connection) -> None:
             if not db.execute(_RENEW, (owner,)).rowcount:
                 db.execute(_ENTER, (owner,))
             db.execute(_EXPIRE, (now,))
 
+        self._write(work)
+
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
-        with self._read() as db:
-            beats: dict[str, int] = dict(db.execute(_OWNERS).fetchall())
+        def look(db: sqlite3.Connection) -> dict[str, int]:
+            return dict(db.execute(_OWNERS).fetchall())
+
+        beats = self._read(look)
         beats.pop(owner, None)
-        ended: list[Row] = []
-        for other in _dead_owners(beats, self._seen, seconds):
-            with self.transaction() as db:
-                # Looked at again, under the lock: it may have renewed in between.
-                if dict(db.execute(_OWNERS).fetchall()).get(other) == beats[other]:
+        dead = list(_dead_owners(beats, self._seen, seconds))
+
+        def work(db: sqlite3.Connection) -> list[Row]:
+            # Looked at again, under the lock: some may have renewed in between.
+            again, ended = look(db), []
+            for other in dead:
+                if again.get(other) == beats[other]:
                     ended += self._give_back(db, other, now, after_interruption)
-        return ended
+            return ended
+
+        return self._write(work) if dead else []
 
     def leave(self, owner: str, now: int) -> None:
-        with self.transaction() as db:
-            self._give_back(db, owner, now, given_back)
+        self._write(lambda db: self._give_back(db, owner, now, given_back))
 
     def owners(self) -> list[str]:
-        with self._read() as db:
-            return [owner for (owner,) in db.execute(_MASTERS)]
+        found = self._read(lambda db: db.execute(_MASTERS).fetchall())
+        return [owner for (owner,) in found]
 
     def _give_back(
         self, db: sqlite3.Connection, owner: str, now: int, after: Callable[[Row, int], Row | None]
@@ -1862,7 +2461,7 @@ class SQLiteStore(Store):
             row = Row(*found)
             following = after(row, now)
             self._replace(db, row, following)
-            if following is not None and following.state == "failed":
+            if following is not None and not (following.interrupted or row.successor):
                 ended.append(following)
         db.execute(_OPEN_LANE, (owner,))
         db.execute(_LEAVE, (owner,))
@@ -1871,65 +2470,71 @@ class SQLiteStore(Store):
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
     ) -> list[int]:
-        due: list[int] = []
-        with self._read() as db:
+        def work(db: sqlite3.Connection) -> list[int]:
+            due: list[int] = []
             for place in self._places(db, owner, types, NEVER):
                 (ready,) = db.execute(_COUNT_READY, (*place, until, limit)).fetchone()
                 due += [now] * ready
                 due += [at for (at,) in db.execute(_NEXT_DUE, (*place, until, limit))]
-        return sorted(due)[:limit]
+            return sorted(due)[:limit]
+
+        return self._read(work)
 
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
-        with self._read() as db:
-            found = db.execute(_STARTABLE, {"lane": "", "instant": now})
-            return sorted(task_type for (task_type,) in found if task_type not in known)
+        values = {"lane": "", "instant": now}
+        found = self._read(lambda db: db.execute(_STARTABLE, values).fetchall())
+        return sorted(task_type for (task_type,) in found if task_type not in known)
 
     def find(self, query: Query, now: int) -> list[Row]:
         where, values = _where(query, now)
         limit = -1 if query.limit is None else query.limit
         statement = f"SELECT {_LIST} FROM taskpool_task WHERE {where} {_OLDEST_FIRST}"
-        with self._read() as db:
+        values += limit, query.offset
+
+        def work(db: sqlite3.Connection) -> list[Any]:
             try:
-                found = db.execute(statement, (*values, limit, query.offset)).fetchall()
+                return db.execute(statement, values).fetchall()
             except sqlite3.OperationalError as error:
                 if "decode" not in str(error):
                     raise
                 db.text_factory = lambda raw: _decoded(raw, raw.decode(errors="replace"))
                 try:
-                    found = db.execute(statement, (*values, limit, query.offset)).fetchall()
+                    return db.execute(statement, values).fetchall()
                 finally:
                     db.text_factory = str
-        return [Row(*columns) for columns in found]
+
+        return [Row(*columns) for columns in self._read(work)]
 
     def count(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self._read() as db:
-            found = db.execute(f"SELECT count(*) FROM taskpool_task WHERE {where}", values)
-            return cast(int, found.fetchone()[0])
+        statement = f"SELECT count(*) FROM taskpool_task WHERE {where}"
+        return cast(int, self._read(lambda db: db.execute(statement, values).fetchone()[0]))
 
     def remove(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self.transaction() as db:
-            marked = db.execute(f"{_MARK} AND {where}", values).rowcount
-            return marked + db.execute(f"{_REMOVE} AND {where}", values).rowcount
+        statements = f"{_MARK} AND {where}", f"{_REMOVE} AND {where}"
+        return self._write(lambda db: sum(db.execute(s, values).rowcount for s in statements))
 
     def retry(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self.transaction() as db:
-            found = db.execute(
-                f"SELECT {_LIST} FROM taskpool_task WHERE state = 'failed' AND {where}", values
-            ).fetchall()
+        statement = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'failed' AND {where}"
+
+        def work(db: sqlite3.Connection) -> int:
+            found = db.execute(statement, values).fetchall()
             for columns in found:
                 self._replace(db, Row(*columns), after_retry(Row(*columns), now))
             return len(found)
 
+        return self._write(work)
+
     def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
-        with self.transaction() as db:
-            old = self._row(db, task_id)
-            new = after_update(old, task_id, changes, now)
+        def work(db: sqlite3.Connection) -> Row:
+            new = after_update(self._row(db, task_id), task_id, changes, now)
             self._replace(db, new, new)
             return new
+
+        return self._write(work)
 
 
 # MongoDB. A document has the original's seven fields, which a Meteor application reads and
@@ -1973,15 +2578,20 @@ def _data_fields(text: str) -> dict[str, Any]:
     return {"data": value} if _is_plain(value) else {"data": None, "json": text}
 
 
+def _date(instant: int) -> datetime:
+    """For Meteor: the nearest date there is, whatever somebody wrote into a document."""
+    return _datetime(min(max(instant, 0), 253_402_300_799_999_999))
+
+
 def _fields_of(row: Row) -> dict[str, Any]:
     """A Row as the fields of its document, without those of its data."""
     ended = row.state in ("failed", "done")
     fields = {
-        "createdAt": _datetime(row.created_at),
+        "createdAt": _date(row.created_at),
         # The original starts what is not on-going and has a dueDate that is past. So it
         # keeps off what runs here, retries that wait, and what has ended.
         "onGoing": row.state == "running",
-        "dueDate": None if ended else _datetime(max(row.due_at, row.ready_at)),
+        "dueDate": None if ended else _date(max(row.due_at, row.ready_at)),
     }
     for name in _COLUMNS:
         value = getattr(row, name)
@@ -2315,10 +2925,11 @@ class MongoStore(Store):
     def _stored(self, rows: list[Row]) -> str:
         """For the error of an add(): which of its tasks are stored all the same."""
         try:
-            found = set(self._rows({"_id": {"$in": [row.id for row in rows]}}, 0))
+            there = self._rows({"_id": {"$in": [row.id for row in rows]}}, 0)
         except Exception:
             return "; whether anything was stored is not known"
-        ids = [row.id for row in rows if row in found]
+        found = {row[:6] for row in there}  # What a run, already, would not change.
+        ids = [row.id for row in rows if row[:6] in found]
         return f"; stored all the same: {ids}" if ids else "; nothing was stored"
 
     # ---- Running
@@ -2594,6 +3205,374 @@ class MongoStore(Store):
         raise StoreError(f"{self._name}: others change {_shown(task_id)} all the time")
 
 
+@atexit.register
+def _close_stores() -> None:
+    """At the end of the program: from Python 3.13 on, sqlite3 warns of what nobody closed.
+
+    Registered by the import, so that it comes after the ends of clusters.
+    """
+    for store in list(_reset_in_forks):
+        if isinstance(store, SQLiteStore) and store._write_lock.acquire(timeout=EXIT_SECONDS):
+            store.close()
+            store._write_lock.release()
+
+
+# --- Calls ---------------------------------------------------------------------------
+# How a task's function is called: in a worker, or here by TaskQueue.run_due.
+
+TaskFunction = Callable[..., Any]
+Broker = Callable[[Callable[[Any], None], dict[str, Any]], Any]
+
+
+class _Failure(NamedTuple):
+    """An exception on its way to another process."""
+
+    type_name: str
+    text: str
+    traceback: str
+    pickled: bytes | None  # None if it cannot be rebuilt.
+
+
+def _dumps(value: Any) -> bytes:
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+
+
+def _cut(text: str, most: int) -> str:
+    text = text[: most + 1].encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= most else text[:most] + "... (cut)"
+
+
+def _failure(error: BaseException) -> _Failure:
+    """Describe *error*, whatever it does to those who look at it."""
+    kind = type(error)
+    name = kind.__qualname__
+    if kind.__module__ not in ("builtins", "__main__", "__mp_main__"):
+        name = f"{kind.__module__}.{name}"
+    try:
+        text = _cut(str(error), ERROR_CHARS)
+    except Exception as other:
+        text = f"<its __str__ raised {type(other).__name__}>"
+    try:
+        lines = traceback.format_exception(kind, error, error.__traceback__)
+        trace = _cut("".join(_cut(line, ERROR_CHARS) for line in lines), 4 * ERROR_CHARS)
+    except Exception:
+        trace = f"{name}: {text}"
+    pickled = None
+    if isinstance(error, Exception):  # SystemExit and its like would end the receiver.
+        with contextlib.suppress(BaseException):
+            attempt = _dumps(error)
+            if len(attempt) <= EXCEPTION_BYTES and type(pickle.loads(attempt)) is kind:
+                pickled = attempt
+    return _Failure(name, text, trace, pickled)
+
+
+def _error_text(failure: _Failure) -> str:
+    """Task.error: type, message, traceback."""
+    head = f"{failure.type_name}: {failure.text}" if failure.text else failure.type_name
+    return f"{head}\n\n{failure.traceback}" if failure.traceback else head
+
+
+def _wants_toggle_ipc(function: TaskFunction) -> str | None:
+    """How to pass toggle_ipc: "name", "position", or None for not at all."""
+    import inspect
+
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # Some builtins have no signature.
+        return None
+    if any(parameter.name == "toggle_ipc" for parameter in parameters):
+        named = next(p for p in parameters if p.name == "toggle_ipc")
+        return "position" if named.kind is named.POSITIONAL_ONLY else "name"
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) > 1 and positional[1].default is positional[1].empty:
+        return "position"
+    return None
+
+
+def _checked_message(message: Any) -> Any:
+    allowed = 'a dict {"status": int > 1, "data": any}'
+    if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
+        raise _wrong_type("message", message, allowed)
+    if type(message["status"]) is not int:
+        raise _wrong_type("status", message["status"], "an int over 1")
+    if message["status"] <= 1:
+        raise _wrong_value("status", message["status"], "an int over 1 (0 and 1 are taken)")
+    return {"status": message["status"], "data": message.get("data")}
+
+
+def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
+    if not isinstance(task_map, Mapping):
+        raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
+    if not task_map:
+        raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
+    for task_type, function in task_map.items():
+        _checked_text("a key of task_map", task_type)
+        if not callable(function):
+            raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
+    return dict(task_map)
+
+
+def _resolve(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
+    """Resolve *future*, unless it already is."""
+    try:
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+    except concurrent.futures.InvalidStateError:
+        pass
+
+
+def _follow(future: Future[Any], result: Any) -> None:
+    """Resolve *future* with *result*; with its result, if that is a Future too."""
+    if not isinstance(result, Future):
+        _resolve(future, result)
+        return
+
+    def done(inner: Future[Any]) -> None:
+        if inner.cancelled():
+            _resolve(future, error=concurrent.futures.CancelledError())
+        elif inner.exception() is not None:
+            _resolve(future, error=inner.exception())
+        else:
+            _follow(future, inner.result())
+
+    result.add_done_callback(done)
+
+
+def _call(
+    function: TaskFunction, style: str | None, job: Task, toggle_ipc: Callable[[], Any]
+) -> Any:
+    """The result of a task's function, awaited where it is to be awaited."""
+    if style is None:
+        value = function(job)
+    elif style == "name":
+        value = function(job, toggle_ipc=toggle_ipc())
+    else:
+        value = function(job, toggle_ipc())
+    if type(value) is CoroutineType:
+        import asyncio
+
+        value = asyncio.run(value)
+    while isinstance(value, Future):
+        value = value.result()
+    return value
+
+
+def _packed(value: Any) -> bytes:
+    try:
+        return _dumps(value)
+    except Exception as error:
+        kind = type(value).__name__
+        raise TypeError(f"the result ({kind}) cannot be pickled: {error}") from error
+
+
+def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
+    """The result as JSON, and why it is not kept: for tasks that stay."""
+    if row.keep_result is None and row.repeat is None:
+        return None, None
+    try:
+        _check_json(value, "result", 0)
+        return _encode(value), None
+    except (TypeError, ValueError) as error:
+        problem = f"the result is kept as None: {error}"
+        return None, None if row.keep_result is None else problem
+
+
+class _Reports:
+    """Reports of job.progress on their way out: at most ten a second, and the last one."""
+
+    def __init__(self, send: Callable[[int, str], None]) -> None:
+        self._send = send  # Given the number of the run and the JSON of a Progress.
+        self._lock = threading.Lock()  # Protects all below, from the timer.
+        self._number = -1  # Of the running task, or -1.
+        self._unsent: Progress | None = None
+        self._next = 0.0  # Monotonic: when the next one may go.
+        self._timer: threading.Timer | None = None  # Sends what waits for that.
+
+    def begin(self, number: int) -> Callable[..., None]:
+        """The `job.progress` of a run that begins."""
+        self._number = number
+        return functools.partial(self._report, number)
+
+    def _report(
+        self, number: int, done: float, total: float | None = None, note: str | None = None
+    ) -> None:
+        report = _checked_progress(done, total, note)
+        with self._lock:
+            if number != self._number:
+                raise RuntimeError("progress was called after its task had ended")
+            self._unsent = report
+            wait = self._next - time.monotonic()
+            if wait <= 0:
+                self._flush()
+            elif self._timer is None:
+                self._timer = threading.Timer(wait, self._on_timer)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _on_timer(self) -> None:
+        with self._lock:
+            self._timer = None
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._unsent is not None:
+            self._next = time.monotonic() + REPORT_SECONDS
+            self._send(self._number, _encode(self._unsent))
+            self._unsent = None
+
+    def end(self) -> None:
+        """The run has ended: send what is left."""
+        if self._unsent is None and self._timer is None:
+            self._number = -1
+            return
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._flush()
+            self._number = -1
+
+
+class _RunHere:
+    """TaskQueue.run_due: a master and its only worker in the caller's thread."""
+
+    def __init__(
+        self,
+        queue: TaskQueue,
+        task_map: Mapping[str, TaskFunction],
+        raise_errors: bool,
+        broker: Broker | None,
+    ) -> None:
+        self._queue, self._broker = queue, broker
+        self._task_map, self._raise_errors = task_map, raise_errors
+        self._stores = [queue._store] if _worker else [queue.in_memory._store, queue._store]
+        self._owner = _new_owner(0)
+        self._numbers = itertools.count()  # Of the runs.
+        self._reports = _Reports(self._on_report)
+        self._ended: list[Task] = []
+
+    def run(self, until: int | None) -> list[Task]:
+        """Run what is due; with *until* also what becomes due, the clock moving along."""
+        queue, clock = self._queue, self._queue.clock
+        now, last = queue._now(), NEVER if until is None else until
+        if until is not None:
+            # Half a microsecond more, so that no rounding leads to before *now*.
+            queue.clock = lambda: (now + 0.5) / 1e6
+        try:
+            queue._store.recover(self._owner, time.monotonic(), now)
+            while True:
+                now = queue._now() if until is None else now
+                if self._run_next(now, last):
+                    continue
+                due = [
+                    instant
+                    for store in self._stores
+                    for instant in store.next_due(self._owner, self._task_map, 1, now, last)
+                ]
+                if until is None or not due or min(due) > until:
+                    return self._ended
+                now = max(now, min(due))
+        finally:
+            queue.clock = clock
+            for store in self._stores:
+                store.leave(self._owner, now)  # Interrupted by Ctrl-C: given back.
+
+    def _run_next(self, now: int, last: int) -> bool:
+        """Run the task that comes first, if one is due."""
+        for store in self._stores:
+            rows = store.claim(self._owner, dict.fromkeys(self._task_map, 1.0), 1, now, last)
+            for row in rows:
+                self._run(store, row)
+            if rows:
+                return True
+        return False
+
+    def _run(self, store: Store, row: Row) -> None:
+        self._store, self._row = store, row
+        value: Any = None
+        error: BaseException | None = None
+        try:
+            if row.state == "failed":  # The store has set it aside.
+                raise StoreError(f"the stored task cannot be run: {row.error}")
+            value = self._value(row)
+            _packed(value)  # As a worker does.
+            outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
+        except (Exception, SystemExit) as raised:
+            error = raised
+            text = _error_text(_failure(error))
+            outcome = failed_start(row, text, self._queue._now(), row.state == "running")
+        finally:
+            self._reports.end()
+        outcome, row = outcome._replace(progress=self._row.progress), self._row
+        now = self._queue._now()
+        store.settle(self._owner, [outcome], now)
+        told = as_told(row, outcome, now)
+        result = None if error is not None else _kept(row._replace(keep_result=0.0), value)[0]
+        self._ended.append(Task(told._replace(result=result)))
+        if error is None:
+            self._tell("done", value, Task(told))
+        else:
+            self._tell("error", error, Task(told))
+            if self._raise_errors:
+                raise error
+
+    def _value(self, row: Row) -> Any:
+        function = self._task_map[row.task_type]
+        job = Task(row, self._reports.begin(next(self._numbers)))
+        return _call(function, _wants_toggle_ipc(function), job, self._toggle_ipc)
+
+    def _tell(self, event: str, value: Any, task: Task) -> None:
+        listener = self._queue._listeners.get(event)
+        if listener is not None:
+            try:
+                listener(value, task)
+            except Exception:
+                _log.exception("error in a listener")
+
+    def _on_report(self, number: int, report: str) -> None:
+        self._row = row = self._row._replace(progress=report)
+        outcome = Outcome(row.id, row.claim, "running", progress=report)
+        self._store.settle(self._owner, [outcome], self._queue._now())
+        self._tell("progress", Task(row).progress, Task(row))
+
+    def _toggle_ipc(self) -> Callable[..., Future[Any]]:
+        broker, row = self._broker, self._row
+        about = {"worker": os.getpid(), "task_id": row.id, "task_type": row.task_type}
+
+        def toggle_ipc(
+            on_message: Callable[[Any], Any], initialize: Callable[[Callable[[Any], None]], Any]
+        ) -> Future[Any]:
+            future: Future[Any] = Future()
+            answered, sent = threading.Lock(), threading.Lock()  # Held from the first on.
+
+            def respond(value: Any = None) -> None:
+                if answered.acquire(blocking=False):
+                    try:
+                        _follow(future, on_message(pickle.loads(_dumps(value))))
+                    except BaseException as error:
+                        _resolve(future, error=error)
+
+            def send(message: Any) -> None:
+                try:
+                    if not sent.acquire(blocking=False):
+                        raise RuntimeError("send() was called twice in one conversation")
+                    if broker is None:
+                        raise RuntimeError("run_due has no message_broker to answer toggle_ipc")
+                    broker(respond, {**pickle.loads(_dumps(_checked_message(message))), **about})
+                except BaseException as error:
+                    _resolve(future, error=error)
+
+            try:
+                initialize(send)
+            except BaseException as error:
+                _resolve(future, error=error)
+            return future
+
+        return toggle_ipc
+
+
 # --- Queue ---------------------------------------------------------------------------
 # What producers call, in any process. It reads the clock; it knows no worker.
 
@@ -2708,13 +3687,17 @@ class _Tasks:
     def update(self, task_id: str, **changes: Any) -> Task:
         """Change a waiting task and return it.
 
-        *changes*: data, priority, due_date, retries, retry_delay, timeout, keep_result,
-        as in add_task. Raises ValueError if the task is not waiting.
+        *changes*: data, priority, due_date, repeat, retries, retry_delay, timeout and
+        keep_result, as in add_task. A new *repeat* without *due_date* has its first run as
+        there; None leaves one run, at the due date. Raises ValueError if the task is not
+        waiting.
         """
         store, now = self._usable("update"), self._now()
         _checked_text("task_id", task_id)
-        columns = {"due_date": ("due_at", "ready_at")}
-        allowed = "data priority due_date retries retry_delay timeout keep_result".split()
+        columns: dict[str, tuple[str, ...]] = {"due_date": ("due_at", "ready_at")}
+        if changes.get("repeat") is not None:
+            columns["repeat"] = ("repeat", "due_at", "ready_at")
+        allowed = "data priority due_date repeat retries retry_delay timeout keep_result".split()
         for name in changes:
             if name not in allowed:
                 raise TypeError(f"update() cannot change {name!r}; give {', '.join(allowed)}")
@@ -2768,6 +3751,7 @@ class InMemoryTasks(_Tasks):
 
 
 Listener = Callable[[Any, Task], Any]
+EVENTS = ("done", "error", "progress")
 
 
 class TaskQueue(_Tasks):
@@ -2835,11 +3819,13 @@ class TaskQueue(_Tasks):
         task_id: str | None = None,
         due_date: datetime | timedelta | None = None,
         in_memory: bool = False,
+        repeat: timedelta | str | Cron | None = None,
         retries: int = 0,
         retry_delay: float | timedelta = 1.0,
         timeout: float | timedelta | None = None,
         keep_result: float | timedelta | None = None,
         if_exists: str = "raise",
+        connection: sqlite3.Connection | None = None,
     ) -> Task:
         """Store one task and return it. It is safe from then on (P1).
 
@@ -2848,11 +3834,15 @@ class TaskQueue(_Tasks):
         first. *due_date* is the earliest start: a datetime (naive = local time), a
         timedelta from now, or None = now. A failure is followed by up to *retries*
         further starts, the n-th after `retry_delay * 2**(n-1)` seconds, at most an hour.
+        With *repeat*, a timedelta, a cron text (UTC) or a Cron, it goes back to waiting for
+        its next slot when a run ended, however that did; without *due_date* the first slot
+        is now, or the cron's next time.
         A run longer than *timeout* seconds is killed. The finished task is kept with its
         JSON result for *keep_result* seconds; None = removed at once. *if_exists* says
         what a waiting or running task of the same *task_id* does: "raise" DuplicateTask,
         "keep" (it is returned), "replace" (if it is running, the new one follows it).
-        Durations may be timedeltas.
+        With your own *connection* to the same SQLite file the task exists if and only if
+        your transaction commits. Durations may be timedeltas.
 
         Raises TypeError or ValueError, naming the parameter, before anything is stored;
         RuntimeError for *in_memory* in a worker; StoreError if the store failed.
@@ -2866,23 +3856,26 @@ class TaskQueue(_Tasks):
             task_id=task_id,
             due_date=due_date,
             in_memory=in_memory,
+            repeat=repeat,
             retries=retries,
             retry_delay=retry_delay,
             timeout=timeout,
             keep_result=keep_result,
             if_exists=if_exists,
+            connection=connection,
         )
-        return Task(self._add([addition])[0])
+        return Task(self._add([addition], connection)[0])
 
     def add_tasks(self, tasks: Iterable[Mapping[str, Any]]) -> list[Task]:
         """Store many tasks in one transaction: all of them, or none if one is refused.
 
         Each is a dict with the parameters of add_task as keys. Persistent and in-memory
-        tasks cannot be mixed in one call. Raises what add_task raises.
+        tasks cannot be mixed in one call, nor different connections. Raises what add_task
+        raises.
         """
         _refuse_rerun("add_tasks")
         now = self._now()
-        additions = []
+        additions, connections = [], []
         for index, task in enumerate(tasks):
             if not isinstance(task, Mapping):
                 raise _wrong_type(f"tasks[{index}]", task, "a dict of add_task's parameters")
@@ -2891,16 +3884,28 @@ class TaskQueue(_Tasks):
                 wrong = f"has no parameter {unknown[0]!r}" if unknown else "needs a 'task_type'"
                 raise TypeError(f"tasks[{index}]: add_task {wrong}")
             additions.append(_make_row(now, **task))
+            connections.append(task.get("connection"))
         if not additions:
             return []
         if len({row.in_memory for row, _ in additions}) > 1:
             raise ValueError("in_memory is True for some tasks; add those in a call of their own")
-        return [Task(row) for row in self._add(additions)]
+        if any(connection is not connections[0] for connection in connections):
+            raise ValueError("connection differs between tasks; add those in a call of their own")
+        return [Task(row) for row in self._add(additions, connections[0])]
 
-    def _add(self, additions: list[tuple[Row, str]]) -> list[Row]:
+    def _add(
+        self, additions: list[tuple[Row, str]], connection: sqlite3.Connection | None = None
+    ) -> list[Row]:
         row = additions[0][0]
         store = self._in_memory._store if row.in_memory else self._store
-        rows = store.add(additions, row.created_at)
+        if connection is None:
+            rows = store.add(additions, row.created_at)
+        elif not isinstance(store, SQLiteStore):
+            raise _wrong_value("connection", connection, "None: this task is not stored in SQLite")
+        else:
+            rows = store.add_through(connection, additions)
+            if connection.in_transaction:
+                return rows  # Nobody else can see them yet.
         self._changed()
         if not row.in_memory:
             self._wake_others()
@@ -2909,14 +3914,15 @@ class TaskQueue(_Tasks):
     def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
         """Wait until a task ended, in whatever process it runs, and return it.
 
-        Its state is `done` or `failed`. A task that is gone is taken for done without a
-        kept result (its task_type is "" if this call never saw it). Raises TimeoutError
-        after *timeout* seconds.
+        Its state is `done` or `failed`; or `waiting`, if it repeats: then the end of the run
+        that is under way, or comes next, is waited for. A task that is gone is taken for
+        done without a kept result (its task_type is "" if this call never saw it). Raises
+        TimeoutError after *timeout* seconds.
         """
         _refuse_rerun("wait")
         query = Query(ids=[_checked_text("task_id", task_id)])
         seconds = math.inf if timeout is None else _checked_seconds("timeout", timeout, zero=True)
-        deadline, pause, row = time.monotonic() + seconds, 0.002, None
+        deadline, pause, row, first = time.monotonic() + seconds, 0.002, None, None
         stores = [self._store] if _worker else [self._in_memory._store, self._store]
         while True:
             found = [row for store in stores for row in store.find(query, self._now())]
@@ -2924,7 +3930,8 @@ class TaskQueue(_Tasks):
                 gone = row or Row(task_id, "", "null", 0, 0, 0, 0, 0, 0.0, None, None, "", "")
                 return Task(gone._replace(state="done", owner=""))
             row = found[0]
-            if row.state in ("failed", "done"):
+            first = first or row
+            if row.state in ("failed", "done") or has_run(row, first):
                 return Task(row)
             left = deadline - time.monotonic()
             if left <= 0:
@@ -2932,29 +3939,57 @@ class TaskQueue(_Tasks):
             time.sleep(min(pause, left))
             pause = min(pause * 1.5, 0.1)
 
-    def add_event_listener(self, event: str, callback: Listener) -> None:
-        """Have *callback(value, task)* called for each "done" or "error" of a cluster here.
+    def run_due(
+        self,
+        task_map: Mapping[str, TaskFunction],
+        until: datetime | timedelta | None = None,
+        *,
+        raise_errors: bool = False,
+        message_broker: Broker | None = None,
+    ) -> list[Task]:
+        """Run what is due here and now, in this thread, without workers: for your tests.
 
-        *value* is the result, or the exception. "error" comes for every failed attempt;
+        In-memory tasks come first, then persistent ones, each by priority and age; what
+        they add runs too, if it is due. Returns a Task for every run, in order: `state`
+        tells what became of it (waiting = a retry or repetition follows), `result` and
+        `error` how it went. Listeners are called. With *until* also runs what becomes due
+        up to then, retries and repetitions included, without waiting: meanwhile `clock`
+        stands at the instant when each is due. *raise_errors* raises the first failure,
+        after it was recorded, with its own traceback. *message_broker* answers toggle_ipc.
+        A `timeout` has no effect here.
+        """
+        _refuse_rerun("run_due")
+        functions = _checked_task_map(task_map)
+        last = None if until is None else _instant(until, self._now(), "until")
+        _checked_bool("raise_errors", raise_errors)
+        if message_broker is not None and not callable(message_broker):
+            raise _wrong_type("message_broker", message_broker, "a function or None")
+        return _RunHere(self, functions, raise_errors, message_broker).run(last)
+
+    def add_event_listener(self, event: str, callback: Listener) -> None:
+        """Have *callback(value, task)* called for each event of a cluster here.
+
+        *event* is "done", "error" or "progress"; *value* is the result, the exception, or
+        what `job.progress` was given. "error" comes for every failed attempt;
         `task.state` tells whether it waits for a retry or `failed` for good. It is called
         in a thread of its own, after the state was stored; what it raises is logged. A
         second listener of an event replaces the first. Master only: does nothing while a
         worker runs your file again.
         """
-        _checked_choice("event", event, ("done", "error"))
+        _checked_choice("event", event, EVENTS)
         if not callable(callback):
             raise _wrong_type("callback", callback, "a function of (value, task)")
         if _is_master():
             self._listeners[event] = callback
 
     def remove_event_listener(self, event: str) -> None:
-        """Forget the listener of "done" or "error", if there is one."""
-        self._listeners.pop(_checked_choice("event", event, ("done", "error")), None)
+        """Forget the listener of that event, if there is one."""
+        self._listeners.pop(_checked_choice("event", event, EVENTS), None)
 
 
 _ADD_PARAMETERS = frozenset(
-    "task_type data priority task_id due_date in_memory retries retry_delay timeout "
-    "keep_result if_exists".split()
+    "task_type data priority task_id due_date in_memory repeat retries retry_delay timeout "
+    "keep_result if_exists connection".split()
 )
 
 
@@ -2967,6 +4002,7 @@ _ADD_PARAMETERS = frozenset(
 #                   ("stop",)
 #   to the master   ("ready",)   ("boot error", failure)
 #                   ("start", number)                    of a task with a timeout
+#                   ("progress", number, report)         JSON of a Progress
 #                   ("done", number, seconds, value, json, problem, open conversations)
 #                   ("fail", number, seconds, failure, may_retry)
 #                   ("ask", number, conversation, message)
@@ -2985,48 +4021,6 @@ class _Boot(NamedTuple):
     pickled_map: bytes | None
 
 
-class _Failure(NamedTuple):
-    """An exception on its way to another process."""
-
-    type_name: str
-    text: str
-    traceback: str
-    pickled: bytes | None  # None if it cannot be rebuilt.
-
-
-def _dumps(value: Any) -> bytes:
-    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-
-
-def _cut(text: str, most: int) -> str:
-    text = text[: most + 1].encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= most else text[:most] + "... (cut)"
-
-
-def _failure(error: BaseException) -> _Failure:
-    """Describe *error*, whatever it does to those who look at it."""
-    kind = type(error)
-    name = kind.__qualname__
-    if kind.__module__ not in ("builtins", "__main__", "__mp_main__"):
-        name = f"{kind.__module__}.{name}"
-    try:
-        text = _cut(str(error), ERROR_CHARS)
-    except Exception as other:
-        text = f"<its __str__ raised {type(other).__name__}>"
-    try:
-        lines = traceback.format_exception(kind, error, error.__traceback__)
-        trace = _cut("".join(_cut(line, ERROR_CHARS) for line in lines), 4 * ERROR_CHARS)
-    except Exception:
-        trace = f"{name}: {text}"
-    pickled = None
-    if isinstance(error, Exception):  # SystemExit and its like would end the receiver.
-        with contextlib.suppress(BaseException):
-            attempt = _dumps(error)
-            if len(attempt) <= EXCEPTION_BYTES and type(pickle.loads(attempt)) is kind:
-                pickled = attempt
-    return _Failure(name, text, trace, pickled)
-
-
 def _rebuilt(failure: _Failure) -> Exception:
     """The exception of *failure*, or the RemoteError that stands for it."""
     error: Any = None
@@ -3039,16 +4033,8 @@ def _rebuilt(failure: _Failure) -> Exception:
     return cast(Exception, error)
 
 
-def _error_text(failure: _Failure) -> str:
-    """Task.error: type, message, traceback."""
-    head = f"{failure.type_name}: {failure.text}" if failure.text else failure.type_name
-    return f"{head}\n\n{failure.traceback}" if failure.traceback else head
-
-
 # --- Worker --------------------------------------------------------------------------
 # Code that runs in the child process. It knows no store; tasks come down the pipe.
-
-TaskFunction = Callable[..., Any]
 
 # The clusters made in this process, by module, line, and number of the call there. In a
 # worker it is how the task map is found, so there they are kept alive as well.
@@ -3154,62 +4140,6 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
     return cast(Mapping[str, TaskFunction], unpickled)
 
 
-def _wants_toggle_ipc(function: TaskFunction) -> str | None:
-    """How to pass toggle_ipc: "name", "position", or None for not at all."""
-    import inspect
-
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # Some builtins have no signature.
-        return None
-    if any(parameter.name == "toggle_ipc" for parameter in parameters):
-        named = next(p for p in parameters if p.name == "toggle_ipc")
-        return "position" if named.kind is named.POSITIONAL_ONLY else "name"
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) > 1 and positional[1].default is positional[1].empty:
-        return "position"
-    return None
-
-
-def _checked_message(message: Any) -> Any:
-    allowed = 'a dict {"status": int > 1, "data": any}'
-    if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
-        raise _wrong_type("message", message, allowed)
-    if type(message["status"]) is not int:
-        raise _wrong_type("status", message["status"], "an int over 1")
-    if message["status"] <= 1:
-        raise _wrong_value("status", message["status"], "an int over 1 (0 and 1 are taken)")
-    return {"status": message["status"], "data": message.get("data")}
-
-
-def _resolve(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
-    """Resolve *future*, unless it already is."""
-    try:
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(value)
-    except concurrent.futures.InvalidStateError:
-        pass
-
-
-def _follow(future: Future[Any], result: Any) -> None:
-    """Resolve *future* with *result*; with its result, if that is a Future too."""
-    if not isinstance(result, Future):
-        _resolve(future, result)
-        return
-
-    def done(inner: Future[Any]) -> None:
-        if inner.cancelled():
-            _resolve(future, error=concurrent.futures.CancelledError())
-        elif inner.exception() is not None:
-            _resolve(future, error=inner.exception())
-        else:
-            _follow(future, inner.result())
-
-    result.add_done_callback(done)
-
-
 class _WorkerProcess:
     """This process, while it is a worker: it runs tasks one after another.
 
@@ -3229,6 +4159,7 @@ class _WorkerProcess:
         self._conversation_ids = itertools.count(1)
         self._conversations: dict[int, tuple[Callable[[Any], Any], Future[Any]]] = {}
         self._current = -1  # The number of the running task, or -1.
+        self._reports = _Reports(self._send_report)
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Send to the master; called by any thread."""
@@ -3239,6 +4170,10 @@ class _WorkerProcess:
     def tell_master_of_changes(self) -> None:
         with contextlib.suppress(OSError):
             self.send(("changed",))
+
+    def _send_report(self, number: int, report: str) -> None:
+        with contextlib.suppress(OSError):
+            self.send(("progress", number, report))
 
     def serve(self) -> None:
         """Run what comes down the channel until told to stop."""
@@ -3252,7 +4187,7 @@ class _WorkerProcess:
                 for offset, values in enumerate(rows):
                     if self._permitted(number + offset):
                         self._run(number + offset, Row._make(values))
-                del rows
+                del rows, values
             del message
 
     def _receive(self) -> Any:
@@ -3292,7 +4227,7 @@ class _WorkerProcess:
         started = time.perf_counter()
         report: tuple[Any, ...]
         try:
-            task = Task(row)
+            task = Task(row, self._reports.begin(number))
             try:  # Here, so that what cannot be decoded fails for good.
                 object.__setattr__(task, "_data", _decode(row.data))
             except ValueError as error:
@@ -3300,16 +4235,17 @@ class _WorkerProcess:
                 report = ("fail", number, 0.0, _failure(wrong), False)
             else:
                 value = self._call(task)
-                packed = None if value is None else self._packed(value)
-                kept, problem = self._kept(row, value)
+                packed = None if value is None else _packed(value)
+                kept, problem = _kept(row, value)
                 seconds = time.perf_counter() - started
                 report = ("done", number, seconds, packed, kept, problem)
                 del value
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: they end the task, not the worker.
             report = ("fail", number, time.perf_counter() - started, _failure(error), True)
-            error.__traceback__ = None  # Frees the frames, and what they hold.
+            traceback.clear_frames(error.__traceback__)  # Frees what they hold.
         self._current = -1
+        self._reports.end()
         opened = sum(not future.done() for _, future in self._conversations.values())
         self._conversations.clear()
         for stream in (sys.stdout, sys.stderr):
@@ -3320,44 +4256,11 @@ class _WorkerProcess:
         self.send((*report, opened) if report[0] == "done" else report)
 
     def _call(self, task: Task) -> Any:
-        """The task function's result, awaited where it is to be awaited."""
         task_type = task.task_type
         function = self.task_map[task_type]
         if task_type not in self._call_styles:
             self._call_styles[task_type] = _wants_toggle_ipc(function)
-        style = self._call_styles[task_type]
-        if style is None:
-            value = function(task)
-        elif style == "name":
-            value = function(task, toggle_ipc=self._toggle_ipc())
-        else:
-            value = function(task, self._toggle_ipc())
-        if type(value) is CoroutineType:
-            import asyncio
-
-            value = asyncio.run(value)
-        while isinstance(value, Future):
-            value = value.result()
-        return value
-
-    @staticmethod
-    def _packed(value: Any) -> bytes:
-        try:
-            return _dumps(value)
-        except Exception as error:
-            kind = type(value).__name__
-            raise TypeError(f"the result ({kind}) cannot be pickled: {error}") from error
-
-    @staticmethod
-    def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
-        """The result as JSON, and why it is not kept: for tasks with keep_result."""
-        if row.keep_result is None:
-            return None, None
-        try:
-            _check_json(value, "result", 0)
-            return _encode(value), None
-        except (TypeError, ValueError) as error:
-            return None, f"the result is kept as None: {error}"
+        return _call(function, self._call_styles[task_type], task, self._toggle_ipc)
 
     def _toggle_ipc(self) -> Callable[..., Future[Any]]:
         """The `toggle_ipc` of the running task."""
@@ -3789,6 +4692,7 @@ class _WorkerHandle:
         self.stopping = False  # Told to leave, or killed: gets no more tasks.
         self.killed = False  # By us: what it ran without a verdict is given back.
         self.runs: collections.deque[_Run] = collections.deque()  # In its hands, in order.
+        self.reported = False  # The first of them has reported what the store has not.
         self.load = 0.0  # The sum of their costs; 1 = no room.
         self.given = 0  # Tasks given so far.
         self.since = time.monotonic()  # In this state, or with this head of runs.
@@ -3843,6 +4747,10 @@ class _WorkerHandle:
 
     def kill(self) -> None:
         self.stopping = self.killed = True
+        self.end()
+
+    def end(self) -> None:
+        """Kill it, but as one that dies by itself: what it runs fails."""
         with contextlib.suppress(OSError, ValueError):
             self.process.kill()
 
@@ -3942,18 +4850,6 @@ def _resolve_futures(runs: list[_Run]) -> None:
             _resolve(future, error=value)
         else:
             _resolve(future, value)
-
-
-def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
-    if not isinstance(task_map, Mapping):
-        raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
-    if not task_map:
-        raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
-    for task_type, function in task_map.items():
-        _checked_text("a key of task_map", task_type)
-        if not callable(function):
-            raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
-    return dict(task_map)
 
 
 def _checked_keep_alive(keep_alive: Any) -> float | str | None:
@@ -4067,7 +4963,7 @@ def _at_exit() -> None:
             try:
                 cluster.shutdown()
             except KeyboardInterrupt:
-                cluster._closed.wait(cluster._shutdown_timeout + EXIT_SECONDS)
+                cluster._closed.wait(min(cluster._shutdown_timeout, WAIT_SECONDS) + EXIT_SECONDS)
 
 
 _at_exit_registered = False
@@ -4081,7 +4977,6 @@ def _at_exit_once() -> None:
 
 
 KeepAlive = Union[int, timedelta, str, None]
-Broker = Callable[[Callable[[Any], None], dict[str, Any]], Any]
 _warned_all_cpus = False
 
 
@@ -4188,6 +5083,7 @@ class Cluster(concurrent.futures.Executor):
         self._hungry = True  # New tasks could start at once: adding them ends the wait.
         self._upcoming: list[int] | None = []  # What next_due said; None: more than we take.
         self._store_due = NEVER  # When the first of them that was not yet due is.
+        self._reported, self._next_report = False, 0.0  # Some worker has; when it is stored.
         self._store_busy = False  # A call is under way in the store thread...
         self._in_flight = 0  # ... with so many outcomes.
         self._store_retry, self._store_failures, self._failing_since = 0.0, 0, 0.0
@@ -4251,11 +5147,11 @@ class Cluster(concurrent.futures.Executor):
         """Add a task and return its Future; *options* are those of add_task.
 
         Only this cluster runs it, while it lives. The Future resolves at the final end,
-        after retries: with the result, the task's own exception (or a RemoteError that
-        tells of it), WorkerDied or TaskTimeout. `future.task` is the Task;
-        `future.cancel()` removes it if it waits. In an `in_memory_only` cluster the
-        default is in_memory=True. Raises what add_task raises, and RuntimeError after
-        shutdown().
+        after retries (of the first run, if it repeats): with the result, the task's own
+        exception (or a RemoteError that tells of it), WorkerDied or TaskTimeout.
+        `future.task` is the Task; `future.cancel()` removes it if it waits. In an
+        `in_memory_only` cluster the default is in_memory=True. Raises what add_task raises,
+        and RuntimeError after shutdown().
         """
         if not self._started:
             self._use("submit")
@@ -4268,6 +5164,10 @@ class Cluster(concurrent.futures.Executor):
         if type(task_type) is str and task_type and task_type not in self.task_map:
             known = ", ".join(map(repr, self.task_map))
             raise _wrong_value("task_type", task_type, f"one of this cluster's: {known}")
+        if options.get("connection") is not None:
+            raise TypeError(
+                "submit() takes no connection; use add_task, and queue.wait for the end"
+            )
         if "lane" in options or (options.get("in_memory") is False and self._in_memory_only):
             raise TypeError("submit() takes the parameters of add_task; this one cannot be given")
         row, if_exists = _make_row(self.queue._now(), task_type, data, lane=self._owner, **options)
@@ -4522,10 +5422,10 @@ class Cluster(concurrent.futures.Executor):
         self._hungry = len(self._workers) < self._max_workers or any(
             not worker.runs for worker in self._workers
         )
-        timeout = max(0.0, self._alarm - time.monotonic())
+        timeout = min(max(0.0, self._alarm - time.monotonic()), WAIT_SECONDS)
         if self._inbox or (self._news and self._hungry):
             timeout = 0.0
-        for key, events in self._selector.select(None if timeout == math.inf else timeout):
+        for key, events in self._selector.select(timeout):
             worker = key.data
             if not isinstance(worker, _WorkerHandle):
                 worker()
@@ -4559,6 +5459,8 @@ class Cluster(concurrent.futures.Executor):
                 run.deadline = time.monotonic() + cast(float, run.row.timeout)
             elif kind == "ask":
                 self._on_ask(worker, *message[1:])
+            elif kind == "progress":
+                self._on_progress(worker, message[2])
             elif kind == "changed":
                 self._look = True
             elif kind == "ready":
@@ -4568,7 +5470,7 @@ class Cluster(concurrent.futures.Executor):
                 self._on_failed_boot()
                 self._on_boot_error(_rebuilt(message[1]), message[1])
         if worker.channel.ended and worker.ended_at == math.inf:
-            worker.ended_at = time.monotonic()
+            worker.ended_at, worker.load = time.monotonic(), math.inf  # No more tasks for it.
             if worker.channel.takes_back:
                 self._selector.unregister(worker.channel)
 
@@ -4576,6 +5478,31 @@ class Cluster(concurrent.futures.Executor):
         worker.ready, worker.since = True, time.monotonic()
         self._boot_error, self._failed_boots, self._boot_after = None, 0, 0.0
         self._look = True
+
+    def _on_progress(self, worker: _WorkerHandle, report: str) -> None:
+        run = worker.runs[0]
+        run.row = run.row._replace(progress=report)
+        worker.reported = self._reported = True
+        listener = self.queue._listeners.get("progress")
+        if listener is not None:
+            task = Task(run.row)
+            self._listener_thread.post(lambda: listener(task.progress, task))
+
+    def _store_reports(self, now: float) -> None:
+        """Have the stores record what running tasks reported, once a second."""
+        if self._store_failures:
+            self._next_report = now + REPORT_STORE_SECONDS
+        if now < self._next_report:
+            self._wake_at(self._next_report)
+            return
+        self._next_report, self._reported = now + REPORT_STORE_SECONDS, False
+        for worker in self._workers:
+            row = worker.runs[0].row if worker.runs and worker.reported else None
+            worker.reported = False
+            if row is not None and row.progress is not None:
+                report = _Run(row, 0.0, None)
+                report.end(Outcome(row.id, row.claim, "running", progress=row.progress))
+                self._settle(report)
 
     def _on_done(self, worker: _WorkerHandle, now: float, message: tuple[Any, ...]) -> None:
         _, _, seconds, packed, kept, problem, opened = message
@@ -4591,7 +5518,11 @@ class Cluster(concurrent.futures.Executor):
                 "to wait for it",
                 *(row.task_type, row.id, opened, what),
             )
-        run.end(Outcome(row.id, row.claim, "done", True, 0, kept, problem), "done", packed)
+        run.end(
+            Outcome(row.id, row.claim, "done", True, 0, kept, problem, row.progress),
+            "done",
+            packed,
+        )
         self._settle(run)
 
     def _on_fail(
@@ -4624,15 +5555,13 @@ class Cluster(concurrent.futures.Executor):
     ) -> None:
         """A charged start has failed: retry it, or fail it for good."""
         row = run.row
-        first_line = text.partition("\n")[0]
-        if may_retry and row.attempt <= row.retries:
-            delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
-            ready_at = self.queue._now() + int(delay * 1e6)
-            outcome = Outcome(row.id, row.claim, "ready", ready_at=ready_at, error=text)
+        first_line, now = text.partition("\n")[0], self.queue._now()
+        outcome = failed_start(row, text, now, may_retry)
+        if outcome.state == "ready":
+            delay = (outcome.ready_at - now) / 1e6
             what = f"attempt {row.attempt} of {row.retries + 1} failed, next in {delay:g} s"
             _log.warning("cluster:%s:%s:\t%s: %s", row.task_type, row.id, what, first_line)
         else:
-            outcome = Outcome(row.id, row.claim, "failed", error=text)
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
         run.end(outcome, "error", error=error)
         self._settle(run)
@@ -4717,8 +5646,7 @@ class Cluster(concurrent.futures.Executor):
             self._future_thread.post(lambda: _resolve_futures(resolvable))
 
     def _call_listener(self, listener: Listener, run: _Run) -> None:
-        _, _, state, _, _, result, error = run.outcome
-        task = Task(run.row._replace(state=state, owner="", result=result, error=error))
+        task = Task(as_told(run.row, run.outcome, self.queue._now()))
         self._listener_thread.post(lambda: listener(run.value(), task))
 
     def _give_back(self, runs: Iterable[_Run]) -> None:
@@ -4759,7 +5687,7 @@ class Cluster(concurrent.futures.Executor):
         silent = now - worker.ended_at
         if code is None and silent < 1.0:
             if silent >= 0.05:  # It closed its pipe, but lives.
-                worker.kill()
+                worker.end()
             ending = worker.stopping or worker.ended_at < math.inf
             self._wake_at(now + (0.002 if ending else 0.5))
             return
@@ -4975,10 +5903,11 @@ class Cluster(concurrent.futures.Executor):
         """What the store thread does for a turn. A look at an empty queue writes nothing."""
         store, held, rows = self.queue._store, [], []
         if outcomes or (added and room > 0):
-            with store.transaction():
+            with store.transaction() as together:
                 if outcomes:
                     held = store.settle(owner, outcomes, self.queue._now())
-                if room > 0:
+                # A claim that failed must not undo, or seem to undo, what is recorded.
+                if room > 0 and (together is not None or not outcomes):
                     rows = store.claim(owner, types, room, self.queue._now(), until)
             if most and (outcomes or rows):
                 return held, rows, None  # The next turn looks on.
@@ -5059,11 +5988,14 @@ class Cluster(concurrent.futures.Executor):
         if self._next_refresh <= now:
             self._next_refresh = now + self._refresh
             self.queue.in_memory._memory.renew(self._owner, self.queue._now())
+            cast(_WakeUp, self._wake).clear()  # Ctrl-C may have come before its byte.
             self._look = True
             self._check_futures = self._check_futures or self._idle.is_set()
             if self._keep_alive is None and self._mode == "running" and not self._hand:
                 self._retire_idle(now)
         self._wake_at(self._next_refresh)
+        if self._reported:
+            self._store_reports(now)
         if self._check_futures and self._futures and not self._store_busy:
             self._check_futures = False
             self._look_after_futures()
@@ -5115,7 +6047,7 @@ class Cluster(concurrent.futures.Executor):
             error = TaskPoolError(cast(str, row.error))
             run = _Run(row, 1.0, self._futures.pop(row.id, None))
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, row.error)
-            outcome = Outcome(row.id, row.claim, "failed", error=row.error)
+            outcome = Outcome(row.id, row.claim, row.state, error=row.error)
             run.end(outcome, "error", error=error)
             self._settled([run], [True])
         if foreign:
@@ -5152,8 +6084,11 @@ class Cluster(concurrent.futures.Executor):
         elif row.state == "done":
             self._futures.pop(task_id, None)
             _resolve(future, Task(row).result)
-        elif row.state == "failed" and future._foreign:
+        elif future._foreign and (row.state == "failed" or has_run(row, future._row)):
             self._futures.pop(task_id, None)
+            if row.error is None:
+                _resolve(future, Task(row).result)
+                return
             name, _, text = (row.error or "").partition("\n")[0].partition(": ")
             _resolve(future, error=RemoteError(name, text, row.error or ""))
 
@@ -5637,49 +6572,56 @@ def _bench_latency(cluster: Cluster, in_memory: bool) -> float:
     return _median(once() for _ in range(200))
 
 
-def _bench_lines(folder: str) -> Iterator[tuple[str, str]]:
-    """What was measured, and the number, as they come."""
-    queue = TaskQueue(os.path.join(folder, "bench.db"))
-    options: Any = {"keep_alive": "always", "auto_initialize": False}
-    cluster = Cluster(_BENCH_MAP, queue, **options)
+def _bench_memory(queue: TaskQueue, count: int) -> Iterator[tuple[str, str]]:
+    def add() -> None:
+        for _ in range(count):
+            queue.add_task("nothing", in_memory=True)
 
-    before, count = _resident_bytes(), 200_000
-    add = lambda: [queue.add_task("nothing", in_memory=True) for _ in range(count)]  # noqa: E731
+    before = _resident_bytes()
     yield "add_task in memory", f"{count / _seconds(add):,.0f} a second"
     if before:
         yield "a waiting task in memory", f"{(_resident_bytes() - before) / count:,.0f} bytes"
     queue.in_memory.remove(state="waiting")
 
-    add = lambda: [queue.add_task("nothing") for _ in range(5000)]  # noqa: E731
-    yield "add_task", f"{5000 / _seconds(add):,.0f} a second"
-    many = [{"task_type": "nothing"}] * 50_000
-    yield "add_tasks", f"{50_000 / _seconds(lambda: queue.add_tasks(many)):,.0f} a second"
+
+def _bench_lines(folder: str, scale: float = 1.0) -> Iterator[tuple[str, str]]:
+    """What was measured, and the number, as they come. *scale*: of the numbers of tasks."""
+    queue = TaskQueue(os.path.join(folder, "bench.db"))
+    cluster = Cluster(_BENCH_MAP, queue, keep_alive="always", auto_initialize=False)
+    few, many, most = (int(count * scale) for count in (5_000, 50_000, 200_000))
+
+    def add() -> None:
+        for _ in range(few):
+            queue.add_task("nothing")
+
+    def submit() -> None:
+        for future in [cluster.submit("nothing", in_memory=True) for _ in range(many // 2)]:
+            future.result()
+
+    def begin() -> None:
+        with Cluster(_BENCH_MAP, queue, in_memory_only=True) as fresh:
+            fresh.submit("nothing").result()
+
+    yield from _bench_memory(queue, most)
+    yield "add_task", f"{few / _seconds(add):,.0f} a second"
+    dicts = [{"task_type": "nothing"}] * many
+    yield "add_tasks", f"{many / _seconds(lambda: queue.add_tasks(dicts)):,.0f} a second"
     cluster.initialize()
-    while queue.count(state="waiting") > 54_000:
+    while queue.count(state="waiting") > 0.98 * (few + many):  # Workers start first.
         time.sleep(0.001)
     left = queue.count()
     yield "stored tasks run", f"{left / _seconds(cluster.drain):,.0f} a second"
-
-    def submit() -> None:
-        for future in [cluster.submit("nothing", in_memory=True) for _ in range(20_000)]:
-            future.result()
-
-    rates = [20_000 / _seconds(submit) for _ in range(3)]
-    yield "submit to result, in memory", f"{_median(rates):,.0f} a second"
+    rate = _median(many // 2 / _seconds(submit) for _ in range(3))
+    yield "submit to result, in memory", f"{rate:,.0f} a second"
     for in_memory, what in ((False, "stored"), (True, "in memory")):
         ms = _bench_latency(cluster, in_memory) * 1000
         yield f"until an idle worker starts, {what}", f"{ms:.2f} ms"
     cluster.shutdown()
-
-    def start() -> None:
-        with Cluster(_BENCH_MAP, queue, in_memory_only=True) as fresh:
-            fresh.submit("nothing").result()
-
-    yield "start and end of a cluster", f"{_seconds(start) * 1000:.0f} ms"
+    yield "start and end of a cluster", f"{_seconds(begin) * 1000:,.0f} ms"
     queue.close()
-    for waiting in (1_000, 100_000, 1_000_000):
+    for waiting in (int(count * scale) for count in (1_000, 100_000, 1_000_000)):
         us = _bench_claims(os.path.join(folder, f"{waiting}.db"), waiting) * 1e6
-        yield f"claim and settle, {waiting:,} waiting", f"{us:.0f} us"
+        yield f"claim and settle, {waiting:,} waiting", f"{us:,.0f} us"
 
 
 def _bench() -> int:
@@ -5693,36 +6635,458 @@ def _bench() -> int:
 
 
 # --- Command line --------------------------------------------------------------------
-
+# What an operator asks of a file that others may be working on. Looking changes nothing.
 
 _EPILOG = """\
-  python taskpool.py --demo       works through the standard library, in ten seconds
+examples:
+  python taskpool.py --demo                         the promises, on real files, in ten seconds
+  python taskpool.py run app:TASKS tasks.db         serve the TASKS of app.py until Ctrl-C
+  python taskpool.py status tasks.db --watch        what waits, runs and fails; bars of what runs
+  python taskpool.py list tasks.db --state failed   the failed ones, oldest first
+  python taskpool.py show tasks.db ID               all of one task, with its error
+  python taskpool.py retry tasks.db ID ID           put failed ones back to waiting
+  python taskpool.py cron "0 9 * * MON-FRI" --tz Europe/Berlin
   python -c "help(__import__('taskpool').TaskQueue.add_task)"     one call, explained
 """
 
+# One line per type, for _status. What was given back has ready_at 0: it waits since its
+# due date.
+_STATUS = """
+SELECT task_type, sum(state IN ('ready', 'scheduled')), sum(due), sum(state = 'running'),
+    sum(state = 'failed'), sum(state = 'done'), min(CASE WHEN due THEN since END),
+    min(CASE WHEN state = 'scheduled' AND NOT due THEN since END)
+FROM (SELECT task_type, state, CAST(max(created_at, due_at, ready_at) AS INTEGER) AS since,
+    state = 'ready' OR (state = 'scheduled' AND ready_at <= ?) AS due FROM taskpool_task)
+GROUP BY task_type ORDER BY task_type
+"""
+_COUNTS = ("waiting", "due", "running", "failed", "done")
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 1 for failure, 2 for usage."""
+
+def _told_owner(owner: str) -> dict[str, Any]:
+    """Which process an owner is, and whether it lives: alive, dead or unknown."""
+    place, pid, start = (str(owner).split("|") + ["", "", ""])[:3]
+    state = "dead" if owner_is_dead(owner) else "unknown"
+    if state == "unknown" and start and place == _here():
+        state = "alive"
+    return {"pid": int(pid) if pid.isdigit() else None, "state": state}
+
+
+def _told(thing: Any, how: str | Callable[[Any], Any]) -> Any:
+    """An attribute of a Task, or what a function makes of *thing*, as JSON has it."""
+    try:
+        value = getattr(thing, how) if isinstance(how, str) else how(thing)
+    except Exception as error:  # A row that was edited by hand: show the rest.
+        value = f"cannot be read: {error}"
+    if isinstance(value, Progress):
+        return value._asdict()
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value) if isinstance(value, (timedelta, Cron, bytes)) else value
+
+
+class _ViewOfFile(SQLiteStore):
+    """An existing file as it is: to look at it neither makes, upgrades nor changes it."""
+
+    def _open(self) -> sqlite3.Connection:
+        import pathlib
+
+        if not os.path.exists(self.path):
+            raise StoreError(f"{self.path}: no such file; give the one that your TaskQueue has")
+        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
+        db = sqlite3.connect(
+            uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            if self._version(db) is None:
+                raise StoreError(f"{self.path}: holds no tasks; give the file of your TaskQueue")
+            there = {name for _, name, *_ in db.execute("PRAGMA table_info(taskpool_task)")}
+            missing = [f"NULL AS {name}" for name in _COLUMNS if name not in there]
+            if missing:  # Of an older version: what it lacks is put beside it, in memory.
+                db.execute("PRAGMA temp_store = MEMORY")
+                view = f"SELECT *, {', '.join(missing)} FROM main.taskpool_task"
+                db.execute(f"CREATE TEMP VIEW taskpool_task AS {view}")
+            db.execute("PRAGMA query_only = 1")
+        except BaseException:
+            db.close()
+            raise
+        self._connections.append(db)
+        return db
+
+    def status(self, now: int) -> dict[str, Any]:
+        """What `status --json` prints."""
+        types = self._read(lambda db: db.execute(_STATUS, (now,)).fetchall())
+        owners = self._read(lambda db: db.execute(_OWNERS).fetchall())
+        running = self.find(Query(states=["running"]), now)
+        return {
+            "file": self.path,
+            "tasks": sum(sum(counts) - counts[1] for _, *counts in (t[:6] for t in types)),
+            "types": [
+                {
+                    "task_type": task_type,
+                    **dict(zip(_COUNTS, counts)),
+                    "oldest_wait": None if since is None else max(0.0, (now - since) / 1e6),
+                    "next_due": None if due_at is None else _told(due_at, _datetime),
+                }
+                for task_type, *counts, since, due_at in types
+            ],
+            "running": [
+                {
+                    **{name: _told(Task(row), name) for name in ("id", "task_type", "attempt")},
+                    "where": _told_owner(row.owner),
+                    "since": _told(row.ready_at, _datetime),
+                    "progress": _told(Task(row), "progress"),
+                }
+                for row in running
+            ],
+            "masters": [_told_owner(owner) for owner, _ in owners],
+        }
+
+
+_SHOWN = (
+    "id task_type state data priority due_date created_at attempt retries retry_delay timeout "
+    "repeat progress result error"
+).split()
+
+
+def _told_task(task: Task) -> dict[str, Any]:
+    """What `show --json` prints."""
+    return {name: _told(task, name) for name in _SHOWN}
+
+
+def _plain(text: str) -> str:
+    """Without what would move the cursor or change colours."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _span(seconds: float) -> str:
+    """A duration for people, in one unit.
+
+    >>> [_span(seconds) for seconds in (0.25, 90, 150, 7200, 200000)]
+    ['0.2 s', '90 s', '2 min', '2 h', '2 d']
+    """
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def _distance(instant: str, now: int) -> str:
+    """An instant as told, from now: "in 5 min", "2 h ago"."""
+    try:
+        seconds = (_instant(datetime.fromisoformat(instant), 0) - now) / 1e6
+    except ValueError:
+        return instant
+    return f"in {_span(seconds)}" if seconds > 0 else f"{_span(-seconds)} ago"
+
+
+def _bar(progress: Any) -> str:
+    """A report of job.progress as text, with a bar if its total is known."""
+    try:
+        done, total, note = progress["done"], progress["total"], progress["note"]
+        text = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+        if total:
+            part = min(done / total, 1.0)
+            text = f"[{'#' * int(20 * part):<20}] {int(100 * part):3}%  {text}"
+        return f"{text}  {note}" if note else text
+    except (TypeError, ValueError, KeyError):  # None, or edited by hand.
+        return ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Lines in columns; numbers to the right."""
+    cells = [list(head)] + [[_plain(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    right = [all(text.replace(",", "").isdigit() for text in c[1:]) for c in zip(*cells)]
+    return [
+        "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(row, widths, right)
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _status_lines(name: str, status: Mapping[str, Any], now: int) -> list[str]:
+    """The status for people."""
+    masters = ", ".join(f"pid {m['pid']} ({m['state']})" for m in status["masters"])
+    lines = [
+        f"{_plain(name)}: {status['tasks']:,} tasks",
+        f"masters: {masters or 'none; nothing runs until a Cluster works on this file'}",
+    ]
+    if any(master["state"] == "unknown" for master in status["masters"]):
+        lines.append("  (unknown: of another machine or container, or a system without /proc)")
+    if status["types"]:
+        rows = []
+        for t in status["types"]:
+            wait = "-" if t["oldest_wait"] is None else _span(t["oldest_wait"])
+            due = "-" if t["next_due"] is None else _distance(t["next_due"], now)
+            rows.append([t["task_type"], *(f"{t[name]:,}" for name in _COUNTS), wait, due])
+        lines += ["", *_table(["type", *_COUNTS, "oldest wait", "next due"], rows)]
+    if status["running"]:
+        rows = [
+            [r["task_type"], r["id"], r["attempt"], f"pid {r['where']['pid']}"]
+            + [_distance(r["since"], now), _bar(r["progress"])]
+            for r in status["running"][:20]
+        ]
+        lines += ["", *_table("running id attempt master started progress".split(), rows)]
+        if len(status["running"]) > 20:
+            lines.append(f"... and {len(status['running']) - 20:,} more")
+    return lines
+
+
+def _print_status(options: Any) -> int:
+    import shutil
+
+    def text(view: _ViewOfFile) -> str:
+        now = time.time_ns() // 1000
+        status = view.status(now)
+        if options.json:
+            return json.dumps(status, default=str, indent=None if options.watch else 2)
+        return "\n".join(_status_lines(options.db, status, now))
+
+    with contextlib.closing(_ViewOfFile(options.db)) as view:
+        live = options.watch and not options.json and sys.stdout.isatty()
+        while True:
+            shown = text(view)
+            if live:  # Home, then each line up to its end, then clear what is below.
+                width, height = shutil.get_terminal_size()
+                lines = [line[: width - 1] for line in shown.split("\n")[: height - 1]]
+                shown = "\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J"
+            print(shown, end="" if live else "\n", flush=True)
+            if not options.watch:
+                return OK
+            time.sleep(1.0)
+            if not live and not options.json:
+                print()
+
+
+def _print_list(options: Any) -> int:
+    now = time.time_ns() // 1000
+    query = Query(types=options.type, states=options.state)
+    with contextlib.closing(_ViewOfFile(options.db)) as view:
+        tasks = [
+            _told_task(Task(row)) for row in view.find(query._replace(limit=options.limit), now)
+        ]
+        total = view.count(query, now)
+    if options.json:
+        print(json.dumps(tasks, default=str, indent=2))
+        return OK
+    rows = []
+    for task in tasks:
+        what = (str(task["error"] or "") or _bar(task["progress"])).partition("\n")[0]
+        what = what or json.dumps(task["data"], default=str, ensure_ascii=False)
+        due = _distance(str(task["due_date"]), now)
+        rows.append(
+            [task["task_type"], task["id"], task["state"], task["attempt"], due, what[:60]]
+        )
+    print("\n".join(_table("type id state attempt due what".split(), rows)))
+    if total > len(tasks):
+        print(f"... {len(tasks):,} of {total:,}; --limit shows more")
+    return OK
+
+
+def _print_task(options: Any) -> int:
+    now = time.time_ns() // 1000
+    with contextlib.closing(_ViewOfFile(options.db)) as view:
+        found = view.find(Query(ids=[options.id]), now)
+    if not found:
+        raise TaskPoolError(f"{options.db}: no task {_shown(options.id)}; see the command list")
+    task = _told_task(Task(found[0]))
+    if options.json:
+        print(json.dumps(task, default=str, indent=2))
+        return OK
+    task["progress"] = _bar(task["progress"]) or None
+    for name, value in task.items():
+        text = (
+            value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+        )
+        first, *rest = text.split("\n")
+        ago = f" ({_distance(first, now)})" if name in ("due_date", "created_at") else ""
+        print(f"{name:<12} {_plain(first)}{ago}")
+        print("".join(f"    {_plain(line)}\n" for line in rest), end="")
+    return OK
+
+
+def _change(options: Any) -> int:
+    """retry and remove: tells of each id what became of it; 1 if one was not there."""
+    with contextlib.closing(_ViewOfFile(options.db)) as view:
+        view.count(Query(limit=0), 0)  # Raises if it is no file of ours.
+    code = OK
+    with TaskQueue(options.db) as queue:
+        for task_id in dict.fromkeys(options.id):
+            task = queue.find_one(task_id=task_id)
+            if options.command == "retry":
+                done, word = queue.retry(task_id=task_id), "waiting"
+            else:
+                done, word = queue.remove(task_id=task_id), "removed"
+                if task is not None and task.on_going:
+                    word = "runs; it is removed at the end of this run"
+            if done:
+                print(f"{_plain(task_id)}: {word}")
+            else:
+                why = f"it is {task.state}, not failed" if task else "no such task"
+                print(f"taskpool.py: {_shown(task_id)}: {why}", file=sys.stderr)
+                code = FAILURE
+    return code
+
+
+def _load_task_map(name: str) -> Mapping[str, TaskFunction]:
+    """The mapping that MODULE:NAME means. Raises TaskPoolError, in one line."""
+    import importlib
+
+    module_name, _, attributes = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(1, os.getcwd())  # Behind the folder of this file.
+    try:
+        # In a worker that is to run your file again.
+        with _rerun() if _worker else contextlib.nullcontext():
+            thing: Any = importlib.import_module(module_name)
+        for attribute in attributes.split("."):
+            thing = getattr(thing, attribute)
+        return _checked_task_map(thing)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f" ({last.filename}, line {last.lineno})" if os.path.exists(last.filename) else ""
+        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise TaskPoolError(f"{name} cannot be used as a task map: {text}{where}") from error
+
+
+class _NamedTaskMap:
+    """A task map on its way to a worker, which imports it: so lambdas work, too."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> Any:
+        return _load_task_map, (self.name,)
+
+
+def _serve(options: Any) -> int:
+    """The command run: a Cluster on its own."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    name, workers = options.task_map, options.workers
+    task_map = _load_task_map(name)
+    with TaskQueue(options.db) as queue:
+        cluster = Cluster(task_map, queue, max_available_workers=workers, auto_initialize=False)
+        cluster._boot = cluster._boot._replace(pickled_map=_dumps(_NamedTaskMap(name)))
+        types = ", ".join(map(repr, task_map))
+        _log.info("serving %s of %s until Ctrl-C or SIGTERM", types, options.db)
+        cluster.run()
+    return OK
+
+
+def _print_cron(options: Any) -> int:
+    cron = Cron(options.expression, options.tz)
+    print(cron.explain())
+    for instant in itertools.islice(cron, options.n):
+        print(instant.isoformat(sep=" ", timespec="seconds"))
+    return OK
+
+
+def _parser() -> Any:
     import argparse
 
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:  # In one line.
+            usage = " ".join(self.format_usage().split())
+            self.exit(USAGE, f"{self.prog}: {message}; {usage}\n")
+
+    def number(text: str) -> int:
+        if not text.isdigit() or not int(text):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number over 0")
+        return int(text)
+
+    def module_name(text: str) -> str:
+        name, _, attribute = text.partition(":")
+        names = not name.endswith(".py") and all(map(str.isidentifier, name.split(".")))
+        if not attribute or not names:
+            raise argparse.ArgumentTypeError(f"{text!r} is no MODULE:TASK_MAP, such as app:TASKS")
+        return text
+
+    parser = Parser(
         prog="taskpool.py",
         description="Background jobs in one file: run Python functions later, elsewhere.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--demo", action="store_true", help="show it at work, on real files")
-    parser.add_argument("command", nargs="?", choices=["bench"])
     parser.add_argument("--version", action="version", version=f"taskpool {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, act: Callable[[Any], int], text: str, db: bool = True) -> Any:
+        added = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        added.set_defaults(act=act)
+        if db:
+            added.add_argument("db", metavar="DB", help="the file of your TaskQueue")
+        return added
+
+    status = command("status", _print_status, "what waits, runs and fails, by type")
+    status.add_argument("--watch", action="store_true", help="each second, until Ctrl-C")
+    listed = command("list", _print_list, "the tasks, oldest first")
+    listed.add_argument("--state", action="append", choices=STATES, help="only such")
+    listed.add_argument("--type", action="append", help="only such")
+    listed.add_argument("--limit", type=number, default=100, help="at most so many (%(default)s)")
+    show = command("show", _print_task, "all of one task")
+    show.add_argument("id", metavar="ID")
+    for looking in (status, listed, show):
+        looking.add_argument("--json", action="store_true", help="for programs")
+    retry = command("retry", _change, "put failed tasks back to waiting")
+    remove = command("remove", _change, "remove tasks; a running one ends its run")
+    for changing in (retry, remove):
+        changing.add_argument("id", metavar="ID", nargs="+")
+    run = command("run", _serve, "serve a task map until a signal", db=False)
+    run.add_argument(
+        *("task_map",), metavar="MODULE:TASK_MAP", type=module_name,
+        help="a module here or on Python's path, and the name of a dict in it",
+    )  # fmt: skip
+    run.add_argument("db", metavar="DB", help="the file; it is made if it is not there")
+    run.add_argument("--workers", type=number, help="at most so many processes (all CPUs)")
+    cron = command("cron", _print_cron, "explain a schedule, and tell its next runs", db=False)
+    cron.add_argument("expression", metavar="EXPR", help='such as "0 9 * * MON-FRI"')
+    cron.add_argument("--tz", default="UTC", help="its time zone (%(default)s)")
+    cron.add_argument("-n", type=number, default=5, help="how many runs (%(default)s)")
+    command("bench", lambda options: _bench(), "what this machine does", db=False)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 1 for failure, 2 for usage."""
+    parser = _parser()
     options = parser.parse_args(arguments)
     if options.demo:
         return _demo()
-    if options.command == "bench":
-        return _bench()
-    parser.print_usage(sys.stderr)
-    return USAGE
+    if options.command is None:
+        parser.error("say what to do")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # A terminal that lacks a letter is no error.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = cast(int, options.act(options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # Whoever read our output has enough of it: `| head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return OK if options.command == "status" else FAILURE
+    except (TaskPoolError, OSError, ValueError) as error:
+        usage = isinstance(error, ValueError) and options.command == "cron"
+        print(f"taskpool.py: {_plain(str(error))}", file=sys.stderr)
+        return USAGE if usage else FAILURE
+
+
+def _under_own_name() -> Any:
+    """This module as others import it. Where it is __main__ that is another copy, but in
+    workers, which import it by its name, tasks and your modules must have the same one."""
+    import importlib
+
+    here = sys.modules[__name__]
+    stem = os.path.splitext(os.path.basename(__file__))[0]
+    return importlib.import_module(here.__spec__.name if here.__spec__ else stem)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["run"]:
+        sys.exit(_under_own_name().main())
     sys.modules.setdefault("taskpool", sys.modules["__main__"])  # Never imported twice.
     sys.exit(main())

@@ -11,16 +11,23 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import doctest
 import functools
+import gc
+import importlib.util
+import io
 import itertools
+import json
 import logging
 import math
 import multiprocessing
 import os
 import pickle
+import queue as queues
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -32,19 +39,23 @@ import textwrap
 import threading
 import time
 import unittest
+import unittest.mock
 from concurrent.futures import Future
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from unittest import mock
 
 import taskpool
 from taskpool import (
     Cluster,
+    Cron,
     DuplicateTask,
     MemoryStore,
     Outcome,
     Query,
     RemoteError,
     SQLiteStore,
+    Store,
     StoreError,
     TaskQueue,
     TaskTimeout,
@@ -179,6 +190,27 @@ def add_line(job):
     os.close(fd)
 
 
+def line_and_perhaps_die(job):
+    add_line(job)
+    if job.data.get("die"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def add_slot(job):
+    """Append the slot that runs and the id of the master, then end in the way that data name."""
+    fd = os.open(job.data["file"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(fd, f"{job.due_date.isoformat()} {os.getppid()} {job.attempt}\n".encode())
+    os.close(fd)
+    how = job.data.get("how", "return")
+    if how == "raise":
+        raise ValueError("bad")
+    if how == "exit":
+        os._exit(3)
+    if how == "hang":
+        time.sleep(PATIENCE)
+    return (job.result or 0) + 1  # Of the last run.
+
+
 def lines_of(path):
     return Path(path).read_text().split("\n")[:-1] if Path(path).exists() else []
 
@@ -194,6 +226,14 @@ def hold(job):
     while not os.path.exists(job.data + ".end") and time.monotonic() < deadline:
         time.sleep(0.005)
     return "held"
+
+
+def hold_the_gil(job):
+    """Sleep in C code that does not let go of the interpreter."""
+    import ctypes
+
+    add_line(job)
+    ctypes.PyDLL(None).usleep(int(job.data["seconds"] * 1e6))
 
 
 def fail(job):
@@ -286,12 +326,30 @@ def raise_kind(job):
     if kind == "eof":
         raise EOFError("mine")
     if kind == "huge":
-        raise ValueError("x" * 30_000_000)
+        raise ValueError("x" * 200_000_000)
     if kind == "surrogate":
         raise ValueError("gl\u0101\udcff")
     if kind == "deep":
         return raise_kind(job)
+    if kind == "base":
+        raise Bare("bare")
+    if kind in LIKE_OURS:
+        raise LIKE_OURS[kind]("database is locked")
     return None
+
+
+class Bare(BaseException):
+    pass
+
+
+LIKE_OURS = {
+    kind.__name__: kind
+    for kind in (
+        BrokenPipeError, ConnectionResetError, InterruptedError, StopIteration, queues.Empty, sqlite3.OperationalError,
+        concurrent.futures.CancelledError, concurrent.futures.InvalidStateError, BlockingIOError, StoreError, GeneratorExit,
+        asyncio.CancelledError,
+    )
+}
 
 
 def return_kind(job):
@@ -356,11 +414,14 @@ def ping_status(job, toggle_ipc):
 
 
 def ping_twice(job, toggle_ipc):
+    sent = threading.Event()
+
     def initialize(send):
         send({"status": 2, "data": 1})
         send({"status": 2, "data": 2})
+        sent.set()
 
-    return toggle_ipc(lambda answer: answer, initialize)
+    return toggle_ipc(lambda answer: sent.wait(PATIENCE), initialize)
 
 
 def ping_and_forget(job, toggle_ipc):
@@ -422,7 +483,10 @@ class Scaler:
 
 
 class TestWhatAddTaskTakes(InFolder):
-    """Wrong arguments raise at once and name the parameter; nothing is stored."""
+    """Wrong arguments raise at once and name the parameter; nothing is stored.
+
+    CK-06, PR-04, RT-03, SE-01, SE-06, ENGINE 19.
+    """
 
     WRONG = [  # (parameter, value, error)
         *[("task_type", v, TypeError) for v in (None, 5, b"x", ["x"])],
@@ -444,6 +508,7 @@ class TestWhatAddTaskTakes(InFolder):
         *[("keep_result", v, ValueError) for v in (-1, math.inf)],
         *[("if_exists", v, TypeError) for v in (None, 1)],
         ("if_exists", "ignore", ValueError),
+        *[("connection", v, TypeError) for v in ("tasks.db", 5)],
     ]
 
     def test_a_wrong_argument_raises_and_names_its_parameter(self):
@@ -755,6 +820,8 @@ class StoreContract:
         self.add(row(keep_result=10))
         self.settle(self.claim()[0], "done", result="[1]")
         self.assertEqual((self.look().state, self.look().result), ("done", "[1]"))
+        self.add(row("ages", keep_result=1e300))  # CK-06: beyond every integer.
+        self.assertTrue(self.settle(self.claim()[0], "done", result="[2]"))
         self.store.renew("me", NOW + 9 * SECOND)
         self.assertIsNotNone(self.look())
         self.store.renew("me", NOW + 10 * SECOND)
@@ -801,7 +868,36 @@ class StoreContract:
         self.assertEqual(self.store.settle("me", outcomes, NOW), [True, False, True, True])
         self.assertEqual([(r.id, r.state) for r in self.store.find(Query(), NOW)], [("1", "running"), ("2", "failed")])
 
+    def test_a_report_is_recorded_and_ends_with_the_next_run(self):
+        self.add(row(retries=1, keep_result=9))
+        (first,) = self.claim()
+        self.assertTrue(self.settle(first, "running", progress="[1,3,null]"))
+        self.assertFalse(self.settle(first, "running", owner="other", progress="[9,9,null]"))
+        self.assertEqual((self.look().state, self.look().progress, self.look().claim), ("running", "[1,3,null]", 1))
+        self.settle(first, "ready", ready_at=NOW, progress="[2,3,null]")
+        self.assertEqual((self.look().state, self.look().progress), ("ready", None))
+        (second,) = self.claim()
+        self.settle(second, "running", progress="[1,3,null]")
+        self.settle(second, "ready", charged=False)
+        self.assertIsNone(self.look().progress)
+        (second,) = self.claim()
+        self.store.remove(Query(ids=["t"]), NOW)
+        self.assertTrue(self.settle(second, "running", progress="[3,3,null]"))  # It runs on.
+        self.assertEqual(self.look().state, "running")
+        self.settle(second, "done", result="1")
+        self.add(row("u", keep_result=9))
+        self.settle(self.claim()[0], "done", result="1", progress="[3,3,\"end\"]")
+        self.assertEqual(self.look("u").progress, "[3,3,\"end\"]")
+
+    def test_a_running_task_tells_since_when(self):
+        self.add(row())
+        self.claim(now=NOW + SECOND)
+        self.assertEqual((self.look().ready_at, self.look().due_at), (NOW + SECOND, NOW))
+        self.store.leave("me", NOW + 2 * SECOND)
+        self.assertEqual(len(self.claim(now=NOW)), 1)  # A clock set back does not hold it.
+
     def test_order_is_priority_then_age_then_insertion(self):
+        """PR-01, PR-02, PR-04."""
         ranks = [(5, 0), (1, -2), (1, -1), (0, 0), (-1, -9)]
         for order in (ranks, ranks[::-1], ranks[2:] + ranks[:2]):
             self.add(*[row(f"{p} {age}", priority=p, now=NOW + age) for p, age in order])
@@ -901,6 +997,7 @@ class StoreContract:
         self.assertEqual([at <= NOW + 5 * SECOND for at in due], [True] * 4)
 
     def test_if_exists_decides_by_the_state_of_the_old_one(self):
+        """SE-04."""
         self.add(row(priority=1))
         with self.assertRaisesRegex(DuplicateTask, "'t' is waiting"):
             self.add(row(priority=2))
@@ -918,6 +1015,22 @@ class StoreContract:
             self.assertEqual((self.look().state, self.look().priority), ("ready", 5))
             self.settle(self.claim()[0], "failed", error="E")
         self.assertEqual(self.store.count(Query(), NOW), 1)
+
+    def test_the_number_of_a_claim_grows_over_all_tasks_of_an_id(self):
+        """P2: the outcome of an old claim never fits a later task of the same id and owner."""
+        self.add(row())
+        numbers = []
+        for ending in ("failed", "ready", "done"):
+            (claimed,) = self.claim()
+            numbers.append(claimed.claim)
+            if ending == "done":
+                self.add(row(), if_exists="replace")
+            self.settle(claimed, ending, ready_at=NOW)
+            if ending != "done":
+                self.add(row(), if_exists="replace")
+        (last,) = self.claim()
+        self.assertEqual([*numbers, last.claim], [1, 2, 3, 4])
+        self.assertFalse(self.settle(claimed, "done"))
 
     def test_replacing_a_running_task_makes_a_successor_in_place_of_its_retry(self):
         for end in ({"state": "done"}, {"state": "failed", "error": "E"}, {"state": "ready", "ready_at": NOW}):
@@ -967,6 +1080,120 @@ class StoreContract:
         self.store.leave("me", NOW)
         got = self.claim(owner="you", now=NOW + 90_000 * SECOND)
         self.assertEqual([(r.id, r.attempt) for r in got], [("a", 1), ("b", 1), ("c", 1)])
+
+    def test_a_repeating_task_goes_back_to_waiting_for_its_next_slot(self):
+        """DU-03: the end of the run and the next slot are one step."""
+        self.add(row(repeat=timedelta(seconds=10), retries=1))
+        (first,) = self.claim()
+        self.assertTrue(self.settle(first, "done", now=NOW + 3 * SECOND, result="7"))
+        self.assertFalse(self.settle(first, "done"))
+        found = self.look()
+        self.assertEqual((found.state, found.due_at, found.ready_at), ("scheduled", NOW + 10 * SECOND, NOW + 10 * SECOND))
+        self.assertEqual((found.attempt, found.result, found.error, found.created_at), (0, "7", None, NOW))
+        self.assertEqual(self.store.next_due("me", ["x"], 5, NOW), [NOW + 10 * SECOND])
+        self.assertEqual(self.claim(now=NOW + 10 * SECOND - 1), [])
+        (second,) = self.claim(now=NOW + 10 * SECOND)
+        self.assertEqual((second.attempt, second.claim, second.result), (1, first.claim + 1, "7"))
+        self.assertTrue(self.settle(second, "done", now=NOW + 10 * SECOND))  # Without a result, too.
+        self.assertEqual((self.look().due_at, self.look().result), (NOW + 20 * SECOND, None))
+
+    def test_missed_slots_are_made_up_by_one_run(self):
+        """RC-07, RC-11, RC-16."""
+        day = 86_400 * SECOND
+        self.add(row("interval", repeat=timedelta(seconds=60)), row("cron", repeat="* * * * *"))
+        late = NOW + 4 * day + 7 * SECOND
+        self.assertEqual(len(self.claim(now=late)), 2)
+        for claimed in self.store.find(Query(), NOW):
+            self.settle(claimed, "done", now=late, result="1")
+            due = self.look(claimed.id).due_at
+            self.assertTrue(late < due <= late + 60 * SECOND)
+            self.assertEqual((due - claimed.due_at) % (60 * SECOND), 0)
+        self.assertEqual(self.claim(now=late), [])
+
+    def test_a_failed_run_keeps_the_schedule_and_its_error_until_one_succeeds(self):
+        """RC-10, RC-12, CR-03."""
+        self.add(row(repeat=timedelta(seconds=10), retries=1))
+        self.settle(self.claim()[0], "ready", ready_at=NOW + SECOND, error="E: one")
+        self.assertEqual((self.look().due_at, self.look().attempt), (NOW, 1))  # A retry of this slot.
+        self.settle(self.claim(now=NOW + SECOND)[0], "failed", now=NOW + 2 * SECOND, error="E: two")
+        found = self.look()
+        self.assertEqual((found.state, found.due_at, found.attempt, found.error), ("scheduled", NOW + 10 * SECOND, 0, "E: two"))
+        self.settle(self.claim(now=found.due_at)[0], "done", now=found.due_at, result="1")
+        self.assertEqual((self.look().error, self.look().due_at), (None, NOW + 20 * SECOND))
+
+    def test_a_clock_set_back_runs_no_slot_twice(self):
+        """CK-01, CK-04, DU-08."""
+        for repeat in (timedelta(seconds=60), "* * * * *"):
+            self.add(row(repeat=repeat, now=NOW - NOW % (60 * SECOND), due_date=timedelta()))
+            slots = []
+            for offset in (0, -300_000, -3600 * SECOND, 0, 30 * SECOND):
+                (claimed,) = self.claim(now=self.look().due_at)
+                slots.append(claimed.due_at)
+                self.settle(claimed, "done", now=claimed.due_at + offset, result="1")
+            self.assertEqual([b - a for a, b in zip(slots, slots[1:])], [60 * SECOND] * 4)
+            self.store.remove(Query(ids=["t"]), NOW)
+
+    def test_a_cron_starts_at_its_next_time_and_follows_its_zone(self):
+        zone_or_skip("Europe/Berlin")
+        cron, now = Cron("30 2 * * *", "Europe/Berlin"), datetime(2024, 3, 30, 12, tzinfo=timezone.utc)
+        self.add(row(repeat=cron, now=(now - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1)))
+        for slot in first_runs(cron, now, 3):
+            due = self.look().due_at
+            self.assertEqual(taskpool._datetime(due), slot)
+            self.settle(self.claim(now=due)[0], "done", now=due, result="1")
+
+    def test_a_given_due_date_is_the_first_slot(self):
+        for repeat in (timedelta(seconds=60), "0 0 * * *"):
+            self.add(row(repeat=repeat, due_date=timedelta(seconds=5)))
+            self.assertEqual(self.look().due_at, NOW + 5 * SECOND)
+            self.store.remove(Query(ids=["t"]), NOW)
+
+    def test_a_run_given_back_is_the_same_slot_again(self):
+        self.add(row(repeat=timedelta(seconds=10)))
+        self.settle(self.claim()[0], "ready", charged=False)
+        (again,) = self.claim(now=NOW + 15 * SECOND)
+        self.assertEqual((again.due_at, again.attempt), (NOW, 1))
+
+    def test_remove_or_cancel_during_a_run_ends_the_repeat(self):
+        for state in ("done", "failed", "removed"):
+            self.add(row(repeat=timedelta(seconds=10)))
+            (running,) = self.claim()
+            if state != "removed":
+                self.assertEqual(self.store.remove(Query(ids=["t"]), NOW), 1)
+            self.assertTrue(self.settle(running, state, error="E"))
+            self.assertIsNone(self.look())
+
+    def test_a_task_removed_during_its_run_can_be_added_again(self):
+        """if_exists="keep" does not keep what is about to go."""
+        self.add(row(repeat=timedelta(seconds=10)))
+        (running,) = self.claim()
+        self.store.remove(Query(ids=["t"]), NOW)
+        self.add(row(repeat=timedelta(seconds=99)), if_exists="keep")
+        self.settle(running, "done", result="1")
+        self.assertEqual((self.look().state, self.look().repeat), ("ready", "99000000"))
+
+    def test_replace_changes_the_repeat_also_during_a_run(self):
+        self.add(row(repeat=timedelta(seconds=10)))
+        self.add(row(repeat=timedelta(seconds=20)), if_exists="keep")
+        self.assertEqual(self.look().repeat, "10000000")
+        self.add(row(repeat=timedelta(seconds=30)), if_exists="replace")
+        (running,) = self.claim()
+        self.assertEqual(running.repeat, "30000000")
+        self.add(row(repeat=timedelta(seconds=40), due_date=timedelta(seconds=5)), if_exists="replace")
+        self.settle(running, "done", result="1")
+        self.assertEqual((self.look().due_at, self.look().repeat), (NOW + 5 * SECOND, "40000000"))
+        self.assertEqual(self.store.count(Query(), NOW), 1)
+
+    def test_a_repeat_without_a_further_slot_ends_as_other_tasks(self):
+        year_9999 = (datetime.max.replace(tzinfo=timezone.utc) - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1)
+        for repeat in (timedelta.max, timedelta(days=400), "0 0 1 1 *"):
+            for state, keep, left in (("done", None, None), ("done", 60, "done"), ("failed", None, "failed")):
+                self.add(row(repeat=repeat, keep_result=keep, due_date=datetime(9999, 1, 1, tzinfo=timezone.utc)))
+                (running,) = self.claim(now=year_9999)
+                self.settle(running, state, now=year_9999, result="1", error="E")
+                found = self.look()
+                self.assertEqual(found and found.state, left)
+                self.store.remove(Query(ids=["t"]), NOW)
 
     def test_add_is_all_or_nothing(self):
         self.add(row("b", priority=7))
@@ -1098,6 +1325,17 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.assertIn("not writable", out)
         os.chmod(self.folder, 0o755)
 
+    def test_a_program_that_closes_nothing_ends_without_a_warning(self):
+        self.run_script(
+            """
+            from taskpool import TaskQueue
+            queue = TaskQueue("tasks.db")
+            queue.add_task("x")
+            print(queue.count())
+            """, flags=["-X", "dev"])
+        self.assertEqual(self.stderr, "")
+        self.assertEqual(sorted(f.name for f in self.folder.iterdir()), ["script.py", "tasks.db"])
+
     def test_eight_threads_add_and_claim_without_an_error(self):
         def work(number):
             for i in range(50):
@@ -1175,7 +1413,75 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.settle(neighbour, "ready", ready_at=NOW)
         self.assertEqual(self.look("neighbour").interrupted, 0)  # A run ended: reset.
 
+    def test_reading_and_running_keep_what_another_version_stored(self):
+        """TT-05: a state, a type and a column that this version does not know."""
+        queue = self.queue("store.db")
+        for task_id in ("state", "type", "good"):
+            queue.add_task("unknown" if task_id == "type" else "echo", task_id=task_id)
+        with contextlib.closing(sqlite3.connect(self.folder / "store.db")) as db:
+            db.execute("ALTER TABLE taskpool_task ADD COLUMN colour TEXT")
+            db.execute("UPDATE taskpool_task SET state = 'paused', colour = 'red' WHERE id = 'state'")
+            db.commit()
+            self.cluster({"echo": echo}, queue).shutdown()
+            self.assertEqual(queue.count(), 2)
+            self.assertEqual({t.id: t.state for t in queue.find()}, {"state": "paused", "type": "waiting"})
+            self.assertEqual(queue.find(due=True, state="waiting")[0].id, "type")
+            self.assertEqual((queue.retry(), queue.find_one(task_id="state").task_type), (0, "echo"))
+            found = db.execute("SELECT state, colour FROM taskpool_task WHERE id = 'state'").fetchall()
+        self.assertEqual(found, [("paused", "red")])
+
+    def test_where_wal_is_impossible_it_works_with_one_warning(self):
+        """SQ-07."""
+        class NoWAL(sqlite3.Connection):
+            def execute(self, statement, *values):
+                return super().execute(statement.replace("journal_mode = WAL", "journal_mode"), *values)
+
+        connect = functools.partial(sqlite3.connect, factory=NoWAL)
+        with unittest.mock.patch("sqlite3.connect", connect), self.assertLogs("taskpool", "WARNING") as logs:
+            queue = self.queue("plain.db")
+            with self.cluster({"echo": echo}, queue) as cluster:
+                self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(5)], list(range(5)))
+        self.assertEqual([record.levelname for record in logs.records], ["WARNING"])
+        self.assertIn("plain.db: WAL is not possible here; journal mode is delete", logs.output[0])
+
+    def test_an_interruption_keeps_the_slot_and_the_fifth_the_schedule(self):
+        """CR-03, P3."""
+        self.add(row(repeat=timedelta(seconds=10), lane="far0"))
+        for number in range(6):
+            (claimed,) = self.claim(owner=f"far{number}")
+            self.assertEqual((claimed.due_at, claimed.attempt), (NOW, 1))
+            self.store.recover("me", number * 99.0, NOW)
+            ended = self.store.recover("me", number * 99.0 + 31, NOW)
+        self.assertEqual([r.id for r in ended], ["t"])  # So that it is reported.
+        found = self.look()
+        self.assertEqual((found.state, found.due_at, found.attempt, found.lane), ("scheduled", NOW + 10 * SECOND, 0, ""))
+        self.assertIn("Interrupted", found.error)
+        (again,) = self.claim(now=NOW + 10 * SECOND)
+        self.assertEqual(again.interrupted, 0)
+
+    def test_a_repeat_that_cannot_be_read_is_set_aside_and_says_why(self):
+        """A zone that this machine does not have, say."""
+        bad = ("x", "{}", "0", "-5", "[1, 2]", '["* * * * *"]', '["0 0 30 2 *", "UTC"]', '["@daily", "No/Where"]', "[" * 9999)
+        for number, text in enumerate(bad):
+            self.add(row(str(number))._replace(repeat=text))
+        self.add(row("good", repeat="@daily", due_date=timedelta()))
+        claimed = {r.id: r for r in self.claim(20)}
+        self.assertEqual(claimed.pop("good").state, "running")
+        self.assertEqual({r.state for r in claimed.values()}, {"failed"})
+        self.assertIn("tzdata", self.look("7").error)
+        self.settle(self.look("good"), "done", result="1")
+        # Changed during the run: the next claim sets it aside.
+        self.add(row("t", repeat="@daily", due_date=timedelta()))
+        (running,) = self.claim()
+        with self.store.transaction() as db:
+            db.execute("UPDATE taskpool_task SET repeat = 'x' WHERE id = 't'")
+        self.settle(running, "done", result="1")
+        self.assertEqual(self.claim()[0].state, "failed")
+
     def test_user_tables_in_the_same_file_are_left_alone(self):
+        """SM-03; an empty file is as good as none."""
+        (self.folder / "empty.db").touch()
+        self.assertEqual(self.queue("empty.db").add_task("x").state, "waiting")
         path = self.folder / "app.db"
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.execute("CREATE TABLE task (id)")
@@ -1185,6 +1491,133 @@ class TestSQLiteStore(StoreContract, InFolder):
             queue.add_task("x")
         with contextlib.closing(sqlite3.connect(path)) as db:
             self.assertEqual(db.execute("SELECT * FROM task").fetchall(), [(1,)])
+
+
+class TestOwnTransaction(InFolder):
+    """connection=: the task exists if and only if the caller's transaction commits."""
+
+    def setUp(self):
+        super().setUp()
+        self.tasks = self.queue()
+        self.connection = self.connect()
+        self.connection.execute("CREATE TABLE invoice (id)")
+
+    def connect(self, name="tasks.db", **options):
+        connection = sqlite3.connect(name if name == ":memory:" else self.folder / name, **options)
+        self.addCleanup(connection.close)
+        return connection
+
+    def invoices(self):
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            return [number for (number,) in db.execute("SELECT id FROM invoice")]
+
+    def add(self, task_id, connection=None, **options):
+        return self.tasks.add_task("mail", task_id=task_id, connection=connection or self.connection, **options)
+
+    def ids(self):
+        return [task.id for task in self.tasks.find()]
+
+    def test_it_follows_the_transaction_also_in_a_file_without_our_tables(self):
+        for end in ("rollback", "commit"):
+            self.connection.execute("INSERT INTO invoice VALUES (1)")
+            self.add("receipt")
+            with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as other:
+                tables = "SELECT count(*) FROM sqlite_master WHERE name = 'taskpool_task'"
+                self.assertEqual(other.execute(tables).fetchone(), (0,))
+            getattr(self.connection, end)()
+            committed = end == "commit"
+            self.assertEqual((self.ids(), self.invoices()), (["receipt"], [1]) if committed else ([], []))
+            if not committed:  # Now without the tables that find() made.
+                self.tasks.close()
+                self.connection.executescript("DROP TABLE taskpool_task; DROP TABLE taskpool_version")
+        self.assertEqual(self.tasks.find_one().data, {})
+
+    def test_it_begins_a_transaction_where_sqlite3_would(self):
+        self.tasks.count()
+        self.add("a")
+        self.assertTrue(self.connection.in_transaction)
+        self.assertEqual(self.ids(), [])
+        self.connection.rollback()
+        kinds = [({"isolation_level": "IMMEDIATE"}, True), ({"isolation_level": None}, False)]
+        if sys.version_info >= (3, 12):
+            kinds += [({"autocommit": True}, False), ({"autocommit": False}, True)]
+        for number, (options, waits) in enumerate(kinds):
+            with self.subTest(**options):
+                connection = self.connect(**options)
+                before = self.ids()
+                self.add(f"kind {number}", connection)
+                self.assertEqual(self.ids(), before if waits else [*before, f"kind {number}"])
+                connection.commit()
+                self.assertEqual(self.ids(), [*before, f"kind {number}"])
+
+    def test_an_error_leaves_the_transaction_as_it_was(self):
+        self.add("taken")
+        self.connection.execute("INSERT INTO invoice VALUES (1)")
+        many = [{"task_type": "mail", "task_id": i, "connection": self.connection} for i in ("a", "taken", "b")]
+        with self.assertRaises(DuplicateTask):
+            self.tasks.add_tasks(many)
+        self.assertTrue(self.connection.in_transaction)
+        self.connection.commit()
+        self.assertEqual((self.ids(), self.invoices()), (["taken"], [1]))
+        self.assertEqual(len(self.tasks.add_tasks(many[::2])), 2)
+        self.assertEqual(self.add("a", if_exists="keep").id, "a")
+        self.assertEqual(self.add("taken", if_exists="replace", priority=7).priority, 7)
+        self.connection.commit()
+        self.assertEqual(self.ids(), ["a", "b", "taken"])
+
+    def test_it_waits_for_other_writers_in_every_mode(self):
+        modes = [{}, {"isolation_level": None}, {"isolation_level": "EXCLUSIVE"}]
+        modes += [{"autocommit": False}] if sys.version_info >= (3, 12) else []
+        ended = threading.Event()
+
+        def write():
+            while not ended.is_set():
+                self.tasks.remove(task_id=self.tasks.add_task("other").id)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for mode in modes:
+                connection = self.connect(timeout=PATIENCE, **mode)
+                for number in range(100):
+                    self.add(f"{mode} {number}", connection)
+                    connection.commit()
+        finally:
+            ended.set()
+            writer.join()
+        self.assertEqual(self.tasks.count(task_type="mail"), 100 * len(modes))
+
+    def test_the_factories_of_the_connection_do_not_matter_and_stay(self):
+        factories = self.connection.row_factory, self.connection.text_factory = sqlite3.Row, bytes
+        self.add("a", data={"text": "\u00e9"})
+        self.assertEqual(self.add("a", if_exists="keep").data, {"text": "\u00e9"})
+        self.assertEqual((self.connection.row_factory, self.connection.text_factory), factories)
+
+    def test_a_cluster_runs_it_after_the_commit(self):
+        with self.cluster({"mail": echo}, self.tasks):
+            self.add("a", keep_result=60, data=[1])
+            self.connection.commit()
+            self.assertEqual(self.tasks.wait("a", PATIENCE).result, [1])
+        with self.cluster({"mail": echo}, self.tasks, refresh_rate=3_600_000) as cluster:
+            cluster.drain()
+            self.add("b", self.connect(isolation_level=None), keep_result=60)  # Committed: seen at once.
+            self.assertEqual(self.tasks.wait("b", PATIENCE).state, "done")
+
+    def test_what_cannot_work_is_refused(self):
+        elsewhere, closed = self.connect("other.db"), self.connect()
+        closed.close()
+        mixed = [{"task_type": "x", "connection": c} for c in (self.connection, self.connect())]
+        for call, error, text in (
+            (lambda: self.add("a", elsewhere), ValueError, r"connection is to .*other\.db; give one to .*tasks\.db"),
+            (lambda: self.add("a", self.connect(":memory:")), ValueError, "connection is to memory"),
+            (lambda: self.add("a", in_memory=True), ValueError, "connection is .*None"),
+            (lambda: self.add("a", closed), StoreError, "tasks.db: Cannot operate on a closed"),
+            (lambda: self.tasks.add_tasks(mixed), ValueError, "connection differs"),
+            (lambda: self.cluster({"x": echo}).submit("x", connection=self.connection), TypeError, "connection"),
+        ):
+            with self.assertRaisesRegex(error, text):
+                call()
+        self.assertEqual(self.ids(), [])
 
 
 SCHEMA_0 = """
@@ -1431,6 +1864,17 @@ class MongoContract(StoreContract):
         self.store.retry(Query(ids=["bad priority"]), NOW)
         self.assertEqual([(r.id, r.state) for r in self.claim()], [("bad priority", "failed")])
 
+    def test_an_instant_that_no_date_can_be_is_in_nobodys_way(self):
+        """CK-06. Written by hand, as add_task refuses it."""
+        self.add(*[row(f"{i}") for i in range(3)])
+        for i, instant in enumerate((NOW, 2**62, -(2**62))):
+            self.collection.update_one({"_id": str(i)}, {"$set": {"created_at": instant, "ready_at": -(2**62)}})
+        rows = self.claim()
+        self.assertEqual(len(rows), 3)
+        for claimed in rows:
+            self.assertTrue(self.settle(claimed, "ready", ready_at=2**62))
+        self.assertEqual(self.store.count(Query(states=["waiting"]), NOW), 3)
+
     def test_fields_of_the_application_stay(self):
         self.insert(mine="kept", data={"a": 1})
         (claimed,) = self.claim()
@@ -1625,11 +2069,11 @@ class MongoContract(StoreContract):
         self.assertEqual(self.look().priority, 3)
         faults.before("update_one", lambda: self.collection.update_one({"_id": "t"}, {"$inc": {"claim": 1}}))
         self.assertEqual(store.update("t", {"retries": 4}, NOW).retries, 4)
-        self.assertEqual((self.look().retries, self.look().claim), (4, 1))
+        self.assertEqual((self.look().retries, self.look().claim), (4, 2))
         faults.before("update_one", lambda: self.store.update("t", {"retries": 9, "timeout": 5.0}, NOW))
         new = row(now=NOW + 5, data=8)
         store.add([(new, "replace")], NOW)
-        self.assertEqual(self.look(), new)  # Nothing of the one that it replaces.
+        self.assertEqual(self.look()._replace(claim=0), new)  # Nothing of the one that it replaces.
 
     def test_a_master_that_renews_just_before_it_would_be_recovered_keeps_its_tasks(self):
         store, faults = self.faulty()
@@ -2300,6 +2744,7 @@ class TestSchemaVersions(InFolder):
             return db.execute(query).fetchone()[0]
 
     def test_an_older_file_keeps_its_tasks_and_gets_what_is_new(self):
+        """SM-03."""
         path = self.make(SCHEMA_0)
         with contextlib.closing(SQLiteStore(path)) as store:
             self.assertEqual([r.id for r in store.find(Query(), NOW)], ["old", "busy"])
@@ -2319,6 +2764,7 @@ class TestSchemaVersions(InFolder):
         self.assertEqual(self.value(path, shape), self.value(self.folder / "fresh.db", shape))
 
     def test_a_newer_file_is_refused_and_not_touched(self):
+        """SM-04, TT-05."""
         with self.queue("newer.db") as queue:
             queue.add_task("x")
         path = self.make("PRAGMA journal_mode = DELETE; PRAGMA user_version = 77", "newer.db")
@@ -2352,7 +2798,7 @@ EVERYTHING = {
     "forget": ping_and_forget, "die": ping_and_die, "bad message": fail_in_on_message,
     "bad initialize": fail_in_initialize, "add": add_from_task, "cluster": use_cluster_in_task,
     "pid": pid_of_worker, "line": add_line, "kill first": kill_at_first, "badly": end_badly,
-    "partial": functools.partial(double_with, 3), "method": Scaler(4).scale,
+    "end": line_and_perhaps_die, "partial": functools.partial(double_with, 3), "method": Scaler(4).scale,
 }
 
 
@@ -2556,11 +3002,11 @@ class TestFailures(WithCluster):
         self.assertIn("in fail", str(error.__cause__))
 
     def test_an_exception_that_cannot_be_rebuilt_becomes_a_remote_error(self):
-        """EX-01, EX-03, EX-05, ENGINE 22, 23."""
+        """EX-01, EX-03, EX-05, EX-09, ENGINE 22, 23."""
         for kind, type_name, text in [
             ("odd", "Odd", "1: odd"), ("unprintable", "Unprintable", ""), ("exit", "SystemExit", "disk missing"),
             ("exit0", "SystemExit", "0"), ("interrupt", "KeyboardInterrupt", ""), ("local", "Local", "inside"),
-            ("lock", "ValueError", "holds a lock"), ("huge", "ValueError", "xxx"),
+            ("lock", "ValueError", "holds a lock"), ("huge", "ValueError", "xxx"), ("base", "Bare", "bare"),
         ]:
             with self.subTest(kind=kind):
                 error = self.error("raise_kind", kind)
@@ -2578,9 +3024,13 @@ class TestFailures(WithCluster):
 
     def test_errors_that_look_like_the_pools_own_are_plain_task_errors(self):
         """EX-06."""
-        for kind, error in [("timeout", TimeoutError), ("eof", EOFError), ("deep", RecursionError), ("surrogate", ValueError)]:
+        for kind, error in [("timeout", TimeoutError), ("eof", EOFError), ("deep", RecursionError), ("surrogate", ValueError), *LIKE_OURS.items()]:
             with self.subTest(kind=kind):
-                self.assertIs(type(self.error("raise_kind", kind)), error)
+                caught = self.error("raise_kind", kind)
+                if issubclass(error, Exception):
+                    self.assertIs(type(caught), error)
+                else:
+                    self.assertTrue(caught.type_name.endswith(kind), caught.type_name)
 
     def test_a_result_that_cannot_travel_fails_that_task_only(self):
         """SE-09, ENGINE 20, 22."""
@@ -2707,6 +3157,19 @@ class TestListeners(InFolder):
             eventually(lambda: len(told) == 6)
         self.assertIn("from a listener", "\n".join(logs.output))
 
+    def test_the_error_listener_hears_of_every_way_to_die(self):
+        """TO-07: once for each failed start."""
+        queue, told = self.queue(), []
+        queue.add_event_listener("error", lambda value, task: told.append((task.id, type(value), task.state)))
+        with self.cluster({"badly": end_badly}, queue) as cluster:
+            for how in ("kill", "exit", "sleep"):
+                data = {"file": str(self.folder / how), "how": how}
+                queue.add_task("badly", data, task_id=how, timeout=0.3, retries=1, retry_delay=0)
+            self.assertTrue(cluster.drain(PATIENCE))
+        kinds = [("exit", WorkerDied), ("kill", WorkerDied), ("sleep", TaskTimeout)]
+        expected = [(how, kind, state) for how, kind in kinds for state in ("failed", "waiting")]
+        self.assertEqual(sorted(told, key=lambda one: (one[0], one[2])), expected)
+
     def test_a_listener_may_add_tasks_and_shut_down(self):
         queue, told = self.queue(), []
 
@@ -2723,6 +3186,100 @@ class TestListeners(InFolder):
         queue.add_task("echo", 1)
         self.assertTrue(cluster._closed.wait(PATIENCE))
         self.assertEqual(told, [1, 2, 3, 4, 5])
+
+
+class TestProgress(InFolder):
+    """job.progress(done, total=None, note=None) shows how far a task is."""
+
+    def test_it_is_seen_by_find_and_the_listener_and_the_last_one_is_kept(self):
+        for in_memory in (False, True):
+            with self.subTest(in_memory=in_memory):
+                heard = []
+                queue = self.queue(f"{in_memory}.db")
+                for event in ("progress", "done"):
+                    queue.add_event_listener(event, lambda value, task, e=event: heard.append((e, value, task)))
+                flag, verbs = str(self.folder / f"flag {in_memory}"), queue.in_memory if in_memory else queue
+                with self.cluster({"steps": progress_and_hold}, queue) as cluster:
+                    future = cluster.submit("steps", flag, in_memory=in_memory, keep_result=60)
+                    task = future.task
+                    self.assertIsNone(task.progress)
+                    # Of a thousand reports the last is seen, although the task says no more.
+                    eventually(lambda: verbs.find_one(task_id=task.id).progress == (999, 1000, "half way"))
+                    self.assertEqual((verbs.find_one().progress.note, future.done()), ("half way", False))
+                    Path(flag + ".end").touch()
+                    ended = queue.wait(task.id, PATIENCE)
+                self.assertEqual((ended.state, ended.progress), ("done", (1000, 1000, None)))
+                reports = [(value, t) for e, value, t in heard if e == "progress"]
+                self.assertEqual([e for e, _, _ in heard], ["progress"] * len(reports) + ["done"])
+                self.assertEqual([value for value, _ in reports][-1:], [(1000, 1000, None)])
+                self.assertEqual({(value == t.progress, t.state) for value, t in reports}, {(True, "running")})
+                self.assertLess(len(reports), 50)
+                self.assertEqual(heard[-1][2].progress.done, 1000)
+
+    def test_a_failed_run_keeps_it_and_a_retry_begins_anew(self):
+        queue = self.queue()
+        queue.add_task("steps", "fail", task_id="a")
+        queue.add_task("steps", "fail", task_id="b", retries=1, retry_delay=3600)
+        queue.add_task("steps", "die", task_id="c")
+        with self.cluster({"steps": progress_and_end}, queue):
+            eventually(lambda: queue.count(state="failed") == 2 and queue.find_one(task_id="b").attempt == 1)
+            self.assertEqual(queue.find_one(task_id="a").progress, (1, 2, None))
+            self.assertIsNone(queue.find_one(task_id="b").progress)
+            queue.update("b", due_date=None)
+            self.assertEqual(queue.retry(task_id="a"), 1)
+            eventually(lambda: queue.count(state="failed") == 3)
+        found = {task.id: task.progress for task in queue.find()}
+        self.assertEqual(found, {"a": (1, 2, None), "b": None, "c": (1, 2, None)})
+        queue.retry(task_id="c")
+        self.assertIsNone(queue.find_one(task_id="c").progress)
+
+    def test_wrong_arguments_fail_the_task_and_other_tasks_cannot_report(self):
+        queue = self.queue()
+        wrong = {
+            "TypeError: done is '5' (str)": ["5"], "TypeError: done is True": [True], "ValueError: done is -1": [-1],
+            "ValueError: done is nan": ["nan"], "TypeError: total is 'x'": [1, "x"], "ValueError: total is -3": [1, -3],
+            "TypeError: note is 5": [1, 2, 5], "ValueError: note is ''": [1, 2, ""], "TypeError: done is None": [None],
+        }
+        tasks = [queue.add_task("steps", data) for data in wrong.values()]
+        with self.cluster({"steps": progress_with}, queue, max_available_workers=1, keep_alive="always") as cluster:
+            cluster.drain(PATIENCE)
+            self.assertEqual(cluster.submit("steps", "late").result(PATIENCE), "progress was called after its task had ended")
+        for text, task in zip(wrong, tasks):
+            self.assertIn(text, queue.find_one(task_id=task.id).error)
+        with self.assertRaisesRegex(RuntimeError, "running task only"):
+            taskpool.Progress(1, 2)(3)
+
+
+def progress_and_hold(job):
+    for step in range(1000):
+        job.progress(step, 1000, "half way")
+    deadline = time.monotonic() + PATIENCE
+    while not os.path.exists(job.data + ".end") and time.monotonic() < deadline:
+        time.sleep(0.005)
+    job.progress(998, 1000)
+    job.progress(1000, 1000)
+
+
+def progress_and_end(job):
+    if job.attempt == 1:
+        job.progress(0, 2)
+        job.progress(1, 2)
+    if job.data == "die":
+        time.sleep(0.3)  # Longer than a report may wait.
+        os._exit(1)
+    raise ValueError("after half")
+
+
+def progress_with(job):
+    if job.data == "late":
+        old, caught = progress_with.last, []
+        try:
+            old(1)
+        except RuntimeError as error:
+            caught.append(str(error))
+        return caught[0]
+    progress_with.last = job.progress
+    return job.progress(*(math.nan if value == "nan" else value for value in job.data))
 
 
 class TestConversations(WithCluster):
@@ -2919,7 +3476,7 @@ class TestClusterOptions(InFolder):
         self.assertEqual(future.result(PATIENCE), 5)
 
     def test_a_worker_is_replaced_after_max_tasks_per_worker(self):
-        """SG-11, ENGINE 10."""
+        """SG-11, ENGINE 10, 28."""
         for most in (1, 3):
             cluster = self.cluster(
                 {"pid": pid_of_worker}, max_tasks_per_worker=most, max_available_workers=1, keep_alive="always"
@@ -2928,6 +3485,10 @@ class TestClusterOptions(InFolder):
             counts = collections.Counter(f.result(PATIENCE) for f in futures)
             self.assertEqual(sorted(counts.values()), [most] * (9 // most))
             cluster.shutdown()
+        cluster = self.cluster({"large": return_kind}, max_tasks_per_worker=1)
+        futures = [cluster.submit("large", "large") for _ in range(3)]
+        cluster.shutdown()  # At once: what is due is finished first.
+        self.assertEqual([len(f.result(0)) for f in futures], [3_000_000] * 3)
 
     def test_the_last_task_of_a_retiring_worker_times_out_and_is_charged(self):
         """RT-03: as any other task."""
@@ -2939,10 +3500,40 @@ class TestClusterOptions(InFolder):
                 self.assertIsInstance(future.exception(PATIENCE), kind)
                 self.assertEqual([line.split()[1] for line in lines_of(path)], ["1", "2"])
 
+    def test_a_worker_that_is_closed_for_idleness_gets_no_task(self):
+        """ENGINE 11: tasks come just as their worker is closed."""
+        method = "fork" if "fork" in METHODS else "spawn"
+        cluster = self.cluster(
+            {"echo": echo}, keep_alive=4, refresh_rate=4, start_method=method, in_memory_only=True, max_available_workers=1
+        )
+        chance = random.Random(1)
+        for i in range(120):
+            self.assertEqual(cluster.submit("echo", i).result(PATIENCE), i)
+            threading.Event().wait(chance.uniform(0.002, 0.010))
+        self.assertGreater(next(cluster._worker_numbers), 5)
+
     def test_max_workers_counts_usable_cpus(self):
+        """ENGINE 61: by affinity, and by the quota of a container."""
         if hasattr(os, "sched_getaffinity"):
-            self.assertLessEqual(Cluster.max_workers(), len(os.sched_getaffinity(0)))
+            usable = os.sched_getaffinity(0)
+            self.assertLessEqual(Cluster.max_workers(), len(usable))
+            os.sched_setaffinity(0, {min(usable)})
+            self.addCleanup(os.sched_setaffinity, 0, usable)
+            self.assertEqual(Cluster.max_workers(), 1)
+            os.sched_setaffinity(0, usable)
+        for text, most in [("50000 100000", 1), ("100001 100000", 2), ("max 100000", 10**6), ("", 10**6)]:
+            with unittest.mock.patch.object(taskpool, "_read_text", lambda path, text=text: text):
+                self.assertLessEqual(Cluster.max_workers(), most)
         self.assertGreaterEqual(Cluster.max_workers(), 1)
+
+    def test_the_longest_durations_are_slept_through(self):
+        """CK-06: what is a month away or more overflows no timer."""
+        longest = {"refresh_rate": 2**63 - 1, "keep_alive": 2**63 - 1, "shutdown_timeout": 1e300}
+        cluster = self.cluster({"echo": echo}, in_memory_only=True, **longest)
+        cluster.submit("echo", due_date=datetime(9999, 12, 31))
+        future = cluster.submit("echo", timeout=1e300, retries=1, retry_delay=1e300)
+        self.assertEqual(future.result(PATIENCE), None)
+        self.assertEqual(cluster.submit("echo", 5).result(PATIENCE), 5)
 
     def test_set_refresh_rate_changes_the_poll(self):
         queue, other = self.queue(), self.queue()
@@ -3101,6 +3692,124 @@ class TestP1NothingIsLost(InFolder):
             self.assertEqual(queue.find_one().state, "waiting")  # It starts again.
 
 
+    def test_what_was_recorded_or_claimed_is_kept_when_the_next_call_fails(self):
+        """The store fails after each claim; or between two calls that it cannot group."""
+        class Failing(SQLiteStore):
+            claimed = False
+
+            def claim(self, *arguments):
+                rows = super().claim(*arguments)
+                self.claimed = bool(rows)
+                return rows
+
+            def next_due(self, *arguments):
+                if self.claimed:
+                    self.claimed = False
+                    raise StoreError("the look failed")
+                return super().next_due(*arguments)
+
+        class Ungrouped(SQLiteStore):
+            transaction = Store.transaction
+            turn = 0
+
+            def claim(self, *arguments):
+                self.turn += 1
+                if self.turn % 2:
+                    raise StoreError("the claim failed")
+                return super().claim(*arguments)
+
+        for kind in (Failing, Ungrouped):
+            with self.subTest(kind=kind.__name__), self.assertLogs("taskpool", "WARNING") as logs:
+                path = str(self.folder / kind.__name__)
+                with unittest.mock.patch.object(taskpool, "STORE_CAP_SECONDS", 0.01), TaskQueue(kind(path + ".db")) as queue:
+                    with self.cluster({"line": add_line}, queue) as cluster:
+                        futures = [cluster.submit("line", {"file": path}) for _ in range(40)]
+                        self.assertEqual([f.result(PATIENCE) for f in futures], [None] * 40)
+                    self.assertEqual(queue.count(), 0)
+                self.assertEqual(len(set(lines_of(path))), len(lines_of(path)), "one ran twice")
+            text = "\n".join(logs.output)
+            self.assertIn("failed; nothing is lost", text)
+            self.assertNotIn("claim was lost", text)
+
+    def test_an_add_that_raised_stored_nothing(self):
+        """DU-07: so that the caller may try again."""
+        with unittest.mock.patch.object(taskpool, "BUSY_SECONDS", 0.005):
+            queue, stop, errors, added = self.queue(), threading.Event(), 0, 0
+            queue.count()
+        db = sqlite3.connect(self.folder / "tasks.db", isolation_level=None, check_same_thread=False)
+        self.addCleanup(db.close)
+
+        def lock():
+            while not stop.is_set():
+                db.execute("BEGIN IMMEDIATE")
+                stop.wait(random.uniform(0, 0.02))
+                db.execute("COMMIT")
+                stop.wait(random.uniform(0, 0.002))
+
+        locker = threading.Thread(target=lock)
+        locker.start()
+        with unittest.mock.patch.object(taskpool, "BUSY_SECONDS", 0.005):
+            while errors < 5 or added < 50:
+                try:
+                    queue.add_task("x", task_id=str(added))
+                    added += 1
+                except StoreError as error:  # A DuplicateTask would be a lie of the one before.
+                    self.assertIn("locked", str(error))
+                    errors += 1
+        stop.set()
+        locker.join()
+        self.assertEqual(sorted(int(t.id) for t in queue.find()), list(range(added)))
+
+    def test_a_ctrl_c_anywhere_in_a_queue_call_loses_nothing_and_blocks_nobody(self):
+        """SQ-05: also not while the KeyboardInterrupt is looked at."""
+        queue, other = self.queue(), SQLiteStore(self.folder / "tasks.db")
+        self.addCleanup(other.close)
+        calls = {
+            "add": lambda n: queue.add_task("x", task_id=f"add{n}"), "find": lambda n: queue.find(task_id="none"),
+            "count": lambda n: queue.count(), "remove": lambda n: queue.remove(task_id=f"none{n}"),
+        }
+        with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:
+            for name, call in calls.items():
+                call("first")
+                for n in range(10_000):
+                    events = iter(range(n))
+
+                    def interrupt(frame, event, argument, events=events):
+                        ours = frame.f_code.co_filename.endswith(("taskpool.py", "contextlib.py"))
+                        if ours and event in ("call", "c_return") and next(events, None) is None:
+                            raise KeyboardInterrupt
+
+                    sys.setprofile(interrupt)  # Where CPython looks for signals.
+                    try:
+                        call(n)
+                        break
+                    except KeyboardInterrupt:
+                        sys.setprofile(None)
+                        task_id = f"after {name} {n}"
+                        queue.add_task("x", task_id=task_id)
+                        self.assertEqual(len(other.find(Query(ids=[task_id]), NOW)), 1, "it is not stored")
+                        other.remove(Query(ids=[task_id]), NOW)
+                        self.assertEqual(elsewhere.submit(queue.count, task_id=task_id).result(PATIENCE), 0)
+                        self.assertTrue(elsewhere.submit(queue.add_task, "x").result(PATIENCE))
+                    finally:
+                        sys.setprofile(None)
+                self.assertGreater(n, 20)
+
+    def test_a_retry_is_never_put_beyond_the_calendar(self):
+        """RT-01."""
+        for attempt in (60, 1100, 10**6):
+            for in_memory in (False, True):
+                queue = self.queue()
+                verbs = queue.in_memory if in_memory else queue
+                task = queue.add_task("fail", retries=10**7, retry_delay=1e300, in_memory=in_memory)
+                verbs._store.update(task.id, {"attempt": attempt}, NOW)
+                with self.cluster({"fail": fail}, queue):
+                    eventually(lambda: verbs.find_one(task_id=task.id).error)
+                    ready_at = verbs._store.find(Query(ids=[task.id]), NOW)[0].ready_at
+                    verbs.remove(task_id=task.id)
+                self.assertLessEqual(ready_at, (time.time() + 3601) * 1e6)
+
+
 class TestP2OnceAndOnlyOnce(InFolder):
     """P2 Each charged start runs once; a late outcome of a lost claim is discarded."""
 
@@ -3114,6 +3823,18 @@ class TestP2OnceAndOnlyOnce(InFolder):
             self.assertTrue(cluster.drain(PATIENCE))
         self.assertEqual(sorted(line.split()[0] for line in lines_of(path)), sorted(ids))
         self.assertEqual(first.count(), 0)
+
+    def test_a_claim_is_kept_for_longer_than_a_lease_by_a_master_that_lives(self):
+        """DU-01, DU-10: also while the task holds the GIL of its worker."""
+        leases = {"LEASE_SECONDS": 1.0, "RENEW_SECONDS": 0.05, "WATCH_SECONDS": 0.05}
+        with unittest.mock.patch.multiple(taskpool, **leases), unittest.mock.patch.object(taskpool, "owner_is_dead", return_value=False):
+            path = str(self.folder / "starts")
+            clusters = [self.cluster({"long": hold_the_gil}, self.queue()) for _ in range(2)]
+            clusters[0].queue.add_task("long", {"file": path, "seconds": 2.5})
+            self.assertTrue(clusters[0].drain(PATIENCE))
+            for cluster in clusters:
+                cluster.shutdown()
+        self.assertEqual(len(lines_of(path)), 1)
 
     def test_a_late_outcome_of_a_lost_claim_is_discarded(self):
         queue, path = self.queue(), str(self.folder / "hold")
@@ -3151,7 +3872,7 @@ class TestP3MasterDead(InFolder):
     """
 
     def test_a_new_master_takes_over_at_once_and_no_worker_is_left(self):
-        """CR-01, CR-10, SG-07, ENGINE 65."""
+        """CR-01, CR-10, CR-11, SG-07, ENGINE 65."""
         queue = self.queue()
         for i in range(4):
             queue.add_task("note", task_id=str(i))
@@ -3171,13 +3892,14 @@ class TestP3MasterDead(InFolder):
         lines = lines_of(self.folder / "lines")
         self.assertEqual({line.split()[0] for line in lines}, {"0", "1", "2", "3"})
         self.assertEqual({line.split()[1] for line in lines}, {"1"})  # Not charged.
+        self.assertEqual(queue.add_task("note", task_id="0").attempt, 0)  # Its id is free again.
 
 
 class TestP4WorkerDead(WithCluster):
     """P4 Only the task that a dead worker was running is charged."""
 
     def test_a_worker_that_dies_costs_one_attempt_of_one_task(self):
-        """CR-09."""
+        """CR-09, RT-05, ENGINE 1."""
         paths = [str(self.folder / str(i)) for i in range(3)]
         futures = [self.submit("kill first", {"file": p}, retries=1, retry_delay=0) for p in paths]
         echoes = [self.submit("echo", i, in_memory=True) for i in range(200)]
@@ -3187,16 +3909,21 @@ class TestP4WorkerDead(WithCluster):
         self.assertEqual([f.result(PATIENCE) for f in echoes], list(range(200)))
 
     def test_the_neighbours_in_a_batch_run_once_and_uncharged(self):
-        path = str(self.folder / "lines")
-        for _ in range(30):  # Teaches the cluster that lines are quick: then they go in batches.
-            self.result("line", {"file": str(self.folder / "warm")})
-        tasks = [{"task_type": "line", "data": {"file": path}, "task_id": f"t{i:03}"} for i in range(300)]
-        tasks[150] = {"task_type": "badly", "data": {"file": path, "how": "kill"}, "task_id": "t150"}
-        self.shared_queue.add_tasks(tasks)
-        eventually(lambda: self.shared_queue.count(state=["waiting", "running"]) == 0)
-        lines = lines_of(path)
-        self.assertEqual(sorted(lines), [f"t{i:03} 1" for i in range(300)])
-        self.assertEqual([t.id for t in self.shared_queue.find()], ["t150"])
+        """ENGINE 1: tasks of one type, in both kinds of queue."""
+        for in_memory in (False, True):
+            path = str(self.folder / f"lines {in_memory}")
+            verbs = self.shared_queue.in_memory if in_memory else self.shared_queue
+            for _ in range(30):  # Teaches the cluster that these are quick: then they go in batches.
+                self.result("end", {"file": str(self.folder / "warm")}, in_memory=in_memory)
+            tasks = [
+                {"task_type": "end", "data": {"file": path, "die": i == 150}, "task_id": f"t{i:03}", "in_memory": in_memory}
+                for i in range(300)
+            ]
+            self.shared_queue.add_tasks(tasks)
+            eventually(lambda: verbs.count(state=["waiting", "running"]) == 0)
+            self.assertEqual(sorted(lines_of(path)), [f"t{i:03} 1" for i in range(300)])
+            self.assertEqual([t.id for t in verbs.find()], ["t150"])
+            verbs.remove(state="failed")
 
     @unittest.skipUnless(LINUX, "counts by /proc")
     def test_dead_workers_leave_no_zombie_and_no_descriptor(self):
@@ -3264,8 +3991,7 @@ class TestP5Order(InFolder):
         futures = [cluster.submit("echo", i) for i in range(100)]
         eventually(lambda: cluster.workers()[0]["state"] == "busy")
         first = cluster.workers()[0]["since"]
-        again = lambda: cluster.workers()[0]["since"] - first > timedelta(milliseconds=10)
-        eventually(again, "giving it tasks once more")
+        eventually(lambda: cluster.workers()[0]["since"] - first > timedelta(milliseconds=10))
         os.kill(worker["pid"], signal.SIGCONT)
         self.assertEqual([future.result(PATIENCE) for future in futures], list(range(100)))
         self.assertEqual([w["pid"] for w in cluster.workers()], [worker["pid"]])
@@ -3286,8 +4012,22 @@ class TestP5Order(InFolder):
             self.assertEqual(futures[3].result(PATIENCE), "held")
             os.remove(path + ".end")
 
+    def test_nor_behind_one_that_holds_the_gil(self):
+        cluster = self.cluster({"mixed": mixed}, keep_alive="always")
+        for _i in range(50):
+            cluster.submit("mixed", None, in_memory=True).result(PATIENCE)
+        for in_memory in (True, False):
+            slow = {"file": str(self.folder / "gil"), "seconds": 2 * PATIENCE}
+            tasks = [slow if i == 3 else None for i in range(100)]
+            futures = [cluster.submit("mixed", data, in_memory=in_memory) for data in tasks]
+            self.assertEqual(len(concurrent.futures.wait(futures[:3] + futures[4:], PATIENCE).not_done), 0)
+            self.assertFalse(futures[3].done())
+            self.assertTrue(cluster.cancel(futures[3].task.id))
+
 
 def mixed(job):
+    if isinstance(job.data, dict):
+        hold_the_gil(job)
     return hold(job) if job.data else None
 
 
@@ -3734,7 +4474,7 @@ class TestEnds(InFolder):
         self.assertTrue(cluster._closed.is_set())
 
     def test_an_entry_file_that_raises_in_the_worker_is_a_boot_error(self):
-        """TT-04, ENGINE 7."""
+        """TT-04, ENGINE 7, 34, 35."""
         for body, text in [
             ("raise ImportError('no such thing')", "standard error"), ("sys.exit(1)", "code 1"),
             ("import os; os._exit(4)", "code 4"),
@@ -3744,11 +4484,13 @@ class TestEnds(InFolder):
                 from taskpool import Cluster, TaskQueue
                 if __name__ != "__main__":
                     {body}
-                def f(job): pass
+                import functools
+                def f(job, ballast=None): pass
                 if __name__ == "__main__":
                     queue = TaskQueue("tasks.db")
                     stored = queue.add_task("f", task_id="stored")
-                    cluster = Cluster({{"f": f}}, queue, max_available_workers=1)
+                    large = functools.partial(f, ballast="x" * 500_000)  # More than a pipe holds.
+                    cluster = Cluster({{"f": large}}, queue, max_available_workers=1)
                     print("future", cluster.submit("f").exception())
                     for wait in (cluster.drain, cluster.run):
                         try:
@@ -3767,20 +4509,26 @@ class TestEnds(InFolder):
 
     @unittest.skipUnless(LINUX, "looks into /proc")
     def test_every_way_to_end_a_program_leaves_no_process(self):
-        """SG-10, ENGINE 64, 71, 79."""
+        """SG-10, ENGINE 64, 65, 67, 71, 79: with an idle, a busy, and a GIL-holding worker."""
         source = """
-            import os, signal, sys, time
+            import ctypes, os, signal, sys, time
             from taskpool import Cluster, TaskQueue
             def busy(job):
+                open("busy", "w").close()
                 while True: pass
+            def gil(job):
+                open("gil", "w").close()
+                ctypes.PyDLL(None).sleep(60)
             def pid(job): return os.getpid()
             if __name__ == "__main__":
-                cluster = Cluster({"busy": busy, "pid": pid}, TaskQueue("tasks.db"), max_available_workers=2,
-                                  keep_alive="always", shutdown_timeout=0.1, in_memory_only=True, oversubscribe=True)
+                cluster = Cluster({"busy": busy, "gil": gil, "pid": pid}, TaskQueue("tasks.db"), max_available_workers=3,
+                                  keep_alive="always", shutdown_timeout=0.1, in_memory_only=True, oversubscribe=True,
+                                  start_method=sys.argv[2])
                 cluster.submit("pid").result()
                 if sys.argv[1] != "script":
-                    cluster.submit("busy")
-                    while not any(w["state"] == "busy" for w in cluster.workers()): time.sleep(0.005)
+                    cluster.submit("busy"), cluster.submit("gil")
+                    while not (os.path.exists("busy") and os.path.exists("gil")): time.sleep(0.005)
+                while any(w["state"] == "starting" for w in cluster.workers()): time.sleep(0.005)
                 print(*[w["pid"] for w in cluster.workers()], flush=True)
                 how = sys.argv[1]
                 if how == "_exit": os._exit(0)
@@ -3790,11 +4538,134 @@ class TestEnds(InFolder):
                 if how == "exit": sys.exit(3)
                 if how == "raise": raise ValueError
         """
-        for how, code in [("_exit", 0), ("kill", -9), ("term", -15), ("exit", 3), ("raise", 1), ("script", 0)]:
-            with self.subTest(how=how):
-                pids = list(map(int, self.run_script(source, how, code=code).split()))
-                self.assertEqual(len(pids), 2)
-                eventually(lambda: not any(map(is_alive, pids)), seconds=10)
+        for how, code, methods in [
+            ("_exit", 0, ["spawn"]), ("kill", -9, METHODS), ("term", -15, ["spawn"]), ("exit", 3, ["spawn"]),
+            ("raise", 1, ["spawn"]), ("script", 0, METHODS),
+        ]:
+            for method in methods:
+                with self.subTest(how=how, method=method):
+                    pids = list(map(int, self.run_script(source, how, method, code=code).split()))
+                    self.assertEqual(len(pids), 3)
+                    eventually(lambda: not any(map(is_alive, pids)), "the end of all workers", 10)
+                    for name in ("busy", "gil"):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.remove(self.folder / name)
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_signals_while_workers_start_end_the_program_too(self):
+        """SG-01, ENGINE 74: one, or two, while the entry file takes its time in the worker."""
+        source = """
+            import os, sys, time
+            from taskpool import Cluster, TaskQueue
+            def f(job): pass
+            if __name__ != "__main__":
+                open("booting", "w").close()
+                time.sleep(60)
+            if __name__ == "__main__":
+                cluster = Cluster({"f": f}, TaskQueue("tasks.db"), max_available_workers=1)
+                cluster.run()
+                print("stopped")
+        """
+        queue, script = self.queue(), self.script(source)
+        queue.add_task("f", task_id="stored")
+        for numbers in ([signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]):
+            with self.subTest(numbers=numbers):
+                process = self.start(script)
+                eventually((self.folder / "booting").exists)
+                workers = children(process.pid)
+                for number in numbers:
+                    process.send_signal(number)
+                out, err = process.communicate(timeout=PATIENCE)
+                self.assertEqual((out, err, process.returncode), ("stopped\n", "", 0))
+                eventually(lambda: not any(map(is_alive, workers)))
+                self.assertEqual([(t.id, t.state, t.attempt) for t in queue.find()], [("stored", "waiting", 0)])
+                os.remove(self.folder / "booting")
+
+    def test_a_storm_of_signals_is_two_signals(self):
+        """LL-06: while all threads log."""
+        out = self.run_script(
+            """
+            import logging, os, signal, sys, threading, time
+            from taskpool import Cluster, TaskQueue
+            def hold(job): time.sleep(60)
+            if __name__ == "__main__":
+                logging.basicConfig(level=logging.DEBUG, filename="log")
+                for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+                def storm():
+                    while not any(w["state"] == "busy" for w in cluster.workers()): time.sleep(0.005)
+                    for i in range(400):
+                        os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM)[i % 2])
+                        logging.getLogger("taskpool").info("storm %d", i)
+                class Chatty(TaskQueue):
+                    def clock(self):
+                        logging.info("what time is it?")
+                        return time.time()
+                cluster = Cluster({"hold": hold}, Chatty("tasks.db"), max_available_workers=1, shutdown_timeout=60)
+                cluster.queue.add_task("hold")
+                thread = threading.Thread(target=storm)
+                thread.start()
+                cluster.run()
+                thread.join()
+                print("stopped", signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+            """
+        )
+        self.assertEqual((out, self.stderr), ("stopped True\n", ""))
+        self.assertEqual([(t.state, t.attempt) for t in self.queue().find()], [("waiting", 0)])
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_the_end_waits_for_exit_handlers_but_not_for_threads_and_children(self):
+        """ENGINE 80, 82, 85."""
+        out = self.run_script(
+            """
+            import atexit, os, subprocess, sys, threading, time
+            import taskpool
+            from taskpool import Cluster, TaskQueue
+            def leave(job):
+                threading.Thread(target=time.sleep, args=(60,)).start()
+                child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                return os.getpid(), child.pid
+            def idle(job): return os.getpid()
+            if __name__ != "__main__":
+                atexit.register(lambda: open(f"left {os.getpid()}", "w").close())
+            if __name__ == "__main__":
+                taskpool.EXIT_SECONDS = 0.5
+                with Cluster({"leave": leave}, TaskQueue("x.db"), max_available_workers=1, in_memory_only=True) as cluster:
+                    print(*cluster.submit("leave").result())
+                taskpool.EXIT_SECONDS = 60.0
+                with Cluster({"idle": idle}, TaskQueue("x.db"), max_available_workers=1, in_memory_only=True) as cluster:
+                    print(cluster.submit("idle").result())
+            """
+        )
+        stuck, child, idle = map(int, out.split())
+        os.kill(child, signal.SIGKILL)  # It is the task's own: see the manual.
+        self.assertFalse(is_alive(stuck) or is_alive(idle))
+        self.assertTrue((self.folder / f"left {idle}").exists())
+
+    def test_the_end_in_one_thread_and_submits_in_others_never_lock_each_other(self):
+        """ENGINE 31: also submits that fail."""
+        for wait in (True, False):
+            cluster = self.cluster({"echo": echo}, start_method="fork" if "fork" in METHODS else "spawn", in_memory_only=True)
+            begun, accepted = threading.Event(), []
+
+            def work():
+                while True:
+                    for data in (1, {1, 2}):
+                        try:
+                            accepted.append(cluster.submit("echo", data))
+                        except TypeError:
+                            begun.set()
+                        except RuntimeError:  # After shutdown.
+                            return
+
+            threads = [threading.Thread(target=work) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            begun.wait(PATIENCE)
+            cluster.shutdown(wait=wait)
+            for thread in threads:
+                thread.join(PATIENCE)
+                self.assertFalse(thread.is_alive())
+            self.assertEqual(len(concurrent.futures.wait(accepted, PATIENCE).not_done), 0)
 
 
 # --- Attacks ---------------------------------------------------------------------------
@@ -4012,7 +4883,8 @@ def leave_a_grandchild(job):
 def misbehave(job):
     """Run for ever, in a way that is hard to end; or do harm to the process."""
     how = job.data["how"]
-    Path(job.data["file"]).write_text(str(os.getpid()))
+    if how != "write":
+        Path(job.data["file"]).write_text(str(os.getpid()))
     if how == "spin":
         while True:
             pass
@@ -4035,9 +4907,9 @@ def misbehave(job):
 
         left, _right = socket.socketpair()
         left.recv(1)
-    if how == "close":
+    if how in ("close", "close and stay"):
         os.closerange(3, 64)
-        return "closed"
+        return time.sleep(PATIENCE) if how == "close and stay" else "closed"
     if how == "chdir":
         os.chdir("/")
         return "moved"
@@ -4072,6 +4944,15 @@ def misbehave(job):
 
         sys.stderr = None
         ctypes.string_at(0)
+    if how == "write":
+        with open(job.data["file"], "a" if job.attempt > 1 else "w") as file:
+            while True:
+                print(job.attempt, file=file, flush=True)
+                time.sleep(0.002)
+    if how == "term to exit":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
+    if how.startswith("term"):
+        os.kill(os.getpid(), signal.SIGTERM)
     if how == "daemon":
         threading.Thread(target=time.sleep, args=(PATIENCE,), daemon=True).start()
         return "left a thread"
@@ -4093,7 +4974,7 @@ class TestHostileTasks(WithCluster):
         return self.submit("misbehave", {"how": how, "file": self.file}, **options)
 
     def test_a_timeout_ends_every_way_to_run_for_ever(self):
-        """TO-01, TO-03, TO-05, ENGINE 8."""
+        """TO-01, TO-03, ENGINE 8, 16."""
         for how in ("sleep", "spin", "regex", "gil", "signals", "thread", "child", "socket"):
             with self.subTest(how=how):
                 error = self.misbehave(how, timeout=0.3).exception(PATIENCE)
@@ -4102,6 +4983,7 @@ class TestHostileTasks(WithCluster):
                 eventually(lambda: not is_alive(pid))
 
     def test_a_task_that_harms_its_process_harms_no_other(self):
+        """EX-07."""
         for how, result in [
             ("chdir", "moved"), ("stdout", "printed"), ("handlers", "handled"), ("pool", [1, 2]), ("executor", 3),
             ("daemon", "left a thread"),
@@ -4110,7 +4992,9 @@ class TestHostileTasks(WithCluster):
                 self.assertEqual(self.misbehave(how).result(PATIENCE), result)
                 for i in range(4):
                     self.assertEqual(self.result("echo", i), i)
-        for how, kind in [("close", WorkerDied), ("segfault", WorkerDied), ("memory", MemoryError)]:
+        for how, kind in [
+            ("close", WorkerDied), ("close and stay", WorkerDied), ("segfault", WorkerDied), *[("memory", MemoryError)] * 5,
+        ]:
             with self.subTest(how=how):
                 error = self.misbehave(how).exception(PATIENCE)
                 self.assertIsInstance(error, kind)
@@ -4124,6 +5008,47 @@ class TestHostileTasks(WithCluster):
         for i in range(10):
             self.assertEqual(self.result("echo", i, in_memory=True), i)
         self.assertEqual(len(big.result(PATIENCE)), 200_000_000)
+
+    def test_a_flood_of_submits_while_the_dispatcher_is_held_up_blocks_nobody(self):
+        """ENGINE 29: the wake-up pipe is not filled by them."""
+        release, futures = threading.Event(), []
+        self.shared._post(lambda: release.wait(PATIENCE))
+
+        def work():
+            futures.extend([self.submit("echo", i, in_memory=True) for i in range(1000)])
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+            self.assertFalse(thread.is_alive())
+        release.set()
+        self.assertEqual(sum(future.result(PATIENCE) for future in futures), 4 * sum(range(1000)))
+        self.shared._wake._pending = True  # As a Ctrl-C before its byte leaves it.
+        eventually(lambda: not self.shared._wake._pending)
+
+    def test_no_attempt_runs_beside_the_next_one(self):
+        """TO-05."""
+        path = self.folder / "attempts"
+        error = self.submit("misbehave", {"how": "write", "file": str(path)}, timeout=0.3, retries=1, retry_delay=0)
+        self.assertIsInstance(error.exception(PATIENCE), TaskTimeout)
+        attempts = path.read_text().split()
+        self.assertEqual(attempts, sorted(attempts))
+        self.assertEqual(set(attempts), {"1", "2"})
+
+    def test_a_worker_dies_of_sigterm_whatever_the_master_does_with_it(self):
+        """ENGINE 14, 76: also under fork, and after a task made it a SystemExit."""
+        previous = signal.signal(signal.SIGTERM, lambda *_: self.fail("the master's own handler ran"))
+        self.addCleanup(signal.signal, signal.SIGTERM, previous)
+        with self.cluster({"misbehave": misbehave}, start_method="fork", max_available_workers=1) as cluster:
+            data = {"how": "term", "file": str(self.folder / "pid")}
+            error = cluster.submit("misbehave", data).exception(PATIENCE)
+            self.assertEqual((type(error), error.exit_code), (WorkerDied, -signal.SIGTERM))
+            data["how"] = "term to exit"
+            error = cluster.submit("misbehave", data).exception(PATIENCE)
+            self.assertEqual(error.type_name, "SystemExit")
+        self.assertFalse(is_alive(int((self.folder / "pid").read_text())))
 
     def test_large_data_travel_both_ways_without_a_deadlock(self):
         text = "x" * 2_000_000
@@ -4162,6 +5087,345 @@ class TestHostileTasks(WithCluster):
             """
         )
         self.assertEqual(out.split("\n"), ["True", "[] True", "True", ""])
+
+
+def waste(job):
+    """Fail with much memory in a frame, which an exception may hold in a cycle."""
+    held = b"x" * 20_000_000
+    if job.data == "chained":
+        try:
+            inner = ValueError("inner")
+            raise inner
+        except ValueError as error:
+            raise LookupError("outer") from error
+    raise ValueError(len(held))
+
+
+def memory_of(pid):
+    """Bytes of a process that are in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class TestOddPlaces(InFolder):
+    """P4 where processes, pipes, text or threads are not as usual."""
+
+    def test_the_channel_of_windows_does_the_same(self):
+        """ENGINE 58: two threads for each worker, one task at a time."""
+        with unittest.mock.patch.object(taskpool, "_Channel", taskpool._ThreadedChannel):
+            cluster = self.cluster(
+                {**EVERYTHING, "misbehave": misbehave}, message_broker=answer_pings, keep_alive="always", refresh_rate=20
+            )
+            self.assertEqual(list(cluster.map("echo", range(50))), list(range(50)))
+            self.assertEqual(len(cluster.submit("return_kind", "large").result(PATIENCE)), 3_000_000)
+            self.assertEqual(len(cluster.submit("echo", "x" * 2_000_000).result(PATIENCE)), 2_000_000)
+            self.assertEqual(cluster.submit("three deep").result(PATIENCE), [f"pong ping {i}" for i in (1, 2, 3)])
+            self.assertEqual(str(cluster.submit("fail").exception(PATIENCE)), "attempt 1")
+            data = {"how": "kill", "file": str(self.folder / "lines")}
+            self.assertIsInstance(cluster.submit("badly", data, retries=1, retry_delay=0).exception(PATIENCE), WorkerDied)
+            data = {"how": "close", "file": str(self.folder / "pid")}
+            self.assertIsInstance(cluster.submit("misbehave", data).exception(PATIENCE), WorkerDied)
+            data["how"] = "gil"
+            self.assertIsInstance(cluster.submit("misbehave", data, timeout=0.3).exception(PATIENCE), TaskTimeout)
+            path = str(self.folder / "hold")
+            held = cluster.submit("hold", path)
+            eventually(lambda: os.path.exists(path + ".started"))
+            self.assertTrue(cluster.cancel(held.task.id))
+            eventually(held.cancelled)
+            victims = [w["pid"] for w in cluster.workers()]
+            for victim in victims:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+            self.assertEqual(list(cluster.map("echo", range(50))), list(range(50)))
+            pids = [w["pid"] for w in cluster.workers()]
+            cluster.shutdown()
+            eventually(lambda: not any(map(is_alive, pids + victims)) or not LINUX)
+            with self.cluster({"pid": pid_of_worker}, max_tasks_per_worker=1) as cluster:
+                self.assertEqual(len(set(cluster.map("pid", range(4)))), 4)
+
+    @unittest.skipUnless("forkserver" in METHODS and LINUX, "needs forkserver")
+    def test_a_killed_forkserver_costs_its_workers_and_is_replaced(self):
+        """ENGINE 40, 41, 43: the entry file may also be preloaded in it."""
+        out = self.run_script(
+            """
+            import multiprocessing, os, signal, time
+            from multiprocessing.forkserver import _forkserver
+            from taskpool import Cluster, TaskQueue
+            def hold(job):
+                open("pid", "w").write(str(os.getpid()))
+                time.sleep(60)
+            cluster = Cluster({"hold": hold, "pid": lambda job: os.getpid()}, TaskQueue("x.db"), max_available_workers=1,
+                              start_method="forkserver", in_memory_only=True, auto_initialize=False)
+            if Cluster.is_master():
+                multiprocessing.set_forkserver_preload(["__main__"])
+                cluster.initialize()
+                future = cluster.submit("hold")
+                while not (os.path.exists("pid") and open("pid").read()): time.sleep(0.005)
+                os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
+                print(type(future.exception()).__name__, cluster.submit("pid").result() > 0)
+                deadline, pid = time.monotonic() + 60, open("pid").read()
+                while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline: time.sleep(0.005)
+                print(os.path.exists(f"/proc/{pid}"))
+            """
+        )
+        self.assertEqual(out, "WorkerDied True\nFalse\n", self.stderr)
+
+    @unittest.skipUnless("fork" in METHODS, "needs fork")
+    def test_forks_of_a_program_with_busy_threads_do_not_hang(self):
+        """WP-03, ENGINE 37, 38, 83."""
+        out = self.run_script(
+            """
+            import io, importlib, logging, os, random, sqlite3, sys, threading
+            import colorsys, taskpool
+            from taskpool import Cluster, TaskQueue
+            def task(job):
+                logging.warning("in %d", os.getpid())
+                importlib.reload(colorsys)
+                return os.getpid(), random.random()
+            def busy():
+                db = sqlite3.connect("user.db", isolation_level=None)
+                while not stop.wait(0.001):
+                    logging.warning("busy")
+                    importlib.reload(colorsys)
+                    db.execute("SELECT 1").fetchone()
+                    queue.count()
+            if __name__ == "__main__":
+                logging.basicConfig()
+                stop, queue = threading.Event(), TaskQueue("tasks.db")
+                threads = [threading.Thread(target=busy) for _ in range(8)]
+                for thread in threads: thread.start()
+                with Cluster({"task": task}, queue, max_available_workers=4, max_tasks_per_worker=1, oversubscribe=True,
+                             start_method="fork", logs="error") as cluster:
+                    results = list(cluster.map("task", range(30)))
+                stop.set()
+                print(len({pid for pid, _ in results}), len({number for _, number in results}))
+            """
+        )
+        self.assertEqual(out, "30 30\n", self.stderr)
+
+    def test_any_text_passes_where_output_is_ascii_or_closed(self):
+        """SE-07."""
+        source = r"""
+            import logging, os, sys
+            from taskpool import Cluster, TaskQueue
+            def bad(job): raise ValueError("gl\u0101\u017e \U0001f600 \udcff")
+            def same(job):
+                print("gl\u0101\u017e")
+                return "gl\u0101\u017e \U0001f600 \udcff"
+            if __name__ == "__main__":
+                logging.basicConfig(level=logging.INFO)
+                with Cluster({"\u043f\u043e\u0447\u0442\u0430": bad, "same": same, "echo": len}, TaskQueue("tasks.db"),
+                             max_available_workers=1) as cluster:
+                    error = cluster.submit("\u043f\u043e\u0447\u0442\u0430").exception()
+                    result = cluster.submit("same", keep_result=60, task_id="kept").result
+                    try: result = result()
+                    except UnicodeEncodeError as failed: result = failed.object
+                with open("out", "w", encoding="ascii", errors="backslashreplace") as file:
+                    print(ascii(str(error)), ascii(result), file=file)
+        """
+        ascii_only = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+        def close():
+            os.close(1), os.close(2)
+
+        for options in ({}, {"preexec_fn": close} if os.name == "posix" else {}):
+            self.run_script(source, env=ascii_only, **options)
+            text = r"'gl\u0101\u017e \U0001f600 \udcff'"
+            said = (self.folder / "out").read_text()
+            self.assertTrue(said.startswith(text), said)
+            self.assertIn(r"gl\u0101\u017e", said[len(text):])
+            failed = self.queue().find_one(state="failed", task_type="\u043f\u043e\u0447\u0442\u0430")
+            self.assertIn("ValueError: gl\u0101\u017e \U0001f600 \\udcff", failed.error)
+            self.queue().remove(state=["failed", "done"])
+
+    def test_each_event_is_one_line_of_the_programs_own_logging(self):
+        """LL-04: with two clusters, started again and again, set up before or after."""
+        out = self.run_script(
+            """
+            import logging, sys
+            if sys.argv[1] == "before": logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+            from taskpool import Cluster, TaskQueue
+            if sys.argv[1] == "after": logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+            def f(job): pass
+            if __name__ == "__main__":
+                for turn in range(3):
+                    clusters = [Cluster({"f": f}, TaskQueue(f"{n}.db"), max_available_workers=1, start_method=sys.argv[2]) for n in "ab"]
+                    for n, cluster in zip("ab", clusters): cluster.submit("f", task_id=f"{n}{turn}").result()
+                    for cluster in clusters: cluster.shutdown()
+                print(len(logging.getLogger().handlers), logging.getLogger("taskpool").propagate, logging.getLogger().level)
+            """,
+            "before", METHODS[-1],
+        )
+        lines = out.splitlines()
+        for turn in range(3):
+            for name in "ab":
+                self.assertEqual(sum(line == f"cluster:f:{name}{turn}:\tstarted" for line in lines), 1)
+                self.assertEqual(sum(line.startswith(f"cluster:f:{name}{turn}:\tdone in") for line in lines), 1)
+        self.assertEqual(lines[-1], "1 True 20")
+
+
+@unittest.skipUnless(LINUX, "measures by /proc")
+class TestNothingPilesUp(InFolder):
+    """P4: no process, thread, file descriptor or memory is left over."""
+
+    def test_a_worker_forgets_what_its_tasks_held(self):
+        """PF-03, ENGINE 32."""
+        task_map = {"waste": waste, "echo": echo, "pid": pid_of_worker}
+        cluster = self.cluster(task_map, max_available_workers=1, keep_alive="always", in_memory_only=True)
+        pid = cluster.submit("pid").result(PATIENCE)
+        for how in ("plain", "chained"):
+            for _ in range(3):
+                cluster.submit("waste", how).exception(PATIENCE)
+            before = memory_of(pid), memory_of(os.getpid())
+            for _ in range(12):
+                cluster.submit("waste", how).exception(PATIENCE)
+                self.assertLess(memory_of(pid) - before[0], 50_000_000, how)
+            self.assertLess(memory_of(os.getpid()) - before[1], 50_000_000, how)
+        before = memory_of(pid)
+        cluster.submit("echo", "x" * 70_000_000).result(PATIENCE)
+        eventually(lambda: memory_of(pid) - before < 30_000_000)  # Although it got nothing else to do.
+        self.assertEqual(cluster.submit("pid").result(PATIENCE), pid)
+
+    def test_a_master_forgets_what_ended_and_the_file_does_not_grow(self):
+        """PF-05, SQ-09."""
+        queue = self.queue()
+        cluster = self.cluster({"echo": echo, "fail": fail}, queue, keep_alive="always", logs="error")
+        queue.add_event_listener("done", lambda value, task: None)
+        logging.getLogger("taskpool").setLevel(logging.CRITICAL)
+        self.addCleanup(logging.getLogger("taskpool").setLevel, logging.NOTSET)
+
+        def round_():
+            for in_memory in (True, False):
+                futures = [cluster.submit("echo", [i], in_memory=in_memory) for i in range(500)]
+                futures += [cluster.submit("fail", in_memory=in_memory) for _ in range(20)]
+                concurrent.futures.wait(futures, PATIENCE)
+                del futures
+                queue.add_tasks({"task_type": "echo", "in_memory": in_memory} for _ in range(500))
+                self.assertTrue(cluster.drain(PATIENCE))
+            queue.remove(state="failed"), queue.in_memory.remove(state="failed")
+            gc.collect()
+            size = sum(file.stat().st_size for file in self.folder.glob("tasks.db*"))
+            return sys.getallocatedblocks(), size
+
+        for _ in range(3):
+            round_()
+        before, after = round_(), [round_() for _ in range(3)][-1]
+        self.assertLess(after[0] - before[0], 1500)  # Of 6000 tasks, not one block each.
+        self.assertLessEqual(after[1], before[1] + 100_000)
+        self.assertEqual((queue.count(), queue.in_memory.count()), (0, 0))
+
+    def test_twenty_starts_and_stops_leave_nothing(self):
+        """SG-10, LL-04."""
+        queue, records = self.queue(), []
+        handler = logging.Handler()
+        handler.emit = records.append
+        logging.getLogger("taskpool").addHandler(handler)
+        self.addCleanup(logging.getLogger("taskpool").removeHandler, handler)
+
+        def look():
+            mine = [t.name for t in threading.enumerate() if t.name.startswith("taskpool")]
+            return len(os.listdir("/proc/self/fd")), mine, len(children(os.getpid()))
+
+        def turn(number):
+            cluster = self.cluster({"fail": fail, "pid": pid_of_worker}, queue, start_method="fork", keep_alive="always")
+            pids.append(cluster.submit("pid", in_memory=bool(number % 2)).result(PATIENCE))
+            future = cluster.submit("fail", task_id=f"turn {number}", keep_result=60)
+            self.assertIsInstance(future.exception(PATIENCE), ValueError)
+            with contextlib.suppress(ZeroDivisionError):
+                if number % 4 == 0:
+                    cluster.shutdown()
+                elif number % 4 == 1:
+                    cluster.shutdown(wait=False)
+                elif number % 4 == 2:
+                    with cluster:
+                        cluster.submit("pid")
+                else:
+                    with cluster:
+                        raise ZeroDivisionError
+            self.assertTrue(cluster._closed.wait(PATIENCE))
+
+        pids = []
+        turn(0)
+        before = eventually(lambda: look() if not look()[1] else None)
+        for number in range(1, 20):
+            turn(number)
+        eventually(lambda: look() == before, f"{look()} like {before}")
+        self.assertFalse(any(map(is_alive, pids)))
+        lines = [record.getMessage() for record in records]
+        self.assertEqual([sum(f"turn {n}:\tfailed" in line for line in lines) for n in range(20)], [1] * 20)
+
+    def test_ignored_deaths_many_files_and_few_descriptors(self):
+        """SG-08, SG-11, ENGINE 77: SIGCHLD ignored; descriptors over 1024; a low limit."""
+        out = self.run_script(
+            """
+            import os, resource, signal, sys, time
+            from taskpool import Cluster, TaskQueue
+            def pid(job): return os.getpid()
+            def die(job): os._exit(4)
+            def descriptors(): return len(os.listdir("/proc/self/fd"))
+            def limit(most): resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            def until(condition):
+                deadline = time.monotonic() + 60
+                while not condition() and time.monotonic() < deadline: time.sleep(0.005)
+            def idle(): return [w["pid"] for w in cluster.workers() if w["state"] == "idle"]
+            if __name__ == "__main__":
+                hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+                options = {"in_memory_only": True, "oversubscribe": True, "logs": "error"}
+                limit(min(hard, 4096) if hard >= 0 else 4096)
+                files = [open(os.devnull) for _ in range(1500)] if hard < 0 or hard > 1600 else []
+                with Cluster({"pid": pid}, TaskQueue("x.db"), max_available_workers=2, **options) as cluster:
+                    print(len(set(cluster.map("pid", range(20)))) > 0)
+                for file in files: file.close()
+                with Cluster({"pid": pid}, TaskQueue("x.db"), max_available_workers=1, max_tasks_per_worker=1,
+                             start_method="fork", **options) as cluster:
+                    list(cluster.map("pid", range(5)))
+                    before = descriptors()
+                    limit(before + 20)
+                    print(len(set(cluster.map("pid", range(80)))))
+                    until(lambda: descriptors() <= before)
+                    print(descriptors() <= before)
+                limit(1024)
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+                with Cluster({"pid": pid, "die": die}, TaskQueue("x.db"), max_available_workers=3, keep_alive="always",
+                             start_method="fork", **options) as cluster:
+                    until(lambda: len(idle()) == 3)
+                    before, first = descriptors(), idle()
+                    futures = [cluster.submit("die") for _ in range(3)]
+                    print(["exit code unknown" in str(f.exception()) for f in futures])
+                    until(lambda: len(idle()) == 3)
+                    second = idle()
+                    for victim in second: os.kill(victim, signal.SIGKILL)
+                    until(lambda: len(idle()) == 3 and not set(idle()) & set(second))
+                    print(len({*first, *second, *idle()}), descriptors() <= before)
+            """
+        )
+        self.assertEqual(out, "True\n80\nTrue\n[True, True, True]\n9 True\n", self.stderr)
+
+    def test_workers_that_die_as_they_start_cost_little(self):
+        """TT-04: each start after a longer pause, in which the master sleeps."""
+        turns, starts = [], []
+        with self.assertLogs("taskpool", "ERROR") as logs:
+            cluster = self.cluster({"deadly": Deadly()}, max_available_workers=1, auto_initialize=False, in_memory_only=True)
+            turn, start = cluster._turn, cluster._start_worker
+            cluster._turn = lambda: (turns.append(1), turn())
+            cluster._start_worker = lambda: (starts.append(time.monotonic()), start())[1]
+            cluster.initialize()
+            cluster.queue.add_task("deadly", in_memory=True)
+            eventually(lambda: len(starts) >= 6)
+        for number, (one, two) in enumerate(zip(starts, starts[1:])):
+            self.assertGreaterEqual(two - one, taskpool.BOOT_SECONDS * 2**number)
+        self.assertLess(len(turns), 600)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("code 4 (while starting)".split(" (")[0], logs.output[0])
+
+
+class Deadly:
+    """A task function that ends the process that unpickles it."""
+
+    def __call__(self, job):
+        pass
+
+    def __reduce__(self):
+        return os._exit, (4,)
 
 
 class TestStoresUnderPressure(InFolder):
@@ -4439,6 +5703,860 @@ class TestTerminal(InFolder):
                     os.remove(self.folder / name)
 
 
+# --- Cron ----------------------------------------------------------------------------
+# Tables: one case per line, cells parted by " | ".
+
+CRON_CASES = Path(os.environ.get("TASKPOOL_CRON_CASES", HERE.parent / "shared" / "cron"))
+UTC = timezone.utc
+MINUTE = timedelta(minutes=1)
+
+# Rule | text | zone | after | the first two runs
+CRON_RULES = """
+rule 1, spaces and tabs | \t30  9\t* * *  | UTC | 2024-01-01T00:00+00:00 | 2024-01-01T09:30+00:00 2024-01-02T09:30+00:00
+rule 1, seconds first | 15 30 9 * * * | UTC | 2024-01-01T00:00+00:00 | 2024-01-01T09:30:15+00:00 2024-01-02T09:30:15+00:00
+rule 1, any case | 0 0 * jAn Mon | UTC | 2024-01-01T00:00+00:00 | 2024-01-08T00:00+00:00 2024-01-15T00:00+00:00
+rule 2, 0 is Sunday | 0 0 * * 0 | UTC | 2024-01-01T00:00+00:00 | 2024-01-07T00:00+00:00 2024-01-14T00:00+00:00
+rule 2, 7 is Sunday | 0 0 * * 7 | UTC | 2024-01-01T00:00+00:00 | 2024-01-07T00:00+00:00 2024-01-14T00:00+00:00
+rule 2, leading zeros | 000005 07 * * * | UTC | 2024-01-01T00:00+00:00 | 2024-01-01T07:05+00:00 2024-01-02T07:05+00:00
+rule 3, lists and ranges | 5,50-51 7-7 * * * | UTC | 2024-01-01T07:10+00:00 | 2024-01-01T07:50+00:00 2024-01-01T07:51+00:00
+rule 4, hours wrap | 0 22-4/3 * * * | UTC | 2024-01-01T02:00+00:00 | 2024-01-01T04:00+00:00 2024-01-01T22:00+00:00
+rule 4, weekdays wrap | 0 0 * * SAT-MON | UTC | 2024-01-06T00:00+00:00 | 2024-01-07T00:00+00:00 2024-01-08T00:00+00:00
+rule 4, months wrap | 0 0 1 NOV-JAN/2 * | UTC | 2024-01-01T00:00+00:00 | 2024-11-01T00:00+00:00 2025-01-01T00:00+00:00
+rule 5, a/n goes to the end | 40/9 0 * * * | UTC | 2024-01-01T00:40+00:00 | 2024-01-01T00:49+00:00 2024-01-01T00:58+00:00
+rule 5, weekday a/n goes to 6 | 0 0 * * 3/3 | UTC | 2024-01-03T00:00+00:00 | 2024-01-06T00:00+00:00 2024-01-10T00:00+00:00
+rule 5, a step may be the size | */60 * * * * | UTC | 2024-01-01T00:00+00:00 | 2024-01-01T01:00+00:00 2024-01-01T02:00+00:00
+rule 6, ? is * | 0 0 ? * 2 | UTC | 2024-01-01T00:00+00:00 | 2024-01-02T00:00+00:00 2024-01-09T00:00+00:00
+rule 7, either day field | 0 0 13 * 5 | UTC | 2024-09-06T00:00+00:00 | 2024-09-13T00:00+00:00 2024-09-20T00:00+00:00
+rule 7, a starred field means both | 0 0 */2 * 1 | UTC | 2024-01-01T00:00+00:00 | 2024-01-15T00:00+00:00 2024-01-29T00:00+00:00
+rule 7, a list that begins with a star | 0 0 *,5 * 1 | UTC | 2024-01-01T00:00+00:00 | 2024-01-08T00:00+00:00 2024-01-15T00:00+00:00
+rule 8, last day | 0 0 L * * | UTC | 2024-01-31T00:00+00:00 | 2024-02-29T00:00+00:00 2024-03-31T00:00+00:00
+rule 8, last working day | 0 0 LW * * | UTC | 2024-03-01T00:00+00:00 | 2024-03-29T00:00+00:00 2024-04-30T00:00+00:00
+rule 8, Saturday the 1st | 0 0 1W * * | UTC | 2024-05-31T00:00+00:00 | 2024-06-03T00:00+00:00 2024-07-01T00:00+00:00
+rule 8, no 31st, no 31W | 0 0 31W * * | UTC | 2024-05-31T00:00+00:00 | 2024-07-31T00:00+00:00 2024-08-30T00:00+00:00
+rule 8, in a list | 0 0 15,L * * | UTC | 2024-02-01T00:00+00:00 | 2024-02-15T00:00+00:00 2024-02-29T00:00+00:00
+rule 9, last Friday | 0 0 * * FRIL | UTC | 2024-02-01T00:00+00:00 | 2024-02-23T00:00+00:00 2024-03-29T00:00+00:00
+rule 9, second Friday | 0 0 * * 5#2 | UTC | 2024-02-01T00:00+00:00 | 2024-02-09T00:00+00:00 2024-03-08T00:00+00:00
+rule 9, in a list | 0 0 * * MON,FRI#2 | UTC | 2024-02-05T00:00+00:00 | 2024-02-09T00:00+00:00 2024-02-12T00:00+00:00
+rule 10, macro | @Weekly | UTC | 2024-01-01T00:00+00:00 | 2024-01-07T00:00+00:00 2024-01-14T00:00+00:00
+rule 12, either day is enough | 0 0 31 2 MON | UTC | 2024-02-01T00:00+00:00 | 2024-02-05T00:00+00:00 2024-02-12T00:00+00:00
+rule 13, no leap year 2100 | 0 0 29 2 * | UTC | 2096-02-01T00:00+00:00 | 2096-02-29T00:00+00:00 2104-02-29T00:00+00:00
+rule 13, the rarest | 0 0 * 2 MON#5 | UTC | 2072-03-01T00:00+00:00 | 2112-02-29T00:00+00:00 2140-02-29T00:00+00:00
+rule 14, later than after | 0 9 * * * | UTC | 2024-01-01T09:00:00.000001+00:00 | 2024-01-02T09:00+00:00 2024-01-03T09:00+00:00
+rule 14, after of any offset | 0 9 * * * | Asia/Tokyo | 2024-01-01T23:00-05:00 | 2024-01-03T09:00+09:00 2024-01-04T09:00+09:00
+rule 14, asked in the second pass | 30 2 * * * | Europe/Berlin | 2024-10-27T02:15+01:00 | 2024-10-28T02:30+01:00 2024-10-29T02:30+01:00
+rule 15, six fields, fixed | 0 30 2 * * * | Europe/Berlin | 2024-10-26T12:00+02:00 | 2024-10-27T02:30+02:00 2024-10-28T02:30+01:00
+rule 15, six fields, interval | */30 59 2 * * * | Europe/Berlin | 2024-10-27T02:59+02:00 | 2024-10-27T02:59:30+02:00 2024-10-27T02:59+01:00
+rule 16, nothing in the gap | */30 2 * * * | Europe/Berlin | 2024-03-31T00:00+01:00 | 2024-04-01T02:00+02:00 2024-04-01T02:30+02:00
+rule 16, both passes | */30 2 * * * | Europe/Berlin | 2024-10-27T02:30+02:00 | 2024-10-27T02:00+01:00 2024-10-27T02:30+01:00
+rule 17, several due in a gap are one run | 15,45 2 * * * | Europe/Berlin | 2024-03-31T00:00+01:00 | 2024-03-31T03:00+02:00 2024-04-01T02:15+02:00
+rule 17, a full range is fixed | 0 0-23 * * * | Europe/Berlin | 2024-10-27T02:00+02:00 | 2024-10-27T03:00+01:00 2024-10-27T04:00+01:00
+rule 18, half an hour | 45 1 * * * | Australia/Lord_Howe | 2024-04-06T12:00+11:00 | 2024-04-07T01:45+11:00 2024-04-08T01:45+10:30
+rule 18, a day skipped | 0 12 * * * | Pacific/Apia | 2011-12-29T12:00-10:00 | 2011-12-31T00:00+14:00 2011-12-31T12:00+14:00
+rule 18, a gap from 00:01 | 30 0 * * * | America/St_Johns | 2006-04-01T12:00-03:30 | 2006-04-02T01:01-02:30 2006-04-03T00:30-02:30
+"""
+
+# Bugs of other engines. Issue or pull request | text | zone | after | the first two runs
+CRON_REPORTS = """
+croniter 90 | 1 2 * * * | Europe/Berlin | 2020-03-29T01:58:55+01:00 | 2020-03-29T03:00+02:00 2020-03-30T02:01+02:00
+croniter 82 | 0 0 * * * | Europe/Warsaw | 2017-03-26T00:00+01:00 | 2017-03-27T00:00+02:00 2017-03-28T00:00+02:00
+croniter 48 | 0 8 * * 1 | Europe/Amsterdam | 2017-10-23T08:00+02:00 | 2017-10-30T08:00+01:00 2017-11-06T08:00+01:00
+croniter 92 | 0 16 * * * | America/New_York | 2017-11-03T12:00-04:00 | 2017-11-03T16:00-04:00 2017-11-04T16:00-04:00
+croniter 147 | 0 1 * * * | Europe/Berlin | 2021-03-27T12:00+01:00 | 2021-03-28T01:00+01:00 2021-03-29T01:00+02:00
+croniter 142 | 48 14 31 jun sun | UTC | 2020-06-01T00:00+00:00 | 2020-06-07T14:48+00:00 2020-06-14T14:48+00:00
+croniter 131 | 0 0 1 * * | UTC | 2020-02-29T10:00+00:00 | 2020-03-01T00:00+00:00 2020-04-01T00:00+00:00
+croniter 119 | 0 0 * * mon-sun | UTC | 2019-01-24T00:00+00:00 | 2019-01-25T00:00+00:00 2019-01-26T00:00+00:00
+croniter 41 | 0 0 */2 * 1 | UTC | 2024-01-01T00:00+00:00 | 2024-01-15T00:00+00:00 2024-01-29T00:00+00:00
+croniter 268 | 0 0 1 11-2/3 * | UTC | 2024-01-01T00:00+00:00 | 2024-02-01T00:00+00:00 2024-11-01T00:00+00:00
+croniter 246 | 59/15 * * * * | UTC | 2026-01-01T00:00+00:00 | 2026-01-01T00:59+00:00 2026-01-01T01:59+00:00
+croniter 9 | 0 0 0 1 0 | UTC | error: day-of-month
+croniter 232 | 5-5/0 * * * * | UTC | error: step
+croniter 243 | 0 0 31 2 0 | UTC | 2026-01-01T00:00+00:00 | 2026-02-01T00:00+00:00 2026-02-08T00:00+00:00
+prefect 5957 | 0 0 * * 0 | America/Santiago | 2022-08-29T00:00-04:00 | 2022-09-04T00:00-04:00 2022-09-11T01:00-03:00
+cron-parser 404 | 30 2 * * 7 | Europe/Rome | 2025-03-29T00:00+01:00 | 2025-03-30T03:00+02:00 2025-04-06T02:30+02:00
+cron-parser 72 | 0 12 * * * | Europe/Madrid | 2016-10-29T12:00+02:00 | 2016-10-30T12:00+01:00 2016-10-31T12:00+01:00
+cron-parser 25 | 0 0 0 10 * * | America/Sao_Paulo | 2014-10-13T00:00-03:00 | 2014-11-10T00:00-02:00 2014-12-10T00:00-02:00
+cron-parser 400 | 0 8 * * 0 | America/Chicago | 2026-03-07T23:45-06:00 | 2026-03-08T08:00-05:00 2026-03-15T08:00-05:00
+cron-parser 115 | * * * 31 4 * | UTC | error: never fires
+node-cron 118 | 0 0 12 11,26 * * | America/Sao_Paulo | 2014-10-12T00:00-03:00 | 2014-10-26T12:00-02:00 2014-11-11T12:00-02:00
+node-cron 638 | 30 2 * * * | Europe/Amsterdam | 2023-03-25T12:00+01:00 | 2023-03-26T03:00+02:00 2023-03-27T02:30+02:00
+node-cron 602 | 0 22-2 * * * | UTC | 2026-07-01T12:00+00:00 | 2026-07-01T22:00+00:00 2026-07-01T23:00+00:00
+apscheduler 455 | 0 0 * * 0 | UTC | 2020-08-31T00:00+00:00 | 2020-09-06T00:00+00:00 2020-09-13T00:00+00:00
+apscheduler 529 | 0 0 * * 1-5 | America/Chicago | 2021-03-12T00:00-06:00 | 2021-03-15T00:00-05:00 2021-03-16T00:00-05:00
+apscheduler 1059 | 0 2 * * * | America/New_York | 2013-03-10T00:30-05:00 | 2013-03-10T03:00-04:00 2013-03-11T02:00-04:00
+cron 157 | 0 9 10 * * | America/Sao_Paulo | 2018-10-17T12:00-03:00 | 2018-11-10T09:00-02:00 2018-12-10T09:00-02:00
+cron 122 | 0 0 * * 7 | UTC | 2017-11-03T00:00+00:00 | 2017-11-05T00:00+00:00 2017-11-12T00:00+00:00
+cron 64 | */0 * * * * | UTC | error: step
+nats-server 8543 | 0 0 1 4 11 * | America/Sao_Paulo | 2018-11-03T23:00-03:00 | 2018-11-04T01:00-02:00 2019-11-04T01:00-03:00
+croner 284 | 0 0 * * * * | UTC | 2025-10-05T02:00+00:00 | 2025-10-05T03:00+00:00 2025-10-05T04:00+00:00
+croner 132 | 0 0 * * * | America/Santiago | 2021-09-04T00:00-04:00 | 2021-09-05T01:00-03:00 2021-09-06T00:00-03:00
+croner 267 | 0 0 1-31 * 4 | UTC | 2024-12-01T00:00+00:00 | 2024-12-02T00:00+00:00 2024-12-03T00:00+00:00
+croner-rust 16 | 0 2 * * * | America/New_York | 2025-03-09T01:30-05:00 | 2025-03-09T03:00-04:00 2025-03-10T02:00-04:00
+quartz 81 | * * * * * | Europe/Berlin | 2016-10-30T02:59+02:00 | 2016-10-30T02:00+01:00 2016-10-30T02:01+01:00
+quartznet 540 | 0 */15 * * * ? | Europe/Berlin | 2017-10-29T02:50+02:00 | 2017-10-29T02:00+01:00 2017-10-29T02:15+01:00
+spring-framework 26830 | 0 10 2 * * * | Europe/Berlin | 2021-03-28T01:09+01:00 | 2021-03-28T03:00+02:00 2021-03-29T02:10+02:00
+spring-framework 36859 | 0 0 */2 * * ? | Africa/Cairo | 2025-04-24T21:10:20+02:00 | 2025-04-24T22:00+02:00 2025-04-25T02:00+03:00
+cron-utils 332 | 0 6 * * * | America/Santiago | 2018-08-12T03:00-03:00 | 2018-08-12T06:00-03:00 2018-08-13T06:00-03:00
+cron-utils 61 | 0 17 * * * | America/New_York | 2016-03-12T17:00-05:00 | 2016-03-13T17:00-04:00 2016-03-14T17:00-04:00
+cron-utils 310 | 0 0 31 2 * | UTC | error: never fires
+cronosjs 37 | 0 0 31 4 * | UTC | error: never fires
+supertinycron 14 | 2 * * * * * | Europe/Athens | 2024-03-31T02:59:02+02:00 | 2024-03-31T04:00:02+03:00 2024-03-31T04:01:02+03:00
+croncpp 32 | 30 55 5,11,17 * * * | Europe/Paris | 2023-03-25T21:54:04+01:00 | 2023-03-26T05:55:30+02:00 2023-03-26T11:55:30+02:00
+croncpp 12 | 0 0 0 1 1 1 | UTC | 2020-10-08T00:00+00:00 | 2021-01-01T00:00+00:00 2021-01-04T00:00+00:00
+Cronos 5 | 0/15 * * * * | Europe/Berlin | 2017-10-29T02:45+02:00 | 2017-10-29T02:00+01:00 2017-10-29T02:15+01:00
+Cronos 71 | 0 2 * * 0 | Europe/Berlin | 2024-10-27T02:30+02:00 | 2024-11-03T02:00+01:00 2024-11-10T02:00+01:00
+Cronos 95 | 0 0 * * 7-1/2 | UTC | 2026-01-01T00:00+00:00 | 2026-01-04T00:00+00:00 2026-01-11T00:00+00:00
+kubernetes 121594 | 0 2 * * * | Europe/Berlin | 2023-10-28T12:00+02:00 | 2023-10-29T02:00+02:00 2023-10-30T02:00+01:00
+gocron 911 | 30 2 * * * | America/New_York | 2026-03-08T01:58-05:00 | 2026-03-08T03:00-04:00 2026-03-09T02:30-04:00
+cronie 215 | 0 0 * * */2 | UTC | 2026-01-02T00:00+00:00 | 2026-01-03T00:00+00:00 2026-01-04T00:00+00:00
+cronie 217 | * * * */3 * | America/New_York | 2015-02-15T00:00-05:00 | 2015-04-01T00:00-04:00 2015-04-01T00:01-04:00
+eliza 11100 | 45 1 * * * | Australia/Lord_Howe | 2026-04-04T12:00+11:00 | 2026-04-05T01:45+11:00 2026-04-06T01:45+10:30
+qwen-code 11720 | * * * * * | America/New_York | 2026-11-01T06:30:15+00:00 | 2026-11-01T01:31-05:00 2026-11-01T01:32-05:00
+parse-crontab 31 | 30 8 * * MON-FRI | America/Los_Angeles | 2018-11-04T01:00:48.901902-07:00 | 2018-11-05T08:30-08:00 2018-11-06T08:30-08:00
+healthchecks 196 | 0 2 * * * | Europe/Copenhagen | 2018-10-27T12:00+02:00 | 2018-10-28T02:00+02:00 2018-10-29T02:00+01:00
+fugit 119 | 58-2/2 * * * 5-1/2 | UTC | 2026-06-29T16:12:29+00:00 | 2026-07-03T00:00+00:00 2026-07-03T00:02+00:00
+systemd-cron 136 | 1 * * * fri-sun | UTC | 2023-09-24T22:00+00:00 | 2023-09-24T22:01+00:00 2023-09-24T23:01+00:00
+cron-expression 1 | 0 0 1 1 0 | UTC | 2011-06-15T23:00+00:00 | 2012-01-01T00:00+00:00 2012-01-08T00:00+00:00
+"""
+
+# Part of the message | wrong text
+CRON_MISTAKES = """
+7 fields (a year field is not supported) | 0 0 12 ? * MON 2025
+hour 'X' | 0 x * * *
+minute '60' | 60 * * * *
+allowed: 0-23 | 0 24 * * *
+repeat=timedelta(minutes=90) | */90 * * * *
+a step is 1 to 60 | */0 * * * *
+a step is 1 to 12 | 0 0 1 */13 *
+a value is missing | 1,,2 * * * *
+write MON, | 0 0 * * monday
+write SEP, | 0 0 1 sept *
+(H, R, ~) | H/15 * * * *
+(H, R, ~) | 0 R(1-4) * * *
+(H, R, ~) | 0~30 * * * *
+L-3 is not supported | 0 0 L-3 * *
+5L or FRIL | 0 0 * * L
+? alone | 0 0 1,? * *
+FRI#2 | 0 0 * * MON#6
+no such value | \u0665 * * * *
+no such value | 5_0 * * * *
+no such value | 0 0 *? * *
+no such value | 0 0 * * fr\u0131
+@reboot has no time | @reboot
+repeat=timedelta(minutes=5) | @every 5m
+never fires | 0 0 30 2 *
+never fires | 0 0 */20 * 1L
+"""
+
+# Zones with odd clock changes: by half an hour, 2, 3 and 24 hours, at midnight and at 00:01, over
+# midnight, backwards in spring; and the year to look at.
+ODD_ZONES = """
+Australia/Lord_Howe 2026, Antarctica/Troll 2024, Antarctica/Casey 2010, Pacific/Apia 2011,
+Africa/Cairo 2024, Asia/Beirut 2024, America/Sao_Paulo 2018, America/Santiago 2022,
+America/Havana 2024, America/St_Johns 2006, Europe/Dublin 2024, Africa/Casablanca 2024,
+Africa/Windhoek 2016, Atlantic/Azores 2024, Asia/Pyongyang 2018, Asia/Colombo 1996
+"""
+
+# Text | zone | words
+CRON_WORDS = """
+0 9 * * 1-5 | Europe/Paris | at 09:00, Monday to Friday, Europe/Paris; a time skipped by the clock change runs right after it
+*/15 * * * * | Europe/Paris | every 15 minutes, Europe/Paris; a time skipped by the clock change has no run, a repeated one two
+0 8,17 1 jan,7 * | UTC | at 08:00 and 17:00, day 1, January and July, UTC
+5 30 2 L,15W * ? | UTC | at 02:30:05, the last day and the working day nearest to day 15, UTC
+0 9-17 13 * FRI#2,0L | UTC | at minute 0 of hour 9 to hour 17, day 13 or the second Friday and the last Sunday, UTC
+10-30/5 */2 */2 * 7 | UTC | every 5 minutes from minute 10 to minute 30 of every 2 hours, every 2 days if it is Sunday, UTC
+"""
+
+def cells(table):
+    return [[cell.strip("\n") for cell in line.split(" | ")] for line in table.strip("\n").splitlines()]
+
+
+def zone_or_skip(name):
+    import zoneinfo
+
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except LookupError:
+        raise unittest.SkipTest(f"no time zone data for {name}; pip install tzdata") from None
+
+
+def first_runs(cron, after, count):
+    runs = [cron.next(after)]
+    while len(runs) < count:
+        runs.append(cron.next(runs[-1]))
+    return runs
+
+
+class TestCron(unittest.TestCase):
+    """When the next run is: rules, bugs of other engines, and what a Cron is."""
+
+    def assert_runs(self, text, tz, after, expected):
+        runs = first_runs(Cron(text, tz), datetime.fromisoformat(after), len(expected))
+        wanted = [datetime.fromisoformat(run).isoformat() for run in expected]
+        self.assertEqual([run.isoformat() for run in runs], wanted)
+
+    def cases(self, name):
+        if not (CRON_CASES / name).exists():
+            self.skipTest(f"no {name} in {CRON_CASES}; set TASKPOOL_CRON_CASES to its folder")
+        return json.loads((CRON_CASES / name).read_text(encoding="utf-8"))
+
+    def test_each_rule_holds(self):
+        """CN-01, CN-03, TZ-03, TZ-05."""
+        zone_or_skip("Europe/Berlin")
+        for what, text, tz, after, expected in cells(CRON_RULES):
+            with self.subTest(what, text=text):
+                self.assert_runs(text, tz, after, expected.split())
+
+    def test_no_bug_reported_elsewhere_is_here(self):
+        zone_or_skip("Europe/Berlin")
+        for report, text, tz, *after, expected in cells(CRON_REPORTS):
+            with self.subTest(report, text=text):
+                if after:
+                    self.assert_runs(text, tz, after[0], expected.split())
+                else:
+                    with self.assertRaisesRegex(ValueError, expected[len("error: "):]):
+                        Cron(text, tz)
+
+    def test_every_vector_gives_its_five_runs(self):
+        zone_or_skip("Europe/Berlin")
+        for case in self.cases("vectors.json"):
+            with self.subTest(text=case["expr"], tz=case["tz"], after=case["after"]):
+                self.assert_runs(case["expr"], case["tz"], case["after"], case["next"])
+
+    def test_every_wrong_text_is_refused_when_the_cron_is_made(self):
+        for case in self.cases("errors.json"):
+            with self.subTest(text=case["expr"], why=case["why"]):
+                with self.assertRaises(ValueError) as caught:
+                    Cron(case["expr"])
+                self.assertIn(repr(case["expr"]), str(caught.exception))
+
+    def test_the_message_shows_the_whole_text_and_helps(self):
+        """CN-04."""
+        for part, text in cells(CRON_MISTAKES):
+            with self.subTest(text=text):
+                with self.assertRaises(ValueError) as caught:
+                    Cron(text)
+                self.assertIn(part, str(caught.exception))
+                self.assertIn(repr(text), str(caught.exception))
+
+    def test_either_day_is_enough_and_no_run_is_made_up(self):
+        """CN-03, CN-07."""
+        runs = first_runs(Cron("0 0 13 * 5"), datetime(2025, 12, 31, tzinfo=UTC), 70)
+        self.assertEqual(sum(run.year == 2026 for run in runs), 61)
+        leap = Cron("0 0 29 2 *").next(datetime(2025, 3, 1, tzinfo=UTC))
+        self.assertEqual(leap, datetime(2028, 2, 29, tzinfo=UTC))
+
+    def test_only_spaces_and_tabs_are_blanks(self):
+        for text in ("0 0 * * *\n", "0\n0 * * *", "0\u00a00 * * *", "0\x0b0 * * *", "", " \t"):
+            with self.subTest(text=text), self.assertRaises(ValueError):
+                Cron(text)
+
+    def test_a_huge_number_is_out_of_range_however_long(self):
+        for text in ("9" * 5000 + " * * * *", "*/" + "9" * 5000 + " * * * *"):
+            with self.assertRaisesRegex(ValueError, "allowed: 0-59"):
+                Cron(text)
+
+    def test_a_text_or_zone_of_another_type_is_a_type_error(self):
+        for wrong in (b"* * * * *", 5, True, None, ["*"] * 5):
+            with self.subTest(wrong=wrong):
+                with self.assertRaisesRegex(TypeError, "str"):
+                    Cron(wrong)
+                with self.assertRaisesRegex(TypeError, "str"):
+                    Cron("* * * * *", wrong)
+
+    def test_an_unknown_zone_is_named_together_with_tzdata(self):
+        for name in ("Mars/Olympus", "", "America", "../etc/passwd", "/etc/passwd", "a\0b", "+1"):
+            with self.subTest(name=name), self.assertRaises(ValueError) as caught:
+                Cron("* * * * *", name)
+            self.assertIn(repr(name), str(caught.exception))
+            self.assertIn("tzdata", str(caught.exception))
+
+    def test_utc_needs_no_time_zone_data(self):
+        with mock.patch.dict(sys.modules, {"zoneinfo": None}):
+            self.assertEqual(Cron("0 9 * * *").next(datetime(2024, 1, 1, tzinfo=UTC)).hour, 9)
+
+    def test_after_must_be_an_aware_datetime(self):
+        with self.assertRaisesRegex(ValueError, "aware"):
+            Cron("* * * * *").next(datetime(2024, 1, 1))
+        for wrong in (0, 1.5, "2024-01-01T00:00+00:00", True, datetime(2024, 1, 1).date()):
+            with self.subTest(wrong=wrong), self.assertRaisesRegex(TypeError, "after"):
+                Cron("* * * * *").next(wrong)
+
+    def test_there_is_no_run_past_the_year_9999(self):
+        zone_or_skip("Asia/Tokyo")
+        last = datetime(9999, 12, 31, 23, 59, tzinfo=UTC)
+        self.assertEqual(Cron("* * * * *").next(last - MINUTE), last)
+        for text in ("* * * * *", "0 0 29 2 *", "0 0 1 1 *"):
+            for tz in ("UTC", "Asia/Tokyo", "America/New_York"):
+                with self.subTest(text=text, tz=tz), self.assertRaisesRegex(ValueError, "9999"):
+                    cron = Cron(text, tz)
+                    cron.next(cron.next(last))
+
+    def test_without_after_the_next_run_is_the_first_one_from_now(self):
+        before = datetime.now(UTC)
+        run = Cron("* * * * *").next()
+        self.assertLess(before, run)
+        self.assertLessEqual(run, datetime.now(UTC) + MINUTE)
+
+    def test_a_cron_can_be_iterated_from_now_on_as_often_as_wanted(self):
+        cron = Cron("0 0 29 2 *")
+        runs = list(itertools.islice(cron, 3))
+        self.assertEqual(runs, first_runs(cron, datetime.now(UTC), 3))
+        self.assertEqual(runs, list(itertools.islice(iter(cron), 3)))
+
+    def test_the_run_carries_the_zone_and_says_which_pass_it_is_in(self):
+        zone_or_skip("Europe/Berlin")
+        after = datetime(2024, 10, 27, 0, 15, tzinfo=UTC)
+        first, second = first_runs(Cron("30 * * * *", "Europe/Berlin"), after, 2)
+        self.assertEqual(str(first.tzinfo), "Europe/Berlin")
+        self.assertEqual((first.hour, first.fold, second.hour, second.fold), (2, 0, 2, 1))
+
+    def test_after_may_be_a_time_that_the_clock_skips(self):
+        skipped = datetime(2024, 3, 31, 2, 30, tzinfo=zone_or_skip("Europe/Berlin"))
+        run = Cron("* * * * *", "Europe/Berlin").next(skipped)  # It is 01:30 UTC.
+        self.assertEqual(run.isoformat(), "2024-03-31T03:31:00+02:00")
+
+    def test_crons_are_equal_if_fields_and_zone_are(self):
+        zone_or_skip("Asia/Tokyo")
+        daily = Cron("0 0 * * *")
+        for same in (" 0\t0  * * * ", "@daily", "@MIDNIGHT"):
+            self.assertEqual((daily, hash(daily)), (Cron(same), hash(Cron(same))))
+        self.assertEqual(Cron("0 0 * * mon"), Cron("0 0 * * MON"))
+        for other in (Cron("0 1 * * *"), Cron("0 0 * * *", "Asia/Tokyo"), "0 0 * * *"):
+            self.assertNotEqual(daily, other)
+
+    def test_str_is_the_text_and_repr_makes_the_same_cron(self):
+        zone_or_skip("Europe/Paris")
+        cron = Cron("@Daily", "Europe/Paris")
+        self.assertEqual((str(cron), cron.tz), ("@Daily", "Europe/Paris"))
+        self.assertEqual(eval(repr(cron)), cron)
+
+    def test_a_copy_by_pickle_or_copy_is_equal_and_works(self):
+        zone_or_skip("Europe/Paris")
+        after = datetime(2024, 3, 30, 12, tzinfo=UTC)
+        for cron in (Cron("30 2 LW * FRI#2"), Cron("30 2 * * *", "Europe/Paris")):
+            for twin in (pickle.loads(pickle.dumps(cron)), copy.deepcopy(cron)):
+                self.assertEqual(twin, cron)
+                self.assertEqual(first_runs(twin, after, 3), first_runs(cron, after, 3))
+
+    def test_explain_says_it_in_words(self):
+        zone_or_skip("Europe/Paris")
+        for text, tz, words in cells(CRON_WORDS):
+            with self.subTest(text=text):
+                self.assertEqual(Cron(text, tz).explain(), words)
+        for _, text, *_, expected in cells(CRON_RULES) + cells(CRON_REPORTS):
+            if not expected.startswith("error"):
+                self.assertRegex(Cron(text).explain(), "^(at|every) .*UTC$")
+
+
+def literal_values(text, low, high):
+    """The field's values, word by word from the rules (numbers, lists, ranges and steps only)."""
+    values = set()
+    for item in text.split(","):
+        span, _, step = item.partition("/")
+        first, _, last = (f"{low}-{high}" if span == "*" else span).partition("-")
+        values.update(range(int(first), int(last or first) + 1, int(step or 1)))
+    return values
+
+
+def literal_match(text, wall):
+    minute, hour, day, month, weekday = text.split()
+    on_date = wall.day in literal_values(day, 1, 31)
+    on_weekday = wall.isoweekday() % 7 in literal_values(weekday, 0, 6)
+    both = day.startswith("*") or weekday.startswith("*")
+    return (
+        wall.minute in literal_values(minute, 0, 59)
+        and wall.hour in literal_values(hour, 0, 23)
+        and wall.month in literal_values(month, 1, 12)
+        and (on_date and on_weekday if both else on_date or on_weekday)
+    )
+
+
+def literal_runs(text, walls):
+    """Runs by the rules for clock changes, from all instants in turn and what the clock shows."""
+    minute, hour, *_ = text.split()
+    is_interval = minute.startswith("*") or hour.startswith("*")
+    latest = min(walls.values()) - MINUTE
+    span = (max(walls.values()) - latest) // MINUTE
+    matches = {latest + MINUTE * late: literal_match(text, latest + MINUTE * late) for late in range(span + 1)}
+    runs = []
+    for instant, wall in walls.items():
+        if is_interval:
+            is_due = matches[wall]
+        else:  # The times that the clock has not shown before, with those that it has skipped.
+            is_due = any(matches[latest + MINUTE * late] for late in range(1, (wall - latest) // MINUTE + 1))
+            latest = max(latest, wall)
+        if is_due:
+            runs.append(instant)
+    return runs
+
+
+def clock_changes(zone, year):
+    """The instants at which the zone's UTC offset changes, in a year."""
+    def offset(instant):
+        return instant.astimezone(zone).utcoffset()
+
+    for day in range(366):
+        start = datetime(year, 1, 1, tzinfo=UTC) + timedelta(days=day)
+        if offset(start) != offset(start + timedelta(days=1)):
+            yield next(at for at in (start + MINUTE * late for late in range(1, 1441)) if offset(at) != offset(start))
+
+
+class TestCronAroundClockChanges(unittest.TestCase):
+    """Every minute of two days around each change of odd zones, against a literal checker."""
+
+    def check(self, text, tz, walls):
+        cron, expected = Cron(text, tz), literal_runs(text, walls)
+        coming = iter(expected)
+        run = next(coming, None)
+        for instant in walls:  # Jumping in, at each minute.
+            run = next(coming, None) if instant == run else run
+            if run is None:
+                break
+            found = cron.next(instant).astimezone(UTC)
+            if found != run:
+                self.fail(f"{text} {tz} after {instant}: {found}, by the rules {run}")
+        runs = first_runs(cron, min(walls) - MINUTE, len(expected) + 1)[:-1]  # From run to run.
+        self.assertEqual([run.astimezone(UTC) for run in runs], expected, f"{text} {tz}")
+
+    def test_runs_are_those_of_the_rules(self):
+        """TZ-05, TZ-06."""
+        changes = 0
+        for name, year in (pair.split() for pair in ODD_ZONES.split(",")):
+            zone = zone_or_skip(name)
+            for change in clock_changes(zone, int(year)):
+                changes += 1
+                instants = [change + MINUTE * late for late in range(-1440, 1441)]
+                walls = {instant: instant.astimezone(zone).replace(tzinfo=None) for instant in instants}
+                hour = min(walls[change], walls[change - MINUTE]).hour
+                for text in ("*/20 * * * *", f"*/15 {hour} * * *", f"7,31,50 {hour} * * *",
+                             "0 0-23/2 */2 * *", f"{changes} {hour} * * 0-5"):
+                    self.check(text, name, walls)
+        self.assertGreater(changes, 25)
+
+
+class TestRepeat(InFolder):
+    """Repeating tasks, on real clusters."""
+
+    def slots(self, path):
+        return [line.split()[0] for line in lines_of(path)]
+
+    def test_what_repeat_takes(self):
+        """CN-06: refused by add_task, never taken for "now"."""
+        queue = self.queue()
+        wrong_values = (timedelta(), timedelta(seconds=-1), "", "* * * *", "0 0 30 2 *", "@every 5m", "5", "nope")
+        for wrong in (5, 0, 1.5, True, b"* * * * *", ["* * * * *"], datetime.now(), *wrong_values):
+            expected = ValueError if wrong in wrong_values else TypeError
+            for add in (queue.add_task, lambda kind, **given: queue.add_tasks([{"task_type": kind, **given}])):
+                with self.subTest(wrong=wrong), self.assertRaisesRegex(expected, "^repeat") as caught:
+                    add("x", repeat=wrong)
+                self.assertIs(type(caught.exception), expected)
+        self.assertEqual(queue.count(), 0)
+        cron = Cron("0 9 * * 1-5")
+        for repeat in (timedelta(microseconds=1), timedelta(days=400, seconds=1), "@daily", cron, None):
+            task = queue.add_task("x", repeat=repeat)
+            self.assertEqual(task.repeat, Cron(repeat) if type(repeat) is str else repeat)
+            self.assertEqual(queue.find_one(task_id=task.id), task)
+
+    def test_the_first_slot_is_now_or_the_crons_next_time_or_the_due_date(self):
+        queue = self.queue()
+        queue.clock = lambda: NOW / SECOND
+        now = taskpool._datetime(NOW)
+        self.assertEqual(queue.add_task("x", repeat=timedelta(hours=1)).due_date, now)
+        self.assertEqual(queue.add_task("x", repeat="@daily").due_date, Cron("@daily").next(now))
+        later = now + timedelta(minutes=5)
+        self.assertEqual(queue.add_task("x", repeat="@daily", due_date=later).due_date, later)
+
+    def test_a_thousand_slots_do_not_drift(self):
+        """And none is run twice or before its time, whatever the delays."""
+        chance = random.Random(4)
+        for repeat, seconds in (("700000", 0.7), ('["*/7 * * * * *", "UTC"]', None)):
+            due, now, slots = NOW, NOW, []
+            for _ in range(1000):
+                now = max(now, due) + int(chance.choice((0, 1, 0.3, 5)) * chance.random() * SECOND)  # It ran.
+                slots.append(due)
+                due = taskpool.next_slot(repeat, due, now)
+                self.assertGreater(due, now)
+                self.assertLess(due - now, 8 * SECOND)
+            self.assertEqual(sorted(set(slots)), slots)
+            if seconds:
+                self.assertEqual({(slot - NOW) % int(seconds * SECOND) for slot in slots}, {0})
+            else:
+                self.assertEqual({slot // SECOND % 60 % 7 for slot in slots[1:]}, {0})
+
+    def test_each_slot_runs_once_in_two_clusters_and_says_what_was_stored(self):
+        """DU-03, RC-16."""
+        path, told = str(self.folder / "lines"), []
+        queues = self.queue(), self.queue()
+        for queue in queues:
+            queue.add_event_listener("done", lambda value, task: told.append((task.state, task.due_date, value)))
+            self.cluster({"slot": add_slot}, queue, keep_alive="always")
+        interval = timedelta(milliseconds=20)
+        first = queues[0].add_task("slot", {"file": path}, repeat=interval).due_date
+        eventually(lambda: len(told) > 30)
+        self.assertEqual(queues[0].remove(state=["waiting", "running"]), 1)
+        eventually(lambda: not queues[0].count() and len(told) == len(lines_of(path)))
+        slots = [datetime.fromisoformat(slot) for slot in self.slots(path)]
+        self.assertEqual(len(set(slots)), len(slots))
+        self.assertEqual({(slot - first) % interval for slot in slots}, {timedelta()})
+        self.assertEqual([value for *_, value in sorted(told, key=lambda item: item[1])], list(range(1, len(slots) + 1)))
+        self.assertEqual({state for state, *_ in told}, {"waiting"})
+        self.assertEqual(sorted(due for _, due, _ in told), sorted(slots))
+
+    def test_every_kind_of_failure_keeps_the_schedule(self):
+        """RC-10, RC-12, CR-03."""
+        queue, told = self.queue(), []
+        queue.add_event_listener("error", lambda value, task: told.append((task.id, task.state, task.attempt)))
+        self.cluster({"slot": add_slot}, queue, keep_alive="always")
+        errors = {"raise": "ValueError: bad", "exit": "WorkerDied", "hang": "TaskTimeout"}
+        for how, error in errors.items():
+            path = str(self.folder / how)
+            timeout = 0.3 if how == "hang" else None
+            queue.add_task("slot", {"file": path, "how": how}, task_id=how, timeout=timeout, repeat=timedelta(milliseconds=10))
+            eventually(lambda: len(set(self.slots(path))) >= 3, how)
+            self.assertIn(error, queue.find_one(task_id=how).error)
+            queue.remove(task_id=how)
+        path, retried = str(self.folder / "retried"), {"task_id": "retried", "retries": 1, "retry_delay": 0}
+        data = {"file": path, "how": "raise"}
+        queue.add_task("slot", data, in_memory=True, repeat=timedelta(milliseconds=10), **retried)
+        eventually(lambda: len(set(self.slots(path))) >= 3, "in memory")
+        queue.in_memory.remove(task_id="retried")
+        eventually(lambda: {attempt for i, _, attempt in list(told) if i == "retried"} == {1, 2})
+        self.assertEqual({state for _, state, _ in told}, {"waiting"})
+
+    def test_a_future_is_the_first_run_and_the_schedule_goes_on_in_its_cluster(self):
+        path, first, second = str(self.folder / "lines"), self.queue(), self.queue()
+        self.cluster({"slot": add_slot}, second)
+        cluster = self.cluster({"slot": add_slot}, first)
+        future = cluster.submit("slot", {"file": path}, task_id="s", repeat=timedelta(milliseconds=20))
+        self.assertEqual(future.result(PATIENCE), 1)
+        eventually(lambda: len(lines_of(path)) > 5)
+        self.assertEqual(first.find_one(task_id="s").repeat, timedelta(milliseconds=20))
+        # Of one that is there already: its next end, in whatever cluster.
+        kept = cluster.submit("slot", {"file": path}, task_id="s", repeat="@daily", if_exists="keep")
+        self.assertGreater(kept.result(PATIENCE), 1)
+        self.assertGreater(second.wait("s", PATIENCE).result, 1)
+        self.assertTrue(cluster.cancel("s") or eventually(lambda: cluster.cancel("s")))
+        eventually(lambda: first.count() == 0)
+        failing = cluster.submit("slot", {"file": path, "how": "raise"}, task_id="f", repeat=timedelta(hours=1))
+        self.assertIsInstance(failing.exception(PATIENCE), ValueError)
+        self.assertEqual(first.find_one(task_id="f").state, "waiting")
+
+    def test_a_kept_repeat_of_another_cluster_resolves_the_future_with_its_next_end(self):
+        path, first, second = str(self.folder / "lines"), self.queue(), self.queue()
+        for how in ("return", "raise"):
+            runner, asker = self.cluster({"slot": add_slot}, first), self.cluster({"other": echo, "slot": add_slot}, second)
+            runner.submit("slot", {"file": path, "how": how}, task_id=how, repeat=timedelta(milliseconds=400)).exception(PATIENCE)
+            future = asker.submit("slot", {"file": path}, task_id=how, if_exists="keep")
+            self.assertEqual(future.task.repeat, timedelta(milliseconds=400))
+            error = future.exception(PATIENCE)
+            self.assertEqual(None if error is None else str(error), None if how == "return" else "ValueError: bad")
+            for cluster in (runner, asker):
+                cluster.shutdown(wait=False)
+            first.remove(task_id=how)
+
+    def test_the_end_runs_what_was_due_once(self):
+        queue, path = self.queue(), str(self.folder / "lines")
+        for number in range(3):
+            queue.add_task("slot", {"file": path}, task_id=str(number), repeat=timedelta(microseconds=1 + number))
+        queue.add_task("slot", {"file": path}, in_memory=True, task_id="memory", repeat=timedelta(microseconds=1))
+        cluster = self.cluster({"slot": add_slot}, queue, auto_initialize=False)
+        cluster._begin_finish(queue._now())  # Before it starts: as if shut down at once.
+        cluster.initialize()
+        self.assertTrue(cluster._closed.wait(PATIENCE))
+        self.assertEqual(len(lines_of(path)), 4)
+        self.assertEqual([task.state for task in queue.find()], ["waiting"] * 3)
+
+    def test_starting_a_program_again_keeps_one_schedule(self):
+        """RC-01, RC-03, RC-04, DU-06: also eight times at once."""
+        script = self.script("""
+            import sys
+            from datetime import timedelta
+            from taskpool import Cluster, TaskQueue
+            def slot(job):
+                with open("lines", "a") as file:
+                    file.write(f"{job.due_date}\\n")
+            if __name__ == "__main__":
+                queue = TaskQueue("tasks.db")
+                repeat = timedelta(hours=int(sys.argv[1]))
+                task = queue.add_task("slot", task_id="report", repeat=repeat, if_exists=sys.argv[2])
+                with Cluster({"slot": slot}, queue, max_available_workers=1):
+                    pass
+        """)
+        starts = [self.start(script, 1, "keep") for _ in range(8)]
+        for process in starts:
+            _, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, err), (0, ""))
+        self.assertEqual(len(lines_of(self.folder / "lines")), 1)
+        queue = self.queue()
+        (task,) = queue.find()
+        self.assertEqual((task.repeat, task.due_date - task.created_at), (timedelta(hours=1), timedelta(hours=1)))
+        process = self.start(script, 5, "replace")  # Starts afresh: now.
+        process.communicate(timeout=PATIENCE)
+        (task,) = queue.find()
+        self.assertEqual((task.repeat, len(lines_of(self.folder / "lines"))), (timedelta(hours=5), 2))
+
+    def test_only_the_end_of_a_run_ends_a_wait(self):
+        """Not a claim given back, nor a due date changed by update()."""
+        before = row(repeat=timedelta(hours=1))
+        for claim, due_at, expected in ((1, NOW, False), (0, NOW + 9, False), (1, NOW + 9, True)):
+            self.assertEqual(taskpool.has_run(before._replace(claim=claim, due_at=due_at), before), expected)
+
+    def test_two_tasks_with_the_same_rule_are_two_schedules(self):
+        """RC-06."""
+        queue = self.queue()
+        for number in range(2):
+            queue.add_task("mail", {"user": number}, repeat="@daily")
+        self.assertEqual(queue.count(), 2)
+
+    def test_a_master_killed_during_a_run_costs_that_run_only(self):
+        """RC-12, CR-03."""
+        path, queue = self.folder / "lines", self.queue()
+        queue.add_task("note", task_id="n", repeat=timedelta(hours=1))
+        script = self.script(TestP3MasterDead.MASTER)
+        first = self.start(script)
+        eventually(lambda: len(lines_of(path)) == 1)
+        first.kill()
+        first.wait()
+        (self.folder / "end").touch()
+        out, err = self.start(script).communicate(timeout=PATIENCE)
+        self.assertEqual(out, "master\ndrained\n", err)
+        self.assertEqual(lines_of(path), ["n 1", "n 1"])
+        (task,) = queue.find()
+        self.assertEqual((task.state, task.due_date - task.created_at), ("waiting", timedelta(hours=1)))
+
+    def test_the_fifth_interruption_is_told_as_an_error_of_a_waiting_task(self):
+        """P3."""
+        class Interrupted(SQLiteStore):
+            ended = [row("t", repeat=timedelta(hours=1))._replace(state="scheduled", error="Interrupted: 5 times")]
+
+            def recover(self, owner, seconds, now):
+                ended, Interrupted.ended = Interrupted.ended, []
+                return ended
+
+        told = []
+        with TaskQueue(Interrupted(self.folder / "tasks.db")) as queue, self.assertLogs("taskpool", "ERROR"):
+            queue.add_event_listener("error", lambda value, task: told.append((task.id, task.state, str(value))))
+            cluster = self.cluster({"x": echo}, queue)
+            eventually(lambda: told)
+            cluster.shutdown()
+        self.assertEqual(told, [("t", "waiting", "Interrupted: 5 times")])
+
+    def test_a_clock_that_jumps_runs_each_slot_once_and_missed_ones_as_one(self):
+        """RC-07, CK-01, CK-04."""
+        for in_memory in (False, True):
+            queue, path = self.queue(f"{in_memory}.db"), str(self.folder / str(in_memory))
+            queue.clock = Clock()
+            cluster = self.cluster({"slot": add_slot}, queue)
+            tasks = queue.in_memory if in_memory else queue
+            queue.add_task("slot", {"file": path}, task_id="s", in_memory=in_memory, repeat=timedelta(hours=1))
+            for count, offset in ((1, 0), (2, 3600), (2, 1800), (2, 3600), (3, 7200), (4, 400_000), (4, 100_000)):
+                queue.clock.offset = offset
+                self.assertTrue(cluster.drain(PATIENCE))
+                eventually(lambda: len(lines_of(path)) == count, f"{count} runs at {offset} s")
+                self.assertTrue(cluster.drain(PATIENCE))
+            self.assertEqual(len(set(self.slots(path))), 4)
+            self.assertEqual(tasks.find_one(task_id="s").state, "waiting")
+            cluster.shutdown()
+
+    def test_update_changes_a_repeat_and_ends_it(self):
+        queue, path = self.queue(), str(self.folder / "lines")
+        now = queue.add_task("slot", {"file": path}, task_id="s", repeat="@yearly").due_date
+        self.assertEqual(queue.update("s", priority=3).repeat, Cron("@yearly"))
+        changed = queue.update("s", repeat=Cron("@hourly"))
+        self.assertEqual((changed.repeat, changed.due_date), (Cron("@hourly"), Cron("@hourly").next(changed.created_at)))
+        changed = queue.update("s", repeat=timedelta(hours=1), due_date=timedelta(days=1))
+        self.assertGreater(changed.due_date - changed.created_at, timedelta(hours=23))
+        with self.assertRaisesRegex(ValueError, "^repeat"):
+            queue.update("s", repeat="nope")
+        changed = queue.update("s", repeat=timedelta(hours=1))  # From now on.
+        self.assertLess(changed.due_date, now)
+        self.assertEqual(queue.update("s", repeat=None).due_date, changed.due_date)
+        with self.cluster({"slot": add_slot}, queue):
+            pass
+        self.assertEqual((queue.count(), len(lines_of(path))), (0, 1))
+
+    def test_remove_during_a_run_ends_it(self):
+        for in_memory in (False, True):
+            queue, path = self.queue(), str(self.folder / f"hold{in_memory}")
+            cluster, tasks = self.cluster({"hold": hold}, queue), queue.in_memory if in_memory else queue
+            queue.add_task("hold", path, in_memory=in_memory, repeat=timedelta(milliseconds=1))
+            eventually(lambda: os.path.exists(path + ".started"))
+            self.assertEqual(tasks.remove(task_type="hold"), 1)
+            Path(path + ".end").touch()
+            eventually(lambda: tasks.count() == 0)
+            self.assertTrue(cluster.drain(PATIENCE))
+            cluster.shutdown()
+
+
+# --- Help for users' tests -------------------------------------------------------------
+
+
+class TestRunDue(InFolder):
+    """queue.run_due(task_map, until=None) runs what is due here, without workers."""
+
+    START = datetime(2026, 3, 1, tzinfo=timezone.utc)
+
+    def setUp(self):
+        super().setUp()
+        self.tasks = self.queue()
+        self.tasks.clock = self.START.timestamp
+
+    def run_due(self, *arguments, **options):
+        before = multiprocessing.active_children()
+        ended = self.tasks.run_due({**EVERYTHING, "now": self.hours}, *arguments, **options)
+        self.assertEqual(multiprocessing.active_children(), before)
+        self.assertEqual(self.tasks.count(state="running"), 0)
+        return ended
+
+    def hours(self, job):
+        """The hours from START to now, by the queue's clock."""
+        return round((self.tasks.clock() - self.START.timestamp()) / 3600, 6)
+
+    def test_what_is_due_runs_in_order_and_the_rest_waits(self):
+        for task_id, options in {
+            "low": {"priority": 0}, "old": {}, "young": {}, "high": {"priority": 9}, "memory": {"in_memory": True},
+            "later": {"due_date": timedelta(seconds=1)}, "other": {},
+        }.items():
+            self.tasks.add_task("x" if task_id == "other" else "echo", task_id, task_id=task_id, **options)
+        ended = self.run_due()
+        self.assertEqual([task.id for task in ended], ["memory", "high", "old", "young", "low"])
+        self.assertEqual([(t.state, t.result, t.error, t.attempt) for t in ended[:2]],
+                         [("done", "memory", None, 1), ("done", "high", None, 1)])
+        self.assertEqual([task.id for task in self.tasks.find()], ["later", "other"])
+        self.assertEqual(self.run_due(), [])
+
+    def test_every_kind_of_function_runs_and_fails_as_in_a_worker(self):
+        kinds = {"echo": [1], "sleep": "slept", "later": "later", "partial": 15, "method": 20}
+        for task_type in kinds:
+            self.tasks.add_task(task_type, [1] if task_type == "echo" else 5, keep_result=60)
+        self.assertEqual({t.task_type: t.result for t in self.run_due()}, kinds)
+        self.assertEqual({t.task_type: t.result for t in self.tasks.find(state="done")}, kinds)
+        self.tasks.remove(state="done")
+        texts = {"exit": "SystemExit: disk missing", "lock": "ValueError: holds a lock", "interrupt": None}
+        for kind in ("exit", "lock"):
+            self.tasks.add_task("raise_kind", kind)
+        self.tasks.add_task("return_kind", "lock")
+        failed = self.run_due()
+        for task, text in zip(failed, [texts["exit"], texts["lock"], "TypeError: the result (lock) cannot be pickled"]):
+            self.assertEqual((task.state, task.result), ("failed", None))
+            self.assertTrue(task.error.startswith(text), task.error)
+        self.assertEqual(self.tasks.count(state="failed"), 3)
+
+    def test_follow_ups_run_too_and_until_makes_time_pass_in_due_order(self):
+        def add_two(job):
+            self.tasks.add_task("now", task_id="at once")
+            self.tasks.add_task("now", task_id="next day", due_date=timedelta(days=1))
+            self.tasks.add_task("now", task_id="next year", due_date=timedelta(days=365))
+
+        self.tasks.add_task("now", task_id="third hour", due_date=timedelta(hours=3))
+        self.tasks.add_task("add two", due_date=timedelta(hours=2))
+        ended = self.tasks.run_due({"now": self.hours, "add two": add_two}, until=timedelta(days=2))
+        self.assertEqual([(t.id, t.result) for t in ended[1:]], [("at once", 2), ("third hour", 3), ("next day", 26)])
+        self.assertEqual((self.tasks.clock(), self.tasks.count()), (self.START.timestamp(), 1))
+        (last,) = self.run_due(until=self.START + timedelta(days=500))
+        self.assertEqual((last.id, last.result), ("next year", 365 * 24 + 2))
+
+    def test_until_in_the_past_runs_what_was_due_then(self):
+        self.tasks.add_task("now", task_id="past", due_date=-timedelta(hours=2))
+        self.tasks.add_task("now")
+        self.assertEqual([task.id for task in self.run_due(until=-timedelta(hours=1))], ["past"])
+
+    def test_a_schedule_runs_slot_by_slot_and_microseconds_are_exact(self):
+        self.tasks.add_task("now", task_id="nightly", repeat="30 2 * * *")
+        self.tasks.add_task("now", task_id="odd", repeat=timedelta(hours=40, microseconds=1), retries=1)
+        ended = self.run_due(until=timedelta(days=3))
+        self.assertEqual([(t.id, t.result) for t in ended], [
+            ("odd", 0), ("nightly", 2.5), ("nightly", 26.5), ("odd", 40), ("nightly", 50.5)])
+        self.assertEqual({t.state for t in ended}, {"waiting"})
+        due = {t.id: t.due_date - self.START for t in self.tasks.find()}
+        self.assertEqual(due, {"nightly": timedelta(hours=74.5), "odd": timedelta(hours=80, microseconds=2)})
+
+    def test_the_clock_stands_exactly_at_the_due_date(self):
+        def note(job):
+            noted.append(self.tasks.add_task("other").created_at - job.due_date)
+
+        noted = []
+        self.tasks.clock = datetime(2040, 1, 1, tzinfo=timezone.utc).timestamp  # Floats lose microseconds from 2038 on.
+        for number in range(200):
+            self.tasks.add_task("note", due_date=timedelta(microseconds=7_123_457 * number))
+        self.tasks.run_due({"note": note}, until=timedelta(hours=1))
+        self.assertEqual(noted, [timedelta()] * 200)
+
+    def test_retries_run_when_they_are_due(self):
+        self.tasks.add_task("succeed_at", 3, retries=2, retry_delay=60)
+        self.assertEqual([(t.state, t.attempt) for t in self.run_due()], [("waiting", 1)])
+        self.assertEqual(self.run_due(), [])
+        self.assertEqual(self.run_due(until=timedelta(seconds=59)), [])
+        ended = self.run_due(until=timedelta(minutes=5))
+        self.assertEqual([(t.state, t.attempt, t.result) for t in ended], [("waiting", 2, None), ("done", 3, 3)])
+
+    def test_errors_are_recorded_or_raised(self):
+        for _ in range(2):
+            self.tasks.add_task("fail")
+        try:
+            self.run_due(raise_errors=True)
+        except ValueError as error:
+            self.assertEqual(str(error), "attempt 1")
+            frame = error.__traceback__
+            while frame.tb_next:
+                frame = frame.tb_next
+            self.assertEqual(frame.tb_frame.f_code.co_name, "fail")  # The task's own traceback.
+        self.assertEqual((self.tasks.count(state="failed"), self.tasks.count(state="waiting")), (1, 1))
+        (recorded,) = self.run_due()
+        self.assertEqual(recorded.state, "failed")
+        self.tasks.add_task("raise_kind", "interrupt", task_id="interrupted")
+        with self.assertRaises(KeyboardInterrupt):  # Somebody pressed Ctrl-C: no failure.
+            self.run_due()
+        task = self.tasks.find_one(task_id="interrupted")
+        self.assertEqual((task.state, task.attempt), ("waiting", 0))
+
+    def test_listeners_progress_and_conversations_work(self):
+        heard = []
+        for event in taskpool.EVENTS:
+            self.tasks.add_event_listener(event, lambda value, task, e=event: heard.append((e, value, task.state)))
+        self.tasks.add_task("steps", task_id="steps", keep_result=9)
+        self.tasks.add_task("fail")
+
+        def steps(job):
+            job.progress(0, 2)
+            self.assertEqual(self.tasks.find_one(state="running").progress, (0, 2, None))
+            job.progress(1, 2)
+            job.progress(2, 2)
+            return "end"
+
+        self.tasks.run_due({"steps": steps, "fail": fail})
+        self.assertEqual([(e, str(v), s) for e, v, s in heard if e != "progress"],
+                         [("done", "end", "done"), ("error", "attempt 1", "failed")])
+        self.assertEqual([v for e, v, _ in heard if e == "progress"], [(0, 2, None), (2, 2, None)])
+        self.assertEqual(self.tasks.find_one(task_id="steps").progress, (2, 2, None))
+        for task_type in ("ping", "position", "three deep", "wait inside", "async ping", "ping later"):
+            self.tasks.add_task(task_type, "x")
+        ended = self.run_due(message_broker=answer_pings)
+        self.assertEqual([task.error for task in ended], [None] * 6)
+        self.assertEqual((ended[0].result, ended[2].result), ("pong x", ["pong ping 1", "pong ping 2", "pong ping 3"]))
+        for task_type in ("bad message", "bad initialize"):
+            self.tasks.add_task(task_type)
+        self.assertEqual([task.state for task in self.run_due(message_broker=answer_pings)], ["failed"] * 2)
+        self.tasks.add_task("ping", "x")
+        self.assertIn("run_due has no message_broker", self.run_due()[0].error)
+
+    def test_wrong_arguments_are_refused(self):
+        for options, error in (
+            ({"task_map": {}}, ValueError), ({"task_map": 5}, TypeError), ({"until": 5}, TypeError),
+            ({"until": timedelta.max}, ValueError), ({"raise_errors": 1}, TypeError), ({"message_broker": 1}, TypeError),
+        ):
+            with self.assertRaisesRegex(error, next(iter(options))):
+                self.tasks.run_due(**{"task_map": {"x": echo}, **options})
+
+    def test_a_row_that_cannot_be_read_is_an_error_and_the_others_run(self):
+        self.tasks.add_task("echo", task_id="bad")
+        self.tasks.add_task("echo", task_id="good")
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            db.execute("UPDATE taskpool_task SET retries = x'00' WHERE id = 'bad'")
+            db.commit()
+        self.assertEqual({t.id: t.state for t in self.run_due()}, {"bad": "failed", "good": "done"})
+
+
 # --- The file, the manual, the demo ----------------------------------------------------
 
 
@@ -4486,6 +6604,7 @@ class TestTheFile(unittest.TestCase):
         self.assertIn("MIT", lines[0] + lines[1])
 
     def test_the_examples_in_docstrings_are_true(self):
+        """RT-01: back_off."""
         result = doctest.testmod(taskpool)
         self.assertEqual(result.failed, 0)
         self.assertGreater(result.attempted, 2)
@@ -4549,6 +6668,15 @@ class TestCommandLine(InFolder):
         self.assertIn("BROKEN: seen", out)
         self.assertIn("9. A part that is broken", out.split("NOT as promised")[1])
 
+    def test_the_bench_measures_everything_it_names(self):
+        """With few tasks: the numbers themselves are nobody's promise."""
+        names = "add_task in memory|add_tasks?|stored tasks run|submit to result|until an idle|start and end|claim and"
+        lines = list(taskpool._bench_lines(str(self.folder), 0.002))
+        for what, number in lines:
+            with self.subTest(what=what):
+                self.assertRegex(number, r"^[1-9][\d,]*( a second| ms| us)$|^\d[\d,]* bytes$|^\d+\.\d\d ms$")
+        self.assertEqual(sum(bool(re.match(names, what)) for what, _ in lines), 11)
+
     def test_version_help_and_usage(self):
         self.assertEqual(self.command("--version").stdout, f"taskpool {taskpool.__version__}\n")
         self.assertIn("--demo", self.command("--help").stdout)
@@ -4558,27 +6686,363 @@ class TestCommandLine(InFolder):
             self.assertIn("usage", done.stderr)
 
 
+def tell_of_worker(job):
+    return taskpool.Cluster.is_master(), taskpool._worker is not None
+
+
+class TestOperators(InFolder):
+    """status, list, show, retry, remove, run and cron: for who has not read the manual."""
+
+    def main(self, *arguments):
+        """Exit code, standard output and standard error of a command, run here."""
+        out, err = io.StringIO(), io.StringIO()
+        before = os.getcwd()
+        os.chdir(self.folder)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = taskpool.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os.chdir(before)
+        return code, out.getvalue(), err.getvalue()
+
+    def out(self, *arguments):
+        code, out, err = self.main(*arguments)
+        self.assertEqual((code, err), (0, ""))
+        return out
+
+    def error(self, *arguments, code=1):
+        got, out, err = self.main(*arguments)
+        self.assertEqual((got, out, err.count("\n")), (code, "", 1), err)
+        return err
+
+    def some(self):
+        """A queue with a task in each state but running."""
+        queue = self.queue()
+        with self.cluster({"echo": echo, "fail": fail}, queue):
+            queue.add_task("echo", [1], task_id="good", keep_result=3600)
+            queue.add_task("fail", task_id="bad")
+        queue.add_task("echo", "later", task_id="later", due_date=timedelta(days=3))
+        queue.add_task("other", task_id="other")
+        return queue
+
+    def test_status_tells_what_waits_runs_and_fails_and_who_works(self):
+        queue, flag = self.some(), str(self.folder / "flag")
+        with self.cluster({"hold": hold, "steps": progress_and_hold}, queue) as cluster:
+            queue.add_task("hold", flag, task_id="held")
+            queue.add_task("steps", flag, task_id="steps")
+            eventually(lambda: os.path.exists(flag + ".started"))
+            eventually(lambda: queue.find_one(task_id="steps").progress == (999, 1000, "half way"))
+            status, text = json.loads(self.out("status", "tasks.db", "--json")), self.out("status", "tasks.db")
+            Path(flag + ".end").touch()
+            self.assertTrue(cluster.drain(PATIENCE))
+        names = ("waiting", "due", "running", "failed", "done")
+        counts = {t["task_type"]: tuple(t[name] for name in names) for t in status["types"]}
+        self.assertEqual(counts, {
+            "echo": (1, 0, 0, 0, 1), "fail": (0, 0, 0, 1, 0), "hold": (0, 0, 1, 0, 0),
+            "other": (1, 1, 0, 0, 0), "steps": (0, 0, 1, 0, 0),
+        })
+        by_type = {t["task_type"]: t for t in status["types"]}
+        wait = by_type["other"]["oldest_wait"]
+        self.assertTrue(0 <= wait < PATIENCE, wait)
+        self.assertEqual(by_type["echo"]["next_due"], queue.find_one(task_id="later").due_date.isoformat())
+        self.assertEqual((by_type["echo"]["oldest_wait"], by_type["other"]["next_due"], status["tasks"]), (None, None, 6))
+        alive = {"pid": os.getpid(), "state": "alive" if LINUX else "unknown"}
+        self.assertEqual(status["masters"], [alive])
+        running = {r["id"]: r for r in status["running"]}
+        self.assertEqual(running["held"]["where"], alive)
+        self.assertEqual(running["steps"]["progress"], {"done": 999, "total": 1000, "note": "half way"})
+        since = datetime.fromisoformat(running["held"]["since"])
+        self.assertTrue(timedelta() <= datetime.now(timezone.utc) - since < timedelta(seconds=PATIENCE))
+        self.assertRegex(text, r"^tasks.db: 6 tasks\nmasters: pid \d+ \(")
+        self.assertRegex(text, r"\nother +1 +1 +0 +0 +0  \d[\d.]* s +-\n")
+        self.assertRegex(text, r"\necho +1 +0 +0 +0 +1  - +in 3 d\n")
+        self.assertRegex(text, r"\nsteps +steps +1  pid \d+  .* ago  \[#{19} \]  99%  999 of 1,000  half way\n")
+        self.assertIn("masters: none", self.out("status", "tasks.db"))
+
+    @unittest.skipUnless(LINUX, "only /proc tells that a process is dead")
+    def test_status_tells_that_a_master_is_dead(self):
+        with contextlib.closing(SQLiteStore(self.folder / "tasks.db")) as store:
+            dead = subprocess.Popen([sys.executable, "-c", ""])
+            dead.wait()
+            store.renew(f"{taskpool._here()}|{dead.pid}|1|x|0", NOW)
+            store.renew("elsewhere|7|1|x|0", NOW)
+            store.renew("odd", NOW)
+        masters = json.loads(self.out("status", "tasks.db", "--json"))["masters"]
+        states = {master["pid"]: master["state"] for master in masters}
+        self.assertEqual(states, {dead.pid: "dead", 7: "unknown", None: "unknown"})
+        self.assertIn("(unknown: of another machine", self.out("status", "tasks.db"))
+
+    def test_looking_makes_upgrades_and_changes_nothing(self):
+        old = self.folder / "old.db"
+        with contextlib.closing(sqlite3.connect(old)) as db:
+            db.executescript(SCHEMA_0)
+        newer, foreign = self.folder / "newer.db", self.folder / "foreign.db"
+        for path, script in (
+            (newer, SCHEMA_0 + ";PRAGMA user_version = 77"), (foreign, "CREATE TABLE mine (id)"),
+        ):
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                db.executescript(script)
+        (self.folder / "text.db").write_text("no database, but long enough to be looked at" * 20)
+        before = {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        self.assertRegex(self.out("list", "old.db"), r"\nx     old   waiting        0  \d+ d ago")
+        self.assertEqual(json.loads(self.out("show", "old.db", "busy", "--json"))["progress"], None)
+        self.assertRegex(self.out("status", "old.db"), r"\nx +1 +1 +1 +0 +0 ")
+        for command in (("status",), ("list",), ("show", "x"), ("retry", "x"), ("remove", "x")):
+            for name, text in (
+                ("none.db", "no such file"), ("newer.db", "made by a newer taskpool"),
+                ("foreign.db", "holds no tasks"), ("text.db", "not a database"), (".", "unable to open"),
+            ):
+                with self.subTest(command=command, file=name):
+                    self.assertIn(text, self.error(command[0], name, *command[1:]))
+        self.assertEqual({path.name: path.read_bytes() for path in self.folder.iterdir()}, before)
+
+    def test_list_and_show_tell_of_tasks(self):
+        self.some()
+        listed = json.loads(self.out("list", "tasks.db", "--json"))
+        self.assertEqual([(t["id"], t["state"]) for t in listed],
+                         [("good", "done"), ("bad", "failed"), ("later", "waiting"), ("other", "waiting")])
+        self.assertEqual([t["id"] for t in json.loads(self.out(
+            "list", "tasks.db", "--json", "--state", "waiting", "--state", "done", "--type", "echo"))], ["good", "later"])
+        lines = self.out("list", "tasks.db", "--limit", 2).splitlines()
+        self.assertEqual(lines[0].split(), "type id state attempt due what".split())
+        self.assertRegex(lines[2], r"^fail  bad   failed        1  .* ago  ValueError: attempt 1$")
+        self.assertEqual(lines[3:], ["... 2 of 4; --limit shows more"])
+        bad = json.loads(self.out("show", "tasks.db", "bad", "--json"))
+        self.assertEqual((bad["task_type"], bad["data"], bad["attempt"], bad["result"]), ("fail", {}, 1, None))
+        text = self.out("show", "tasks.db", "bad")
+        self.assertRegex(text, r"(?m)^state +failed$")
+        self.assertRegex(text, r"(?m)^due_date +\d{4}-.*\+00:00 \(.* ago\)$")
+        self.assertRegex(text, r"(?m)^error +ValueError: attempt 1\n(    .*\n)+\Z")
+        self.assertRegex(self.out("show", "tasks.db", "good"), r"(?m)^result +\[1\]$")
+        self.assertIn("no task 'nope'", self.error("show", "tasks.db", "nope"))
+
+    def test_what_a_task_holds_does_not_reach_the_terminal_as_a_command(self):
+        queue, evil = self.queue(), "\x1b[2J\x07\n\u202ex"
+        queue.add_task(evil, evil, task_id=evil)
+        queue.add_task("x", task_id="odd")
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            db.execute("UPDATE taskpool_task SET due_at = x'00', data = 'no json', progress = '[\"a\"]' WHERE id = 'odd'")
+            db.execute("UPDATE taskpool_task SET error = ? WHERE id <> 'odd'", (evil,))
+            db.commit()
+        texts = [self.out(*c) for c in (
+            ("status", "tasks.db"), ("list", "tasks.db"), ("show", "tasks.db", evil), ("show", "tasks.db", "odd"),
+            ("list", "tasks.db", "--json"), ("remove", "tasks.db", evil),
+        )]
+        texts.append(self.error("remove", "tasks.db", evil))
+        for text in texts:
+            self.assertEqual([c for c in text if c != "\n" and not c.isprintable()], [])
+        self.assertIn("data         cannot be read", texts[3])
+
+    def test_retry_and_remove_tell_of_each_task(self):
+        queue, flag = self.some(), str(self.folder / "flag")
+        self.assertEqual(self.out("retry", "tasks.db", "bad"), "bad: waiting\n")
+        self.assertEqual(queue.find_one(task_id="bad").state, "waiting")
+        code, out, err = self.main("retry", "tasks.db", "bad", "nope")
+        self.assertEqual((code, out), (1, ""))
+        self.assertEqual(err, "taskpool.py: 'bad': it is waiting, not failed\ntaskpool.py: 'nope': no such task\n")
+        with self.cluster({"hold": hold}, queue):
+            queue.add_task("hold", flag, task_id="held")
+            eventually(lambda: os.path.exists(flag + ".started"))
+            self.assertIn("held: runs; it is removed at the end", self.out("remove", "tasks.db", "held"))
+            Path(flag + ".end").touch()
+        code, out, err = self.main("remove", "tasks.db", "good", "nope", "bad")
+        self.assertEqual((code, out, err), (1, "good: removed\nbad: removed\n", "taskpool.py: 'nope': no such task\n"))
+        self.assertEqual([task.id for task in queue.find()], ["later", "other"])
+
+    def test_a_mistake_is_told_in_one_line_with_the_usage(self):
+        for arguments in (
+            [], ["--colour"], ["stat"], ["status"], ["status", "a", "b"], ["list", "a", "--state", "x"],
+            ["list", "a", "--limit", "0"], ["show", "a"], ["retry", "a"], ["run", "app", "a"], ["run", "a.py:X", "a"],
+            ["run", "app:X"], ["run", "app:X", "a", "--workers", "0"], ["cron"], ["cron", "* * * * *", "-n", "x"],
+        ):
+            with self.subTest(arguments=arguments):
+                self.assertIn("; usage: taskpool.py", self.error(*arguments, code=2))
+        self.assertIn("tz 'Nowhere' is unknown", self.error("cron", "* * * * *", "--tz", "Nowhere", code=2))
+        self.assertIn("61", self.error("cron", "61 * * * *", code=2))
+
+    def test_the_worked_lines_of_help_are_right(self):
+        text = self.out("--help")
+        lines = re.findall(r"python taskpool\.py (.*?)(?:  +.*)?$", text.split("examples:")[1], re.M)
+        self.assertGreater(len(lines), 5)
+        for line in lines:
+            taskpool._parser().parse_args(shlex.split(line))
+
+    def test_cron_explains_and_tells_the_next_runs(self):
+        lines = self.out("cron", "30 9 * * MON", "--tz", "Europe/Berlin", "-n", 3).splitlines()
+        self.assertEqual(lines[0], taskpool.Cron("30 9 * * MON", "Europe/Berlin").explain())
+        runs = [datetime.fromisoformat(line) for line in lines[1:]]
+        self.assertEqual([(run.weekday(), run.hour, run.minute) for run in runs], [(0, 9, 30)] * 3)
+        self.assertEqual(runs[0], taskpool.Cron("30 9 * * MON", "Europe/Berlin").next())
+
+    def test_a_reader_that_has_enough_is_no_error(self):
+        queue = self.queue()
+        queue.add_tasks({"task_type": "x", "data": "y" * 50} for _ in range(5000))
+        process = self.start(HERE / "taskpool.py", "list", "tasks.db", "--limit", "5000")
+        process.stdout.readline()
+        process.stdout.close()
+        self.assertEqual((process.wait(PATIENCE), process.stderr.read()), (0, ""))
+
+    @unittest.skipUnless(hasattr(signal, "SIGINT") and os.name == "posix", "needs signals")
+    def test_watch_goes_on_until_ctrl_c(self):
+        queue = self.some()
+        for flags, mark in (((), "tasks.db: "), (("--json",), '{"file"')):
+            process = self.start(HERE / "taskpool.py", "status", "tasks.db", "--watch", *flags)
+            for count in range(2):
+                line = ""
+                while not line.startswith(mark):
+                    line = process.stdout.readline()
+                self.assertIn(": 4 tasks" if not flags else '"tasks": 4', line) if not count else None
+                queue.add_task("new")
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, err), (0, ""))
+            queue.remove(task_type="new")
+
+    def test_watch_draws_over_what_a_terminal_shows(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest("this system has no pty")
+        self.some()
+        mine, theirs = pty.openpty()
+        process = self.start(HERE / "taskpool.py", "status", "tasks.db", "--watch", stdout=theirs)
+        os.close(theirs)
+        shown = b""
+        while shown.count(b"\x1b[J") < 2:
+            shown += os.read(mine, 4096)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(PATIENCE), 0)
+        os.close(mine)
+        screens = shown.split(b"\x1b[J")
+        self.assertTrue(all(screen.startswith(b"\x1b[H") for screen in screens[:2]), screens)
+        self.assertEqual(screens[0].count(b"\x1b[K"), screens[0].count(b"\n"))
+
+    APP = """
+        import os, taskpool
+        from taskpool import Cluster, TaskQueue
+
+        cluster = Cluster({"x": print}, TaskQueue("other.db"), auto_initialize=False)
+        if os.environ.get("ADD") and not cluster.is_master():
+            cluster.queue.add_task("x")
+
+        def about(job):
+            return [Cluster.is_master(), taskpool._worker is not None, Task is type(job)]
+
+        Task = taskpool.Task
+        class inner:
+            TASKS = {"about": about, "lambda": lambda job: job.data + 1}
+    """
+
+    @unittest.skipUnless(os.name == "posix", "sends a signal")
+    def test_run_serves_until_a_signal_and_workers_have_the_same_copy(self):
+        self.script(self.APP, "app.py")
+        queue = self.queue()
+        for command in (["app:inner.TASKS"], ["-m"]):
+            for task_type, data in (("about", None), ("lambda", 41)):
+                queue.add_task(task_type, data, task_id=task_type, keep_result=60)
+            if command == ["-m"]:  # As a module, with another signal.
+                process = self.start("-m", "taskpool", "run", "app:inner.TASKS", "tasks.db", "--workers", "1")
+            else:
+                process = self.start(HERE / "taskpool.py", "run", "app:inner.TASKS", "tasks.db", "--workers", "1")
+            results = [queue.wait(task_type, PATIENCE).result for task_type in ("about", "lambda")]
+            process.send_signal(signal.SIGTERM if command == ["-m"] else signal.SIGINT)
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, out), (0, ""), err)
+            self.assertEqual(results, [[False, True, True], 42], err)
+            self.assertIn("serving 'about', 'lambda' of tasks.db until Ctrl-C", err)
+            self.assertIn("cluster:lambda:lambda:\tdone", err)
+            queue.remove(state="done")
+
+    def test_run_says_in_one_line_what_it_cannot_use(self):
+        (self.folder / "broken.py").write_text("\n1 / 0")
+        (self.folder / "odd.py").write_text("TASKS = {'x': 5}\nEMPTY = {}")
+        for name, text in (
+            ("nope:TASKS", "ModuleNotFoundError: No module named 'nope'"), ("odd:NOPE", "has no attribute 'NOPE'"),
+            ("broken:TASKS", r"ZeroDivisionError.*broken\.py, line 2\)"), ("odd:TASKS", r"task_map\['x'\] is 5"),
+            ("odd:EMPTY", "task_map is {}"),
+        ):
+            process = self.start(HERE / "taskpool.py", "run", name, "tasks.db")
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, out, err.count("\n")), (1, "", 1), err)
+            self.assertRegex(err, text)
+        self.assertFalse((self.folder / "tasks.db").exists())
+
+    @unittest.skipUnless(os.name == "posix", "ends by itself there, too, but slowly")
+    def test_run_ends_with_an_error_if_its_module_cannot_be_run_again(self):
+        self.script(self.APP, "app.py")
+        self.queue().add_task("about")
+        process = self.start(HERE / "taskpool.py", "run", "app:inner.TASKS", "tasks.db", env={"ADD": "1"})
+        _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("was called while a worker process runs your file again", err)
+        self.assertEqual(self.queue("other.db").count(), 0)
+
+
 class TestReadme(InFolder):
     """Every block of the manual is run; every output in it is real."""
 
     TEXT = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
 
+    BLOCKS = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", TEXT, re.S)
+
     def test_every_python_block_runs_and_prints_what_the_manual_says(self):
         """A python block is a program; a text block right after it is its output."""
-        blocks = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", self.TEXT, re.S)
-        self.assertGreater(len(blocks), 5)
-        for number, (program, output) in enumerate(blocks):
+        self.assertGreater(len(self.BLOCKS), 5)
+        for number, (program, output) in enumerate(self.BLOCKS):
+            if "import pytest" in program:
+                continue  # See below.
             with self.subTest(block=number, starts=program[:60]):
                 folder = self.folder / str(number)
                 folder.mkdir()
                 path = self.script(program, f"{number}/example.py")
+                # asyncio's debug mode, part of -X dev, refuses run_in_executor(cluster, ...).
+                dev = ["-W", "default"] if "run_in_executor" in program else ["-X", "dev"]
                 process = subprocess.Popen(
-                    [sys.executable, str(path)], cwd=folder, text=True,
+                    [sys.executable, *dev, str(path)], cwd=folder, text=True,
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(HERE)},
                 )
                 out, err = process.communicate(timeout=PATIENCE)
                 self.assertEqual(process.returncode, 0, err)
                 self.assertEqual(out, output)
+                self.assertNotIn("Warning", err)  # Such as ResourceWarning, with -X dev.
+
+    def test_every_command_prints_what_the_manual_says(self):
+        """A console block is run in the folder of the program before it."""
+        blocks = re.findall(r"```python\n((?:(?!```).)*?)```\s*```console\n(.*?)```", self.TEXT, re.S)
+        self.assertGreater(len(blocks), 0)
+        environment = {**os.environ, "PYTHONPATH": str(HERE), "COLUMNS": "200"}
+        for program, console in blocks:
+            subprocess.run([sys.executable, str(self.script(program))], cwd=self.folder, env=environment, check=True)
+            for part in console.split("$ python ")[1:]:
+                line, _, expected = part.partition("\n")
+                command = shlex.split(line)
+                self.assertEqual(command[0], "taskpool.py")
+                done = subprocess.run(
+                    [sys.executable, "-X", "dev", str(HERE / "taskpool.py"), *command[1:]], cwd=self.folder,
+                    env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE,
+                )
+                self.assertEqual(self.timeless(done.stdout), self.timeless(expected), line)
+
+    @staticmethod
+    def timeless(text):
+        """Without what differs from run to run: instants, durations, and how wide they are."""
+        text = re.sub(r"\d{4}-\d\d-\d\d[ T][\d:.]+\+\d\d:00", "INSTANT", text)
+        text = re.sub(r"\b[\d.]+ (s|min|h|d)\b", r"SPAN", text)
+        return re.sub(r" +", " ", text)
+
+    def test_the_pytest_block_passes(self):
+        (program,) = [program for program, _ in self.BLOCKS if "import pytest" in program]
+        if importlib.util.find_spec("pytest") is None:
+            self.skipTest("pytest is not here: python -m pip install pytest")
+        done = subprocess.run(
+            [sys.executable, "-X", "dev", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(self.script(program, "test_it.py"))],
+            cwd=self.folder, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=PATIENCE,
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("1 passed", done.stdout)
+        self.assertNotIn("warning", done.stdout)
 
     def test_the_first_program_is_the_modules_own_and_has_eleven_lines(self):
         first = re.search(r"```python\n(.*?)```", self.TEXT, re.S).group(1)
@@ -4587,7 +7051,8 @@ class TestReadme(InFolder):
     def test_every_parameter_is_in_the_manual(self):
         import inspect
 
-        for function in (TaskQueue.add_task, Cluster.__init__, SQLiteStore.__init__, taskpool.MongoStore.__init__, TaskQueue.find):
+        stores = SQLiteStore.__init__, taskpool.MongoStore.__init__
+        for function in (TaskQueue.add_task, Cluster.__init__, *stores, TaskQueue.find, TaskQueue.run_due):
             for name in inspect.signature(function).parameters:
                 if name != "self":
                     self.assertIn(f"`{name}`", self.TEXT)
