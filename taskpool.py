@@ -2544,6 +2544,10 @@ class SQLiteStore(Store):
         return self._write(work)
 
 
+# MongoDB. A document has the original's seven fields, which a Meteor application reads and
+# writes, and beside them our columns by their names. Those that hold their usual value
+# are left out.
+
 _FIELDS = {"id": "_id", "task_type": "taskType"}  # Other columns keep their names.
 _USUAL: dict[str, Any] = {
     **Row._field_defaults,
@@ -2581,15 +2585,20 @@ def _data_fields(text: str) -> dict[str, Any]:
     return {"data": value} if _is_plain(value) else {"data": None, "json": text}
 
 
+def _date(instant: int) -> datetime:
+    """For Meteor: the nearest date there is, whatever somebody wrote into a document."""
+    return _datetime(min(max(instant, 0), 253_402_300_799_999_999))
+
+
 def _fields_of(row: Row) -> dict[str, Any]:
     """A Row as the fields of its document, without those of its data."""
     ended = row.state in ("failed", "done")
     fields = {
-        "createdAt": _datetime(row.created_at),
+        "createdAt": _date(row.created_at),
         # The original starts what is not on-going and has a dueDate that is past. So it
         # keeps off what runs here, retries that wait, and what has ended.
         "onGoing": row.state == "running",
-        "dueDate": None if ended else _datetime(max(row.due_at, row.ready_at)),
+        "dueDate": None if ended else _date(max(row.due_at, row.ready_at)),
     }
     for name in _COLUMNS:
         value = getattr(row, name)
@@ -2923,10 +2932,11 @@ class MongoStore(Store):
     def _stored(self, rows: list[Row]) -> str:
         """For the error of an add(): which of its tasks are stored all the same."""
         try:
-            found = set(self._rows({"_id": {"$in": [row.id for row in rows]}}, 0))
+            there = self._rows({"_id": {"$in": [row.id for row in rows]}}, 0)
         except Exception:
             return "; whether anything was stored is not known"
-        ids = [row.id for row in rows if row in found]
+        found = {row[:6] for row in there}  # What a run, already, would not change.
+        ids = [row.id for row in rows if row[:6] in found]
         return f"; stored all the same: {ids}" if ids else "; nothing was stored"
 
     # ---- Running
@@ -3569,10 +3579,6 @@ class _RunHere:
 
         return toggle_ipc
 
-
-# MongoDB. A document has the original's seven fields, which a Meteor application reads and
-# writes, and beside them our columns by their names. Those that hold their usual value
-# are left out.
 
 # --- Queue ---------------------------------------------------------------------------
 # What producers call, in any process. It reads the clock; it knows no worker.
