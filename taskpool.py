@@ -4662,12 +4662,13 @@ class _WorkerHandle:
     """The master's end of one worker process. Used by the dispatcher only."""
 
     def __init__(self, context: Any, number: int, boot: bytes, wake: _WakeUp) -> None:
-        channel_type = _Channel if os.name == "posix" else _ThreadedChannel
         incoming, their_outgoing = context.Pipe(duplex=False)
         their_incoming, outgoing = context.Pipe(duplex=False)
         life_theirs, life_mine = context.Pipe(duplex=False)
         permits_theirs: Any = None
         permits_mine: Any = None
+        # Windows has a class of its own for pipes, as no selector can wait for them.
+        channel_type = _Channel if isinstance(incoming, Connection) else _ThreadedChannel
         if channel_type.takes_back:
             permits_theirs, permits_mine = context.Pipe(duplex=False)
             os.set_blocking(permits_theirs.fileno(), False)
@@ -6855,8 +6856,10 @@ def _print_status(options: Any) -> int:
         return "\n".join(_status_lines(options.db, status, now))
 
     with contextlib.closing(_ViewOfFile(options.db)) as view:
-        live = options.watch and not options.json and sys.stdout.isatty()
+        able = os.environ.get("TERM", "dumb") != "dumb" or "WT_SESSION" in os.environ
+        live = options.watch and not options.json and able and sys.stdout.isatty()
         while True:
+            started = time.monotonic()
             shown = text(view)
             if live:  # Home, then each line up to its end, then clear what is below.
                 width, height = shutil.get_terminal_size()
@@ -6865,7 +6868,8 @@ def _print_status(options: Any) -> int:
             print(shown, end="" if live else "\n", flush=True)
             if not options.watch:
                 return OK
-            time.sleep(1.0)
+            # A million tasks take a second: to watch them costs a tenth of a core at most.
+            time.sleep(max(1.0, 9 * (time.monotonic() - started)))
             if not live and not options.json:
                 print()
 

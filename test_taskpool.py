@@ -6462,6 +6462,54 @@ class TestRepeat(InFolder):
             cluster.shutdown()
 
 
+class TestWithoutSelectablePipes(InFolder):
+    """The channels of Windows, where no selector waits for pipes: threads read and write."""
+
+    def setUp(self):
+        super().setUp()
+        patched = unittest.mock.patch.object(taskpool, "_Channel", taskpool._ThreadedChannel)
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def test_results_failures_timeouts_and_conversations_come_through(self):
+        heard = []
+        queue = self.queue()
+        queue.add_event_listener("progress", lambda report, task: heard.append(report))
+        with self.cluster({**EVERYTHING, "steps": progress_and_end}, queue, message_broker=answer_pings) as cluster:
+            large = cluster.submit("echo", "x" * 3_000_000)
+            self.assertEqual(list(cluster.map("echo", range(300))), list(range(300)))
+            self.assertEqual(len(large.result(PATIENCE)), 3_000_000)
+            self.assertEqual(cluster.submit("three deep").result(PATIENCE), ["pong ping 1", "pong ping 2", "pong ping 3"])
+            self.assertIsInstance(cluster.submit("fail").exception(PATIENCE), ValueError)
+            self.assertIsInstance(cluster.submit("steps").exception(PATIENCE), ValueError)
+            note = str(self.folder / "note")
+            died = cluster.submit("badly", {"how": "exit", "file": note}).exception(PATIENCE)
+            self.assertEqual((type(died), died.exit_code), (WorkerDied, 3))
+            late = cluster.submit("badly", {"how": "hang", "file": note}, timeout=0.3).exception(PATIENCE)
+            self.assertIsInstance(late, TaskTimeout)
+            held = cluster.submit("hold", str(self.folder / "flag"))
+            eventually(lambda: os.path.exists(self.folder / "flag.started"))
+            self.assertTrue(cluster.cancel(held.task.id))
+            for number in range(50):
+                queue.add_task("line", {"file": str(self.folder / "lines")}, task_id=str(number))
+        self.assertEqual(sorted(map(int, (line.split()[0] for line in lines_of(self.folder / "lines")))), list(range(50)))
+        self.assertEqual(heard[-1], (1, 2, None))
+        self.assertEqual((queue.count(state=["waiting", "running"]), multiprocessing.active_children()), (0, []))
+
+    def test_shutdown_gives_back_and_a_dead_worker_is_replaced(self):
+        queue, flag = self.queue(), str(self.folder / "flag")
+        cluster = self.cluster({"hold": hold, "pid": pid_of_worker}, queue, max_available_workers=1, keep_alive="always", shutdown_timeout=0.1)
+        first = cluster.submit("pid").result(PATIENCE)
+        os.kill(first, getattr(signal, "SIGKILL", signal.SIGTERM))
+        eventually(lambda: [w["pid"] for w in cluster.workers() if w["state"] == "idle"] not in ([], [first]))
+        self.assertNotEqual(cluster.submit("pid").result(PATIENCE), first)
+        queue.add_task("hold", flag, task_id="held")
+        eventually(lambda: os.path.exists(flag + ".started"))
+        cluster.shutdown(wait=False)
+        eventually(lambda: queue.find_one(task_id="held").state == "waiting")
+        self.assertEqual(queue.find_one(task_id="held").attempt, 0)
+
+
 # --- Help for users' tests -------------------------------------------------------------
 
 
@@ -6981,7 +7029,7 @@ class TestOperators(InFolder):
             self.skipTest("this system has no pty")
         self.some()
         mine, theirs = pty.openpty()
-        process = self.start(HERE / "taskpool.py", "status", "tasks.db", "--watch", stdout=theirs)
+        process = self.start(HERE / "taskpool.py", "status", "tasks.db", "--watch", stdout=theirs, env={"TERM": "xterm"})
         os.close(theirs)
         shown = b""
         while shown.count(b"\x1b[J") < 2:
