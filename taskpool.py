@@ -988,9 +988,10 @@ def _check_json(value: Any, path: str, depth: int) -> None:
             _check_json(item, f'{path}["{key}"]', depth + 1)
     elif kind is list:
         _check_depth(path, depth)
+        if set(map(type, value)) == {int} and -MAX_INT <= min(value) and max(value) <= MAX_INT:
+            return  # A long list of numbers, in a quarter of the time.
         for index, item in enumerate(value):
-            if type(item) is not int or not -MAX_INT - 1 <= item <= MAX_INT:
-                _check_json(item, f"{path}[{index}]", depth + 1)
+            _check_json(item, f"{path}[{index}]", depth + 1)
     elif value is not None and kind is not bool:
         allowed = "JSON values: dict with str keys, list, str, int, float, bool, None"
         raise _wrong_type(path, value, allowed)
@@ -4451,12 +4452,21 @@ class _WakeUp:
             end.close()
 
 
+_READ_BYTES = 1 << 18
+_PIPE_BYTES = 1 << 20  # What Linux allows to all.
+
+
 def _own(connection: Connection) -> Any:
     """A raw, non-blocking file for the master's end of a pipe, in place of *connection*."""
     descriptor = os.dup(connection.fileno())
     mode = "rb" if connection.readable else "wb"
     connection.close()
     os.set_blocking(descriptor, False)
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        # Large data in fewer pieces, where a pipe can be made larger than 64 kB (Linux).
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     end = open(descriptor, mode, buffering=0)  # noqa: SIM115
     _master_ends.add(end)
     return end
@@ -4466,9 +4476,6 @@ def _disown(end: Any) -> None:
     _master_ends.discard(end)
     with contextlib.suppress(OSError):
         end.close()
-
-
-_READ_BYTES = 1 << 18
 
 
 class _Channel:
@@ -4519,7 +4526,7 @@ class _Channel:
         except OSError:  # Nobody reads; what the worker has sent is still to be read.
             self._unsent.clear()
 
-    def receive(self) -> Iterator[bytes]:
+    def receive(self) -> Iterator[bytearray]:
         """The messages that have arrived; of a flood, a part, so that others get a turn."""
         try:
             for _ in range(16):
@@ -4541,7 +4548,7 @@ class _Channel:
                 body += 8
             if len(view) - body < size:
                 break
-            yield bytes(view[body : body + size])
+            yield view[body : body + size]
             start = body + size
         del self._received[:start]
 

@@ -3987,21 +3987,6 @@ class TestP5Order(InFolder):
         ids = [line.split()[0] for line in lines_of(path)]
         self.assertEqual(ids, [f"1{i:03}" for i in range(500)] + [f"0{i:03}" for i in range(500)])
 
-    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
-    def test_a_worker_that_could_not_begin_its_batch_is_used_again(self):
-        """Not one of its tasks has started when they are taken back: it has all its room."""
-        cluster = self.cluster({"echo": echo}, max_available_workers=1, keep_alive="always", in_memory_only=True)
-        list(cluster.map("echo", range(100)))  # Known to be quick: they go in batches.
-        (worker,) = cluster.workers()
-        os.kill(worker["pid"], signal.SIGSTOP)
-        futures = [cluster.submit("echo", i) for i in range(100)]
-        eventually(lambda: cluster.workers()[0]["state"] == "busy")
-        first = cluster.workers()[0]["since"]
-        eventually(lambda: cluster.workers()[0]["since"] - first > timedelta(milliseconds=10))
-        os.kill(worker["pid"], signal.SIGCONT)
-        self.assertEqual([future.result(PATIENCE) for future in futures], list(range(100)))
-        self.assertEqual([w["pid"] for w in cluster.workers()], [worker["pid"]])
-
     def test_nothing_waits_behind_a_slow_task_while_a_worker_is_idle(self):
         queue, path = self.queue(), str(self.folder / "hold")
         task_map = {"mixed": mixed}
