@@ -1098,7 +1098,7 @@ class StoreContract:
         self.assertEqual((self.look().due_at, self.look().result), (NOW + 20 * SECOND, None))
 
     def test_missed_slots_are_made_up_by_one_run(self):
-        """RC-07, RC-11, RC-16."""
+        """RC-07, RC-08, RC-11, RC-16."""
         day = 86_400 * SECOND
         self.add(row("interval", repeat=timedelta(seconds=60)), row("cron", repeat="* * * * *"))
         late = NOW + 4 * day + 7 * SECOND
@@ -3663,8 +3663,18 @@ class TestP1NothingIsLost(InFolder):
                 eventually(lambda: "works again" in "\n".join(logs.output))
             self.assertEqual(lines_of(path), ["once 1"])
             self.assertEqual("\n".join(logs.output).count("disk is full"), 1)
+            # RC-15: also the next slots of repeating tasks.
+            repeated = [self.folder / name for name in ("first", "second")]
+            for path in repeated:
+                queue.add_task("line", {"file": str(path)}, task_id=path.name, repeat=timedelta(milliseconds=50))
+            eventually(lambda: all(lines_of(path) for path in repeated))
+            Failing.fails = 2
+            with self.assertLogs("taskpool", "WARNING") as logs:
+                eventually(lambda: "works again" in "\n".join(logs.output))
+            counts = [len(lines_of(path)) for path in repeated]
+            eventually(lambda: all(len(lines_of(p)) > n + 1 for p, n in zip(repeated, counts)))
+            queue.remove(task_id=["first", "second"])
             cluster.shutdown()
-
 
     def test_the_end_waits_for_a_store_that_fails_for_a_while(self):
         class Failing(SQLiteStore):
