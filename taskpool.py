@@ -3095,10 +3095,11 @@ class MongoStore(Store):
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
         ended: list[Row] = []
         with self._lock, self._errors():
-            # Holders of claims that are not among the masters count as silent ones.
-            beats: dict[str, Any] = dict.fromkeys(
-                self._tasks.distinct("owner", {"owner": {"$gt": ""}})
-            )
+            # Holders of claims, and owners of lanes, that are not among the masters count as
+            # silent ones: one may die before its first beat, or add as it leaves.
+            holders = self._tasks.distinct("owner", {"owner": {"$gt": ""}})
+            waiting = {"state": {"$in": ["ready", "scheduled"]}, "lane": {"$gt": ""}}
+            beats = dict.fromkeys([*holders, *self._tasks.distinct("lane", waiting)])
             beats.update((master["_id"], master["beat"]) for master in self._masters.find())
             beats.pop(owner, None)
             for other in _dead_owners(beats, self._seen, seconds):

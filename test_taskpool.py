@@ -2039,6 +2039,13 @@ class MongoContract(StoreContract):
         self.store.renew("me", NOW)
         self.assertTrue(self.settle(claimed, "done"))
 
+    def test_a_run_that_goes_on_after_a_report_keeps_its_claim_at_the_next_renewal(self):
+        self.add(row(keep_result=9))
+        (claimed,) = self.claim()
+        self.settle(claimed, "running", progress="[1,2,null]")
+        self.store.renew("me", NOW)
+        self.assertTrue(self.settle(claimed, "done", result="1"))
+
     def test_an_add_that_broke_off_tells_what_it_stored(self):
         store, faults = self.faulty()
         store._transactions = False  # As on a server that is alone.
