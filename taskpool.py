@@ -64,6 +64,9 @@ What is promised (the tests and the README carry the same numbers)
     P8  Nothing stored is ever unpickled or evaluated: who can write to the store can
         only start mapped functions with JSON data.
 
+Tasks are stored in a SQLite file, in a MongoDB collection that many machines share
+(TaskQueue(MongoStore(collection))), or in a store of your own.
+
 Units: durations are seconds (or a timedelta), but `refresh_rate` and an integer
 `keep_alive` are milliseconds, as in nschwarz:cluster, from which this descends.
 Instants are datetimes outside and integer microseconds since 1970 (UTC) inside.
@@ -107,13 +110,14 @@ from datetime import date, datetime, timedelta, timezone, tzinfo
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from types import CoroutineType
-from typing import Any, Callable, NamedTuple, Union, cast
+from typing import Any, Callable, NamedTuple, TypeVar, Union, cast
 
 __version__ = "0.1.0"
 __all__ = [
     "Cluster",
     "Cron",
     "DuplicateTask",
+    "MongoStore",
     "RemoteError",
     "SQLiteStore",
     "Store",
@@ -146,6 +150,7 @@ BOOT_CAP_SECONDS = 30.0  # ... up to this.
 STORE_SECONDS = 0.1  # The same for a store that fails...
 STORE_CAP_SECONDS = 5.0  # ... up to this.
 BOOT_TRIES = 5  # Silent deaths of starting workers, in a row, that count as an error.
+WAIT_SECONDS = 3600.0  # Longest wait of a dispatcher: selectors overflow at 24 days.
 REPORT_SECONDS = 0.1  # Between two reports of job.progress that leave a worker...
 REPORT_STORE_SECONDS = 1.0  # ... and between two that a master stores.
 EXIT_SECONDS = 2.0  # A worker told to stop is killed after this long.
@@ -983,9 +988,10 @@ def _check_json(value: Any, path: str, depth: int) -> None:
             _check_json(item, f'{path}["{key}"]', depth + 1)
     elif kind is list:
         _check_depth(path, depth)
+        if set(map(type, value)) == {int} and min(value) >= -MAX_INT and max(value) <= MAX_INT:
+            return  # A long list of numbers, in a quarter of the time.
         for index, item in enumerate(value):
-            if type(item) is not int or not -MAX_INT - 1 <= item <= MAX_INT:
-                _check_json(item, f"{path}[{index}]", depth + 1)
+            _check_json(item, f"{path}[{index}]", depth + 1)
     elif value is not None and kind is not bool:
         allowed = "JSON values: dict with str keys, list, str, int, float, bool, None"
         raise _wrong_type(path, value, allowed)
@@ -1129,6 +1135,11 @@ def next_slot(repeat: str, due_at: int, now: int) -> int | None:
         return None
 
 
+def _succeeding(row: Row, successor: str) -> Row:
+    """The Row that follows *row* under its id. It was created when it was added."""
+    return Row(**json.loads(successor))._replace(claim=row.claim)
+
+
 def claimed(row: Row, owner: str, now: int) -> Row:
     """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
     # Five times as fast as _replace, and done for every task.
@@ -1146,7 +1157,8 @@ def after_end(row: Row, now: int) -> Row | None:
         return row
     if row.keep_result is None:
         return None
-    return row._replace(expires_at=now + int(row.keep_result * 1e6))
+    kept = int(min(row.keep_result * 1e6, NEVER - now - 1))  # Fits in a store.
+    return row._replace(expires_at=now + kept)
 
 
 def failed_start(row: Row, error: str, now: int, may_retry: bool = True) -> Outcome:
@@ -1179,8 +1191,7 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
         row = row._replace(state="ready", attempt=attempt, owner="", progress=None)
         return row._replace(ready_at=outcome.ready_at)
     if row.successor is not None:
-        # Its created_at stays: that is when it was added.
-        return Row(**json.loads(row.successor))
+        return _succeeding(row, row.successor)
     if outcome.state == "done" and row.keep_result is None and row.repeat is None:
         return None
     row = row._replace(
@@ -1197,6 +1208,11 @@ def has_run(row: Row, before: Row) -> bool:
     return row.repeat is not None and row.due_at > before.due_at and row.claim > before.claim
 
 
+def given_back(row: Row, now: int) -> Row | None:
+    """running -> waiting, uncharged: its run was not to its end."""
+    return after_run(row, Outcome(row.id, row.claim, "ready", charged=False), now)
+
+
 def after_interruption(row: Row, now: int) -> Row | None:
     """running, its master dead -> the Row that follows, or None. (P3)
 
@@ -1208,7 +1224,7 @@ def after_interruption(row: Row, now: int) -> Row | None:
     interrupted = row.interrupted + 1
     if interrupted > INTERRUPTIONS:
         if row.successor is not None:
-            return Row(**json.loads(row.successor))
+            return _succeeding(row, row.successor)
         times = f"{INTERRUPTIONS} times in a row"
         error = f"Interrupted: its master died {times} while it ran this task alone"
         row = row._replace(state="failed", owner="", interrupted=0)
@@ -1228,8 +1244,11 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
 
     The first is None if nothing is to be stored. Raises DuplicateTask.
     """
-    if old is None or old.state in ("failed", "done"):
+    if old is None:
         return new, new
+    replacing = new._replace(claim=old.claim)  # The fencing token is never reset.
+    if old.state in ("failed", "done"):
+        return replacing, new
     if if_exists == "keep" and not old.removed:
         return None, old
     if if_exists == "raise":
@@ -1239,7 +1258,7 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
         )
     if old.state == "running":
         return old._replace(successor=_packed_row(new), removed=0), new
-    return new, new
+    return replacing, new
 
 
 def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
@@ -1482,11 +1501,26 @@ class Store:
         raise NotImplementedError
 
     def transaction(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the calls inside one write, where the store can. Default: nothing."""
+        """Make the calls inside one write, and yield anything but None, if the store can."""
         return contextlib.nullcontext()
 
     def close(self) -> None:
         """Let go of files and connections. A later call opens them again."""
+
+
+def _dead_owners(
+    beats: Mapping[str, Any], seen: dict[str, tuple[Any, float]], seconds: float
+) -> list[str]:
+    """Which owners are dead: one can see it, or their beats stood still for a lease. (P3)
+
+    *seen* is the observer's memory: beats, and since when (*seconds*) they are so.
+    """
+    for owner in set(seen) - set(beats):
+        del seen[owner]
+    for owner, beat in beats.items():
+        if owner not in seen or seen[owner][0] != beat:
+            seen[owner] = beat, seconds
+    return [o for o in beats if seconds - seen[o][1] >= LEASE_SECONDS or owner_is_dead(o)]
 
 
 def _shares(types: Mapping[str, float] | Iterable[str]) -> Mapping[str, float]:
@@ -1498,7 +1532,7 @@ _RankedRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row
 _DatedRow = tuple[int, int, Row]  # (ready_at, insertion, row)
 
 
-def _fits(row: Row, query: Query, now: int) -> bool:
+def fits(row: Row, query: Query, now: int) -> bool:
     waiting = row.state in ("scheduled", "ready")
     could_run = row.state == "ready" or (row.state == "scheduled" and row.ready_at <= now)
     return (
@@ -1707,7 +1741,7 @@ class MemoryStore(Store):
                 rows = list(self._rows.values())
             else:
                 rows = [self._rows[i] for i in dict.fromkeys(query.ids) if i in self._rows]
-        found = sorted((r for r in rows if _fits(r, query, now)), key=lambda row: row.created_at)
+        found = sorted((r for r in rows if fits(r, query, now)), key=lambda row: row.created_at)
         stop = None if query.limit is None else query.offset + query.limit
         return found[query.offset : stop]
 
@@ -1869,11 +1903,18 @@ _RENEW = "UPDATE taskpool_master SET beat = beat + 1 WHERE owner = ?"
 _ENTER = "INSERT INTO taskpool_master (owner, beat) VALUES (?, 0)"
 _LEAVE = "DELETE FROM taskpool_master WHERE owner = ?"
 _MASTERS = "SELECT owner FROM taskpool_master"
-# Holders of claims that are not in the table of masters count as silent masters.
+# Holders of claims, and owners of lanes, that are not in the table of masters count as
+# silent masters: one may die before its first beat, or add to its lane as it leaves.
 _OWNERS = """
+WITH RECURSIVE lane_owner(o) AS (
+    SELECT min(lane) FROM taskpool_task WHERE lane > ''
+    UNION ALL SELECT (SELECT min(lane) FROM taskpool_task WHERE lane > '' AND lane > o)
+    FROM lane_owner WHERE o IS NOT NULL)
 SELECT owner, beat FROM taskpool_master
-UNION SELECT DISTINCT owner, -1 FROM taskpool_task WHERE state = 'running'
-AND owner NOT IN (SELECT owner FROM taskpool_master)
+UNION SELECT owner, -1 FROM (
+    SELECT owner FROM taskpool_task WHERE state = 'running'
+    UNION SELECT o FROM lane_owner WHERE o IS NOT NULL)
+WHERE owner NOT IN (SELECT owner FROM taskpool_master)
 """
 _OPEN_LANE = "UPDATE taskpool_task SET lane = '' WHERE lane > '' AND lane = ?"
 _EXPIRE = "DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ?"
@@ -1919,11 +1960,18 @@ def _rank(candidate: Sequence[Any]) -> tuple[int, int, int]:
     return -priority, created_at, seq
 
 
+@lru_cache(maxsize=1000)
+def _wrong_column(kinds: tuple[type, ...]) -> str | None:
+    """The first column whose value has a type that it cannot have."""
+    named = zip(_COLUMNS, kinds)
+    return next((name for name, kind in named if kind not in _COLUMN_TYPES[name]), None)
+
+
 def _unusable(columns: Sequence[Any]) -> str:
     """Why a stored row cannot be a Row ("" if it can): SQLite keeps any type anywhere."""
-    for name, value in zip(_COLUMNS, columns):
-        if type(value) not in _COLUMN_TYPES[name]:
-            return f"column {name} holds {_shown(value)}"
+    wrong = _wrong_column(tuple(map(type, columns)))
+    if wrong is not None:
+        return f"column {wrong} holds {_shown(columns[_COLUMNS.index(wrong)])}"
     if columns[_REPEAT] is not None:
         try:
             _read_repeat(columns[_REPEAT])
@@ -1976,6 +2024,9 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     return " AND ".join(terms), values
 
 
+_T = TypeVar("_T")  # What is read or written.
+
+
 class SQLiteStore(Store):
     """Tasks in one SQLite file (WAL), shared by any number of processes of one machine.
 
@@ -2015,7 +2066,7 @@ class SQLiteStore(Store):
         self._reader: sqlite3.Connection | None = None
         self._opened = self._reading = (0, 0)  # The _identity that each has.
         self._stale = False  # Open again before the next write.
-        self._writing = 0  # The depth of transactions; > 0 only for the lock's holder.
+        self._grouping = 0  # The thread in transaction(), which holds the write lock.
         self._seen: dict[str, tuple[int, float]] = {}  # owner -> beat, and since when.
 
     @contextlib.contextmanager
@@ -2116,55 +2167,78 @@ class SQLiteStore(Store):
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.005)
-        if mode != "wal":
+        if mode != "wal" and not self._connections:  # Once.
             _log.warning("%s: WAL is not possible here; journal mode is %s", self.path, mode)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write_lock, self._errors():
-            if self._writing:
+            if self._grouping:
                 yield cast(sqlite3.Connection, self._writer)
                 return
-            if self._stale or self._opened != self._identity():
-                self.close()
-            if self._writer is None:
-                self._writer = self._open()
-                self._opened = self._identity()
-            db = self._writer
-            db.execute("BEGIN IMMEDIATE")
-            self._writing += 1
             try:
+                db = self._begin()
+                self._grouping = threading.get_ident()
                 yield db
-                db.execute("COMMIT")
-                if self._opened != self._identity():
-                    raise StoreError(f"{self.path}: the file was deleted or replaced")
+                self._commit(db)
             except BaseException:
-                # SQLite may have rolled back itself (full disk); keep the first error.
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
+                self._roll_back()
                 raise
             finally:
-                self._writing -= 1
+                self._grouping = 0
 
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[sqlite3.Connection]:
-        if self._write_lock.acquire(blocking=False):
+    def _write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Have *work* write in a transaction of its own, or in that of the caller.
+
+        This and _read are no context managers: a Ctrl-C between the entering of one and
+        its block would keep the lock as long as somebody looks at the KeyboardInterrupt.
+        """
+        with self._write_lock, self._errors():
+            if self._grouping:
+                return work(cast(sqlite3.Connection, self._writer))
             try:
-                if self._writing:
-                    with self._errors():
-                        yield cast(sqlite3.Connection, self._writer)
-                    return
-            finally:
-                self._write_lock.release()
-        with self._read_lock, self._errors():
-            if self._reader is not None and self._reading != self._identity():
-                self._connections.remove(self._reader)
-                self._reader.close()
-                self._reader = None
-            if self._reader is None:
-                self._reader = self._open()
-                self._reading = self._identity()
-            yield self._reader
+                db = self._begin()
+                result = work(db)
+                self._commit(db)
+                return result
+            except BaseException:
+                self._roll_back()
+                raise
+
+    def _begin(self) -> sqlite3.Connection:
+        if self._stale or self._opened != self._identity():
+            self.close()
+        if self._writer is None:
+            self._writer = self._open()
+            self._opened = self._identity()
+        self._roll_back()  # What a second Ctrl-C, just after the first, left open.
+        self._writer.execute("BEGIN IMMEDIATE")
+        return self._writer
+
+    def _commit(self, db: sqlite3.Connection) -> None:
+        db.execute("COMMIT")
+        if self._opened != self._identity():
+            raise StoreError(f"{self.path}: the file was deleted or replaced")
+
+    def _roll_back(self) -> None:
+        # SQLite may have rolled back itself (full disk); keep the first error.
+        if self._writer is not None and self._writer.in_transaction:
+            self._writer.execute("ROLLBACK")
+
+    def _read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Have *work* read, in a transaction() what was written there too."""
+        with self._errors():
+            if self._grouping == threading.get_ident():
+                return work(cast(sqlite3.Connection, self._writer))
+            with self._read_lock:
+                if self._reader is not None and self._reading != self._identity():
+                    self._connections.remove(self._reader)
+                    self._reader.close()
+                    self._reader = None
+                if self._reader is None:
+                    self._reader = self._open()
+                    self._reading = self._identity()
+                return work(self._reader)
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:
@@ -2176,8 +2250,7 @@ class SQLiteStore(Store):
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         if len(additions) == 1 and self._add_alone(additions[0][0]):
             return [additions[0][0]]
-        with self.transaction() as db:
-            return [self._add(db, new, if_exists) for new, if_exists in additions]
+        return self._write(lambda db: [self._add(db, *addition) for addition in additions])
 
     def add_through(
         self, connection: sqlite3.Connection, additions: Sequence[tuple[Row, str]]
@@ -2221,7 +2294,7 @@ class SQLiteStore(Store):
         """The usual case in one statement, which costs half of a transaction. False if
         that could not be done: the id is taken, say."""
         with self._write_lock:
-            if self._writer is None or self._writing or self._stale:
+            if self._writer is None or self._writer.in_transaction or self._stale:
                 return False
             try:
                 self._writer.execute(_ADD, new[:-1])
@@ -2268,7 +2341,8 @@ class SQLiteStore(Store):
         shares = _shares(types)
         if not shares or limit <= 0:
             return []
-        with self.transaction() as db:
+
+        def work(db: sqlite3.Connection) -> list[Row]:
             try:
                 return self._claim(db, owner, shares, limit, now, until)
             except sqlite3.OperationalError as error:
@@ -2280,6 +2354,8 @@ class SQLiteStore(Store):
                 return self._claim(db, owner, shares, limit, now, until)
             finally:
                 db.text_factory = str
+
+        return self._write(work)
 
     def _claim(
         self,
@@ -2339,8 +2415,7 @@ class SQLiteStore(Store):
         ]
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
-        with self.transaction() as db:
-            return [self._settle(db, owner, outcome, now) for outcome in outcomes]
+        return self._write(lambda db: [self._settle(db, owner, o, now) for o in outcomes])
 
     def _settle(self, db: sqlite3.Connection, owner: str, outcome: Outcome, now: int) -> bool:
         claim = outcome.id, outcome.claim, owner
@@ -2355,39 +2430,37 @@ class SQLiteStore(Store):
         return True
 
     def renew(self, owner: str, now: int) -> None:
-        with self.transaction() as db:
+        def work(db: sqlite3.Connection) -> None:
             if not db.execute(_RENEW, (owner,)).rowcount:
                 db.execute(_ENTER, (owner,))
             db.execute(_EXPIRE, (now,))
 
+        self._write(work)
+
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
-        with self._read() as db:
-            beats: dict[str, int] = dict(db.execute(_OWNERS).fetchall())
+        def look(db: sqlite3.Connection) -> dict[str, int]:
+            return dict(db.execute(_OWNERS).fetchall())
+
+        beats = self._read(look)
         beats.pop(owner, None)
-        for other, beat in beats.items():
-            if self._seen.get(other, (None,))[0] != beat:
-                self._seen[other] = beat, seconds
-        self._seen = {other: seen for other, seen in self._seen.items() if other in beats}
-        silent = [o for o, (_, since) in self._seen.items() if seconds - since >= LEASE_SECONDS]
-        dead = [other for other in beats if other in silent or owner_is_dead(other)]
-        ended: list[Row] = []
-        for other in dead:
-            with self.transaction() as db:
-                # Looked at again, under the lock: it may have renewed in between.
-                if dict(db.execute(_OWNERS).fetchall()).get(other) == beats[other]:
+        dead = list(_dead_owners(beats, self._seen, seconds))
+
+        def work(db: sqlite3.Connection) -> list[Row]:
+            # Looked at again, under the lock: some may have renewed in between.
+            again, ended = look(db), []
+            for other in dead:
+                if again.get(other) == beats[other]:
                     ended += self._give_back(db, other, now, after_interruption)
-        return ended
+            return ended
+
+        return self._write(work) if dead else []
 
     def leave(self, owner: str, now: int) -> None:
-        def given_back(row: Row, now: int) -> Row | None:
-            return after_run(row, Outcome(row.id, row.claim, "ready", charged=False), now)
-
-        with self.transaction() as db:
-            self._give_back(db, owner, now, given_back)
+        self._write(lambda db: self._give_back(db, owner, now, given_back))
 
     def owners(self) -> list[str]:
-        with self._read() as db:
-            return [owner for (owner,) in db.execute(_MASTERS)]
+        found = self._read(lambda db: db.execute(_MASTERS).fetchall())
+        return [owner for (owner,) in found]
 
     def _give_back(
         self, db: sqlite3.Connection, owner: str, now: int, after: Callable[[Row, int], Row | None]
@@ -2406,65 +2479,739 @@ class SQLiteStore(Store):
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
     ) -> list[int]:
-        due: list[int] = []
-        with self._read() as db:
+        def work(db: sqlite3.Connection) -> list[int]:
+            due: list[int] = []
             for place in self._places(db, owner, types, NEVER):
                 (ready,) = db.execute(_COUNT_READY, (*place, until, limit)).fetchone()
                 due += [now] * ready
                 due += [at for (at,) in db.execute(_NEXT_DUE, (*place, until, limit))]
-        return sorted(due)[:limit]
+            return sorted(due)[:limit]
+
+        return self._read(work)
 
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
-        with self._read() as db:
-            found = db.execute(_STARTABLE, {"lane": "", "instant": now})
-            return sorted(task_type for (task_type,) in found if task_type not in known)
+        values = {"lane": "", "instant": now}
+        found = self._read(lambda db: db.execute(_STARTABLE, values).fetchall())
+        return sorted(task_type for (task_type,) in found if task_type not in known)
 
     def find(self, query: Query, now: int) -> list[Row]:
         where, values = _where(query, now)
         limit = -1 if query.limit is None else query.limit
         statement = f"SELECT {_LIST} FROM taskpool_task WHERE {where} {_OLDEST_FIRST}"
-        with self._read() as db:
+        values += limit, query.offset
+
+        def work(db: sqlite3.Connection) -> list[Any]:
             try:
-                found = db.execute(statement, (*values, limit, query.offset)).fetchall()
+                return db.execute(statement, values).fetchall()
             except sqlite3.OperationalError as error:
                 if "decode" not in str(error):
                     raise
                 db.text_factory = lambda raw: _decoded(raw, raw.decode(errors="replace"))
                 try:
-                    found = db.execute(statement, (*values, limit, query.offset)).fetchall()
+                    return db.execute(statement, values).fetchall()
                 finally:
                     db.text_factory = str
-        return [Row(*columns) for columns in found]
+
+        return [Row(*columns) for columns in self._read(work)]
 
     def count(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self._read() as db:
-            found = db.execute(f"SELECT count(*) FROM taskpool_task WHERE {where}", values)
-            return cast(int, found.fetchone()[0])
+        statement = f"SELECT count(*) FROM taskpool_task WHERE {where}"
+        return cast(int, self._read(lambda db: db.execute(statement, values).fetchone()[0]))
 
     def remove(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self.transaction() as db:
-            marked = db.execute(f"{_MARK} AND {where}", values).rowcount
-            return marked + db.execute(f"{_REMOVE} AND {where}", values).rowcount
+        statements = f"{_MARK} AND {where}", f"{_REMOVE} AND {where}"
+        return self._write(lambda db: sum(db.execute(s, values).rowcount for s in statements))
 
     def retry(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
-        with self.transaction() as db:
-            found = db.execute(
-                f"SELECT {_LIST} FROM taskpool_task WHERE state = 'failed' AND {where}", values
-            ).fetchall()
+        statement = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'failed' AND {where}"
+
+        def work(db: sqlite3.Connection) -> int:
+            found = db.execute(statement, values).fetchall()
             for columns in found:
                 self._replace(db, Row(*columns), after_retry(Row(*columns), now))
             return len(found)
 
+        return self._write(work)
+
     def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
-        with self.transaction() as db:
-            old = self._row(db, task_id)
-            new = after_update(old, task_id, changes, now)
+        def work(db: sqlite3.Connection) -> Row:
+            new = after_update(self._row(db, task_id), task_id, changes, now)
             self._replace(db, new, new)
             return new
+
+        return self._write(work)
+
+
+# MongoDB. A document has the original's seven fields, which a Meteor application reads and
+# writes, and beside them our columns by their names. Those that hold their usual value
+# are left out.
+
+_FIELDS = {"id": "_id", "task_type": "taskType"}  # Other columns keep their names.
+_USUAL: dict[str, Any] = {
+    **Row._field_defaults,
+    "retries": 0,
+    "retry_delay": 1.0,
+    "timeout": None,
+    "keep_result": None,
+}
+_NO_DATES = {"createdAt": 0, "dueDate": 0}  # Only for Meteor; we have our own.
+_RANK = [("priority", -1), ("created_at", 1), ("seq", 1)]  # The order of claims.
+_MONGO_INDEXES: tuple[tuple[str, list[tuple[str, int]], bool], ...] = (
+    # What can be claimed, in order; also finds documents that have no state yet.
+    ("taskpool_ready", [("state", 1), ("lane", 1), ("taskType", 1), *_RANK], False),
+    # Documents that are not due are never in the way of others.
+    ("taskpool_scheduled", [("state", 1), ("lane", 1), ("taskType", 1), ("ready_at", 1)], False),
+    # Sparse: only running ones have an owner, only `done` ones expire.
+    ("taskpool_running", [("owner", 1)], True),
+    ("taskpool_expires", [("expires_at", 1)], True),
+)
+_READABLE_CHARS = 1_000_000  # Longer data are stored as text, which is smaller.
+_MOST_BYTES = 7_000_000  # Of data, and of a result: MongoDB's 16 MB hold both.
+_ADOPTED_AT_ONCE = 1000
+_TRIES = 20  # How often a change is begun anew when others were quicker.
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether all servers and drivers take these keys: not those with a $ or a dot."""
+    if isinstance(value, dict):
+        return all("." not in k and k[:1] != "$" and _is_plain(v) for k, v in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list) else True
+
+
+def _data_fields(text: str) -> dict[str, Any]:
+    value = json.loads(text) if len(text) <= _READABLE_CHARS else {"$": ""}
+    return {"data": value} if _is_plain(value) else {"data": None, "json": text}
+
+
+def _date(instant: int) -> datetime:
+    """For Meteor: the nearest date there is, whatever somebody wrote into a document."""
+    return _datetime(min(max(instant, 0), 253_402_300_799_999_999))
+
+
+def _fields_of(row: Row) -> dict[str, Any]:
+    """A Row as the fields of its document, without those of its data."""
+    ended = row.state in ("failed", "done")
+    fields = {
+        "createdAt": _date(row.created_at),
+        # The original starts what is not on-going and has a dueDate that is past. So it
+        # keeps off what runs here, retries that wait, and what has ended.
+        "onGoing": row.state == "running",
+        "dueDate": None if ended else _date(max(row.due_at, row.ready_at)),
+    }
+    for name in _COLUMNS:
+        value = getattr(row, name)
+        if name != "data" and (name not in _USUAL or value != _USUAL[name]):
+            fields[_FIELDS.get(name, name)] = value
+    return fields
+
+
+def _changes(old: Row, new: Row) -> dict[str, Any]:
+    """The update that makes the document of *old* that of *new*; other fields stay."""
+    before, after = _fields_of(old), _fields_of(new)
+    if new.created_at != old.created_at:  # Another task: whatever was changed meanwhile.
+        before, old = _USUAL, old._replace(data="")
+    put = {name: value for name, value in after.items() if before.get(name, before) != value}
+    if new.data != old.data:
+        before, put = {**before, "json": ""}, {**put, **_data_fields(new.data)}
+    gone = dict.fromkeys(before.keys() - after.keys() - put.keys(), "")
+    changes = {"$set": {"state": new.state, **put}}
+    return {**changes, "$unset": gone} if gone else changes
+
+
+def _microseconds(date: Any) -> Any:
+    if not isinstance(date, datetime):
+        return date
+    # Without tz_aware, drivers give UTC without saying so.
+    aware = date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
+    return (aware - _EPOCH) // _MICROSECOND
+
+
+def _row_of(document: Mapping[str, Any], now: int) -> tuple[Row, str]:
+    """The Row of a document, and why it cannot be run ("" if it can).
+
+    What is missing, in a document that a Meteor application inserted, has its default.
+    """
+    values = {**_USUAL, "priority": 1, "data": {}, "lane": "", "state": "scheduled"}
+    values["created_at"] = _microseconds(document.get("createdAt", now))
+    values["due_at"] = _microseconds(document.get("dueDate", values["created_at"]))
+    if document.get("onGoing"):  # A Meteor cluster's. If that is dead: see recover().
+        values.update(state="running", owner="nschwarz:cluster", attempt=1, claim=1)
+    values.update(document)
+    values.setdefault("ready_at", values["due_at"])
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        values["data"] = values["json"] if "json" in values else _encode(values["data"])
+    columns: list[Any] = [values.get(_FIELDS.get(name, name)) for name in _COLUMNS]
+    for index, types in enumerate(_COLUMN_TYPES.values()):
+        value = columns[index]
+        if isinstance(value, (int, float)) and type(value) not in (bool, *types):
+            if value // 1 == value:
+                columns[index] = int(value)  # JavaScript's 1.0; the driver's kinds of int.
+    problem = values.get("unreadable") or _unusable(columns)
+    for index, (name, types) in enumerate(_COLUMN_TYPES.items()):
+        if type(columns[index]) not in types:
+            columns[index] = "null" if name == "data" else types[-1]()
+    row = Row(*columns)._replace(id=str(document["_id"]))
+    if "state" not in document and row.state == "scheduled" and row.ready_at <= now:
+        row = row._replace(state="ready")
+    return row, problem
+
+
+def _due_here(owner: str, now: int) -> dict[str, Any]:
+    """Of `ready` documents, those that no other machine's clock promoted too early (P6)."""
+    past = {"$lte": now}
+    return {"$or": [{"ready_at": past, "due_at": past}, {"promoter": {"$in": [None, owner]}}]}
+
+
+def _fitting(outcome: Outcome) -> Outcome:
+    """Without a result that no document holds: it would be in the way of all others."""
+    if outcome.result is None or len(outcome.result.encode()) <= _MOST_BYTES:
+        return outcome
+    error = f"the result is not kept: it has over {_MOST_BYTES:,} bytes as JSON"
+    return outcome._replace(result=None, error=error)
+
+
+def _is_held(row: Row, owner: str, outcome: Outcome) -> bool:
+    return (row.state, row.owner, row.claim) == ("running", owner, outcome.claim)
+
+
+class _Raced(Exception):
+    """What was read had been changed when it was to be written."""
+
+
+def _was_race(error: Any) -> bool:
+    """Whether another writer was quicker: to begin anew helps."""
+    if isinstance(error, _Raced):
+        return True
+    errors = (getattr(error, "details", None) or {}).get("writeErrors", ())
+    codes = {getattr(error, "code", None), *(one.get("code") for one in errors)}
+    return bool(codes & {11000, 112})  # A duplicate key; a conflict of transactions.
+
+
+class _Claims:
+    """What a MongoStore remembers of one owner."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}  # What claim() gave out and settle() did not end.
+        self.in_doubt = False  # The server may have more claims, of which nobody knows.
+        self.unsure: set[tuple[str, int]] = set()  # Ends that it may have recorded or not.
+        self.told: dict[tuple[str, int], bool] = {}  # Answers that got lost: transaction().
+
+
+class MongoStore(Store):
+    """Tasks in a MongoDB collection, shared by any number of processes and machines.
+
+    *collection* is a pymongo Collection, or what behaves like one (it is never imported).
+    Used are `find`, `distinct`, `count_documents`, `insert_many`, `update_one`,
+    `update_many`, `find_one_and_update`, `delete_one`, `delete_many`, `bulk_write`,
+    `create_index`, `full_name`, `database.client.start_session`, and [".masters"]. The
+    client is yours: its write concern counts ("majority" is advised), and close() leaves
+    it open. It must read from the primary.
+
+    A document has the fields of nschwarz:cluster: `_id`, `taskType`, `priority`, `data`,
+    `createdAt`, `onGoing`, `dueDate`, and our columns beside them. A Meteor application
+    may insert documents with those seven alone. `data` holds the values themselves. Data
+    with a key that has a dot or begins with $, and data over 1,000,000 characters are in
+    the field `json` instead, as text. At most 7,000,000 bytes of data are stored,
+    and of a result with keep_result kept. What runs has `onGoing: true`; what has ended
+    has no dueDate; for what waits for a retry it is the date of that: so the original's
+    own poller starts none of them. Instants are kept in our fields in microseconds.
+
+    Every change is one conditional write to one document. add() of several tasks uses a
+    transaction, where the server has them (a replica set); elsewhere the StoreError of an
+    add() that broke off lists what it stored. Raises StoreError, with the collection's
+    name, for whatever the driver raises; whether the server did what was asked is then
+    unknown, and the cluster, which asks again, finds out.
+    """
+
+    def __init__(self, collection: Any) -> None:
+        if not isinstance(getattr(collection, "full_name", None), str):
+            raise _wrong_type("collection", collection, "a pymongo Collection")
+        concern = getattr(collection, "write_concern", None)
+        preference: Any = getattr(collection, "read_preference", None)
+        if getattr(concern, "acknowledged", True) is False or getattr(preference, "mode", None):
+            allowed = "one that acknowledges writes and reads from the primary"
+            raise _wrong_value("collection", collection, allowed)
+        self._tasks, self._masters = collection, collection["masters"]
+        self._name: str = collection.full_name
+        self._insertions = itertools.count()
+        self._prepared = False
+        self._transactions = True  # Until the server says that it has none.
+        self._models = self._find_models()
+        self._reset_after_fork()
+        _reset_in_forks.add(self)
+
+    def __repr__(self) -> str:
+        return f"MongoStore({self._name!r})"
+
+    def _reset_after_fork(self) -> None:
+        # Serialises what clusters do; not held by producers.
+        self._lock = threading.RLock()
+        self._claims: dict[str, _Claims] = collections.defaultdict(_Claims)
+        self._telling: list[tuple[_Claims, Any, bool]] | None = None
+        self._seen: dict[str, tuple[Any, float]] = {}  # owner -> beat, and since when.
+
+    def _find_models(self) -> tuple[Any, Any] | None:
+        """What bulk_write() takes, from the package of the collection's own class."""
+        for kind in type(self._tasks).__mro__:
+            package = sys.modules.get(kind.__module__.partition(".")[0])
+            if hasattr(package, "DeleteOne"):
+                return cast(Any, package).DeleteOne, cast(Any, package).UpdateOne
+        return None  # Then each write is a call of its own.
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            if not self._prepared:
+                self._make_indexes()
+                self._prepared = True
+            yield
+        except (TaskPoolError, ValueError):
+            raise  # By the policies.
+        except Exception as error:
+            raise StoreError(self._text(error)) from error
+
+    def _text(self, error: Exception) -> str:
+        return f"{self._name}: {type(error).__name__}: {error}"[:500]
+
+    def _make_indexes(self) -> None:
+        for name, keys, sparse in _MONGO_INDEXES:
+            try:
+                self._tasks.create_index(keys, name=name, sparse=sparse)
+            except Exception as error:
+                if not isinstance(getattr(error, "code", None), int):
+                    raise  # The server did not answer.
+                _log.warning("%s: no index %s, this may be slow: %s", self._name, name, error)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """No transaction of the server's. But what settle() answered in it is remembered
+        if it fails: the caller did not get the answers, and will settle again."""
+        with self._lock:
+            telling: list[tuple[_Claims, Any, bool]] = []
+            self._telling = telling
+            try:
+                yield
+            except BaseException:
+                for claims, end, held in telling:
+                    claims.told[end] = held
+                raise
+            finally:
+                self._telling = None
+
+    # ---- Reading and writing documents
+
+    def _find(self, where: Any, fields: Any = _NO_DATES, **options: Any) -> list[dict[str, Any]]:
+        """The documents, also where one of them cannot be decoded: that is `unreadable`."""
+        try:
+            return list(self._tasks.find(where, fields, **options))
+        except Exception as error:
+            if "BSON" not in type(error).__name__:
+                raise
+        found: list[dict[str, Any]] = []
+        for document in list(self._tasks.find(where, {"_id": 1}, **options)):
+            try:
+                found += self._tasks.find(document, fields)
+            except Exception as error:
+                if "BSON" not in type(error).__name__:
+                    raise
+                hidden = {**_NO_DATES, "data": 0, "json": 0}
+                (document,) = self._tasks.find(document, hidden)
+                found.append({**document, "unreadable": str(error)[:500]})
+        return found
+
+    def _rows(self, where: Any, now: int, **options: Any) -> list[Row]:
+        return [_row_of(document, now)[0] for document in self._find(where, **options)]
+
+    def _adopt(self, now: int, most: float = math.inf) -> None:
+        """Give documents that a Meteor application inserted what they need to be tasks."""
+        writes: list[tuple[Any, Any]] = []
+        while most > 0:
+            writes.clear()
+            for document in self._find({"state": None}, None, limit=_ADOPTED_AT_ONCE):
+                row, problem = _row_of(document, now)
+                if problem:
+                    _log.error("%s: the task %s cannot be run: %s", self._name, row.id, problem)
+                    row = row._replace(state="failed", owner="", error=problem)
+                fields = {**_fields_of(row), "seq": next(self._insertions)}
+                for name in ("_id", "taskType", "createdAt", *["priority"] * bool(problem)):
+                    del fields[name]
+                writes.append(({"_id": document["_id"], "state": None}, {"$set": fields}))
+            self._write(writes)
+            most -= len(writes) or most
+
+    def _write(self, writes: list[tuple[Any, Any]], **options: Any) -> list[bool | None]:
+        """Update, or where the update is None delete, one document for each.
+
+        Returns whether it was there. A bulk_write() tells only how many were: None where
+        it were some and not all.
+        """
+        if self._models is not None and len(writes) > 1:
+            delete, update = self._models
+            operations = [
+                delete(where) if changes is None else update(where, changes)
+                for where, changes in writes
+            ]
+            done = self._tasks.bulk_write(operations, ordered=False, **options)
+            count = done.deleted_count + done.matched_count
+            one: bool | None = None if 0 < count < len(writes) else count > 0
+            return [one] * len(writes)
+        tasks = self._tasks
+        return [
+            (
+                tasks.delete_one(where, **options).deleted_count > 0
+                if changes is None
+                else tasks.update_one(where, changes, **options).matched_count > 0
+            )
+            for where, changes in writes
+        ]
+
+    def _replace(
+        self, pairs: Sequence[tuple[Row, Row | None]], **options: Any
+    ) -> list[bool | None]:
+        """Write the second Row of each pair in place of the first, if that is still so."""
+        writes: list[tuple[Any, Any]] = []
+        for old, new in pairs:
+            where: dict[str, Any] = {"_id": old.id, "state": old.state}
+            for name in ("claim", "owner", "removed", "successor", "repeat"):
+                where[name] = getattr(old, name) or None  # None: or not there.
+            writes.append((where, None if new is None else _changes(old, new)))
+        return self._write(writes, **options)
+
+    # ---- Adding
+
+    def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
+        many, ids = len(additions) > 1, [new.id for new, _ in additions]
+        for new, _ in additions:
+            if len(new.data) * 4 > _MOST_BYTES and len(new.data.encode()) > _MOST_BYTES:
+                raise ValueError(f"data of {_shown(new.id)}: over {_MOST_BYTES:,} bytes as JSON")
+        with self._errors():
+            there: dict[str, Row] = {}  # At first as if no id were taken: most are not.
+            for attempt in range(_TRIES):
+                if attempt or (many and not self._transactions):
+                    self._adopt(now)
+                    there = {row.id: row for row in self._rows({"_id": {"$in": ids}}, now)}
+                planned, rows = dict(there), []
+                for new, if_exists in additions:
+                    stored, row = after_add(planned.get(new.id), new, if_exists)
+                    planned[new.id] = stored or planned[new.id]
+                    rows.append(row)
+                whole = not many or self._transactions  # Else a failure may leave a part.
+                try:
+                    self._put(there, planned, whole and many)
+                    return rows
+                except Exception as error:
+                    code = getattr(error, "code", None)
+                    if many and whole and (code == 20 or isinstance(error, NotImplementedError)):
+                        self._transactions = False  # A server that is alone; mongomock.
+                    elif not (whole and _was_race(error)):
+                        raise StoreError(f"{self._text(error)}{self._stored(rows)}") from error
+            raise StoreError(f"{self._name}: others change the same tasks all the time")
+
+    def _put(self, there: Mapping[str, Row], planned: Mapping[str, Row], at_once: bool) -> None:
+        """Store *planned* where *there* was read; *at_once*: in a transaction."""
+        pairs = [(there[i], row) for i, row in planned.items() if row is not there.get(i, row)]
+        fresh = [
+            {**_fields_of(row), **_data_fields(row.data), "seq": next(self._insertions)}
+            for i, row in planned.items()
+            if i not in there
+        ]
+        with contextlib.ExitStack() as stack:
+            options = {}
+            if at_once:
+                session = stack.enter_context(self._tasks.database.client.start_session())
+                concern = getattr(self._tasks, "write_concern", None)
+                stack.enter_context(session.start_transaction(write_concern=concern))
+                options = {"session": session}
+            if not all(self._replace(pairs, **options)):
+                raise _Raced
+            if fresh:
+                self._tasks.insert_many(fresh, **options)
+
+    def _stored(self, rows: list[Row]) -> str:
+        """For the error of an add(): which of its tasks are stored all the same."""
+        try:
+            there = self._rows({"_id": {"$in": [row.id for row in rows]}}, 0)
+        except Exception:
+            return "; whether anything was stored is not known"
+        found = {row[:6] for row in there}  # What a run, already, would not change.
+        ids = [row.id for row in rows if row[:6] in found]
+        return f"; stored all the same: {ids}" if ids else "; nothing was stored"
+
+    # ---- Running
+
+    def claim(
+        self,
+        owner: str,
+        types: Mapping[str, float] | Iterable[str],
+        limit: float,
+        now: int,
+        until: int = NEVER,
+    ) -> list[Row]:
+        shares = _shares(types)
+        if not shares or limit <= 0:
+            return []
+        with self._lock, self._errors():
+            claims = self._claims[owner]
+            if claims.in_doubt:
+                self._give_back_unknown(owner, now)
+            self._adopt(now, _ADOPTED_AT_ONCE)
+            place = {"lane": {"$in": ["", owner]}, "taskType": {"$in": list(shares)}}
+            due = {"state": "scheduled", **place, "ready_at": {"$lte": now}}
+            order = [("ready_at", 1)]
+            found = self._find(due, {"_id": 1}, sort=order, limit=PROMOTE_TASKS)
+            if found:
+                due["_id"] = {"$in": [document["_id"] for document in found]}
+                self._tasks.update_many(due, {"$set": {"state": "ready", "promoter": owner}})
+            where: dict[str, Any] = {"state": "ready", **place, **_due_here(owner, now)}
+            if until != NEVER:
+                where["due_at"] = {"$lte": until}
+            if any(row.interrupted for row in claims.rows.values()):
+                where["interrupted"] = None
+            for _ in range(_TRIES):
+                claims.in_doubt = True
+                chosen = self._take(owner, where, shares, limit, now)
+                # Read after the write: what others changed until then counts.
+                ours = {"_id": {"$in": chosen}, "state": "running", "owner": owner}
+                taken = {d["_id"]: d for d in self._find(ours)} if chosen else {}
+                claims.in_doubt = False
+                if taken or not chosen:  # Else another cluster was quicker with all of them.
+                    return self._taken(claims, [taken[key] for key in chosen if key in taken], now)
+            return []
+
+    def _take(
+        self, owner: str, where: Any, shares: Mapping[str, float], limit: float, now: int
+    ) -> list[Any]:
+        """ready -> running for what fits; the ids, some of which others may have got."""
+        mine = {"state": "running", "owner": owner, "onGoing": True, "ready_at": now}
+        take = {"$set": mine, "$inc": {"claim": 1, "attempt": 1}}
+        least, most = min(shares.values()), max(shares.values())
+        if max(most, 1.0) <= limit + 1e-9 < 2 * least:  # One, whichever is the first.
+            first = self._tasks.find_one_and_update(where, take, {"_id": 1}, sort=_RANK)
+            return [first["_id"]] if first else []
+        chosen: list[Any] = []
+        fields, count = {"taskType": 1, "interrupted": 1}, math.ceil(limit / least)
+        for document in self._find(where, fields, sort=_RANK, limit=count):
+            suspect = document.get("interrupted")
+            cost = 1.0 if suspect else shares[document["taskType"]]
+            if cost > limit + 1e-9 or (suspect and chosen):
+                break
+            limit -= cost
+            chosen.append(document["_id"])
+            if suspect:
+                break
+        if chosen:
+            self._tasks.update_many({"_id": {"$in": chosen}, "state": "ready"}, take)
+        return chosen
+
+    def _taken(self, claims: _Claims, documents: list[dict[str, Any]], now: int) -> list[Row]:
+        """The Rows that claim() returns; those that cannot be run become `failed`."""
+        rows: list[Row] = []
+        broken: list[tuple[Row, Row | None]] = []
+        for document in documents:
+            row, problem = _row_of(document, now)
+            if problem:
+                broken.append((row, row._replace(state="failed", owner="", error=problem)))
+            else:
+                claims.rows[row.id] = row
+                rows.append(row)
+        self._replace(broken)
+        return rows + [cast(Row, row) for _, row in broken]
+
+    def _give_back_unknown(self, owner: str, now: int) -> None:
+        """running -> ready, for claims that the server made and could not tell us of."""
+        claims = self._claims[owner]
+        known = {(row.id, row.claim) for row in claims.rows.values()}
+        held = self._find({"owner": owner}, {"claim": 1})
+        ids = [d["_id"] for d in held if (d["_id"], d["claim"]) not in known]
+        if ids:
+            rows = self._rows({"_id": {"$in": ids}, "owner": owner}, now)
+            self._replace([(row, given_back(row, now)) for row in rows])
+        claims.in_doubt = False
+
+    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
+        with self._lock, self._errors():
+            claims = self._claims[owner]
+            unsure = set(claims.unsure)
+            # By id and claim. In most cases one bulk_write() answers for all.
+            answers = {o[:2]: claims.told.pop(o[:2]) for o in outcomes if o[:2] in claims.told}
+            todo = [_fitting(outcome) for outcome in outcomes if outcome[:2] not in answers]
+            rows = {o.id: claims.rows[o.id] for o in todo if o.id in claims.rows}
+            unknown = [outcome.id for outcome in todo if outcome.id not in rows]
+            if unknown:
+                where = {"_id": {"$in": unknown}, "owner": owner}
+                rows.update((row.id, row) for row in self._rows(where, now))
+            while todo:
+                todo = [o for o in todo if o.id in rows and rows[o.id].claim == o.claim]
+                claims.unsure.update(o[:2] for o in todo)
+                pairs = []
+                for outcome in todo:
+                    row = rows[outcome.id]
+                    pairs.append((row, after_run(row, outcome, now)))
+                    rows[outcome.id] = pairs[-1][1] or row  # Its run may go on.
+                hits = self._replace(pairs)
+                there: dict[str, Row] = {}
+                if not all(hits):
+                    where = {"_id": {"$in": [o.id for o in todo]}}
+                    there = {row.id: row for row in self._rows(where, now)}
+                again = []
+                for outcome, hit, (row, _) in zip(todo, hits, pairs):
+                    found = there.get(outcome.id)
+                    if found is not None and _is_held(found, owner, outcome) and not hit:
+                        again.append(outcome)  # It got a successor, or was removed.
+                        continue
+                    # If an earlier try may have recorded it, it did: unless the task was
+                    # recovered. (Not seen if that run has ended as well.)
+                    perhaps = hit is None or (not hit and outcome[:2] in unsure)
+                    mine = found is None or found.interrupted <= row.interrupted
+                    answers[outcome[:2]] = bool(hit) or (perhaps and mine)
+                rows.update(there)
+                todo = again
+            for outcome in outcomes:
+                claims.unsure.discard(outcome[:2])
+                if outcome.id in claims.rows and claims.rows[outcome.id].claim == outcome.claim:
+                    del claims.rows[outcome.id]
+                if outcome.id in rows and _is_held(rows[outcome.id], owner, outcome):
+                    claims.rows[outcome.id] = rows[outcome.id]
+            held = [answers.get(outcome[:2], False) for outcome in outcomes]
+            if self._telling is not None:
+                self._telling += [(claims, o[:2], was) for o, was in zip(outcomes, held)]
+            return held
+
+    def renew(self, owner: str, now: int) -> None:
+        with self._lock, self._errors():
+            # Any value that is new. A counter could begin again where an observer left it.
+            beat = {"$set": {"beat": os.urandom(8).hex()}}
+            self._masters.update_one({"_id": owner}, beat, upsert=True)
+            self._tasks.delete_many({"expires_at": {"$lte": now}})
+            self._give_back_unknown(owner, now)
+
+    def owners(self) -> list[str]:
+        with self._errors():
+            return [master["_id"] for master in self._masters.find({}, {"_id": 1})]
+
+    def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
+        ended: list[Row] = []
+        with self._lock, self._errors():
+            # Holders of claims that are not among the masters count as silent ones.
+            beats: dict[str, Any] = dict.fromkeys(
+                self._tasks.distinct("owner", {"owner": {"$gt": ""}})
+            )
+            beats.update((master["_id"], master["beat"]) for master in self._masters.find())
+            beats.pop(owner, None)
+            for other in _dead_owners(beats, self._seen, seconds):
+                # Claims of later than this are those of a living master.
+                rows = self._rows({"owner": other}, now)
+                same = {"_id": other, "beat": beats[other]}
+                if beats[other] is not None and not list(self._masters.find(same)):
+                    continue  # It has renewed.
+                pairs = [(row, after_interruption(row, now)) for row in rows]
+                for (_, row), hit in zip(pairs, self._replace(pairs)):
+                    if hit is not False and row is not None and row.state == "failed":
+                        ended.append(row)
+                self._open_lane(other)
+                self._masters.delete_one(same)
+        return ended
+
+    def _open_lane(self, owner: str) -> None:
+        states = ["ready", "scheduled", "running"]
+        where = {"state": {"$in": states}, "lane": owner}
+        self._tasks.update_many(where, {"$set": {"lane": ""}})
+
+    def leave(self, owner: str, now: int) -> None:
+        with self._lock, self._errors():
+            rows = self._rows({"owner": owner}, now)
+            self._replace([(row, given_back(row, now)) for row in rows])
+            self._open_lane(owner)
+            self._masters.delete_one({"_id": owner})
+            self._claims.pop(owner, None)
+
+    # ---- Looking and changing
+
+    def next_due(
+        self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
+    ) -> list[int]:
+        where: dict[str, Any] = {"lane": {"$in": ["", owner]}, "taskType": {"$in": list(types)}}
+        if until != NEVER:
+            where["due_at"] = {"$lte": until}
+        with self._errors():
+            self._adopt(now, _ADOPTED_AT_ONCE)
+            ready = {"state": "ready", **where, **_due_here(owner, now)}
+            due = [now] * len(self._find(ready, {"_id": 1}, limit=limit))
+            if len(due) < limit:
+                elsewhere = {"state": "ready", **where, "ready_at": {"$gt": now}}
+                later = {"$or": [{"state": "scheduled", **where}, elsewhere]}
+                order = [("ready_at", 1)]
+                found = self._find(later, {"ready_at": 1}, sort=order, limit=limit)
+                due += [document["ready_at"] for document in found]
+        return sorted(due)[:limit]
+
+    def foreign(self, types: Iterable[str], now: int) -> list[str]:
+        other = {"lane": "", "taskType": {"$nin": list(types)}}
+        with self._errors():
+            found = set(self._tasks.distinct("taskType", {"state": "ready", **other}))
+            due = {"state": "scheduled", **other, "ready_at": {"$lte": now}}
+            return sorted(found.union(self._tasks.distinct("taskType", due)))
+
+    def _where(self, query: Query, now: int) -> dict[str, Any]:
+        """The selector of *query*."""
+        self._adopt(now)
+        due = {"$lte" if query.due else "$gt": now}
+        terms: list[Any] = []
+        if query.until != NEVER:
+            terms.append({"due_at": {"$lte": query.until}})
+        if query.ids is not None:
+            terms.append({"_id": {"$in": list(query.ids)}})
+        if query.types is not None:
+            terms.append({"taskType": {"$in": list(query.types)}})
+        if query.states is not None:
+            states = [s for s in query.states if s != "waiting"]
+            states += ["ready", "scheduled"] * ("waiting" in query.states)
+            terms.append({"state": {"$in": states}})
+        if query.due is not None:
+            could_run = [{"state": "ready"}] * query.due
+            terms.append({"$or": [{"state": "scheduled", "ready_at": due}, *could_run]})
+        return {"$and": terms} if terms else {}
+
+    def find(self, query: Query, now: int) -> list[Row]:
+        options: dict[str, Any] = {"sort": _RANK[1:], "skip": query.offset}
+        with self._errors():
+            where = self._where(query, now)
+            if query.limit == 0:
+                return []  # For MongoDB this is no limit.
+            return self._rows(where, now, **options, limit=query.limit or 0)
+
+    def count(self, query: Query, now: int) -> int:
+        with self._errors():
+            return cast(int, self._tasks.count_documents(self._where(query, now)))
+
+    def remove(self, query: Query, now: int) -> int:
+        with self._errors():
+            where = self._where(query, now)
+            mark = {"$set": {"removed": 1}, "$unset": {"successor": ""}}
+            running = {"state": "running", **where}
+            marked = self._tasks.update_many(running, mark).matched_count
+            others = {"state": {"$ne": "running"}, **where}
+            return cast(int, marked + self._tasks.delete_many(others).deleted_count)
+
+    def retry(self, query: Query, now: int) -> int:
+        with self._errors():
+            rows = self._rows({"state": "failed", **self._where(query, now)}, now)
+            hits = self._replace([(row, after_retry(row, now)) for row in rows])
+            return sum(hit is not False for hit in hits)
+
+    def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
+        with self._errors():
+            for _ in range(_TRIES):
+                self._adopt(now)
+                found = self._rows({"_id": task_id}, now)
+                new = after_update(found[0] if found else None, task_id, changes, now)
+                if self._replace([(found[0], new)])[0]:
+                    return new
+        raise StoreError(f"{self._name}: others change {_shown(task_id)} all the time")
 
 
 @atexit.register
@@ -2686,6 +3433,9 @@ class _Reports:
 
     def end(self) -> None:
         """The run has ended: send what is left."""
+        if self._unsent is None and self._timer is None:
+            self._number = -1
+            return
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
@@ -3446,7 +4196,7 @@ class _WorkerProcess:
                 for offset, values in enumerate(rows):
                     if self._permitted(number + offset):
                         self._run(number + offset, Row._make(values))
-                del rows
+                del rows, values
             del message
 
     def _receive(self) -> Any:
@@ -3502,7 +4252,7 @@ class _WorkerProcess:
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: they end the task, not the worker.
             report = ("fail", number, time.perf_counter() - started, _failure(error), True)
-            error.__traceback__ = None  # Frees the frames, and what they hold.
+            traceback.clear_frames(error.__traceback__)  # Frees what they hold.
         self._current = -1
         self._reports.end()
         opened = sum(not future.done() for _, future in self._conversations.values())
@@ -3703,12 +4453,21 @@ class _WakeUp:
             end.close()
 
 
+_READ_BYTES = 1 << 18
+_PIPE_BYTES = 1 << 20  # What Linux allows to all.
+
+
 def _own(connection: Connection) -> Any:
     """A raw, non-blocking file for the master's end of a pipe, in place of *connection*."""
     descriptor = os.dup(connection.fileno())
     mode = "rb" if connection.readable else "wb"
     connection.close()
     os.set_blocking(descriptor, False)
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        # Large data in fewer pieces, where a pipe can be made larger than 64 kB (Linux).
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     end = open(descriptor, mode, buffering=0)  # noqa: SIM115
     _master_ends.add(end)
     return end
@@ -3718,9 +4477,6 @@ def _disown(end: Any) -> None:
     _master_ends.discard(end)
     with contextlib.suppress(OSError):
         end.close()
-
-
-_READ_BYTES = 1 << 18
 
 
 class _Channel:
@@ -3771,7 +4527,7 @@ class _Channel:
         except OSError:  # Nobody reads; what the worker has sent is still to be read.
             self._unsent.clear()
 
-    def receive(self) -> Iterator[bytes]:
+    def receive(self) -> Iterator[bytearray]:
         """The messages that have arrived; of a flood, a part, so that others get a turn."""
         try:
             for _ in range(16):
@@ -3793,7 +4549,7 @@ class _Channel:
                 body += 8
             if len(view) - body < size:
                 break
-            yield bytes(view[body : body + size])
+            yield view[body : body + size]
             start = body + size
         del self._received[:start]
 
@@ -4007,6 +4763,10 @@ class _WorkerHandle:
 
     def kill(self) -> None:
         self.stopping = self.killed = True
+        self.end()
+
+    def end(self) -> None:
+        """Kill it, but as one that dies by itself: what it runs fails."""
         with contextlib.suppress(OSError, ValueError):
             self.process.kill()
 
@@ -4219,7 +4979,7 @@ def _at_exit() -> None:
             try:
                 cluster.shutdown()
             except KeyboardInterrupt:
-                cluster._closed.wait(cluster._shutdown_timeout + EXIT_SECONDS)
+                cluster._closed.wait(min(cluster._shutdown_timeout, WAIT_SECONDS) + EXIT_SECONDS)
 
 
 _at_exit_registered = False
@@ -4439,6 +5199,8 @@ class Cluster(concurrent.futures.Executor):
                 self._futures[row.id] = before
             raise
         future._stored = True
+        if self._mode == "closed" and not future.cancel():  # Meanwhile: see _close.
+            future._end_cancelled()
         if stored is not row:  # Kept: another task stands for this one.
             if before is not None:
                 self._futures[row.id] = before
@@ -4678,10 +5440,10 @@ class Cluster(concurrent.futures.Executor):
         self._hungry = len(self._workers) < self._max_workers or any(
             not worker.runs for worker in self._workers
         )
-        timeout = max(0.0, self._alarm - time.monotonic())
+        timeout = min(max(0.0, self._alarm - time.monotonic()), WAIT_SECONDS)
         if self._inbox or (self._news and self._hungry):
             timeout = 0.0
-        for key, events in self._selector.select(None if timeout == math.inf else timeout):
+        for key, events in self._selector.select(timeout):
             worker = key.data
             if not isinstance(worker, _WorkerHandle):
                 worker()
@@ -4726,7 +5488,7 @@ class Cluster(concurrent.futures.Executor):
                 self._on_failed_boot()
                 self._on_boot_error(_rebuilt(message[1]), message[1])
         if worker.channel.ended and worker.ended_at == math.inf:
-            worker.ended_at = time.monotonic()
+            worker.ended_at, worker.load = time.monotonic(), math.inf  # No more tasks for it.
             if worker.channel.takes_back:
                 self._selector.unregister(worker.channel)
 
@@ -4943,7 +5705,7 @@ class Cluster(concurrent.futures.Executor):
         silent = now - worker.ended_at
         if code is None and silent < 1.0:
             if silent >= 0.05:  # It closed its pipe, but lives.
-                worker.kill()
+                worker.end()
             ending = worker.stopping or worker.ended_at < math.inf
             self._wake_at(now + (0.002 if ending else 0.5))
             return
@@ -5159,10 +5921,11 @@ class Cluster(concurrent.futures.Executor):
         """What the store thread does for a turn. A look at an empty queue writes nothing."""
         store, held, rows = self.queue._store, [], []
         if outcomes or (added and room > 0):
-            with store.transaction():
+            with store.transaction() as together:
                 if outcomes:
                     held = store.settle(owner, outcomes, self.queue._now())
-                if room > 0:
+                # A claim that failed must not undo, or seem to undo, what is recorded.
+                if room > 0 and (together is not None or not outcomes):
                     rows = store.claim(owner, types, room, self.queue._now(), until)
             if most and (outcomes or rows):
                 return held, rows, None  # The next turn looks on.
@@ -5243,6 +6006,7 @@ class Cluster(concurrent.futures.Executor):
         if self._next_refresh <= now:
             self._next_refresh = now + self._refresh
             self.queue.in_memory._memory.renew(self._owner, self.queue._now())
+            cast(_WakeUp, self._wake).clear()  # Ctrl-C may have come before its byte.
             self._look = True
             self._check_futures = self._check_futures or self._idle.is_set()
             if self._keep_alive is None and self._mode == "running" and not self._hand:
@@ -5459,6 +6223,7 @@ class Cluster(concurrent.futures.Executor):
 
     def _close(self) -> None:
         """The dispatcher's last act."""
+        self._mode = "closed"  # What submit() adds from here on, it cancels itself.
         if self._unsettled:
             text = "the store did not come back: %d outcome(s) are lost, those tasks start again"
             _log.error(text, len(self._unsettled))
@@ -5828,49 +6593,56 @@ def _bench_latency(cluster: Cluster, in_memory: bool) -> float:
     return _median(once() for _ in range(200))
 
 
-def _bench_lines(folder: str) -> Iterator[tuple[str, str]]:
-    """What was measured, and the number, as they come."""
-    queue = TaskQueue(os.path.join(folder, "bench.db"))
-    options: Any = {"keep_alive": "always", "auto_initialize": False}
-    cluster = Cluster(_BENCH_MAP, queue, **options)
+def _bench_memory(queue: TaskQueue, count: int) -> Iterator[tuple[str, str]]:
+    def add() -> None:
+        for _ in range(count):
+            queue.add_task("nothing", in_memory=True)
 
-    before, count = _resident_bytes(), 200_000
-    add = lambda: [queue.add_task("nothing", in_memory=True) for _ in range(count)]  # noqa: E731
+    before = _resident_bytes()
     yield "add_task in memory", f"{count / _seconds(add):,.0f} a second"
     if before:
         yield "a waiting task in memory", f"{(_resident_bytes() - before) / count:,.0f} bytes"
     queue.in_memory.remove(state="waiting")
 
-    add = lambda: [queue.add_task("nothing") for _ in range(5000)]  # noqa: E731
-    yield "add_task", f"{5000 / _seconds(add):,.0f} a second"
-    many = [{"task_type": "nothing"}] * 50_000
-    yield "add_tasks", f"{50_000 / _seconds(lambda: queue.add_tasks(many)):,.0f} a second"
+
+def _bench_lines(folder: str, scale: float = 1.0) -> Iterator[tuple[str, str]]:
+    """What was measured, and the number, as they come. *scale*: of the numbers of tasks."""
+    queue = TaskQueue(os.path.join(folder, "bench.db"))
+    cluster = Cluster(_BENCH_MAP, queue, keep_alive="always", auto_initialize=False)
+    few, many, most = (int(count * scale) for count in (5_000, 50_000, 200_000))
+
+    def add() -> None:
+        for _ in range(few):
+            queue.add_task("nothing")
+
+    def submit() -> None:
+        for future in [cluster.submit("nothing", in_memory=True) for _ in range(many // 2)]:
+            future.result()
+
+    def begin() -> None:
+        with Cluster(_BENCH_MAP, queue, in_memory_only=True) as fresh:
+            fresh.submit("nothing").result()
+
+    yield from _bench_memory(queue, most)
+    yield "add_task", f"{few / _seconds(add):,.0f} a second"
+    dicts = [{"task_type": "nothing"}] * many
+    yield "add_tasks", f"{many / _seconds(lambda: queue.add_tasks(dicts)):,.0f} a second"
     cluster.initialize()
-    while queue.count(state="waiting") > 54_000:
+    while queue.count(state="waiting") > 0.98 * (few + many):  # Workers start first.
         time.sleep(0.001)
     left = queue.count()
     yield "stored tasks run", f"{left / _seconds(cluster.drain):,.0f} a second"
-
-    def submit() -> None:
-        for future in [cluster.submit("nothing", in_memory=True) for _ in range(20_000)]:
-            future.result()
-
-    rates = [20_000 / _seconds(submit) for _ in range(3)]
-    yield "submit to result, in memory", f"{_median(rates):,.0f} a second"
+    rate = _median(many // 2 / _seconds(submit) for _ in range(3))
+    yield "submit to result, in memory", f"{rate:,.0f} a second"
     for in_memory, what in ((False, "stored"), (True, "in memory")):
         ms = _bench_latency(cluster, in_memory) * 1000
         yield f"until an idle worker starts, {what}", f"{ms:.2f} ms"
     cluster.shutdown()
-
-    def start() -> None:
-        with Cluster(_BENCH_MAP, queue, in_memory_only=True) as fresh:
-            fresh.submit("nothing").result()
-
-    yield "start and end of a cluster", f"{_seconds(start) * 1000:.0f} ms"
+    yield "start and end of a cluster", f"{_seconds(begin) * 1000:,.0f} ms"
     queue.close()
-    for waiting in (1_000, 100_000, 1_000_000):
+    for waiting in (int(count * scale) for count in (1_000, 100_000, 1_000_000)):
         us = _bench_claims(os.path.join(folder, f"{waiting}.db"), waiting) * 1e6
-        yield f"claim and settle, {waiting:,} waiting", f"{us:.0f} us"
+        yield f"claim and settle, {waiting:,} waiting", f"{us:,.0f} us"
 
 
 def _bench() -> int:
@@ -5963,9 +6735,8 @@ class _ViewOfFile(SQLiteStore):
 
     def status(self, now: int) -> dict[str, Any]:
         """What `status --json` prints."""
-        with self._read() as db:
-            types = db.execute(_STATUS, (now,)).fetchall()
-            owners = [_told_owner(owner) for owner, _ in db.execute(_OWNERS)]
+        types = self._read(lambda db: db.execute(_STATUS, (now,)).fetchall())
+        owners = self._read(lambda db: db.execute(_OWNERS).fetchall())
         running = self.find(Query(states=["running"]), now)
         return {
             "file": self.path,
@@ -5988,7 +6759,7 @@ class _ViewOfFile(SQLiteStore):
                 }
                 for row in running
             ],
-            "masters": owners,
+            "masters": [_told_owner(owner) for owner, _ in owners],
         }
 
 
