@@ -23,7 +23,7 @@ Who does what
                                                    run
     add_task() --> Store <-- store thread <-+   ---------> _worker_main
                                             |                 your function(job)
-    Future     <-- futures thread  <--  dispatcher         done, fail
+    Future     <-- futures thread  <--  dispatcher         done, fail, progress
     listeners  <-- listener thread <--  (one thread)   <---------
     broker     <-- broker thread   <--      ^            ask (toggle_ipc)
                                             +------------------
@@ -71,8 +71,8 @@ Units: durations are seconds (or a timedelta), but `refresh_rate` and an integer
 `keep_alive` are milliseconds, as in nschwarz:cluster, from which this descends.
 Instants are datetimes outside and integer microseconds since 1970 (UTC) inside.
 
-Map of the file: errors, cron, tasks, policies, stores, queue, messages, worker,
-master, demo and command line. Each part uses only the parts above it.
+Map of the file: errors, cron, tasks, policies, stores, calls, queue, messages, worker,
+master, demo, bench and command line. Each part uses only the parts above it.
 """
 
 from __future__ import annotations
@@ -988,7 +988,7 @@ def _check_json(value: Any, path: str, depth: int) -> None:
             _check_json(item, f'{path}["{key}"]', depth + 1)
     elif kind is list:
         _check_depth(path, depth)
-        if set(map(type, value)) == {int} and -MAX_INT <= min(value) and max(value) <= MAX_INT:
+        if set(map(type, value)) == {int} and min(value) >= -MAX_INT and max(value) <= MAX_INT:
             return  # A long list of numbers, in a quarter of the time.
         for index, item in enumerate(value):
             _check_json(item, f"{path}[{index}]", depth + 1)
@@ -1443,7 +1443,8 @@ class Store:
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
         """running -> what after_run() says, for each outcome whose claim is still held.
 
-        Returns for each whether it was; the others change nothing.
+        Returns for each whether it was; the others change nothing. An outcome "running"
+        is no end: it records the progress of the run.
         """
         raise NotImplementedError
 
@@ -6252,8 +6253,10 @@ class Cluster(concurrent.futures.Executor):
         self._closed.set()
 
     def _leave(self) -> None:
+        store = self.queue._store
         with contextlib.suppress(StoreError):
-            self.queue._store.leave(self._owner, self.queue._now())
+            store.leave(self._owner, self.queue._now())
+            store.close()  # The queue may have been closed before this opened it again.
 
 
 OK, FAILURE, USAGE = 0, 1, 2  # Exit codes; argparse exits with 2 itself.

@@ -417,7 +417,7 @@ def ping_twice(job, toggle_ipc):
     sent = threading.Event()
 
     def initialize(send):
-        send({"status": 2, "data": 1})
+        send({"status": 2, "data": "silence"})  # An answer could come before the second.
         send({"status": 2, "data": 2})
         sent.set()
 
@@ -1252,7 +1252,8 @@ class TestSQLiteStore(StoreContract, InFolder):
         }
         statements = {
             name: value for name, value in vars(taskpool).items()
-            if isinstance(value, str) and re.match(r"\s*(SELECT|UPDATE|DELETE|WITH)\b", value) and name not in ("_TABLES", "_STATUS")  # Look at all, as they must.
+            if isinstance(value, str) and re.match(r"\s*(SELECT|UPDATE|DELETE|WITH)\b", value)
+            and name not in ("_TABLES", "_STATUS")  # Not of tasks; of all tasks.
         }
         self.assertEqual(set(statements), set(served))
         for name, statement in statements.items():
@@ -1447,7 +1448,7 @@ class TestSQLiteStore(StoreContract, InFolder):
             queue = self.queue("plain.db")
             with self.cluster({"echo": echo}, queue) as cluster:
                 self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(5)], list(range(5)))
-        self.assertEqual([record.levelname for record in logs.records], ["WARNING"])
+        self.assertEqual([record.levelname for record in logs.records], ["WARNING"], logs.output)
         self.assertIn("plain.db: WAL is not possible here; journal mode is delete", logs.output[0])
 
     def test_an_interruption_keeps_the_slot_and_the_fifth_the_schedule(self):
@@ -3369,7 +3370,7 @@ class TestConversations(WithCluster):
         path = str(self.folder / "other.db")
         data = {"db": path, "id": "added"}
         self.assertIn("in-memory", self.result("add", data))
-        self.assertEqual(TaskQueue(path).find_one().id, "added")
+        self.assertEqual(self.queue("other.db").find_one().id, "added")
         here = {"db": str(Path(self.home) / "shared.db"), "id": "chain"}
         self.result("add", here)
         self.assertEqual(self.shared_queue.wait("chain", PATIENCE).result, 1)
