@@ -5029,8 +5029,8 @@ class TestHostileTasks(WithCluster):
     def test_a_task_that_harms_its_process_harms_no_other(self):
         """EX-07."""
         for how, result in [
-            ("chdir", "moved"), ("stdout", "printed"), ("handlers", "handled"), ("pool", [1, 2]), ("executor", 3),
-            ("daemon", "left a thread"),
+            ("chdir", "moved"), ("stdout", "printed"), ("pool", [1, 2]), ("executor", 3), ("daemon", "left a thread"),
+            ("handlers", "handled"),  # Last, as a Pool stops its processes by SIGTERM.
         ]:
             with self.subTest(how=how):
                 self.assertEqual(self.misbehave(how).result(PATIENCE), result)
