@@ -1448,8 +1448,9 @@ class TestSQLiteStore(StoreContract, InFolder):
             queue = self.queue("plain.db")
             with self.cluster({"echo": echo}, queue) as cluster:
                 self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(5)], list(range(5)))
-        self.assertEqual([record.levelname for record in logs.records], ["WARNING"], logs.output)
-        self.assertIn("plain.db: WAL is not possible here; journal mode is delete", logs.output[0])
+        warnings = [line for line in logs.output if "WAL" in line]
+        self.assertEqual(len(warnings), 1)
+        self.assertIn("plain.db: WAL is not possible here; journal mode is delete", warnings[0])
 
     def test_an_interruption_keeps_the_slot_and_the_fifth_the_schedule(self):
         """CR-03, P3."""
