@@ -1863,10 +1863,10 @@ UPDATE taskpool_task SET state = 'ready' WHERE seq IN (
     WHERE state = 'scheduled' AND lane = ? AND task_type = ? AND ready_at <= ?
     ORDER BY ready_at LIMIT {PROMOTE_TASKS})
 """
-# What claim() would take of one lane and type, best first.
+# What claim() would take of one lane and type, best first; with or without suspects.
 _READY = f"""
 SELECT seq, {_LIST} FROM taskpool_task
-WHERE state = 'ready' AND lane = ? AND task_type = ? AND due_at <= ?
+WHERE state = 'ready' AND lane = ? AND task_type = ? AND due_at <= ? AND (? OR interrupted = 0)
 ORDER BY priority DESC, created_at, seq LIMIT ?
 """
 # ready -> running
@@ -1900,7 +1900,8 @@ _HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE {_HELD}"
 _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner = ?"
 
 _RENEW = "UPDATE taskpool_master SET beat = beat + 1 WHERE owner = ?"
-_ENTER = "INSERT INTO taskpool_master (owner, beat) VALUES (?, 0)"
+# Not from 0: who is given up and enters again must not look as it did.
+_ENTER = "INSERT INTO taskpool_master (owner, beat) VALUES (?, random() & 0xffffffff)"
 _LEAVE = "DELETE FROM taskpool_master WHERE owner = ?"
 _MASTERS = "SELECT owner FROM taskpool_master"
 # Holders of claims, and owners of lanes, that are not in the table of masters count as
@@ -2370,7 +2371,7 @@ class SQLiteStore(Store):
         suspect = db.execute(_SUSPECT, (owner,)).fetchone() is not None
         places = self._places(db, owner, shares, now)
         db.executemany(_PROMOTE, [(*place, now) for place in places])
-        streams = [db.execute(_READY, (*place, until, most)) for place in places]
+        streams = [db.execute(_READY, (*place, until, not suspect, most)) for place in places]
         candidates = heapq.merge(*streams, key=_rank)
         taken: list[Row] = []
         taken_seq: list[tuple[str, int, int]] = []
@@ -2383,8 +2384,6 @@ class SQLiteStore(Store):
                 broken_rows.append(Row(*columns)._replace(state="failed", error=reason))
                 continue
             row = Row(*columns)
-            if row.interrupted and suspect:
-                continue
             cost = 1.0 if row.interrupted else shares[row.task_type]
             if cost > limit + 1e-9 or (row.interrupted and taken):
                 break

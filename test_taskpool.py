@@ -1467,6 +1467,24 @@ class TestSQLiteStore(StoreContract, InFolder):
         (again,) = self.claim(now=NOW + 10 * SECOND)
         self.assertEqual(again.interrupted, 0)
 
+    def test_suspects_that_must_wait_for_one_hold_up_no_other_task(self):
+        """P3: only one interrupted task at a time, however many are first in line."""
+        self.add(*[row(f"suspect{i}", priority=9)._replace(interrupted=1) for i in range(10)], row("good"))
+        self.assertEqual([r.id for r in self.claim(1)], ["suspect0"])
+        self.assertEqual([r.id for r in self.claim(1)], ["good"])
+        self.assertEqual([r.id for r in self.claim(1, owner="other")], ["suspect1"])
+
+    def test_a_master_that_enters_again_does_not_look_as_before(self):
+        """P3: else an observer that was slow would take it for silent."""
+        self.add(row())
+        self.store.renew("far", NOW)
+        self.assertEqual(self.store.recover("me", 0.0, NOW), [])
+        self.store.leave("far", NOW)
+        self.store.renew("far", NOW)
+        self.claim(owner="far")
+        self.store.recover("me", 31.0, NOW)
+        self.assertEqual(self.look().state, "running")
+
     def test_a_repeat_that_cannot_be_read_is_set_aside_and_says_why(self):
         """A zone that this machine does not have, say."""
         bad = ("x", "{}", "0", "-5", "[1, 2]", '["* * * * *"]', '["0 0 30 2 *", "UTC"]', '["@daily", "No/Where"]', "[" * 9999)
