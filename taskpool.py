@@ -6361,6 +6361,15 @@ class _Demo:
         self.parsed: dict[str, dict[str, Any]] = {}
         self.order: list[str] = []
         self.seconds = 0.0
+        self.files = _demo_files()
+        self.urgent = self.files[-6:]
+        self.queue = TaskQueue(os.path.join(folder, "demo.db"))
+        for event in ("done", "error"):
+            self.queue.add_event_listener(event, self.listen)
+        self.cluster = Cluster(
+            _DEMO_MAP, self.queue, keep_alive="always", message_broker=_demo_broker,
+            auto_initialize=False,
+        )  # fmt: skip
 
     def part(self, play: Callable[[], tuple[bool, str]]) -> None:
         """Show the code of one part, run it, and show what came of it."""
@@ -6406,86 +6415,76 @@ class _Demo:
             print("\r" + " " * 60 + "\r", end="")
 
     def play(self) -> None:
-        """All parts. The functions below are printed as they run."""
-        queue = TaskQueue(os.path.join(self.folder, "demo.db"))
-        queue.add_event_listener("done", self.listen)
-        queue.add_event_listener("error", self.listen)
-        files = _demo_files()
-        urgent = files[-6:]
-        cluster = Cluster(
-            _DEMO_MAP, queue, keep_alive="always", message_broker=_demo_broker,
-            auto_initialize=False,
-        )  # fmt: skip
-
-        def parse() -> tuple[bool, str]:
-            """1. Parse the standard library: stored tasks, and urgent ones in memory first"""
-            queue.add_tasks({"task_type": "parse", "data": file} for file in files[:-6])
-            for rank, file in enumerate(urgent):
-                queue.add_task("parse", file, priority=rank, in_memory=True)
-            started = time.monotonic()
-            cluster.initialize()
-            self.watch(len(files))
-            cluster.drain()
-            self.seconds = time.monotonic() - started
-            first = sorted(self.order[:6]) == sorted(urgent)
-            good = first and len(self.parsed) == len(files) and not queue.count()
-            return good, f"{len(self.parsed)} files; urgent first: {first}"
-
-        def sleep() -> tuple[bool, str]:
-            """2. A task due in a second starts on time; an asyncio task runs meanwhile"""
-            clock = cluster.submit("clock", due_date=timedelta(seconds=1))
-            numbers = cluster.submit("sleep", 5).result()
-            due = clock.task.due_date.timestamp()
-            late = clock.result() - due
-            good = 0 <= late < 0.5 and numbers == [0, 1, 2, 3, 4]
-            return good, f"{numbers}, {late * 1000:.1f} ms late"
-
-        def talk() -> tuple[bool, str]:
-            """3. A conversation: the task asks the master, and asks again in the answer"""
-            answers = cluster.submit("talk").result()
-            return answers[1] == "and nested? yes", repr(answers)
-
-        def flaky() -> tuple[bool, str]:
-            """4. A task that fails twice and then succeeds"""
-            attempt = cluster.submit("flaky", retries=2, retry_delay=0.1).result()
-            return attempt == 3, f"attempt {attempt} succeeded"
-
-        def kill() -> tuple[bool, str]:
-            """5. A task over its timeout is killed; one kills its own worker; others go on"""
-            spin = cluster.submit("spin", timeout=0.5)
-            suicide = cluster.submit("suicide")
-            neighbours = list(cluster.map("parse", files[-20:]))
-            errors = spin.exception(), suicide.exception()
-            good = isinstance(errors[0], TaskTimeout) and isinstance(errors[1], WorkerDied)
-            return good and len(neighbours) == 20, f"{errors[0]}; {errors[1]}; 20 neighbours done"
-
-        def restart() -> tuple[bool, str]:
-            """6. A second master is killed with SIGKILL in mid-work; a third finishes its tasks"""
-            path = os.path.join(self.folder, "restart.db")
-            notes = os.path.join(self.folder, "notes")
-            with TaskQueue(path) as second:
-                tasks = second.add_tasks({"task_type": "note", "data": notes} for _ in range(40))
-                doomed = multiprocessing.get_context("spawn").Process(
-                    target=_demo_doomed_master, args=(path,)
-                )
-                doomed.start()
-                while doomed.is_alive() and len(self.read(notes)) < 10:
-                    time.sleep(0.005)
-                doomed.kill()
-                doomed.join()
-                left = second.count()
-                with Cluster(_DEMO_MAP, second) as third:
-                    third.drain()
-                ran = self.read(notes)
-                twice = len(ran) - len(set(ran))
-                good = set(ran) == {task.id for task in tasks} and left > 0 and not second.count()
-                good = good and twice <= 2
-                return good, f"{left} of 40 were left, all ran in the end, {twice} of them twice"
-
-        for play in (parse, sleep, talk, flaky, kill, restart):
+        """All parts. The methods below are printed as they run."""
+        for play in (self.parse, self.sleep, self.talk, self.flaky, self.kill, self.restart):
             self.part(play)
-        cluster.shutdown()
-        queue.close()
+        self.cluster.shutdown()
+        self.queue.close()
+
+    def parse(self) -> tuple[bool, str]:
+        """1. Parse the standard library: stored tasks, and urgent ones in memory first"""
+        self.queue.add_tasks({"task_type": "parse", "data": file} for file in self.files[:-6])
+        for rank, file in enumerate(self.urgent):
+            self.queue.add_task("parse", file, priority=rank, in_memory=True)
+        started = time.monotonic()
+        self.cluster.initialize()
+        self.watch(len(self.files))
+        self.cluster.drain()
+        self.seconds = time.monotonic() - started
+        first = sorted(self.order[:6]) == sorted(self.urgent)
+        good = first and len(self.parsed) == len(self.files) and not self.queue.count()
+        return good, f"{len(self.parsed)} files; urgent first: {first}"
+
+    def sleep(self) -> tuple[bool, str]:
+        """2. A task due in a second starts on time; an asyncio task runs meanwhile"""
+        clock = self.cluster.submit("clock", due_date=timedelta(seconds=1))
+        numbers = self.cluster.submit("sleep", 5).result()
+        due = clock.task.due_date.timestamp()
+        late = clock.result() - due
+        good = 0 <= late < 0.5 and numbers == [0, 1, 2, 3, 4]
+        return good, f"{numbers}, {late * 1000:.1f} ms late"
+
+    def talk(self) -> tuple[bool, str]:
+        """3. A conversation: the task asks the master, and asks again in the answer"""
+        answers = self.cluster.submit("talk").result()
+        return answers[1] == "and nested? yes", repr(answers)
+
+    def flaky(self) -> tuple[bool, str]:
+        """4. A task that fails twice and then succeeds"""
+        attempt = self.cluster.submit("flaky", retries=2, retry_delay=0.1).result()
+        return attempt == 3, f"attempt {attempt} succeeded"
+
+    def kill(self) -> tuple[bool, str]:
+        """5. A task over its timeout is killed; one kills its own worker; others go on"""
+        spin = self.cluster.submit("spin", timeout=0.5)
+        suicide = self.cluster.submit("suicide")
+        neighbours = list(self.cluster.map("parse", self.files[-20:]))
+        errors = spin.exception(), suicide.exception()
+        good = isinstance(errors[0], TaskTimeout) and isinstance(errors[1], WorkerDied)
+        return good and len(neighbours) == 20, f"{errors[0]}; {errors[1]}; 20 neighbours done"
+
+    def restart(self) -> tuple[bool, str]:
+        """6. A second master is killed with SIGKILL in mid-work; a third finishes its tasks"""
+        path = os.path.join(self.folder, "restart.db")
+        notes = os.path.join(self.folder, "notes")
+        with TaskQueue(path) as second:
+            tasks = second.add_tasks({"task_type": "note", "data": notes} for _ in range(40))
+            doomed = multiprocessing.get_context("spawn").Process(
+                target=_demo_doomed_master, args=(path,)
+            )
+            doomed.start()
+            while doomed.is_alive() and len(self.read(notes)) < 10:
+                time.sleep(0.005)
+            doomed.kill()
+            doomed.join()
+            left = second.count()
+            with Cluster(_DEMO_MAP, second) as third:
+                third.drain()
+            ran = self.read(notes)
+            twice = len(ran) - len(set(ran))
+            good = set(ran) == {task.id for task in tasks} and left > 0 and not second.count()
+            good = good and twice <= 2
+            return good, f"{left} of 40 were left, all ran in the end, {twice} of them twice"
 
     def table(self) -> None:
         """What it came to."""
@@ -7007,6 +7006,24 @@ def _print_cron(options: Any) -> int:
     return OK
 
 
+def _over_zero(text: str) -> int:
+    import argparse
+
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number over 0")
+    return int(text)
+
+
+def _map_name(text: str) -> str:
+    import argparse
+
+    name, _, attribute = text.partition(":")
+    names = not name.endswith(".py") and all(map(str.isidentifier, name.split(".")))
+    if not attribute or not names:
+        raise argparse.ArgumentTypeError(f"{text!r} is no MODULE:TASK_MAP, such as app:TASKS")
+    return text
+
+
 def _parser() -> Any:
     import argparse
 
@@ -7014,18 +7031,6 @@ def _parser() -> Any:
         def error(self, message: str) -> Any:  # In one line.
             usage = " ".join(self.format_usage().split())
             self.exit(USAGE, f"{self.prog}: {message}; {usage}\n")
-
-    def number(text: str) -> int:
-        if not text.isdigit() or not int(text):
-            raise argparse.ArgumentTypeError(f"{text!r} is no number over 0")
-        return int(text)
-
-    def module_name(text: str) -> str:
-        name, _, attribute = text.partition(":")
-        names = not name.endswith(".py") and all(map(str.isidentifier, name.split(".")))
-        if not attribute or not names:
-            raise argparse.ArgumentTypeError(f"{text!r} is no MODULE:TASK_MAP, such as app:TASKS")
-        return text
 
     parser = Parser(
         prog="taskpool.py",
@@ -7049,7 +7054,7 @@ def _parser() -> Any:
     listed = command("list", _print_list, "the tasks, oldest first")
     listed.add_argument("--state", action="append", choices=STATES, help="only such")
     listed.add_argument("--type", action="append", help="only such")
-    listed.add_argument("--limit", type=number, default=100, help="at most so many (%(default)s)")
+    listed.add_argument("--limit", type=_over_zero, default=100, help="at most so many (%(default)s)")
     show = command("show", _print_task, "all of one task")
     show.add_argument("id", metavar="ID")
     for looking in (status, listed, show):
@@ -7060,15 +7065,15 @@ def _parser() -> Any:
         changing.add_argument("id", metavar="ID", nargs="+")
     run = command("run", _serve, "serve a task map until a signal", db=False)
     run.add_argument(
-        *("task_map",), metavar="MODULE:TASK_MAP", type=module_name,
+        *("task_map",), metavar="MODULE:TASK_MAP", type=_map_name,
         help="a module here or on Python's path, and the name of a dict in it",
     )  # fmt: skip
     run.add_argument("db", metavar="DB", help="the file; it is made if it is not there")
-    run.add_argument("--workers", type=number, help="at most so many processes (all CPUs)")
+    run.add_argument("--workers", type=_over_zero, help="at most so many processes (all CPUs)")
     cron = command("cron", _print_cron, "explain a schedule, and tell its next runs", db=False)
     cron.add_argument("expression", metavar="EXPR", help='such as "0 9 * * MON-FRI"')
     cron.add_argument("--tz", default="UTC", help="its time zone (%(default)s)")
-    cron.add_argument("-n", type=number, default=5, help="how many runs (%(default)s)")
+    cron.add_argument("-n", type=_over_zero, default=5, help="how many runs (%(default)s)")
     command("bench", lambda options: _bench(), "what this machine does", db=False)
     return parser
 
