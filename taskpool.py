@@ -7054,7 +7054,9 @@ def _parser() -> Any:
     listed = command("list", _print_list, "the tasks, oldest first")
     listed.add_argument("--state", action="append", choices=STATES, help="only such")
     listed.add_argument("--type", action="append", help="only such")
-    listed.add_argument("--limit", type=_over_zero, default=100, help="at most so many (%(default)s)")
+    listed.add_argument(
+        "--limit", type=_over_zero, default=100, help="at most so many (%(default)s)"
+    )
     show = command("show", _print_task, "all of one task")
     show.add_argument("id", metavar="ID")
     for looking in (status, listed, show):
