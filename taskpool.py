@@ -923,22 +923,33 @@ def _checked_milliseconds(name: str, value: Any) -> float:
     return value / 1000
 
 
+def _aware(date: datetime) -> datetime:
+    """The datetime with its zone: that of this machine, if it has none."""
+    if date.utcoffset() is not None:
+        return date
+    try:
+        return date.astimezone()
+    except (OverflowError, ValueError, OSError):
+        # On the last day of the year 9999, and on Windows far from today: as if it were now.
+        return date.replace(tzinfo=date.replace(year=2036).astimezone().tzinfo)
+
+
 def _instant(due_date: Any, now: int, name: str = "due_date") -> int:
     """Microseconds since 1970 of a due date; naive datetimes are local time."""
     allowed = "a datetime (naive = local time), a timedelta from now, or None"
     if due_date is None:
         return now
+    if not isinstance(due_date, (datetime, timedelta)):
+        raise _wrong_type(name, due_date, allowed)
     try:
         if isinstance(due_date, timedelta):
             instant = now + due_date // _MICROSECOND
-            _datetime(instant)
-            return instant
-        if isinstance(due_date, datetime):
-            aware = due_date if due_date.utcoffset() is not None else due_date.astimezone()
-            return (aware - _EPOCH) // _MICROSECOND
-    except (OverflowError, ValueError, OSError) as error:
+        else:
+            instant = (_aware(due_date) - _EPOCH) // _MICROSECOND
+        _datetime(instant)  # In UTC it may be a year that datetime has not.
+    except (OverflowError, ValueError) as error:
         raise _wrong_value(name, due_date, allowed + f" ({error})") from None
-    raise _wrong_type(name, due_date, allowed)
+    return instant
 
 
 def _checked_repeat(repeat: Any) -> timedelta | Cron:

@@ -497,6 +497,7 @@ class TestWhatAddTaskTakes(InFolder):
         *[("task_id", v, ValueError) for v in ("", "\0", "\ud800")],
         *[("due_date", v, TypeError) for v in (5, "tomorrow", 1.0, math.inf)],
         ("due_date", timedelta.max, ValueError),
+        ("due_date", datetime.max.replace(tzinfo=timezone(-timedelta(hours=5))), ValueError),
         *[("in_memory", v, TypeError) for v in (1, None, "yes")],
         *[("retries", v, TypeError) for v in (None, True, "3", 1.5)],
         ("retries", -1, ValueError),
@@ -596,6 +597,8 @@ class TestWhatAddTaskTakes(InFolder):
                 self.assertEqual(task.due_date.utcoffset(), timedelta(0))
         soon = queue.add_task("x", due_date=timedelta(seconds=90))
         self.assertAlmostEqual((soon.due_date - soon.created_at).total_seconds(), 90)
+        last_day = datetime(9999, 12, 31)  # Here Python 3.12 looks at the year 10000.
+        self.assertEqual(queue.add_task("x", due_date=last_day).due_date.astimezone(timezone.utc).year, 9999)
         past = queue.add_task("x", due_date=datetime(1, 1, 2, tzinfo=timezone.utc))
         self.assertEqual([t.id for t in queue.find(due=True)], [past.id])
 
