@@ -6264,9 +6264,9 @@ class Cluster(concurrent.futures.Executor):
 
     def _leave(self) -> None:
         store = self.queue._store
-        with contextlib.suppress(StoreError):
+        # Closed in any case: the queue may have been, before this cluster used it again.
+        with contextlib.suppress(StoreError), contextlib.closing(store):
             store.leave(self._owner, self.queue._now())
-            store.close()  # The queue may have been closed before this opened it again.
 
 
 OK, FAILURE, USAGE = 0, 1, 2  # Exit codes; argparse exits with 2 itself.
