@@ -5210,7 +5210,7 @@ class Cluster(concurrent.futures.Executor):
                 self._futures[row.id] = before
             raise
         future._stored = True
-        if self._mode == "closed" and not future.cancel():  # Meanwhile: see _close.
+        if self._mode == "closed":  # Meanwhile; the task stays waiting, as others do.
             future._end_cancelled()
         if stored is not row:  # Kept: another task stands for this one.
             if before is not None:
@@ -6234,7 +6234,7 @@ class Cluster(concurrent.futures.Executor):
 
     def _close(self) -> None:
         """The dispatcher's last act."""
-        self._mode = "closed"  # What submit() adds from here on, it cancels itself.
+        self._mode = "closed"  # Futures made from here on are cancelled by submit().
         if self._unsettled:
             text = "the store did not come back: %d outcome(s) are lost, those tasks start again"
             _log.error(text, len(self._unsettled))
