@@ -135,8 +135,16 @@ class InFolder(unittest.TestCase):
         options.setdefault("max_available_workers", 2)
         options.setdefault("refresh_rate", 50)
         cluster = Cluster(task_map, queue or self.queue(), **options)
-        self.addCleanup(cluster.shutdown, wait=False)
+        self.addCleanup(self.end, cluster)
         return cluster
+
+    @staticmethod
+    def end(cluster):
+        """Stop it at once, and wait: what it logs as it ends belongs to this test."""
+        cluster.shutdown(wait=False)
+        if cluster._started:
+            cluster._begin_stop(0.0)
+            cluster._closed.wait(PATIENCE)
 
     def script(self, source, name="script.py"):
         path = self.folder / name
@@ -3566,7 +3574,7 @@ class TestClusterOptions(InFolder):
         """CK-06: what is a month away or more overflows no timer."""
         longest = {"refresh_rate": 2**63 - 1, "keep_alive": 2**63 - 1, "shutdown_timeout": 1e300}
         cluster = self.cluster({"echo": echo}, in_memory_only=True, **longest)
-        cluster.submit("echo", due_date=datetime(9999, 12, 31))
+        cluster.submit("echo", due_date=datetime(9999, 12, 31, tzinfo=timezone.utc))
         future = cluster.submit("echo", timeout=1e300, retries=1, retry_delay=1e300)
         self.assertEqual(future.result(PATIENCE), None)
         self.assertEqual(cluster.submit("echo", 5).result(PATIENCE), 5)
@@ -3987,7 +3995,8 @@ class TestP4WorkerDead(WithCluster):
         before = look()
         for _ in range(8):
             victim = ready()[0]["pid"]
-            os.kill(victim, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # It died by an earlier test.
+                os.kill(victim, signal.SIGKILL)
             eventually(lambda: not os.path.exists(f"/proc/{victim}"))  # Reaped.
             look()
         self.assertLessEqual(look(), before)
