@@ -4731,6 +4731,10 @@ class _WorkerHandle:
     def state(self) -> str:
         return "busy" if self.runs else "idle" if self.ready else "starting"
 
+    @property
+    def accepts(self) -> bool:
+        return self.ready and not self.stopping and self.ended_at == math.inf
+
     def give(self, runs: list[_Run]) -> None:
         if not self.runs:
             self.since = time.monotonic()
@@ -5499,7 +5503,7 @@ class Cluster(concurrent.futures.Executor):
                 self._on_failed_boot()
                 self._on_boot_error(_rebuilt(message[1]), message[1])
         if worker.channel.ended and worker.ended_at == math.inf:
-            worker.ended_at, worker.load = time.monotonic(), math.inf  # No more tasks for it.
+            worker.ended_at = time.monotonic()
             if worker.channel.takes_back:
                 self._selector.unregister(worker.channel)
 
@@ -5837,7 +5841,7 @@ class Cluster(concurrent.futures.Executor):
     # ---- Claiming
 
     def _accepting(self) -> list[_WorkerHandle]:
-        return [w for w in self._workers if w.ready and not w.stopping and w.load < 1.0]
+        return [w for w in self._workers if w.load < 1.0 and w.accepts]
 
     def _room(self) -> float:
         """How much work may be claimed now, in workers' worth (P5)."""

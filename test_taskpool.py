@@ -7161,24 +7161,26 @@ class TestReadme(InFolder):
 
     def test_every_python_block_runs_and_prints_what_the_manual_says(self):
         """A python block is a program; a text block right after it is its output."""
-        self.assertGreater(len(self.BLOCKS), 5)
-        for number, (program, output) in enumerate(self.BLOCKS):
-            if "import pytest" in program:
-                continue  # See below.
-            with self.subTest(block=number, starts=program[:60]):
-                folder = self.folder / str(number)
-                folder.mkdir()
-                path = self.script(program, f"{number}/example.py")
-                # asyncio's debug mode, part of -X dev, refuses run_in_executor(cluster, ...).
-                dev = ["-W", "default"] if "run_in_executor" in program else ["-X", "dev"]
-                process = subprocess.Popen(
-                    [sys.executable, *dev, str(path)], cwd=folder, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(HERE)},
-                )
-                out, err = process.communicate(timeout=PATIENCE)
-                self.assertEqual(process.returncode, 0, err)
-                self.assertEqual(out, output)
-                self.assertNotIn("Warning", err)  # Such as ResourceWarning, with -X dev.
+        blocks = [(program, output) for program, output in self.BLOCKS if "import pytest" not in program]  # See below.
+        self.assertGreater(len(blocks), 5)
+
+        def run(number):
+            folder, program = self.folder / str(number), blocks[number][0]
+            folder.mkdir()
+            # asyncio's debug mode, part of -X dev, refuses run_in_executor(cluster, ...).
+            dev = ["-W", "default"] if "run_in_executor" in program else ["-X", "dev"]
+            return subprocess.run(
+                [sys.executable, *dev, str(self.script(program, f"{number}/example.py"))], cwd=folder, text=True,
+                capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=2 * PATIENCE,
+            )
+
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:  # They wait much.
+            for number, done in enumerate(pool.map(run, range(len(blocks)))):
+                program, output = blocks[number]
+                with self.subTest(block=number, starts=program[:60]):
+                    self.assertEqual(done.returncode, 0, done.stderr)
+                    self.assertEqual(done.stdout, output)
+                    self.assertNotIn("Warning", done.stderr)  # Such as ResourceWarning, with -X dev.
 
     def test_every_command_prints_what_the_manual_says(self):
         """A console block is run in the folder of the program before it."""
