@@ -4809,6 +4809,9 @@ class TestKillAnythingAnyTime(InFolder):
                 ended[task_id] = size  # From here on it must not start again.
             if time.monotonic() > deadline:
                 self.fail(f"{len(ids) - len(ended)} tasks have not ended: {queue.find(limit=3)}")
+            for i, process in enumerate(running):
+                if process.poll() is not None:  # run() has raised: five starts in a row were killed.
+                    running[i] = self.start(master, **quiet)
             if done < kills:
                 i = random_.randrange(masters)
                 workers = [pid for pid in children(running[i].pid) if b"spawn_main" in command_line(pid)]
