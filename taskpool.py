@@ -1544,6 +1544,7 @@ _DatedRow = tuple[int, int, Row]  # (ready_at, insertion, row)
 
 
 def fits(row: Row, query: Query, now: int) -> bool:
+    """Whether a task is one of those that *query* means, but for its ids."""
     waiting = row.state in ("scheduled", "ready")
     could_run = row.state == "ready" or (row.state == "scheduled" and row.ready_at <= now)
     return (
