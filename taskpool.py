@@ -1793,7 +1793,7 @@ _COLUMNS = Row._fields[:-1]
 _LIST = ", ".join(_COLUMNS)
 _REPEAT = _COLUMNS.index("repeat")
 
-SCHEMA_VERSION = 1  # Counts changes of what follows; see SQLiteStore._prepare.
+SCHEMA_VERSION = 1  # Counts changes of what follows; see SQLiteStore._make_schema.
 _SCHEMA = (
     """
     CREATE TABLE IF NOT EXISTS taskpool_task (
