@@ -817,10 +817,19 @@ _id_numbers = itertools.count()
 
 
 def _new_id(now: int) -> str:
-    """A fresh id: time first, so that new ids are neighbours in the store's index."""
+    """A fresh id. It begins with a number, even, that grows: _id_number() reads it."""
     # Nothing random here: a system call lets go of the GIL, which costs more than all
     # the rest of submit() while the dispatcher is busy.
-    return f"{now:014x}{_nonce}{next(_id_numbers):x}"
+    count = next(_id_numbers)
+    return f"{(now << 11) + 2 * count:016x}t{_nonce}{count:x}"
+
+
+def _id_number(task_id: str) -> int:
+    """The number in an id that _new_id drew; 0 for others."""
+    try:
+        return int(task_id[:16], 16) & MAX_INT if task_id[16:17] == "t" else 0
+    except ValueError:
+        return 0
 
 
 def _shown(value: Any) -> str:
@@ -1039,7 +1048,7 @@ def _make_row(
 ) -> tuple[Row, str]:
     """The new Row and its `if_exists`, or the error that add_task documents."""
     _checked_text("task_type", task_type)
-    text = _checked_json(data)
+    text = "{}" if data is _NO_DATA else _checked_json(data)
     if type(priority) is not int or not -MAX_INT <= priority <= MAX_INT:
         _checked_int("priority", priority, -MAX_INT)
     if in_memory is not False:
@@ -1791,14 +1800,15 @@ class MemoryStore(Store):
 
 _COLUMNS = Row._fields[:-1]
 _LIST = ", ".join(_COLUMNS)
-_REPEAT = _COLUMNS.index("repeat")
+_ATTEMPT, _REPEAT = _COLUMNS.index("attempt"), _COLUMNS.index("repeat")
 
-SCHEMA_VERSION = 1  # Counts changes of what follows; see SQLiteStore._make_schema.
-_SCHEMA = (
-    """
+SCHEMA_VERSION = 2  # Counts changes of what follows; see SQLiteStore._make_schema.
+# An index on all ids would cost a quarter of add(). A fresh id tells its row: seq is its
+# _id_number(). The others have odd ones, and an index. Both grow in order of insertion.
+_TASK_TABLE = """
     CREATE TABLE IF NOT EXISTS taskpool_task (
-        seq INTEGER PRIMARY KEY,  -- order of insertion
-        id TEXT NOT NULL UNIQUE, task_type TEXT NOT NULL, data TEXT NOT NULL,
+        seq INTEGER PRIMARY KEY,
+        id TEXT NOT NULL, task_type TEXT NOT NULL, data TEXT NOT NULL,
         priority INTEGER NOT NULL, created_at INTEGER NOT NULL,
         due_at INTEGER NOT NULL, ready_at INTEGER NOT NULL,
         retries INTEGER NOT NULL, retry_delay REAL NOT NULL, timeout REAL,
@@ -1806,6 +1816,12 @@ _SCHEMA = (
         attempt INTEGER NOT NULL, claim INTEGER NOT NULL, owner TEXT NOT NULL,
         interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
         removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT)
+"""
+_SCHEMA = (
+    _TASK_TABLE,
+    # For _THIS and _where.
+    """
+    CREATE UNIQUE INDEX IF NOT EXISTS taskpool_named ON taskpool_task (id) WHERE seq & 1
     """,
     # For _READY and _STARTABLE: what can be claimed, in order.
     """
@@ -1854,6 +1870,14 @@ _UPGRADES = (
             )
         ),
     ),
+    (
+        "ALTER TABLE taskpool_task RENAME TO taskpool_task_1",
+        _TASK_TABLE,  # As it was in version 2.
+        "INSERT INTO taskpool_task (seq, {0}) SELECT 2 * seq + 1, {0} FROM taskpool_task_1".format(
+            ", ".join([*_SUCCESSOR_0[:-1], "repeat", "progress"])
+        ),
+        "DROP TABLE taskpool_task_1",
+    ),
 )
 _TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
 _FILES = "PRAGMA database_list"  # Rows of number, name, file.
@@ -1861,12 +1885,22 @@ _FILES = "PRAGMA database_list"  # Rows of number, name, file.
 # read fails at once if another process wrote meanwhile.
 _LOCK = "PRAGMA main.incremental_vacuum(1)"
 
-# -> waiting. Fails if the id is taken.
-_ADD = f"INSERT INTO taskpool_task ({_LIST}) VALUES ({', '.join('?' * len(_COLUMNS))})"
-_BY_ID = f"SELECT {_LIST} FROM taskpool_task WHERE id = ?"
-_ERASE = "DELETE FROM taskpool_task WHERE id = ?"
+# -> waiting, without a history but for claim. seq is the number given, or the next odd one.
+_ADD = f"""
+INSERT INTO taskpool_task (seq, {", ".join(_COLUMNS[:_ATTEMPT])}, claim, repeat,
+    attempt, owner, interrupted, removed)
+VALUES (coalesce(?, (SELECT coalesce(max(seq), 0) + 1 | 1 FROM taskpool_task)),
+    {", ".join("?" * _ATTEMPT)}, ?, ?, 0, '', 0, 0)
+"""
+# The task of an id; the values are its _key().
+_THIS = """
+seq IN (SELECT seq FROM taskpool_task WHERE seq = ? AND id = ?
+        UNION ALL SELECT seq FROM taskpool_task WHERE id = ? AND seq & 1)
+"""
+_BY_ID = f"SELECT {_LIST} FROM taskpool_task WHERE {_THIS}"
+_ERASE = f"DELETE FROM taskpool_task WHERE {_THIS}"
 # Any state -> any other: writes a whole Row back.
-_WRITE = f"UPDATE taskpool_task SET ({_LIST}) = ({', '.join('?' * len(_COLUMNS))}) WHERE id = ?"
+_WRITE = f"UPDATE taskpool_task SET ({_LIST}) = ({', '.join('?' * len(_COLUMNS))}) WHERE {_THIS}"
 
 # scheduled -> ready
 _PROMOTE = f"""
@@ -1904,11 +1938,14 @@ WHERE state = 'ready' AND lane = ? AND task_type = ? AND due_at <= ? LIMIT ?)
 """
 
 # True only for the claim that the caller was given: an ended claim is not 'running', and
-# a later one has another number.
-_HELD = "id = ? AND claim = ? AND owner = ? AND state = 'running'"
-# running -> (removed), the common end of a run.
-_FINISH = f"DELETE FROM taskpool_task WHERE {_HELD} AND successor IS NULL AND repeat IS NULL"
-_HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE {_HELD}"
+# a later one has another number. (+: an owner holds hundreds; look at the one row.)
+_HELD = "claim = ? AND +owner = ? AND state = 'running'"
+# running -> (removed), the common end of a run: of tasks whose id we drew.
+_FINISH = f"""
+DELETE FROM taskpool_task
+WHERE seq = ? AND id = ? AND {_HELD} AND successor IS NULL AND repeat IS NULL
+"""
+_HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE {_THIS} AND {_HELD}"
 _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner = ?"
 
 _RENEW = "UPDATE taskpool_master SET beat = beat + 1 WHERE owner = ?"
@@ -2019,14 +2056,23 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
         states = [s for s in states if s != "waiting"]
         if "waiting" in cast(Sequence[str], query.states):
             states += ["scheduled", "ready"]
-    for column, allowed in (("id", query.ids), ("task_type", query.types), ("state", states)):
-        if allowed is not None:
-            if len(allowed) <= 500:
-                terms.append(f"{column} IN ({', '.join('?' * len(allowed))})")
-                values += allowed
-            else:  # SQLite before 3.32 takes 999 values at most.
-                terms.append(f"{column} IN (SELECT value FROM json_each(?))")
-                values.append(json.dumps(list(allowed)))
+
+    def among(column: str, allowed: Sequence[Any]) -> str:
+        if len(allowed) <= 200:
+            values.extend(allowed)
+            return f"{column} IN ({', '.join('?' * len(allowed))})"
+        values.append(json.dumps(list(allowed)))  # SQLite before 3.32 takes 999 values.
+        return f"{column} IN (SELECT value FROM json_each(?))"
+
+    if query.ids is not None:
+        numbered = (
+            among("seq", list(map(_id_number, query.ids))) + " AND " + among("id", query.ids)
+        )
+        terms.append(f"({numbered} OR {among('id', query.ids)} AND seq & 1)")
+    if query.types is not None:
+        terms.append(among("task_type", query.types))
+    if states is not None:
+        terms.append(among("state", states))
     if query.due is not None:
         terms.append("state IN ('scheduled', 'ready')")
         terms.append(f"(state = 'ready' OR ready_at <= ?) = {int(query.due)}")
@@ -2035,6 +2081,25 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
         terms.append("due_at <= ?")
         values.append(query.until)
     return " AND ".join(terms), values
+
+
+def _key(task_id: str) -> tuple[int, str, str]:
+    return _id_number(task_id), task_id, task_id
+
+
+def _addition(row: Row, seq: int | None = None) -> tuple[Any, ...]:
+    return (seq, *row[:_ATTEMPT], row.claim, row.repeat)
+
+
+def _new_seq(row: Row) -> int | None:
+    """Where to add a task: at its number, if its id was drawn for it; None: behind all."""
+    number, least = _id_number(row.id), row.created_at << 11
+    return number if least < number < least + (1 << 40) else None
+
+
+def _is_sure(row: Row, seq: int | None) -> bool:
+    """Whether a task of that id is either there or not: not elsewhere, under an odd seq."""
+    return (seq is None) == (_id_number(row.id) == 0)
 
 
 _T = TypeVar("_T")  # What is read or written.
@@ -2263,7 +2328,14 @@ class SQLiteStore(Store):
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         if len(additions) == 1 and self._add_alone(additions[0][0]):
             return [additions[0][0]]
-        return self._write(lambda db: [self._add(db, *addition) for addition in additions])
+
+        def work(db: sqlite3.Connection) -> list[Row]:
+            rows = [row for row, _ in additions]
+            if len(rows) > 1 and self._add_together(db, rows):
+                return rows
+            return [self._add(db, *addition) for addition in additions]
+
+        return self._write(work)
 
     def add_through(
         self, connection: sqlite3.Connection, additions: Sequence[tuple[Row, str]]
@@ -2306,42 +2378,64 @@ class SQLiteStore(Store):
     def _add_alone(self, new: Row) -> bool:
         """The usual case in one statement, which costs half of a transaction. False if
         that could not be done: the id is taken, say."""
+        seq = _new_seq(new)
         with self._write_lock:
             if self._writer is None or self._writer.in_transaction or self._stale:
                 return False
+            if not _is_sure(new, seq):
+                return False
             try:
-                self._writer.execute(_ADD, new[:-1])
+                self._writer.execute(_ADD, _addition(new, seq))
             except sqlite3.IntegrityError:
                 return False
             except sqlite3.Error as error:
                 raise self._store_error(error) from error
             return self._opened == self._identity()
 
-    def _add(self, db: sqlite3.Connection | sqlite3.Cursor, new: Row, if_exists: str) -> Row:
+    @staticmethod
+    def _add_together(db: sqlite3.Connection, rows: Sequence[Row]) -> bool:
+        """The same for many: in half of the time."""
+        seqs = list(map(_new_seq, rows))
+        if not all(map(_is_sure, rows, seqs)):
+            return False
+        db.execute("SAVEPOINT taskpool")
         try:
-            db.execute(_ADD, new[:-1])
-            return new
+            db.executemany(_ADD, map(_addition, rows, seqs))
         except sqlite3.IntegrityError:
-            old = self._row(db, new.id)
-        if old is None:
-            raise StoreError(f"{self.path}: the task {_shown(new.id)} cannot be stored")
+            db.execute("ROLLBACK TO taskpool")
+            return False
+        finally:
+            db.execute("RELEASE taskpool")
+        return True
+
+    @classmethod
+    def _add(cls, db: sqlite3.Connection | sqlite3.Cursor, new: Row, if_exists: str) -> Row:
+        old = cls._row(db, new.id)
         stored, row = after_add(old, new, if_exists)
         if stored is not None:
-            self._replace(db, old, stored)
+            cls._replace(db, old, stored)
         return row
 
-    def _row(self, db: sqlite3.Connection | sqlite3.Cursor, task_id: str) -> Row | None:
-        found = db.execute(_BY_ID, (task_id,)).fetchone()
+    @staticmethod
+    def _row(db: sqlite3.Connection | sqlite3.Cursor, task_id: str) -> Row | None:
+        found = db.execute(_BY_ID, _key(task_id)).fetchone()
         return None if found is None else Row(*found)
 
-    def _replace(self, db: sqlite3.Connection | sqlite3.Cursor, old: Row, new: Row | None) -> None:
+    @staticmethod
+    def _replace(
+        db: sqlite3.Connection | sqlite3.Cursor, old: Row | None, new: Row | None
+    ) -> None:
         """Write *new* in the place of *old*; a new task goes to the end of the line."""
-        if new is not None and (new.id, new.created_at) == (old.id, old.created_at):
-            db.execute(_WRITE, (*new[:-1], old.id))
+        if new is not None and old is not None and new.created_at == old.created_at:
+            db.execute(_WRITE, (*new[:-1], *_key(old.id)))
             return
-        db.execute(_ERASE, (old.id,))
+        if old is not None:
+            db.execute(_ERASE, _key(old.id))
         if new is not None:
-            db.execute(_ADD, new[:-1])
+            try:
+                db.execute(_ADD, _addition(new, _new_seq(new)))
+            except sqlite3.IntegrityError:  # Another task has its number.
+                db.execute(_ADD, _addition(new))
 
     def claim(
         self,
@@ -2429,11 +2523,11 @@ class SQLiteStore(Store):
         return self._write(lambda db: [self._settle(db, owner, o, now) for o in outcomes])
 
     def _settle(self, db: sqlite3.Connection, owner: str, outcome: Outcome, now: int) -> bool:
-        claim = outcome.id, outcome.claim, owner
+        key, claim = _key(outcome.id), (outcome.claim, owner)
         if outcome.state == "done" and outcome.result is None and outcome.error is None:
-            if db.execute(_FINISH, claim).rowcount:
+            if db.execute(_FINISH, (*key[:2], *claim)).rowcount:
                 return True
-        found = db.execute(_HELD_ROW, claim).fetchone()
+        found = db.execute(_HELD_ROW, (*key, *claim)).fetchone()
         if found is None:
             return False
         row = Row(*found)
@@ -3900,8 +3994,8 @@ class TaskQueue(_Tasks):
         for index, task in enumerate(tasks):
             if not isinstance(task, Mapping):
                 raise _wrong_type(f"tasks[{index}]", task, "a dict of add_task's parameters")
-            unknown = [name for name in task if name not in _ADD_PARAMETERS]
-            if unknown or "task_type" not in task:
+            if not task.keys() <= _ADD_PARAMETERS or "task_type" not in task:
+                unknown = [name for name in task if name not in _ADD_PARAMETERS]
                 wrong = f"has no parameter {unknown[0]!r}" if unknown else "needs a 'task_type'"
                 raise TypeError(f"tasks[{index}]: add_task {wrong}")
             additions.append(_make_row(now, **task))
@@ -6733,13 +6827,15 @@ class _ViewOfFile(SQLiteStore):
             uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
-            if self._version(db) is None:
+            version = self._version(db)
+            if version is None:
                 raise StoreError(f"{self.path}: holds no tasks; give the file of your TaskQueue")
-            there = {name for _, name, *_ in db.execute("PRAGMA table_info(taskpool_task)")}
-            missing = [f"NULL AS {name}" for name in _COLUMNS if name not in there]
-            if missing:  # Of an older version: what it lacks is put beside it, in memory.
+            if version < SCHEMA_VERSION:  # Seen as it would be now, by a view in memory.
+                there = {name for _, name, *_ in db.execute("PRAGMA table_info(taskpool_task)")}
+                columns = [name if name in there else f"NULL AS {name}" for name in _COLUMNS]
+                columns.append("2 * seq + 1 AS seq")
                 db.execute("PRAGMA temp_store = MEMORY")
-                view = f"SELECT *, {', '.join(missing)} FROM main.taskpool_task"
+                view = f"SELECT {', '.join(columns)} FROM main.taskpool_task"
                 db.execute(f"CREATE TEMP VIEW taskpool_task AS {view}")
             db.execute("PRAGMA query_only = 1")
         except BaseException:

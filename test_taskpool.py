@@ -1248,11 +1248,11 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.add(row())
         db = sqlite3.connect(self.folder / "store.db")
         self.addCleanup(db.close)
-        by_id = "sqlite_autoindex_taskpool_task_1"
+        by_id = "PRIMARY KEY .*PRIMARY KEY .*taskpool_named "
         served = {
-            "_BY_ID": by_id, "_ERASE": by_id, "_WRITE": by_id, "_FINISH": by_id, "_HELD_ROW": by_id,
-            "_REMOVE": by_id, "_MARK": by_id,
-            "_CLAIM": "PRIMARY KEY", "_SET_ASIDE": "PRIMARY KEY",
+            "_BY_ID": by_id, "_ERASE": by_id, "_WRITE": by_id, "_HELD_ROW": by_id,
+            "_REMOVE": "PRIMARY KEY .*taskpool_named ", "_MARK": "PRIMARY KEY .*taskpool_named ",
+            "_CLAIM": "PRIMARY KEY", "_SET_ASIDE": "PRIMARY KEY", "_FINISH": "PRIMARY KEY",
             "_READY": "taskpool_ready", "_COUNT_READY": "taskpool_ready",
             "_PROMOTE": "taskpool_scheduled", "_NEXT_DUE": "taskpool_scheduled",
             "_STARTABLE": "taskpool_ready .*taskpool_scheduled .*taskpool_scheduled ",
@@ -1269,7 +1269,7 @@ class TestSQLiteStore(StoreContract, InFolder):
         self.assertEqual(set(statements), set(served))
         for name, statement in statements.items():
             if name in ("_REMOVE", "_MARK"):  # The filters of the user follow.
-                statement += " AND id IN (?)"
+                statement += " AND " + taskpool._where(Query(ids=["a"]), NOW)[0]
             values = {"lane": 0, "instant": 0} if ":lane" in statement else [0] * statement.count("?")
             plan = "\n".join(r[3] for r in db.execute("EXPLAIN QUERY PLAN " + statement, values))
             with self.subTest(statement=name, plan=plan):
@@ -1480,10 +1480,42 @@ class TestSQLiteStore(StoreContract, InFolder):
 
     def test_suspects_that_must_wait_for_one_hold_up_no_other_task(self):
         """P3: only one interrupted task at a time, however many are first in line."""
-        self.add(*[row(f"suspect{i}", priority=9)._replace(interrupted=1) for i in range(10)], row("good"))
+        self.add(*[row(f"suspect{i}", priority=9) for i in range(10)])
+        self.assertEqual(len(self.claim(owner="dead")), 10)
+        self.assertEqual(self.store.recover("me", 0.0, NOW), [])
+        self.assertEqual(self.store.recover("me", 1e6, NOW), [])
+        self.add(row("good"))
         self.assertEqual([r.id for r in self.claim(1)], ["suspect0"])
         self.assertEqual([r.id for r in self.claim(1)], ["good"])
         self.assertEqual([r.id for r in self.claim(1, owner="other")], ["suspect1"])
+
+    def test_an_id_stands_for_one_task_however_it_came_about(self):
+        """Drawn ids are found by the number in them, given ones by an index: no id is both."""
+        drawn = taskpool._make_row(NOW, "x")[0]
+        stale = drawn._replace(id=taskpool._new_id(NOW - 10**9), created_at=NOW + 1)  # Drawn long ago.
+        twin = drawn._replace(id=drawn.id[:16] + "t", created_at=NOW)  # Has the same number.
+        odd = row("7fffffffffffffffta", now=NOW + 2)
+        for kinds in ([drawn, stale, twin, odd], [odd, twin, stale, drawn]):
+            for together in (True, False):
+                with self.subTest(kinds=[kind.id for kind in kinds], together=together):
+                    for part in [kinds] if together else [[kind] for kind in kinds]:
+                        self.assertEqual(self.add(*part), part)
+                    for kind in kinds:
+                        with self.assertRaises(DuplicateTask):
+                            self.add(kind)
+                        with self.assertRaises(DuplicateTask):
+                            self.add(row("free"), kind._replace(created_at=NOW + 9))
+                        self.assertEqual(self.add(kind._replace(priority=5), if_exists="keep"), [kind])
+                        later = kind._replace(created_at=kind.created_at + 5)
+                        self.assertEqual(self.add(later, if_exists="replace"), [later])
+                        self.assertEqual(self.look(kind.id), later)
+                    self.assertEqual(self.store.count(Query(), NOW), 4)
+                    claimed = self.claim()
+                    self.assertEqual({r.id for r in claimed}, {r.id for r in kinds})
+                    outcomes = [Outcome(r.id, r.claim, "done") for r in claimed]
+                    self.assertEqual(self.store.settle(self.OWNER, outcomes, NOW), [True] * 4)
+                    self.assertEqual(self.store.settle(self.OWNER, outcomes, NOW), [False] * 4)
+                    self.assertEqual(self.store.count(Query(), NOW), 0)
 
     def test_a_master_that_enters_again_does_not_look_as_before(self):
         """P3: else an observer that was slow would take it for silent."""
@@ -2806,6 +2838,30 @@ class TestSchemaVersions(InFolder):
         fresh.count()
         shape = "SELECT group_concat(name) FROM (SELECT name FROM pragma_table_info('taskpool_task') ORDER BY name)"
         self.assertEqual(self.value(path, shape), self.value(self.folder / "fresh.db", shape))
+
+    def test_tasks_of_version_1_are_found_by_their_ids_and_keep_their_order(self):
+        old = taskpool._TASK_TABLE.replace("id TEXT NOT NULL,", "id TEXT NOT NULL UNIQUE,")
+        self.assertIn("UNIQUE", old)
+        ids = [f"0606{i:010x}{'a' * 16}{i:x}" for i in range(9)] + ["b", "a"]
+        values = "'x', '{}', 1, 5, 5, 5, 0, 1.0, '', 'ready', 0, 0, '', 0, 0"
+        path = self.make(old + ";\n" + f"""
+            INSERT INTO taskpool_task (id, task_type, data, priority, created_at, due_at, ready_at, retries,
+                retry_delay, lane, state, attempt, claim, owner, interrupted, removed)
+            VALUES {", ".join(f"('{task_id}', {values})" for task_id in ids)};
+            PRAGMA user_version = 1""")
+        with contextlib.closing(taskpool._ViewOfFile(path)) as view:
+            self.assertEqual([view.find(Query(ids=[i]), NOW)[0].id for i in ids], ids)
+        self.assertEqual(self.value(path, "PRAGMA user_version"), 1)
+        with contextlib.closing(SQLiteStore(path)) as store:
+            self.assertEqual([store.find(Query(ids=[i]), NOW)[0].id for i in ids], ids)
+            with self.assertRaises(DuplicateTask):
+                store.add([(row(ids[0]), "raise")], NOW)
+            store.add([(row("c", now=5), "raise")], NOW)
+            got = store.claim("me", ["x"], 99, NOW)
+            self.assertEqual([r.id for r in got], [*ids, "c"])
+            self.assertTrue(all(store.settle("me", [Outcome(r.id, 1, "done") for r in got], NOW)))
+        self.assertEqual(self.value(path, "PRAGMA user_version"), taskpool.SCHEMA_VERSION)
+        self.assertEqual(self.value(path, "SELECT count(*) FROM taskpool_task"), 0)
 
     def test_a_newer_file_is_refused_and_not_touched(self):
         """SM-04, TT-05."""
