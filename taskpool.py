@@ -1460,6 +1460,14 @@ class Store:
         """
         raise NotImplementedError
 
+    def add_running(self, row: Row) -> bool:
+        """-> running: what add() and claim() of a new task would do, if it is first in line.
+
+        Changes nothing and returns False if its id is taken, or another task is ready, or
+        this store cannot do it in one step. (Default)
+        """
+        return False
+
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
         """running -> what after_run() says, for each outcome whose claim is still held.
 
@@ -1886,11 +1894,16 @@ _FILES = "PRAGMA database_list"  # Rows of number, name, file.
 _LOCK = "PRAGMA main.incremental_vacuum(1)"
 
 # -> waiting, without a history but for claim. seq is the number given, or the next odd one.
+_NEW_SEQ = "coalesce(?, (SELECT coalesce(max(seq), 0) + 1 | 1 FROM taskpool_task))"
 _ADD = f"""
 INSERT INTO taskpool_task (seq, {", ".join(_COLUMNS[:_ATTEMPT])}, claim, repeat,
     attempt, owner, interrupted, removed)
-VALUES (coalesce(?, (SELECT coalesce(max(seq), 0) + 1 | 1 FROM taskpool_task)),
-    {", ".join("?" * _ATTEMPT)}, ?, ?, 0, '', 0, 0)
+VALUES ({_NEW_SEQ}, {", ".join("?" * _ATTEMPT)}, ?, ?, 0, '', 0, 0)
+"""
+# -> running, in one step.
+_ADD_RUNNING = f"""
+INSERT INTO taskpool_task (seq, {_LIST}) SELECT {_NEW_SEQ}, {", ".join("?" * len(_COLUMNS))}
+WHERE NOT EXISTS (SELECT 1 FROM taskpool_task INDEXED BY taskpool_ready WHERE state = 'ready')
 """
 # The task of an id; the values are its _key().
 _THIS = """
@@ -2326,16 +2339,22 @@ class SQLiteStore(Store):
             self._stale = False
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
-        if len(additions) == 1 and self._add_alone(additions[0][0]):
-            return [additions[0][0]]
+        rows = [row for row, _ in additions]
+        if len(rows) == 1:
+            (new,), seq = rows, _new_seq(rows[0])
+            if _is_sure(new, seq) and self._write_alone(_ADD, _addition(new, seq)):
+                return rows
 
         def work(db: sqlite3.Connection) -> list[Row]:
-            rows = [row for row, _ in additions]
             if len(rows) > 1 and self._add_together(db, rows):
                 return rows
             return [self._add(db, *addition) for addition in additions]
 
         return self._write(work)
+
+    def add_running(self, row: Row) -> bool:
+        seq = _new_seq(row)
+        return _is_sure(row, seq) and self._write_alone(_ADD_RUNNING, (seq, *row[:-1]))
 
     def add_through(
         self, connection: sqlite3.Connection, additions: Sequence[tuple[Row, str]]
@@ -2375,22 +2394,19 @@ class SQLiteStore(Store):
                 connection.text_factory = factory
                 db.close()
 
-    def _add_alone(self, new: Row) -> bool:
-        """The usual case in one statement, which costs half of a transaction. False if
+    def _write_alone(self, statement: str, values: Sequence[Any]) -> bool:
+        """Write one row by one statement, which costs half of a transaction. False if
         that could not be done: the id is taken, say."""
-        seq = _new_seq(new)
         with self._write_lock:
             if self._writer is None or self._writer.in_transaction or self._stale:
                 return False
-            if not _is_sure(new, seq):
-                return False
             try:
-                self._writer.execute(_ADD, _addition(new, seq))
+                done = self._writer.execute(statement, values).rowcount == 1
             except sqlite3.IntegrityError:
                 return False
             except sqlite3.Error as error:
                 raise self._store_error(error) from error
-            return self._opened == self._identity()
+            return done and self._opened == self._identity()
 
     @staticmethod
     def _add_together(db: sqlite3.Connection, rows: Sequence[Row]) -> bool:
@@ -4014,6 +4030,8 @@ class TaskQueue(_Tasks):
         row = additions[0][0]
         store = self._in_memory._store if row.in_memory else self._store
         if connection is None:
+            if len(additions) == 1 and any(w._add_running(row) for w in self._watchers):
+                return [row]
             rows = store.add(additions, row.created_at)
         elif not isinstance(store, SQLiteStore):
             raise _wrong_value("connection", connection, "None: this task is not stored in SQLite")
@@ -5207,6 +5225,9 @@ class Cluster(concurrent.futures.Executor):
         self._look_again = math.inf  # Monotonic: a second look after the bell.
         self._news = False  # Something was added since this turn began. Any thread sets it.
         self._hungry = True  # New tasks could start at once: adding them ends the wait.
+        # At most one: what a producer may claim as it adds. Any thread takes it.
+        self._offers: collections.deque[tuple[Mapping[str, float], float, int]]
+        self._offers = collections.deque()
         self._upcoming: list[int] | None = []  # What next_due said; None: more than we take.
         self._store_due = NEVER  # When the first of them that was not yet due is.
         self._reported, self._next_report = False, 0.0  # Some worker has; when it is stored.
@@ -5469,11 +5490,46 @@ class Cluster(concurrent.futures.Executor):
         self._wake_up()
 
     def _queue_changed(self, removed: bool) -> None:
+        self._offers.clear()  # What was added may have to start first.
         self._look = self._news = self._added = True
         if removed:
             self._check_futures = True
         if removed or self._hungry:
             self._wake_up()
+
+    def _add_running(self, row: Row) -> bool:
+        """Add a task as one that is claimed, if an idle worker offers room; False if not.
+
+        In the producer's thread: that saves a write and the way through the dispatcher.
+        """
+        if not self._offers or row.in_memory or row.state != "ready":
+            return False
+        try:
+            types, room, before = self._offers.pop()
+        except IndexError:
+            return False
+        now, owner = self.queue._now(), self._owner
+        if (
+            types.get(row.task_type, math.inf) > room
+            or row.lane not in ("", owner)
+            or now >= before
+        ):
+            return False
+        running = claimed(row, owner, now)
+        added: bool | None = None
+        try:
+            added = self.queue._store.add_running(running)
+        except Exception:
+            added = False
+            raise
+        finally:
+            if added:
+                self._post(lambda: self._take_in_hand([running]))
+            elif added is None:  # A Ctrl-C, perhaps after the write.
+                self._post(lambda: self._give_back([_Run(running, 1.0, None)]))
+        if added and self._mode == "closed":  # Perhaps it had left the store already.
+            self.queue._store.leave(owner, now)
+        return added
 
     def _begin_stop(self, seconds: float) -> None:
         self._post(lambda: self._stop(time.monotonic() + seconds))
@@ -5523,6 +5579,7 @@ class Cluster(concurrent.futures.Executor):
 
     def _turn(self) -> None:
         """One pass of the loop: look, decide, hand out, wait."""
+        self._offers.clear()
         self._alarm, self._news = math.inf, False
         self._logs_runs = self._log_all and _log.isEnabledFor(logging.INFO)
         while self._inbox:
@@ -5553,6 +5610,8 @@ class Cluster(concurrent.futures.Executor):
         timeout = min(max(0.0, self._alarm - time.monotonic()), WAIT_SECONDS)
         if self._inbox or (self._news and self._hungry):
             timeout = 0.0
+        elif self._hungry:
+            self._offer_room()
         for key, events in self._selector.select(timeout):
             worker = key.data
             if not isinstance(worker, _WorkerHandle):
@@ -5565,6 +5624,14 @@ class Cluster(concurrent.futures.Executor):
         for worker in self._workers:
             if not worker.channel.takes_back:
                 self._hear(worker)
+
+    def _offer_room(self) -> None:
+        """Let the next producer claim what it adds, if nothing else is about to be claimed."""
+        busy = self._store_busy or self._look or self._unsettled or self._hand
+        if self._mode != "running" or self._in_memory_only or busy:
+            return
+        if any(worker.accepts and not worker.runs for worker in self._workers):
+            self._offers.append((dict(self._claimable()), self._room(), self._store_due))
 
     def _on_bell(self) -> None:
         """Another process has added a task, and perhaps more, for which it did not ring."""

@@ -1506,6 +1506,7 @@ class TestSQLiteStore(StoreContract, InFolder):
                         with self.assertRaises(DuplicateTask):
                             self.add(row("free"), kind._replace(created_at=NOW + 9))
                         self.assertEqual(self.add(kind._replace(priority=5), if_exists="keep"), [kind])
+                    for kind in kinds:
                         later = kind._replace(created_at=kind.created_at + 5)
                         self.assertEqual(self.add(later, if_exists="replace"), [later])
                         self.assertEqual(self.look(kind.id), later)
@@ -1516,6 +1517,21 @@ class TestSQLiteStore(StoreContract, InFolder):
                     self.assertEqual(self.store.settle(self.OWNER, outcomes, NOW), [True] * 4)
                     self.assertEqual(self.store.settle(self.OWNER, outcomes, NOW), [False] * 4)
                     self.assertEqual(self.store.count(Query(), NOW), 0)
+
+    def test_add_running_claims_a_new_task_that_is_first_in_line(self):
+        first = taskpool.claimed(row("a"), self.OWNER, NOW)
+        self.assertFalse(self.store.add_running(first))  # Not open yet.
+        self.add(row("b")), self.store.remove(Query(ids=["b"]), NOW)
+        self.assertTrue(self.store.add_running(first))
+        self.assertEqual(self.look("a"), first)
+        self.assertFalse(self.store.add_running(first))
+        drawn = taskpool.claimed(taskpool._make_row(NOW, "x")[0], self.OWNER, NOW)
+        self.assertTrue(self.store.add_running(drawn))
+        self.add(row("ready", "foreign"))
+        self.assertFalse(self.store.add_running(first._replace(id="c")))
+        self.assertEqual({r.id for r in self.store.find(Query(), NOW)}, {"a", drawn.id, "ready"})
+        outcomes = [Outcome(r.id, 1, "done") for r in (first, drawn)]
+        self.assertEqual(self.store.settle(self.OWNER, outcomes, NOW), [True, True])
 
     def test_a_master_that_enters_again_does_not_look_as_before(self):
         """P3: else an observer that was slow would take it for silent."""
@@ -4143,6 +4159,104 @@ def mixed(job):
     if isinstance(job.data, dict):
         hold_the_gil(job)
     return hold(job) if job.data else None
+
+
+class TestAtOnce(InFolder):
+    """A task that an idle worker can start is claimed as it is added, in one write."""
+
+    def idle(self, **options):
+        """A queue with a cluster, one worker of which offers its room."""
+        queue = self.queue()
+        cluster = self.cluster(
+            {"echo": echo, "line": add_line}, queue, max_available_workers=1, keep_alive="always",
+            refresh_rate=10**6, **options,
+        )
+        self.offered(cluster)
+        return queue, cluster
+
+    def offered(self, cluster):
+        eventually(lambda: cluster._offers, "an offer of an idle worker")
+
+    def claimed_at_once(self, queue):
+        """How often add_running() succeeds from now on."""
+        calls, add_running = [], queue._store.add_running
+        queue._store.add_running = lambda row: calls.append(add_running(row)) or calls[-1]
+        return calls
+
+    def test_its_only_write_claims_it(self):
+        queue, cluster = self.idle()
+        calls = self.claimed_at_once(queue)
+        self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
+        self.offered(cluster)
+        task = queue.add_task("echo", 2, task_id="given", keep_result=60)
+        self.assertEqual((task.state, task.attempt), ("waiting", 0))
+        self.assertEqual((queue.wait("given", PATIENCE).result, queue.wait("given").attempt), (2, 1))
+        self.assertEqual(calls, [True, True])
+
+    def test_what_must_wait_its_turn_does(self):
+        """P5, P7: other types, other lanes, what is not due, and what is not first in line."""
+        queue, cluster = self.idle()
+        path = str(self.folder / "lines")
+        calls = self.claimed_at_once(queue)
+        queue._store.add([(row("other", "foreign"), "raise")], NOW)
+        queue.add_task("line", {"file": path}, task_id="stored")
+        self.assertEqual(calls, [False])
+        self.assertTrue(cluster.drain(PATIENCE))
+        queue.remove(task_type="foreign")
+        for options in ({"task_type": "foreign"}, {"due_date": timedelta(hours=1)}):
+            self.offered(cluster)
+            queue.add_task(**{"task_type": "echo", **options})
+        self.offered(cluster)
+        queue.add_tasks([{"task_type": "echo"}] * 3)
+        self.assertEqual(calls, [False])
+        self.assertTrue(cluster.drain(PATIENCE))
+        self.offered(cluster)
+        queue.add_task("line", {"file": path}, task_id="memory", in_memory=True)
+        queue.add_task("line", {"file": path}, task_id="last")
+        self.assertTrue(cluster.drain(PATIENCE))
+        self.assertEqual(Path(path).read_text().split()[::2], ["stored", "memory", "last"])
+
+    def test_a_taken_id_is_found_taken(self):
+        queue, cluster = self.idle()
+        first = queue.add_task("echo", task_id="a", due_date=timedelta(hours=1))
+        self.offered(cluster)
+        with self.assertRaises(DuplicateTask):
+            queue.add_task("echo", task_id="a")
+        self.offered(cluster)
+        self.assertEqual(queue.add_task("echo", task_id="a", if_exists="keep"), first)
+
+    def test_a_write_that_failed_stores_nothing_and_one_cut_short_loses_nothing(self):
+        """P1: Ctrl-C may come just after the write."""
+        queue, cluster = self.idle()
+        add_running = queue._store.add_running
+
+        def full(row):
+            raise StoreError("full")
+
+        def interrupted(row):
+            add_running(row)
+            raise KeyboardInterrupt
+
+        for wrong, error in ((full, StoreError), (interrupted, KeyboardInterrupt)):
+            self.offered(cluster)
+            queue._store.add_running = wrong
+            with self.assertRaises(error):
+                queue.add_task("echo", task_id=error.__name__, keep_result=60)
+        queue._store.add_running = add_running
+        self.assertEqual((queue.wait("KeyboardInterrupt", PATIENCE).state, queue.count()), ("done", 1))
+
+    def test_a_cluster_that_ends_meanwhile_leaves_it_waiting(self):
+        queue, cluster = self.idle()
+        add_running = queue._store.add_running
+
+        def late(row):
+            self.end(cluster)
+            return add_running(row)
+
+        queue._store.add_running = late
+        queue.count()  # The store is open.
+        task = queue.add_task("echo")
+        self.assertEqual([t.state for t in queue.find(task_id=task.id)], ["waiting"])
 
 
 class TestP6DueDates(InFolder):
