@@ -129,6 +129,7 @@ __all__ = [
     "WorkerDied",
 ]
 
+MESSAGE_CHARS = 1 << 17  # From here on data goes to the worker in several messages.
 AHEAD_SECONDS = 0.010  # Expected work that a worker may have claimed ahead (P5).
 AHEAD_TASKS = 256  # The same as a number of tasks: what a crash can give back.
 LEAST_SHARE = 1 / AHEAD_TASKS  # Of a worker's room: quicker tasks are no different (P5).
@@ -1589,6 +1590,7 @@ class MemoryStore(Store):
         """A forked child starts empty: the tasks belong to its parent."""
         self._lock = threading.RLock()  # Protects all below; held for a moment only.
         self._rows: dict[str, Row] = {}
+        self._arrived: collections.deque[Row] = collections.deque()  # Not in heaps yet.
         self._ready: dict[_Place, list[_RankedRow]] = collections.defaultdict(list)
         self._scheduled: dict[_Place, list[_DatedRow]] = collections.defaultdict(list)
         self._expiring: list[tuple[int, str]] = []  # A heap of (expires_at, id).
@@ -1596,6 +1598,12 @@ class MemoryStore(Store):
         self._dead_entries = 0
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
+        if len(additions) == 1:
+            # Without the lock, for which a producer would wait as long as a claim takes.
+            new = additions[0][0]
+            if self._rows.setdefault(new.id, new) is new:
+                self._arrived.append(new)
+                return [new]
         with self._lock:
             added: list[Row] = []
             before: list[tuple[str, Row | None]] = []
@@ -1619,6 +1627,9 @@ class MemoryStore(Store):
             if self._dead_entries > 1000 + len(self._rows):
                 self._sweep()
         self._rows[row.id] = row
+        self._push(row)
+
+    def _push(self, row: Row) -> None:
         if row.state == "ready":
             heap = self._ready[row.lane, row.task_type]
             number = next(self._insertions)
@@ -1648,7 +1659,11 @@ class MemoryStore(Store):
         return self._rows.get(row.id) is row
 
     def _top(self, owner: str, types: Iterable[str], now: int) -> Iterator[list[_RankedRow]]:
-        """The heaps of ready tasks, after what became due moved there."""
+        """The heaps of ready tasks, after what arrived and what became due moved there."""
+        while self._arrived:
+            row = self._arrived.popleft()
+            if self._alive(row):
+                self._push(row)
         for task_type in types:
             for place in (("", task_type), (owner, task_type)):
                 scheduled = self._scheduled.get(place)
@@ -1760,6 +1775,7 @@ class MemoryStore(Store):
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
         with self._lock:
+            list(self._top("", (), now))  # Nothing is on its way any more.
             places = list(self._ready) + list(self._scheduled)
             other = {task_type for lane, task_type in places if not lane} - known
             return [t for t in sorted(other) if any(self._top("", [t], now))]
@@ -4030,8 +4046,9 @@ class TaskQueue(_Tasks):
         row = additions[0][0]
         store = self._in_memory._store if row.in_memory else self._store
         if connection is None:
-            if len(additions) == 1 and any(w._add_running(row) for w in self._watchers):
-                return [row]
+            if len(additions) == 1 and not row.in_memory:
+                if any(watcher._add_running(row) for watcher in self._watchers):
+                    return [row]
             rows = store.add(additions, row.created_at)
         elif not isinstance(store, SQLiteStore):
             raise _wrong_value("connection", connection, "None: this task is not stored in SQLite")
@@ -4861,8 +4878,18 @@ class _WorkerHandle:
         if self.channel.takes_back:
             with contextlib.suppress(OSError):
                 self._permits.write(struct.pack(f"!{len(runs)}Q", *numbers))
-        self.channel.send(_dumps(("run", self.given, [tuple(run.row) for run in runs])))
-        self.given += len(runs)
+        rows: list[tuple[Any, ...]] = []
+        size = 0
+        for run in runs:
+            rows.append(tuple(run.row))
+            size += len(run.row.data)
+            if size > MESSAGE_CHARS:  # The worker can begin while the rest is on its way.
+                self.channel.send(_dumps(("run", self.given, rows)))
+                self.given += len(rows)
+                rows, size = [], 0
+        if rows:
+            self.channel.send(_dumps(("run", self.given, rows)))
+            self.given += len(rows)
 
     def take_back(self) -> list[_Run]:
         """The runs that had not started; they will not, as their permits are gone."""
@@ -5230,6 +5257,7 @@ class Cluster(concurrent.futures.Executor):
         self._offers = collections.deque()
         self._upcoming: list[int] | None = []  # What next_due said; None: more than we take.
         self._store_due = NEVER  # When the first of them that was not yet due is.
+        self._backlog = True  # Some of them are due: look when a worker has room.
         self._reported, self._next_report = False, 0.0  # Some worker has; when it is stored.
         self._store_busy = False  # A call is under way in the store thread...
         self._in_flight = 0  # ... with so many outcomes.
@@ -5502,7 +5530,7 @@ class Cluster(concurrent.futures.Executor):
 
         In the producer's thread: that saves a write and the way through the dispatcher.
         """
-        if not self._offers or row.in_memory or row.state != "ready":
+        if not self._offers or row.state != "ready":
             return False
         try:
             types, room, before = self._offers.pop()
@@ -5729,7 +5757,7 @@ class Cluster(concurrent.futures.Executor):
     def _ended(self, worker: _WorkerHandle, now: float, seconds: float) -> _Run:
         """The head of the worker's runs, which has ended after *seconds*."""
         run = worker.end_head(now)
-        self._look = True
+        self._look = self._look or self._backlog
         # Most are as quick as can be, and known to be: nothing to learn.
         if seconds > LEAST_SECONDS or self._shares[run.row.task_type] > LEAST_SHARE:
             self._learn(run.row.task_type, seconds)
@@ -6128,6 +6156,7 @@ class Cluster(concurrent.futures.Executor):
             _log.warning("the store works again")
         now = self.queue._now()
         self._store_due = min((due for due in self._upcoming or () if due > now), default=NEVER)
+        self._backlog = self._upcoming is None or any(due <= now for due in self._upcoming)
         self._settled(runs, held)
         self._take_in_hand(rows)
         self._look = self._look or self._upcoming is None
@@ -6145,21 +6174,20 @@ class Cluster(concurrent.futures.Executor):
     def _assign(self, now: float) -> None:
         """Give the tasks in hand to the workers with the most room."""
         batches: dict[_WorkerHandle, list[_Run]] = {}
-        workers = self._accepting()
+        starting = self._mode in ("running", "finishing")
+        workers = self._accepting() if starting else []
         while self._hand and workers:
-            run = self._hand[0]
             worker = min(workers, key=_load)
-            if worker.load > 0 and worker.load + run.cost > 1.0 + 1e-9:
-                break
-            self._hand.popleft()
-            if run.future is not None:
-                run.future._runs = True
-            worker.load += run.cost
             batch = batches.setdefault(worker, [])
-            batch.append(run)
-            if self._max_tasks is not None and worker.given + len(batch) >= self._max_tasks:
+            # One by one where they are few; several of many, as choosing takes its time.
+            most = max(1, len(self._hand) // (4 * len(workers)))
+            if self._max_tasks is not None:
+                most = min(most, self._max_tasks - worker.given - len(batch))
+            if not self._deal(worker, batch, most):
                 workers.remove(worker)
         for worker, runs in batches.items():
+            if not runs:
+                continue
             if not worker.runs:
                 self._log_start(runs[0])
             worker.give(runs)
@@ -6167,11 +6195,24 @@ class Cluster(concurrent.futures.Executor):
                 worker.retire(now)
                 worker.kill_at = math.inf  # When its last task has ended: see _progress.
         if self._hand:
-            if self._hand_since + 0.05 <= now or self._mode not in ("running", "finishing"):
+            if self._hand_since + 0.05 <= now or not starting:
                 runs = list(self._hand)
                 self._hand.clear()
                 self._give_back(runs)
             self._wake_at(self._hand_since + 0.05)
+
+    def _deal(self, worker: _WorkerHandle, batch: list[_Run], most: int) -> bool:
+        """Move up to *most* tasks from hand to *batch*. False if the worker takes none."""
+        before = len(batch)
+        while self._hand and len(batch) < before + most:
+            run = self._hand[0]
+            if worker.load > 0 and worker.load + run.cost > 1.0 + 1e-9:
+                break
+            worker.load += run.cost
+            batch.append(self._hand.popleft())
+            if run.future is not None:
+                run.future._runs = True
+        return len(batch) > before
 
     # ---- Housekeeping and the end
 

@@ -4168,8 +4168,8 @@ class TestAtOnce(InFolder):
         """A queue with a cluster, one worker of which offers its room."""
         queue = self.queue()
         cluster = self.cluster(
-            {"echo": echo, "line": add_line}, queue, max_available_workers=1, keep_alive="always",
-            refresh_rate=10**6, **options,
+            {"echo": echo, "line": add_line, "hold": hold}, queue, keep_alive="always",
+            refresh_rate=10**6, **{"max_available_workers": 1, **options},
         )
         self.offered(cluster)
         return queue, cluster
@@ -4244,6 +4244,29 @@ class TestAtOnce(InFolder):
                 queue.add_task("echo", task_id=error.__name__, keep_result=60)
         queue._store.add_running = add_running
         self.assertEqual((queue.wait("KeyboardInterrupt", PATIENCE).state, queue.count()), ("done", 1))
+
+    def test_a_cluster_that_is_told_to_stop_meanwhile_does_not_start_it(self):
+        queue, cluster = self.idle(max_available_workers=2)
+        held = str(self.folder / "held")
+        queue.add_task("hold", held)
+        eventually(Path(held + ".started").exists)
+        eventually(lambda: [w["state"] for w in cluster.workers()].count("idle") == 1)
+        self.offered(cluster)
+        add_running = queue._store.add_running
+
+        def late(row):
+            cluster._begin_stop(PATIENCE)
+            eventually(lambda: cluster._mode == "stopping")
+            return add_running(row)
+
+        queue._store.add_running = late
+        task = queue.add_task("line", {"file": str(self.folder / "lines")})
+        eventually(lambda: queue.find_one(task_id=task.id).state == "waiting" or (self.folder / "lines").exists())
+        Path(held + ".end").touch()
+        self.assertTrue(cluster._closed.wait(PATIENCE))
+        found = queue.find_one(task_id=task.id)
+        self.assertEqual((found.state, found.attempt), ("waiting", 0))
+        self.assertFalse((self.folder / "lines").exists())
 
     def test_a_cluster_that_ends_meanwhile_leaves_it_waiting(self):
         queue, cluster = self.idle()
