@@ -4953,9 +4953,9 @@ class TestEnds(InFolder):
 def chaos(job):
     """Write when it starts and when it ends; take a while in between."""
     fd = os.open(job.data["file"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(fd, f"start {job.id}\n".encode())
+    os.write(fd, f"start {job.data['name']}\n".encode())
     time.sleep(job.data["seconds"])
-    os.write(fd, f"end {job.id}\n".encode())
+    os.write(fd, f"end {job.data['name']}\n".encode())
     os.close(fd)
 
 
@@ -4979,8 +4979,27 @@ class TestKillAnythingAnyTime(InFolder):
         from taskpool import TaskQueue
         with TaskQueue("tasks.db") as queue:
             for i in range(int(sys.argv[2])):
-                queue.add_task("chaos", {"file": "lines", "seconds": random.choice([0, 0, 0, 0.002, 0.02])},
-                               task_id=f"{sys.argv[1]}-{i}", retries=random.choice([0, 1, 60]), retry_delay=0.01)
+                name, seconds = f"{sys.argv[1]}-{i}", random.choice([0, 0, 0, 0.002, 0.02])
+                queue.add_task("chaos", {"file": "lines", "seconds": seconds, "name": name},
+                               task_id=name if i % 2 else None,  # Else one is drawn.
+                               retries=random.choice([0, 1, 60]), retry_delay=0.01)
+    """
+    PRODUCING_MASTER = """
+        import sys, time
+        from taskpool import Cluster, TaskQueue
+        from test_taskpool import chaos
+        if __name__ == "__main__":
+            queue = TaskQueue("tasks.db")
+            cluster = Cluster({"chaos": chaos}, queue, max_available_workers=2, oversubscribe=True,
+                              keep_alive="always", logs="error")
+            for i in range(0 if sys.argv[1] == "last" else 10**6):
+                name = f"{sys.argv[1]}-{i}"
+                queue.add_task("chaos", {"file": "lines", "seconds": 0, "name": name})
+                with open("added", "a") as added:
+                    added.write(name + "\\n")
+                time.sleep(i % 3 / 1000)
+            cluster.drain()
+            cluster.shutdown()
     """
 
     def drive(self, masters, kills, producers, tasks):
@@ -4995,7 +5014,7 @@ class TestKillAnythingAnyTime(InFolder):
         deadline = time.monotonic() + PATIENCE * 2
         while done < kills or len(ended) < len(ids):
             added = all(process.poll() is not None for process in adding)
-            left = {task.id for task in queue.find(state=["waiting", "running"])}
+            left = {task.data["name"] for task in queue.find(state=["waiting", "running"])}
             size = lines.stat().st_size if lines.exists() else 0
             seen |= left
             for task_id in ids - left - set(ended) if added else seen - left - set(ended):
@@ -5036,13 +5055,13 @@ class TestKillAnythingAnyTime(InFolder):
             if kind == "start":
                 self.assertFalse(position >= ended[task_id], f"{task_id} ran again after its end")
             position += len(line) + 1
-        failed = {task.id: task for task in queue.find()}
+        failed = {task.data["name"]: task for task in queue.find()}
         self.assertEqual({task.state for task in failed.values()} - {"failed"}, set())
         for task_id in ids - set(failed):
             self.assertGreaterEqual(ends[task_id], 1, f"{task_id} is missing")
         for task in failed.values():
             self.assertEqual(task.attempt, task.retries + 1)
-            self.assertGreaterEqual(starts[task.id], task.retries + 1)
+            self.assertGreaterEqual(starts[task.data["name"]], task.retries + 1)
             self.assertIn("WorkerDied", task.error)
         self.check_store()
 
@@ -5052,10 +5071,27 @@ class TestKillAnythingAnyTime(InFolder):
             self.assertEqual(db.execute("SELECT count(*) FROM taskpool_task WHERE owner <> ''").fetchone(), (0,))
 
     def test_one_master_and_its_workers(self):
-        self.drive(masters=1, kills=100, producers=1, tasks=1500)
+        self.drive(masters=1, kills=70, producers=1, tasks=1200)
 
     def test_three_masters_and_producers_in_other_processes(self):
-        self.drive(masters=3, kills=120, producers=3, tasks=1800)
+        self.drive(masters=3, kills=90, producers=3, tasks=1500)
+
+    def test_a_master_that_adds_tasks_for_its_idle_workers(self):
+        """P1, P3: these are claimed as they are added."""
+        script, random_ = self.script(self.PRODUCING_MASTER), random.Random(1)
+        queue, lines, added = self.queue(), self.folder / "lines", self.folder / "added"
+        for i in range(6):
+            quiet, before = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}, len(lines_of(added))
+            master = self.start(script, i, **quiet)
+            eventually(lambda before=before: len(lines_of(added)) > before + 20)
+            time.sleep(random_.uniform(0, 0.2))
+            master.kill()
+            master.communicate()
+        self.run_script(self.PRODUCING_MASTER, "last")
+        self.assertEqual(queue.find(), [])
+        ends = {line.split()[1] for line in lines_of(lines) if line.startswith("end")}
+        self.assertEqual({line.strip() for line in lines_of(added)} - ends, set())
+        self.check_store()
 
     def test_a_master_stopped_longer_than_its_lease_has_its_late_outcome_discarded(self):
         source = """

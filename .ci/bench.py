@@ -24,7 +24,7 @@ from typing import Any
 CI = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(CI))
 PEERS = ["huey==3.5.4"] + ["tinyjobs==0.6.0"] * (sys.version_info >= (3, 11))
-MEMORY, STORED, MANY, LATE = 20_000, 5_000, 50_000, 200  # How many tasks.
+MEMORY, STORED, MANY, LATE, BIG = 20_000, 5_000, 50_000, 200, 200  # How many tasks.
 
 HUEY = """
 from huey import SqliteHuey
@@ -60,6 +60,10 @@ def nothing(job: Any = None) -> None:
     """The task of which only the queue's own work is seen."""
 
 
+def echo(job: Any) -> Any:
+    return getattr(job, "data", job)
+
+
 def late(added: Any) -> float:
     """Seconds from before the call that added it to its start."""
     return time.time() - getattr(added, "data", added)
@@ -75,6 +79,13 @@ def futures(submit: Callable[[], Any]) -> float:
     """Tasks a second from the first submit() to the last result."""
     [result() for result in [submit() for _ in range(100)]]  # Workers have started.
     return rate(MEMORY, lambda: [result() for result in [submit() for _ in range(MEMORY)]])
+
+
+def big(submit: Callable[[str], Any]) -> float:
+    """Tasks a second that take a megabyte of text and return it."""
+    text = "x" * 1_000_000
+    [future.result() for future in [submit(text) for _ in range(20)]]
+    return rate(BIG, lambda: [future.result() for future in [submit(text) for _ in range(BIG)]])
 
 
 def latency(submit: Callable[[float], Any]) -> float:
@@ -97,9 +108,12 @@ def measure_executor() -> dict[str, float]:
     from concurrent.futures import ProcessPoolExecutor
 
     with ProcessPoolExecutor(2) as pool:
+        started = latency(lambda at: pool.submit(late, at).result())
         return {
             "memory": futures(lambda: pool.submit(nothing).result),
-            "latency in memory": latency(lambda at: pool.submit(late, at).result()),
+            "big": big(lambda text: pool.submit(echo, text)),
+            "latency in memory": started,
+            "latency stored": started,
         }
 
 
@@ -113,13 +127,14 @@ def measure_taskpool() -> dict[str, float]:
     found["add"] = rate(STORED, lambda: [queue.add_task("nothing") for _ in range(STORED)])
     dicts = [{"task_type": "nothing"}] * (MANY - STORED)
     found["add many"] = rate(len(dicts), lambda: queue.add_tasks(dicts))
-    with Cluster({"nothing": nothing, "late": late}, queue, **options) as cluster:
+    with Cluster({"nothing": nothing, "late": late, "echo": echo}, queue, **options) as cluster:
         cluster.initialize()
         while queue.count() > MANY * 0.98:  # Workers have started.
             time.sleep(0.001)
         left = queue.count()
         found["run"] = rate(left, cluster.drain)
         found["memory"] = futures(lambda: cluster.submit("nothing", in_memory=True).result)
+        found["big"] = big(lambda text: cluster.submit("echo", text, in_memory=True))
         for name, in_memory in (("latency in memory", True), ("latency stored", False)):
             found[name] = latency(
                 lambda at, here=in_memory: cluster.submit("late", at, in_memory=here).result()
@@ -134,8 +149,7 @@ def measure_store(source: str, name: str) -> dict[str, float]:
     sys.path.insert(0, ".")
     app = __import__(f"{name}_app")
     found = {"add": rate(STORED, lambda: [app.add() for _ in range(STORED)])}
-    for _ in range(MANY - STORED):
-        app.add()
+    found["add many"] = rate(MANY - STORED, lambda: [app.add() for _ in range(MANY - STORED)])
     if name == "huey":
         command, left = [sys.executable, "-c", "import huey_app; huey_app.work()"], app.left
     else:
@@ -173,11 +187,12 @@ MEASURES: dict[str, Callable[[], dict[str, float]]] = {
 }
 WHAT = {
     "memory": "in memory, submit to result, tasks/s",
+    "big": "in memory, 1 MB of text there and back, tasks/s",
     "run": "stored tasks run, tasks/s",
     "add": "added one by one, tasks/s",
-    "add many": "added by add_tasks, tasks/s",
+    "add many": "added by add_tasks (by the others one by one), tasks/s",
     "latency in memory": "until an idle worker starts, in memory, ms",
-    "latency stored": "until an idle worker starts, stored, ms",
+    "latency stored": "until an idle worker starts, stored (by the other in memory), ms",
 }
 
 
