@@ -1931,12 +1931,25 @@ _ERASE = f"DELETE FROM taskpool_task WHERE {_THIS}"
 # Any state -> any other: writes a whole Row back.
 _WRITE = f"UPDATE taskpool_task SET ({_LIST}) = ({', '.join('?' * len(_COLUMNS))}) WHERE {_THIS}"
 
+# The lanes and task types that a cluster may claim of. (CROSS JOIN: SQLite keeps the order.)
+_PLACES = """
+(SELECT '' AS place_lane UNION SELECT :owner)
+CROSS JOIN (SELECT value AS place_type FROM json_each(:types))
+"""
 # scheduled -> ready
 _PROMOTE = f"""
 UPDATE taskpool_task SET state = 'ready' WHERE seq IN (
+    SELECT seq FROM {_PLACES} CROSS JOIN taskpool_task
+    WHERE state = 'scheduled' AND lane = place_lane AND task_type = place_type
+    AND ready_at <= :now LIMIT {PROMOTE_TASKS})
+"""
+# The first in each line, in the shape of _READY: seq, NULL, type, lane, priority, created_at.
+_HEADS = f"""
+SELECT seq, NULL, place_type, place_lane, priority, created_at
+FROM {_PLACES} CROSS JOIN taskpool_task ON seq = (
     SELECT seq FROM taskpool_task
-    WHERE state = 'scheduled' AND lane = ? AND task_type = ? AND ready_at <= ?
-    ORDER BY ready_at LIMIT {PROMOTE_TASKS})
+    WHERE state = 'ready' AND lane = place_lane AND task_type = place_type
+    ORDER BY priority DESC, created_at, seq LIMIT 1)
 """
 # What claim() would take of one lane and type, best first; with or without suspects.
 _READY = f"""
@@ -1956,14 +1969,17 @@ _SUSPECT = """
 SELECT 1 FROM taskpool_task
 WHERE state = 'running' AND owner = ? AND interrupted > 0 LIMIT 1
 """
-_NEXT_DUE = """
-SELECT ready_at FROM taskpool_task
-WHERE state = 'scheduled' AND lane = ? AND task_type = ? AND due_at <= ?
-ORDER BY ready_at LIMIT ?
+_NEXT_DUE = f"""
+SELECT ready_at FROM {_PLACES} CROSS JOIN taskpool_task ON seq IN (
+    SELECT seq FROM taskpool_task
+    WHERE state = 'scheduled' AND lane = place_lane AND task_type = place_type
+    AND due_at <= :until ORDER BY ready_at LIMIT :limit)
 """
-_COUNT_READY = """
-SELECT count(*) FROM (SELECT 1 FROM taskpool_task
-WHERE state = 'ready' AND lane = ? AND task_type = ? AND due_at <= ? LIMIT ?)
+_COUNT_READY = f"""
+SELECT count(*) FROM (
+    SELECT 1 FROM {_PLACES} CROSS JOIN taskpool_task
+    WHERE state = 'ready' AND lane = place_lane AND task_type = place_type
+    AND due_at <= :until LIMIT :limit)
 """
 
 # True only for the claim that the caller was given: an ended claim is not 'running', and
@@ -1998,25 +2014,24 @@ WHERE owner NOT IN (SELECT owner FROM taskpool_master)
 _OPEN_LANE = "UPDATE taskpool_task SET lane = '' WHERE lane > '' AND lane = ?"
 _EXPIRE = "DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ?"
 
-# The task types of a lane of which a task can start by then, one index look-up each.
+# The task types for all of which a task can start now, one index look-up each.
 _STARTABLE = """
 WITH RECURSIVE
 ready(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'ready' AND lane = :lane
+    SELECT min(task_type) FROM taskpool_task WHERE state = 'ready' AND lane = ''
     UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'ready' AND lane = :lane AND task_type > t)
+                      WHERE state = 'ready' AND lane = '' AND task_type > t)
     FROM ready WHERE t IS NOT NULL),
 scheduled(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'scheduled' AND lane = :lane
+    SELECT min(task_type) FROM taskpool_task WHERE state = 'scheduled' AND lane = ''
     UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'scheduled' AND lane = :lane AND task_type > t)
+                      WHERE state = 'scheduled' AND lane = '' AND task_type > t)
     FROM scheduled WHERE t IS NOT NULL)
 SELECT t FROM ready WHERE t IS NOT NULL
 UNION SELECT t FROM scheduled WHERE t IS NOT NULL AND
     (SELECT min(ready_at) FROM taskpool_task
-     WHERE state = 'scheduled' AND lane = :lane AND task_type = t) <= :instant
+     WHERE state = 'scheduled' AND lane = '' AND task_type = t) <= ?
 """
-MANY_TYPES = 8  # From here on looking for what there is beats asking for each type.
 
 _OLDEST_FIRST = "ORDER BY created_at, seq LIMIT ? OFFSET ?"
 # waiting, failed, done -> (removed); a running task is marked.
@@ -2123,7 +2138,7 @@ def _addition(row: Row, seq: int | None = None) -> tuple[Any, ...]:
 def _new_seq(row: Row) -> int | None:
     """Where to add a task: at its number, if its id was drawn for it; None: behind all."""
     number, least = _id_number(row.id), row.created_at << 11
-    return number if least < number < least + (1 << 40) else None
+    return number if number and least <= number < least + (1 << 40) else None
 
 
 def _is_sure(row: Row, seq: int | None) -> bool:
@@ -2507,15 +2522,23 @@ class SQLiteStore(Store):
     ) -> list[Row]:
         most = math.ceil(limit / min(shares.values()))
         suspect = db.execute(_SUSPECT, (owner,)).fetchone() is not None
-        places = self._places(db, owner, shares, now)
-        db.executemany(_PROMOTE, [(*place, now) for place in places])
-        streams = [db.execute(_READY, (*place, until, not suspect, most)) for place in places]
-        candidates = heapq.merge(*streams, key=_rank)
+        places = {"owner": owner, "types": json.dumps(list(shares)), "now": now}
+        db.execute(_PROMOTE, places)
+        streams: list[sqlite3.Cursor] = []
+
+        def line(head: Sequence[Any]) -> Iterator[Sequence[Any]]:
+            yield head  # Until it is the best there is, the line behind it is not read.
+            streams.append(db.execute(_READY, (head[3], head[2], until, not suspect, most)))
+            yield from streams[-1]
+
+        candidates = heapq.merge(*map(line, db.execute(_HEADS, places).fetchall()), key=_rank)
         taken: list[Row] = []
         taken_seq: list[tuple[str, int, int]] = []
         broken: list[tuple[str, int]] = []
         broken_rows: list[Row] = []
         for seq, *columns in candidates:
+            if columns[0] is None:  # A head.
+                continue
             reason = _unusable(columns)
             if reason:
                 broken.append((reason, seq))
@@ -2535,21 +2558,6 @@ class SQLiteStore(Store):
         db.executemany(_CLAIM, taken_seq)
         db.executemany(_SET_ASIDE, broken)
         return taken + broken_rows
-
-    @staticmethod
-    def _places(
-        db: sqlite3.Connection, owner: str, types: Iterable[str], instant: int
-    ) -> list[_Place]:
-        """The lanes and types to look at for tasks that can start by *instant*."""
-        known, lanes = set(types), ("", owner)
-        if len(known) < MANY_TYPES:
-            return [(lane, task_type) for task_type in known for lane in lanes]
-        return [
-            (lane, task_type)
-            for lane in lanes
-            for (task_type,) in db.execute(_STARTABLE, {"lane": lane, "instant": instant})
-            if task_type in known
-        ]
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
         return self._write(lambda db: [self._settle(db, owner, o, now) for o in outcomes])
@@ -2616,20 +2624,18 @@ class SQLiteStore(Store):
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
     ) -> list[int]:
-        def work(db: sqlite3.Connection) -> list[int]:
-            due: list[int] = []
-            for place in self._places(db, owner, types, NEVER):
-                (ready,) = db.execute(_COUNT_READY, (*place, until, limit)).fetchone()
-                due += [now] * ready
-                due += [at for (at,) in db.execute(_NEXT_DUE, (*place, until, limit))]
-            return sorted(due)[:limit]
+        places: dict[str, Any] = {"owner": owner, "types": json.dumps(list(types))}
+        places.update(until=until, limit=limit)
 
-        return self._read(work)
+        def work(db: sqlite3.Connection) -> list[int]:
+            (ready,) = db.execute(_COUNT_READY, places).fetchone()
+            return [now] * ready + [at for (at,) in db.execute(_NEXT_DUE, places)]
+
+        return sorted(self._read(work))[:limit]
 
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
-        values = {"lane": "", "instant": now}
-        found = self._read(lambda db: db.execute(_STARTABLE, values).fetchall())
+        found = self._read(lambda db: db.execute(_STARTABLE, (now,)).fetchall())
         return sorted(task_type for (task_type,) in found if task_type not in known)
 
     def find(self, query: Query, now: int) -> list[Row]:

@@ -1253,8 +1253,8 @@ class TestSQLiteStore(StoreContract, InFolder):
             "_BY_ID": by_id, "_ERASE": by_id, "_WRITE": by_id, "_HELD_ROW": by_id,
             "_REMOVE": "PRIMARY KEY .*taskpool_named ", "_MARK": "PRIMARY KEY .*taskpool_named ",
             "_CLAIM": "PRIMARY KEY", "_SET_ASIDE": "PRIMARY KEY", "_FINISH": "PRIMARY KEY",
-            "_READY": "taskpool_ready", "_COUNT_READY": "taskpool_ready",
-            "_PROMOTE": "taskpool_scheduled", "_NEXT_DUE": "taskpool_scheduled",
+            "_READY": "taskpool_ready", "_COUNT_READY": "taskpool_ready", "_HEADS": "PRIMARY KEY .*taskpool_ready",
+            "_PROMOTE": "PRIMARY KEY .*taskpool_scheduled", "_NEXT_DUE": "PRIMARY KEY .*taskpool_scheduled",
             "_STARTABLE": "taskpool_ready .*taskpool_scheduled .*taskpool_scheduled ",
             "_HELD_BY": "taskpool_running", "_OWNERS": "taskpool_running", "_SUSPECT": "taskpool_running",
             "_OPEN_LANE": "taskpool_lane", "_EXPIRE": "taskpool_expires",
@@ -1270,7 +1270,8 @@ class TestSQLiteStore(StoreContract, InFolder):
         for name, statement in statements.items():
             if name in ("_REMOVE", "_MARK"):  # The filters of the user follow.
                 statement += " AND " + taskpool._where(Query(ids=["a"]), NOW)[0]
-            values = {"lane": 0, "instant": 0} if ":lane" in statement else [0] * statement.count("?")
+            named = re.findall(r":(\w+)", statement)
+            values = dict.fromkeys(named, 0) if named else [0] * statement.count("?")
             plan = "\n".join(r[3] for r in db.execute("EXPLAIN QUERY PLAN " + statement, values))
             with self.subTest(statement=name, plan=plan):
                 self.assertRegex(plan, re.compile(served[name], re.DOTALL))
