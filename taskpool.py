@@ -40,6 +40,7 @@ The life of a task (each arrow is a method of Store)
                 |                retry                           |
                 +------------------------------------------------+
     remove: waiting, failed, done --> (removed)      update: waiting --> waiting
+    add_running: add and claim in one write, while a worker is idle
 
 What is promised (the tests and the README carry the same numbers)
 
@@ -1895,12 +1896,14 @@ _UPGRADES = (
         ),
     ),
     (
+        "PRAGMA legacy_alter_table = ON",  # Views of yours go on meaning taskpool_task.
         "ALTER TABLE taskpool_task RENAME TO taskpool_task_1",
         _TASK_TABLE,  # As it was in version 2.
         "INSERT INTO taskpool_task (seq, {0}) SELECT 2 * seq + 1, {0} FROM taskpool_task_1".format(
             ", ".join([*_SUCCESSOR_0[:-1], "repeat", "progress"])
         ),
         "DROP TABLE taskpool_task_1",
+        "PRAGMA legacy_alter_table = OFF",
     ),
 )
 _TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"

@@ -2865,10 +2865,12 @@ class TestSchemaVersions(InFolder):
             INSERT INTO taskpool_task (id, task_type, data, priority, created_at, due_at, ready_at, retries,
                 retry_delay, lane, state, attempt, claim, owner, interrupted, removed)
             VALUES {", ".join(f"('{task_id}', {values})" for task_id in ids)};
-            PRAGMA user_version = 1""")
+            CREATE VIEW mine AS SELECT id FROM taskpool_task;
+            CREATE TABLE application (id);
+            CREATE TABLE taskpool_version (version INTEGER NOT NULL); INSERT INTO taskpool_version VALUES (1);""")
         with contextlib.closing(taskpool._ViewOfFile(path)) as view:
             self.assertEqual([view.find(Query(ids=[i]), NOW)[0].id for i in ids], ids)
-        self.assertEqual(self.value(path, "PRAGMA user_version"), 1)
+        self.assertEqual(self.value(path, "SELECT version FROM taskpool_version"), 1)
         with contextlib.closing(SQLiteStore(path)) as store:
             self.assertEqual([store.find(Query(ids=[i]), NOW)[0].id for i in ids], ids)
             with self.assertRaises(DuplicateTask):
@@ -2876,8 +2878,9 @@ class TestSchemaVersions(InFolder):
             store.add([(row("c", now=5), "raise")], NOW)
             got = store.claim("me", ["x"], 99, NOW)
             self.assertEqual([r.id for r in got], [*ids, "c"])
+            self.assertEqual(self.value(path, "SELECT count(*) FROM mine"), len(got))
             self.assertTrue(all(store.settle("me", [Outcome(r.id, 1, "done") for r in got], NOW)))
-        self.assertEqual(self.value(path, "PRAGMA user_version"), taskpool.SCHEMA_VERSION)
+        self.assertEqual(self.value(path, "SELECT version FROM taskpool_version"), taskpool.SCHEMA_VERSION)
         self.assertEqual(self.value(path, "SELECT count(*) FROM taskpool_task"), 0)
 
     def test_a_newer_file_is_refused_and_not_touched(self):
