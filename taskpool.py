@@ -2138,15 +2138,16 @@ def _addition(row: Row, seq: int | None = None) -> tuple[Any, ...]:
     return (seq, *row[:_ATTEMPT], row.claim, row.repeat)
 
 
+_UNSURE = -1
+
+
 def _new_seq(row: Row) -> int | None:
-    """Where to add a task: at its number, if its id was drawn for it; None: behind all."""
+    """Where to add a task: at its number, if its id was drawn for it; None, behind all, if
+    its id was given. _UNSURE: also behind all, but its id may be there under its number."""
     number, least = _id_number(row.id), row.created_at << 11
-    return number if number and least <= number < least + (1 << 40) else None
-
-
-def _is_sure(row: Row, seq: int | None) -> bool:
-    """Whether a task of that id is either there or not: not elsewhere, under an odd seq."""
-    return (seq is None) == (_id_number(row.id) == 0)
+    if not number:
+        return None
+    return number if least <= number < least + (1 << 40) else _UNSURE
 
 
 _T = TypeVar("_T")  # What is read or written.
@@ -2373,13 +2374,13 @@ class SQLiteStore(Store):
             self._stale = False
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
-        rows = [row for row, _ in additions]
-        if len(rows) == 1:
-            (new,), seq = rows, _new_seq(rows[0])
-            if _is_sure(new, seq) and self._write_alone(_ADD, _addition(new, seq)):
-                return rows
+        if len(additions) == 1:
+            new, seq = additions[0][0], _new_seq(additions[0][0])
+            if seq != _UNSURE and self._write_alone(_ADD, _addition(new, seq)):
+                return [new]
 
         def work(db: sqlite3.Connection) -> list[Row]:
+            rows = [row for row, _ in additions]
             if len(rows) > 1 and self._add_together(db, rows):
                 return rows
             return [self._add(db, *addition) for addition in additions]
@@ -2388,7 +2389,7 @@ class SQLiteStore(Store):
 
     def add_running(self, row: Row) -> bool:
         seq = _new_seq(row)
-        return _is_sure(row, seq) and self._write_alone(_ADD_RUNNING, (seq, *row[:-1]))
+        return seq != _UNSURE and self._write_alone(_ADD_RUNNING, (seq, *row[:-1]))
 
     def add_through(
         self, connection: sqlite3.Connection, additions: Sequence[tuple[Row, str]]
@@ -2446,7 +2447,7 @@ class SQLiteStore(Store):
     def _add_together(db: sqlite3.Connection, rows: Sequence[Row]) -> bool:
         """The same for many: in half of the time."""
         seqs = list(map(_new_seq, rows))
-        if not all(map(_is_sure, rows, seqs)):
+        if _UNSURE in seqs:
             return False
         db.execute("SAVEPOINT taskpool")
         try:
@@ -2482,8 +2483,9 @@ class SQLiteStore(Store):
         if old is not None:
             db.execute(_ERASE, _key(old.id))
         if new is not None:
+            seq = _new_seq(new)
             try:
-                db.execute(_ADD, _addition(new, _new_seq(new)))
+                db.execute(_ADD, _addition(new, None if seq == _UNSURE else seq))
             except sqlite3.IntegrityError:  # Another task has its number.
                 db.execute(_ADD, _addition(new))
 
