@@ -145,7 +145,8 @@ WATCH_SECONDS = 1.0  # How often masters look for dead masters.
 INTERRUPTIONS = 5  # Interrupted single claims after which a task fails (P3).
 BUSY_SECONDS = 30.0  # Longest wait for another process's write lock on SQLite.
 PROMOTE_TASKS = 5_000  # Due tasks made ready at once; a million must not stop the rest.
-CHECKPOINT_PAGES = 4000  # Of SQLite's write-ahead log (16 MB): fewer and cheaper fsyncs.
+PAGE_BYTES = 2048  # Of a new SQLite file: a fifth less for add_task than by the usual 4096.
+CHECKPOINT_PAGES = 4000  # Of SQLite's write-ahead log (8 MB): fewer and cheaper fsyncs.
 RETRY_CAP_SECONDS = 3600.0  # Longest wait before a retry.
 BOOT_SECONDS = 0.04  # First wait after a worker died as it started; then doubled...
 BOOT_CAP_SECONDS = 30.0  # ... up to this.
@@ -2230,6 +2231,7 @@ class SQLiteStore(Store):
         )
         try:
             self._version(db)  # A newer file is refused before anything is changed.
+            db.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # Does nothing to an old file.
             self._use_wal(db)
             db.execute(f"PRAGMA synchronous = {self._synchronous}")
             db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
