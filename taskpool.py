@@ -2454,12 +2454,12 @@ class SQLiteStore(Store):
         db.execute("SAVEPOINT taskpool")
         try:
             db.executemany(_ADD, map(_addition, rows, seqs))
+            done = True
         except sqlite3.IntegrityError:
             db.execute("ROLLBACK TO taskpool")
-            return False
-        finally:
-            db.execute("RELEASE taskpool")
-        return True
+            done = False
+        db.execute("RELEASE taskpool")
+        return done
 
     @classmethod
     def _add(cls, db: sqlite3.Connection | sqlite3.Cursor, new: Row, if_exists: str) -> Row:

@@ -1519,6 +1519,16 @@ class TestSQLiteStore(StoreContract, InFolder):
                     self.assertEqual(self.store.settle(self.OWNER, outcomes, NOW), [False] * 4)
                     self.assertEqual(self.store.count(Query(), NOW), 0)
 
+    def test_a_full_disk_is_called_so_however_many_tasks_are_added(self):
+        """SQLite undoes the whole transaction then, and what was begun in it."""
+        self.add(row())
+        self.store._writer.execute("PRAGMA max_page_count = 20")
+        for rows in ([row("big", data="x" * 10**6)], [row(f"r{i}", data="x" * 1000) for i in range(1000)]):
+            with self.assertRaisesRegex(StoreError, "full"):
+                self.add(*rows)
+        self.assertEqual([r.id for r in self.store.find(Query(), NOW)], ["t"])
+        self.add(row("small"))
+
     def test_add_running_claims_a_new_task_that_is_first_in_line(self):
         first = taskpool.claimed(row("a"), self.OWNER, NOW)
         self.assertFalse(self.store.add_running(first))  # Not open yet.
