@@ -1060,6 +1060,7 @@ def _make_row(
         task_id = f"inMemory_{_new_id(now)}" if in_memory else _new_id(now)
     else:
         _checked_text("task_id", task_id)
+        next(_id_numbers)  # So that its seq comes before that of the next fresh id.
     if if_exists not in _IF_EXISTS:
         _checked_choice("if_exists", if_exists, _IF_EXISTS)
     if retries != 0 or type(retries) is not int:
@@ -1607,19 +1608,25 @@ class MemoryStore(Store):
                 self._arrived.append(new)
                 return [new]
         with self._lock:
+            self._take_in()
             added: list[Row] = []
             before: list[tuple[str, Row | None]] = []
             try:
                 for new, if_exists in additions:
-                    old = self._rows.get(new.id)
-                    stored, row = after_add(old, new, if_exists) if old else (new, new)
+                    old = self._rows.setdefault(new.id, new)  # In one step, as above.
+                    if old is new:
+                        before.append((new.id, None))
+                        self._push(new)
+                        added.append(new)
+                        continue
+                    stored, row = after_add(old, new, if_exists)
                     if stored is not None:
                         before.append((new.id, old))
                         self._put(stored)
                     added.append(row)
             except DuplicateTask:
-                for task_id, old in reversed(before):
-                    self._put(old) if old else self._drop(task_id)
+                for task_id, former in reversed(before):
+                    self._put(former) if former else self._drop(task_id)
                 raise
             return added
 
@@ -1642,6 +1649,13 @@ class MemoryStore(Store):
         elif row.expires_at is not None:
             heapq.heappush(self._expiring, (row.expires_at, row.id))
 
+    def _take_in(self) -> None:
+        """Move what arrived into the heaps."""
+        while self._arrived:
+            row = self._arrived.popleft()
+            if self._alive(row):
+                self._push(row)
+
     def _drop(self, task_id: str) -> None:
         if self._rows.pop(task_id, None):
             self._dead_entries += 1
@@ -1662,10 +1676,7 @@ class MemoryStore(Store):
 
     def _top(self, owner: str, types: Iterable[str], now: int) -> Iterator[list[_RankedRow]]:
         """The heaps of ready tasks, after what arrived and what became due moved there."""
-        while self._arrived:
-            row = self._arrived.popleft()
-            if self._alive(row):
-                self._push(row)
+        self._take_in()
         for task_type in types:
             for place in (("", task_type), (owner, task_type)):
                 scheduled = self._scheduled.get(place)
@@ -1777,7 +1788,7 @@ class MemoryStore(Store):
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
         with self._lock:
-            list(self._top("", (), now))  # Nothing is on its way any more.
+            self._take_in()
             places = list(self._ready) + list(self._scheduled)
             other = {task_type for lane, task_type in places if not lane} - known
             return [t for t in sorted(other) if any(self._top("", [t], now))]
@@ -1841,7 +1852,9 @@ _TASK_TABLE = """
         keep_result REAL, lane TEXT NOT NULL, state TEXT NOT NULL,
         attempt INTEGER NOT NULL, claim INTEGER NOT NULL, owner TEXT NOT NULL,
         interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
-        removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT)
+        removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT,
+        -- Refuses what a program that still has version 1 adds in its way.
+        CHECK (seq & 1 OR substr(id, 17, 1) = 't'))
 """
 _SCHEMA = (
     _TASK_TABLE,
@@ -5531,8 +5544,8 @@ class Cluster(concurrent.futures.Executor):
         self._wake_up()
 
     def _queue_changed(self, removed: bool) -> None:
-        self._offers.clear()  # What was added may have to start first.
         self._look = self._news = self._added = True
+        self._offers.clear()  # What was added may have to start first.
         if removed:
             self._check_futures = True
         if removed or self._hungry:
@@ -5673,6 +5686,8 @@ class Cluster(concurrent.futures.Executor):
             return
         if any(worker.accepts and not worker.runs for worker in self._workers):
             self._offers.append((dict(self._claimable()), self._room(), self._store_due))
+            if self._look or self._news:  # Meanwhile; see _queue_changed.
+                self._offers.clear()
 
     def _on_bell(self) -> None:
         """Another process has added a task, and perhaps more, for which it did not ring."""
@@ -5770,7 +5785,8 @@ class Cluster(concurrent.futures.Executor):
     def _ended(self, worker: _WorkerHandle, now: float, seconds: float) -> _Run:
         """The head of the worker's runs, which has ended after *seconds*."""
         run = worker.end_head(now)
-        self._look = self._look or self._backlog
+        # A look that is under way has seen no room.
+        self._look = self._look or self._backlog or self._store_busy
         # Most are as quick as can be, and known to be: nothing to learn.
         if seconds > LEAST_SECONDS or self._shares[run.row.task_type] > LEAST_SHARE:
             self._learn(run.row.task_type, seconds)
@@ -6048,18 +6064,14 @@ class Cluster(concurrent.futures.Executor):
 
     def _room(self) -> float:
         """How much work may be claimed now, in workers' worth (P5)."""
-        room = 0.0
-        for worker in self._accepting():
-            left = 1.0 - worker.load
-            if self._max_tasks is not None:
-                left = min(left, (self._max_tasks - worker.given) / self._max_tasks)
-            room += left
+        room = sum(1.0 - worker.load for worker in self._accepting())
         return room - sum(run.cost for run in self._hand)
 
     def _claimable(self) -> Mapping[str, float]:
         if self._max_tasks is None:
             return self._shares
-        least = 1.0 / self._max_tasks
+        most = self._max_tasks
+        least = 1.0 / min((most - worker.given for worker in self._accepting()), default=most)
         return {task_type: max(cost, least) for task_type, cost in self._shares.items()}
 
     def _claim_in_memory(self) -> None:
@@ -6135,9 +6147,10 @@ class Cluster(concurrent.futures.Executor):
         most: int,
         until: int,
         added: bool,
-    ) -> tuple[list[bool], list[Row], list[int] | None]:
-        """What the store thread does for a turn. A look at an empty queue writes nothing."""
-        store, held, rows = self.queue._store, [], []
+    ) -> tuple[list[bool], list[Row], list[int] | None, int]:
+        """What the store thread does for a turn, and when it looked. A look at an empty queue
+        writes nothing."""
+        store, held, rows, now = self.queue._store, [], [], self.queue._now()
         if outcomes or (added and room > 0):
             with store.transaction() as together:
                 if outcomes:
@@ -6146,14 +6159,14 @@ class Cluster(concurrent.futures.Executor):
                 if room > 0 and (together is not None or not outcomes):
                     rows = store.claim(owner, types, room, self.queue._now(), until)
             if most and (outcomes or rows):
-                return held, rows, None  # The next turn looks on.
+                return held, rows, None, now  # The next turn looks on.
         now = self.queue._now()
         upcoming = store.next_due(owner, types, most, now, until) if most else []
         if room > 0 and upcoming and upcoming[0] <= now:
             rows = store.claim(owner, types, room, now, until)
             if rows:
-                return held, rows, None
-        return held, rows, upcoming
+                return held, rows, None, now
+        return held, rows, upcoming, now
 
     def _on_store_answer(self, runs: list[_Run], answer: Any) -> None:
         self._store_busy, self._in_flight = False, 0
@@ -6163,13 +6176,13 @@ class Cluster(concurrent.futures.Executor):
             self._on_store_failure(answer)
             return
         self._store_failures = 0
-        held, rows, self._upcoming = answer
+        held, rows, self._upcoming, looked = answer
         if self._next_failure_log and (held or rows):  # Reading proves nothing: a full disk.
             self._next_failure_log = 0.0
             _log.warning("the store works again")
-        now = self.queue._now()
-        self._store_due = min((due for due in self._upcoming or () if due > now), default=NEVER)
-        self._backlog = self._upcoming is None or any(due <= now for due in self._upcoming)
+        upcoming = self._upcoming or ()
+        self._store_due = min((due for due in upcoming if due > looked), default=NEVER)
+        self._backlog = self._upcoming is None or any(due <= looked for due in upcoming)
         self._settled(runs, held)
         self._take_in_hand(rows)
         self._look = self._look or self._upcoming is None
@@ -6292,6 +6305,7 @@ class Cluster(concurrent.futures.Executor):
             self._on_store_failure(error)
 
     def _on_watched(self, ended: list[Row], foreign: list[str]) -> None:
+        self._look = True  # Tasks of a dead master may wait again.
         for row in ended:
             error = TaskPoolError(cast(str, row.error))
             run = _Run(row, 1.0, self._futures.pop(row.id, None))

@@ -1213,7 +1213,23 @@ class StoreContract:
         self.assertEqual([(r.id, r.priority) for r in self.store.find(Query(), NOW)], [("b", 7)])
 
 
-class TestMemoryStore(StoreContract, unittest.TestCase):
+class InOrder:
+    """Part of the contract of the stores here."""
+
+    def test_ids_given_and_drawn_keep_the_order_in_which_they_were_added(self):
+        """P5: at one instant, in one call and in several."""
+        for sizes in ([5], [1, 1, 1, 1, 1], [1, 3, 1], [2, 1, 2]):
+            rows = [taskpool._make_row(NOW, "x", task_id=i)[0] for i in (None, "b", "a", None, None)]
+            left = list(rows)
+            for size in sizes:
+                self.add(*left[:size])
+                del left[:size]
+            claimed = self.claim()
+            self.assertEqual([r.id for r in claimed], [r.id for r in rows])
+            self.store.settle(self.OWNER, [Outcome(r.id, r.claim, "done") for r in claimed], NOW)
+
+
+class TestMemoryStore(InOrder, StoreContract, unittest.TestCase):
     """The in-memory store keeps the contract."""
 
     def open(self):
@@ -1228,7 +1244,7 @@ class TestMemoryStore(StoreContract, unittest.TestCase):
         self.assertLess(entries, 3000)
 
 
-class TestSQLiteStore(StoreContract, InFolder):
+class TestSQLiteStore(InOrder, StoreContract, InFolder):
     """The SQLite store keeps the contract, in a file."""
 
     def open(self):
@@ -2868,7 +2884,8 @@ class TestSchemaVersions(InFolder):
 
     def test_tasks_of_version_1_are_found_by_their_ids_and_keep_their_order(self):
         old = taskpool._TASK_TABLE.replace("id TEXT NOT NULL,", "id TEXT NOT NULL UNIQUE,")
-        self.assertIn("UNIQUE", old)
+        old = re.sub(r",\s*--.*\n\s*CHECK .*", ")", old)
+        self.assertRegex(old, r"(?s)UNIQUE.*progress TEXT\)\s*$")
         ids = [f"0606{i:010x}{'a' * 16}{i:x}" for i in range(9)] + ["b", "a"]
         values = "'x', '{}', 1, 5, 5, 5, 0, 1.0, '', 'ready', 0, 0, '', 0, 0"
         path = self.make(old + ";\n" + f"""
@@ -2892,6 +2909,26 @@ class TestSchemaVersions(InFolder):
             self.assertTrue(all(store.settle("me", [Outcome(r.id, 1, "done") for r in got], NOW)))
         self.assertEqual(self.value(path, "SELECT version FROM taskpool_version"), taskpool.SCHEMA_VERSION)
         self.assertEqual(self.value(path, "SELECT count(*) FROM taskpool_task"), 0)
+
+    def test_a_program_that_still_has_version_1_cannot_add_what_nobody_finds(self):
+        path = self.make(SCHEMA_0)
+        columns = ", ".join(taskpool._COLUMNS)
+        with contextlib.closing(SQLiteStore(path)) as store, contextlib.closing(sqlite3.connect(path)) as old:
+            store.find(Query(), NOW)
+            refused = 0
+            for i in range(6):
+                task = row(f"{NOW:014x}{'b' * 16}{i:x}")
+                try:
+                    with old:
+                        old.execute(f"INSERT INTO taskpool_task ({columns}) VALUES ({', '.join('?' * 24)})", task[:-1])
+                except sqlite3.IntegrityError:
+                    refused += 1
+                else:
+                    self.assertEqual(store.find(Query(ids=[task.id]), NOW), [task])
+                with contextlib.suppress(DuplicateTask):
+                    store.add([(task, "raise")], NOW)
+            self.assertGreater(refused, 0)
+            self.assertEqual(store.count(Query(), NOW), 8)
 
     def test_a_newer_file_is_refused_and_not_touched(self):
         """SM-04, TT-05."""
@@ -4173,6 +4210,57 @@ def mixed(job):
     if isinstance(job.data, dict):
         hold_the_gil(job)
     return hold(job) if job.data else None
+
+
+class TestNoWakeUpIsMissed(InFolder):
+    """P6: what can start does, though the next refresh is far away."""
+
+    def one_worker(self):
+        queue = self.queue()
+        options = {"max_available_workers": 1, "keep_alive": "always", "refresh_rate": 10**7}
+        cluster = self.cluster({"echo": echo, "hold": hold}, queue, **options)
+        self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
+        return queue, cluster
+
+    def delay_looks(self, queue, until):
+        """Answers of next_due() that find something arrive after *until* has become true."""
+        next_due = queue._store.next_due
+
+        def late(*arguments):
+            found = next_due(*arguments)
+            if found:
+                eventually(until)
+            return found
+
+        queue._store.next_due = late
+
+    def test_a_run_ends_while_a_look_that_saw_no_room_is_under_way(self):
+        queue, cluster = self.one_worker()
+        held = str(self.folder / "held")
+        first = cluster.submit("hold", held, in_memory=True)
+        eventually(Path(held + ".started").exists)
+        self.delay_looks(queue, lambda: first.done() and cluster.workers()[0]["state"] == "idle")
+        second = cluster.submit("echo", 2)
+        eventually(lambda: cluster._store_busy)
+        Path(held + ".end").touch()
+        self.assertEqual(second.result(PATIENCE), 2)
+
+    def test_a_task_comes_due_while_a_look_that_saw_it_waiting_is_under_way(self):
+        queue, cluster = self.one_worker()
+        due = datetime.now(timezone.utc) + timedelta(seconds=0.3)
+        self.delay_looks(queue, lambda: datetime.now(timezone.utc) > due)
+        self.assertEqual(cluster.submit("echo", 3, due_date=due).result(PATIENCE), 3)
+
+    def test_slow_tasks_follow_each_other_in_a_worker_that_is_to_be_replaced(self):
+        queue = self.queue()
+        cluster = self.cluster(
+            {"pid": pid_of_worker, "sleep": sleep_a_little}, queue, max_available_workers=1,
+            max_tasks_per_worker=3, refresh_rate=10**7, keep_alive="always",
+        )
+        for in_memory in (True, False):
+            cluster._learn("pid", 1.0)  # They have taken so long.
+            pids = [cluster.submit("pid", in_memory=in_memory).result(PATIENCE) for _ in range(6)]
+            self.assertLessEqual(max(collections.Counter(pids).values()), 3)
 
 
 class TestAtOnce(InFolder):
