@@ -4909,13 +4909,11 @@ class _WorkerHandle:
         for run in runs:
             rows.append(tuple(run.row))
             size += len(run.row.data)
-            if size > MESSAGE_CHARS:  # The worker can begin while the rest is on its way.
+            # In several messages the worker can begin while the rest is on its way.
+            if size > MESSAGE_CHARS or run is runs[-1]:
                 self.channel.send(_dumps(("run", self.given, rows)))
                 self.given += len(rows)
                 rows, size = [], 0
-        if rows:
-            self.channel.send(_dumps(("run", self.given, rows)))
-            self.given += len(rows)
 
     def take_back(self) -> list[_Run]:
         """The runs that had not started; they will not, as their permits are gone."""

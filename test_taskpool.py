@@ -4251,11 +4251,30 @@ class TestNoWakeUpIsMissed(InFolder):
         self.delay_looks(queue, lambda: datetime.now(timezone.utc) > due)
         self.assertEqual(cluster.submit("echo", 3, due_date=due).result(PATIENCE), 3)
 
+    @unittest.skipUnless(LINUX, "sees in /proc that a master is dead")
+    def test_a_master_dies_while_another_is_idle(self):
+        """P3."""
+        source = """
+            import taskpool, test_taskpool
+            if __name__ == "__main__":
+                taskpool.Cluster({"hold": test_taskpool.hold}, taskpool.TaskQueue("tasks.db"),
+                                 max_available_workers=1).run()
+        """
+        queue, held = self.queue(), str(self.folder / "held")
+        task = queue.add_task("hold", held, keep_result=60)
+        master = self.start(self.script(source), stderr=subprocess.DEVNULL)
+        eventually(Path(held + ".started").exists)
+        options = {"max_available_workers": 1, "keep_alive": "always", "refresh_rate": 10**7}
+        idle = self.cluster({"hold": echo}, queue, **options)
+        eventually(lambda: idle._offers, "an idle worker")
+        master.kill()
+        self.assertEqual(queue.wait(task.id, PATIENCE).result, held)
+
     def test_slow_tasks_follow_each_other_in_a_worker_that_is_to_be_replaced(self):
         queue = self.queue()
         cluster = self.cluster(
-            {"pid": pid_of_worker, "sleep": sleep_a_little}, queue, max_available_workers=1,
-            max_tasks_per_worker=3, refresh_rate=10**7, keep_alive="always",
+            {"pid": pid_of_worker}, queue, max_available_workers=1, max_tasks_per_worker=3,
+            refresh_rate=10**7, keep_alive="always",
         )
         for in_memory in (True, False):
             cluster._learn("pid", 1.0)  # They have taken so long.
