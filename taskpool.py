@@ -825,7 +825,7 @@ def _new_id(now: int) -> str:
     # Nothing random here: a system call lets go of the GIL, which costs more than all
     # the rest of submit() while the dispatcher is busy.
     count = next(_id_numbers)
-    return f"{(now << 11) + 2 * count:016x}t{_nonce}{count:x}"
+    return "%016xt%s%x" % ((now << 11) + 2 * count, _nonce, count)  # noqa: UP031 - Faster.
 
 
 def _id_number(task_id: str) -> int:
@@ -1955,11 +1955,13 @@ _LOCK = "PRAGMA main.incremental_vacuum(1)"
 
 # -> waiting, without a history but for claim. seq is the number given, or the next odd one.
 _NEW_SEQ = "coalesce(?, (SELECT coalesce(max(seq), 0) + 1 | 1 FROM taskpool_task))"
-_ADD = f"""
+_INTO = f"""
 INSERT INTO taskpool_task (seq, {", ".join(_COLUMNS[:_ATTEMPT])}, claim, repeat,
-    attempt, owner, interrupted, removed)
-VALUES ({_NEW_SEQ}, {", ".join("?" * _ATTEMPT)}, ?, ?, 0, '', 0, 0)
+    attempt, owner, interrupted, removed) VALUES
 """
+_FIRST = f"{', '.join('?' * _ATTEMPT)}, ?, ?, 0, '', 0, 0"  # 15 values.
+_ADD = f"{_INTO} ({_NEW_SEQ}, {_FIRST})"
+_ADD_TEN = f"{_INTO} {', '.join([f'(?, {_FIRST})'] * 10)}"
 # -> running, in one step.
 _ADD_RUNNING = f"""
 INSERT INTO taskpool_task (seq, {_LIST}) SELECT {_NEW_SEQ}, {", ".join("?" * len(_COLUMNS))}
@@ -2487,13 +2489,16 @@ class SQLiteStore(Store):
 
     @staticmethod
     def _add_together(db: sqlite3.Connection, rows: Sequence[Row]) -> bool:
-        """The same for many: in half of the time."""
+        """The same for many: in a third of the time."""
         seqs = list(map(_new_seq, rows))
         if _UNSURE in seqs:
             return False
+        tens = 0 if None in seqs else len(rows) // 10 * 10
+        values = itertools.chain.from_iterable(map(_addition, rows[:tens], seqs))
         db.execute("SAVEPOINT taskpool")
         try:
-            db.executemany(_ADD, map(_addition, rows, seqs))
+            db.executemany(_ADD_TEN, zip(*[values] * (10 * (_ATTEMPT + 3))))
+            db.executemany(_ADD, map(_addition, rows[tens:], seqs[tens:]))
             done = True
         except sqlite3.IntegrityError:
             db.execute("ROLLBACK TO taskpool")
@@ -4077,7 +4082,7 @@ class TaskQueue(_Tasks):
         now = self._now()
         additions, connections = [], []
         for index, task in enumerate(tasks):
-            if not isinstance(task, Mapping):
+            if type(task) is not dict and not isinstance(task, Mapping):
                 raise _wrong_type(f"tasks[{index}]", task, "a dict of add_task's parameters")
             if not task.keys() <= _ADD_PARAMETERS or "task_type" not in task:
                 unknown = [name for name in task if name not in _ADD_PARAMETERS]
@@ -5080,7 +5085,7 @@ _reset_in_forks.add(_TaskFuture)
 def _resolve_futures(runs: list[_Run]) -> None:
     """In the thread of Futures, as unpickling and callbacks may take their time."""
     for run in runs:
-        future = cast(_TaskFuture, run.future)
+        future: Any = run.future
         if run.event is None:
             future._end_cancelled()
             continue
