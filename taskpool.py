@@ -1580,6 +1580,10 @@ def fits(row: Row, query: Query, now: int) -> bool:
     )
 
 
+def _ranked(number: int, row: Row) -> _RankedRow:
+    return -row.priority, row.created_at, number, row
+
+
 class _Line:
     """The ready tasks of one lane and type.
 
@@ -1587,34 +1591,41 @@ class _Line:
     what a heap costs. The others are in a heap.
     """
 
-    __slots__ = ("heap", "queue")
+    __slots__ = ("heap", "numbers", "queue")
 
     def __init__(self, entries: Iterable[_RankedRow] = ()) -> None:
-        self.queue = collections.deque(sorted(entries))
+        self.queue: collections.deque[Row] = collections.deque()
+        self.numbers: collections.deque[int] = collections.deque()  # Of the rows in it.
         self.heap: list[_RankedRow] = []
+        for *_, number, row in sorted(entries):
+            self.push(number, row)
 
     def __len__(self) -> int:
         return len(self.queue) + len(self.heap)
 
     def __iter__(self) -> Iterator[_RankedRow]:
-        return itertools.chain(self.queue, self.heap)
+        return itertools.chain(map(_ranked, self.numbers, self.queue), self.heap)
 
-    def push(self, entry: _RankedRow) -> None:
-        if not self.queue or self.queue[-1] < entry:
-            self.queue.append(entry)
+    def push(self, number: int, row: Row) -> None:
+        last = self.queue[-1] if self.queue else row
+        if row.priority <= last.priority and row.created_at >= last.created_at:
+            self.queue.append(row)
+            self.numbers.append(number)
         else:
-            heapq.heappush(self.heap, entry)
+            heapq.heappush(self.heap, _ranked(number, row))
 
     def take(self, rows: Mapping[str, Row]) -> Iterator[_RankedRow]:
         """The entries that are alive, in order. Who asks for another has taken the last."""
-        queue, heap = self.queue, self.heap
+        queue, numbers, heap = self.queue, self.numbers, self.heap
         while queue or heap:
-            queued = queue and not (heap and heap[0] < queue[0])
-            entry = queue[0] if queued else heap[0]
+            entry = _ranked(numbers[0], queue[0]) if queue else heap[0]
+            if heap and heap[0] < entry:
+                entry = heap[0]
             if rows.get(entry[3].id) is entry[3]:
                 yield entry
-            if queued:
+            if queue and queue[0] is entry[3]:
                 queue.popleft()
+                numbers.popleft()
             else:
                 heapq.heappop(heap)
 
@@ -1684,9 +1695,7 @@ class MemoryStore(Store):
 
     def _push(self, row: Row) -> None:
         if row.state == "ready":
-            number = next(self._insertions)
-            entry = (-row.priority, row.created_at, number, row)
-            self._ready[row.lane, row.task_type].push(entry)
+            self._ready[row.lane, row.task_type].push(next(self._insertions), row)
         elif row.state == "scheduled":
             due = self._scheduled[row.lane, row.task_type]
             heapq.heappush(due, (row.ready_at, next(self._insertions), row))
@@ -3936,7 +3945,7 @@ class InMemoryTasks(_Tasks):
         return self._queue._now()
 
     def _changed(self, removed: bool = False) -> None:
-        self._queue._changed(removed)
+        self._queue._changed(removed, stored=False)
 
     def find_by_id(self, task_id: str) -> Task | None:
         """The task of that id, or None."""
@@ -3997,11 +4006,11 @@ class TaskQueue(_Tasks):
         """The in-memory tasks of this process (master only, else RuntimeError)."""
         return self._in_memory
 
-    def _changed(self, removed: bool = False) -> None:
+    def _changed(self, removed: bool = False, stored: bool = True) -> None:
         if _worker is not None:
             _worker.tell_master_of_changes()
         for watcher in self._watchers:
-            watcher._queue_changed(removed)
+            watcher._queue_changed(removed, stored)
 
     def _wake_others(self) -> None:
         """Have the masters in other processes look at the store, so that they need not
@@ -4114,7 +4123,7 @@ class TaskQueue(_Tasks):
             rows = store.add_through(connection, additions)
             if connection.in_transaction:
                 return rows  # Nobody else can see them yet.
-        self._changed()
+        self._changed(stored=not row.in_memory)
         if not row.in_memory:
             self._wake_others()
         return rows
@@ -5590,8 +5599,10 @@ class Cluster(concurrent.futures.Executor):
         self._inbox.append(call)
         self._wake_up()
 
-    def _queue_changed(self, removed: bool) -> None:
-        self._look = self._news = self._added = True
+    def _queue_changed(self, removed: bool, stored: bool) -> None:
+        if stored:
+            self._look = self._added = True
+        self._news = True
         self._offers.clear()  # What was added may have to start first.
         if removed:
             self._check_futures = True
