@@ -5024,6 +5024,18 @@ class _Guard(type(threading.RLock())):  # type: ignore[misc]
         pass
 
 
+class _Nobody(tuple[()]):
+    """Who waits for a Future that was done before: nobody, whoever comes or goes."""
+
+    def append(self, waiter: object) -> None:
+        pass
+
+    remove = append
+
+
+_NOBODY = _Nobody()
+
+
 class _TaskFuture(Future[Any]):
     """The Future of a submitted task. `task` is the Task as it was added."""
 
@@ -5034,11 +5046,11 @@ class _TaskFuture(Future[Any]):
 
     def __init__(self, cluster: Cluster, row: Row) -> None:
         # As Future.__init__, of which a test keeps watch, but that one lock serves all, as
-        # those who wait do so by `_waiters`, and that a list of callbacks is made when there
-        # are any: ten objects less to look through for the garbage collector, for each of
-        # what may be a million Futures. That was as much as all the rest of submit().
+        # those who wait do so by `_waiters`, and that lists are made when something comes
+        # into them: eleven objects less to look through for the garbage collector, for each
+        # of what may be a million Futures. That was as much as all the rest of submit().
         self._state, self._result, self._exception = "PENDING", None, None
-        self._waiters: list[Any] = []
+        self._waiting: list[Any] | None = None
         self._done_callbacks: Any = ()
         self._row, self._cluster = row, cluster
         self._runs = False
@@ -5048,6 +5060,14 @@ class _TaskFuture(Future[Any]):
     @classmethod
     def _reset_after_fork(cls) -> None:
         cls._condition = _Guard()
+
+    @property
+    def _waiters(self) -> Any:  # type: ignore[override]
+        if self._waiting is None:
+            if self._state not in ("PENDING", "CANCELLED"):
+                return _NOBODY
+            self._waiting = []
+        return self._waiting
 
     def result(self, timeout: float | None = None) -> Any:
         """As Future.result."""

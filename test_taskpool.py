@@ -3111,6 +3111,13 @@ class TestExecutor(WithCluster):
         eventually(lambda: len(called) == 2)
         self.assertEqual((done, called), (["held"] * 3, [future, "held"]))
         self.assertEqual(next(concurrent.futures.as_completed([future])), future)
+        waits = self.submit("echo", due_date=timedelta(hours=1))
+        alone = self.submit("echo")
+        eventually(alone.done)  # Before anybody waits for it.
+        ended = concurrent.futures.as_completed([waits, Future(), alone], PATIENCE)
+        self.assertEqual(next(ended), alone)
+        threading.Timer(0.05, waits.cancel).start()  # While it is waited for.
+        self.assertEqual(next(ended), waits)
 
     def test_a_future_is_cancelled_while_it_waits_and_not_while_it_runs(self):
         for in_memory in (False, True):
