@@ -4372,7 +4372,7 @@ class _WorkerProcess:
         self.task_map: Mapping[str, TaskFunction] = {}
         self._incoming, self._outgoing = incoming, outgoing
         self._send_lock = threading.Lock()  # A message must not be cut by another.
-        self._permits = permits
+        self._permits = permits and permits.fileno()
         self._permit = -1  # The number of the last permit read.
         self._call_styles: dict[str, str | None] = {}
         self._reader: threading.Thread | None = None
@@ -4435,12 +4435,12 @@ class _WorkerProcess:
             return True
         while self._permit < number:
             try:
-                packed = os.read(self._permits.fileno(), 8)
+                packed = os.read(self._permits, 8)
             except BlockingIOError:
                 return False
             if not packed:
                 raise EOFError
-            (self._permit,) = struct.unpack("!Q", packed)
+            self._permit = int.from_bytes(packed, "big")
         return self._permit == number
 
     def _run(self, number: int, row: Row) -> None:
