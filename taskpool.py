@@ -2016,7 +2016,7 @@ ORDER BY priority DESC, created_at, seq LIMIT ?
 _CLAIM = """
 UPDATE taskpool_task
 SET state = 'running', owner = ?, ready_at = ?, claim = claim + 1, attempt = attempt + 1
-WHERE seq = ?
+WHERE seq IN (SELECT value FROM json_each(?))
 """
 # ready -> failed, for rows that cannot be read: they must not block the rest.
 _SET_ASIDE = "UPDATE taskpool_task SET state = 'failed', error = ? WHERE seq = ?"
@@ -2594,10 +2594,11 @@ class SQLiteStore(Store):
 
         candidates = heapq.merge(*map(line, db.execute(_HEADS, places).fetchall()), key=_rank)
         taken: list[Row] = []
-        taken_seq: list[tuple[str, int, int]] = []
+        taken_seqs: list[int] = []
         broken: list[tuple[str, int]] = []
         broken_rows: list[Row] = []
-        for seq, *columns in candidates:
+        for candidate in candidates:
+            seq, columns = candidate[0], candidate[1:]
             if columns[0] is None:  # A head.
                 continue
             reason = _unusable(columns)
@@ -2605,18 +2606,19 @@ class SQLiteStore(Store):
                 broken.append((reason, seq))
                 broken_rows.append(Row(*columns)._replace(state="failed", error=reason))
                 continue
-            row = Row(*columns)
+            row = tuple.__new__(Row, (*columns, False))  # As Row(*columns), in half the time.
             cost = 1.0 if row.interrupted else shares[row.task_type]
             if cost > limit + 1e-9 or (row.interrupted and taken):
                 break
             limit -= cost
             taken.append(claimed(row, owner, now))
-            taken_seq.append((owner, now, seq))
+            taken_seqs.append(seq)
             if row.interrupted:
                 break
         for stream in streams:
             stream.close()
-        db.executemany(_CLAIM, taken_seq)
+        if taken:
+            db.execute(_CLAIM, (owner, now, json.dumps(taken_seqs)))
         db.executemany(_SET_ASIDE, broken)
         return taken + broken_rows
 
