@@ -1736,7 +1736,9 @@ class MemoryStore(Store):
                     if self._alive(row):
                         self._put(row._replace(state="ready"))
                 if place in self._ready:
-                    yield self._ready[place]
+                    line = self._ready[place]
+                    next(line.take(self._rows), None)  # Drops the dead before it.
+                    yield line
 
     def claim(
         self,
@@ -5017,7 +5019,9 @@ _load = operator.attrgetter("load")
 
 
 class _Guard(type(threading.RLock())):  # type: ignore[misc]
-    """The lock of all _TaskFutures, in the place of a Condition that nobody waits for."""
+    """The lock of a _TaskFuture, in the place of a Condition that nobody waits for."""
+
+    __slots__ = ()
 
     def wait(self, timeout: float | None = None) -> None:
         pass
@@ -5044,13 +5048,12 @@ class _TaskFuture(Future[Any]):
     # Its base stays in the state PENDING until the end, as only then cancel() works at
     # any time; whether the task runs is kept apart.
 
-    _condition: Any = _Guard()
-
     def __init__(self, cluster: Cluster, row: Row) -> None:
-        # As Future.__init__, of which a test keeps watch, but that one lock serves all, as
-        # those who wait do so by `_waiters`, and that lists are made when something comes
-        # into them: eleven objects less to look through for the garbage collector, for each
-        # of what may be a million Futures. That was as much as all the rest of submit().
+        self._condition: Any = _Guard()
+        # As Future.__init__, of which a test keeps watch, but without a Condition, as those
+        # who wait do so by `_waiters`, and with lists that are made when something comes into
+        # them: ten objects less to look through for the garbage collector, for each of what
+        # may be a million Futures. That was as much as all the rest of submit().
         self._state, self._result, self._exception = "PENDING", None, None
         self._waiting: list[Any] | None = None
         self._done_callbacks: Any = ()
@@ -5059,14 +5062,10 @@ class _TaskFuture(Future[Any]):
         self._stored = False  # add() has returned.
         self._foreign = False  # The task may be run by another cluster.
 
-    @classmethod
-    def _reset_after_fork(cls) -> None:
-        cls._condition = _Guard()
-
     @property
     def _waiters(self) -> Any:  # type: ignore[override]
         if self._waiting is None:
-            if self._state not in ("PENDING", "CANCELLED"):
+            if self._state in ("FINISHED", "CANCELLED_AND_NOTIFIED"):
                 return _NOBODY
             self._waiting = []
         return self._waiting
@@ -5075,7 +5074,10 @@ class _TaskFuture(Future[Any]):
         """As Future.result."""
         if self._state == "PENDING":
             concurrent.futures.wait([self], timeout)
-        return super().result(0)
+        try:
+            return super().result(0)
+        finally:
+            del self  # Else the exception's traceback, this frame and it are a cycle.
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As Future.exception."""
@@ -5104,13 +5106,12 @@ class _TaskFuture(Future[Any]):
         return self.cancelled()
 
     def _end_cancelled(self) -> None:
-        me = object()
-        first = self.__dict__.setdefault("_canceller", me) is me  # Of several threads.
-        if first and super().cancel():
-            self.set_running_or_notify_cancel()  # Tells concurrent.futures.wait().
-
-
-_reset_in_forks.add(_TaskFuture)
+        with self._condition:
+            if self._state != "PENDING":
+                return
+            self._state = "CANCELLED"
+            self.set_running_or_notify_cancel()  # Tells those who wait, before any callback.
+        self._invoke_callbacks()  # type: ignore[attr-defined]
 
 
 def _resolve_futures(runs: list[_Run]) -> None:

@@ -40,6 +40,7 @@ import threading
 import time
 import unittest
 import unittest.mock
+import weakref
 from concurrent.futures import Future
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -1275,6 +1276,13 @@ class TestMemoryStore(InOrder, StoreContract, unittest.TestCase):
             self.store.remove(Query(ids=[str(i)]), NOW)
         entries = sum(map(len, self.store._ready.values()))
         self.assertLess(entries, 3000)
+
+    def test_a_look_for_what_is_due_passes_removed_tasks_once(self):
+        self.add(*[row(str(i)) for i in range(900)])
+        self.add(row("last"))
+        self.store.remove(Query(ids=[str(i) for i in range(900)]), NOW)
+        self.assertEqual(self.store.next_due(self.OWNER, ["x"], 1, NOW), [NOW])
+        self.assertEqual(sum(map(len, self.store._ready.values())), 1)
 
 
 class TestSQLiteStore(InOrder, StoreContract, InFolder):
@@ -3118,6 +3126,50 @@ class TestExecutor(WithCluster):
         self.assertEqual(next(ended), alone)
         threading.Timer(0.05, waits.cancel).start()  # While it is waited for.
         self.assertEqual(next(ended), waits)
+
+    def test_each_future_has_a_lock_of_its_own(self):
+        """Else wait() for ours and others, in two threads, could wait for each other."""
+        held, other = self.submit("echo", due_date=timedelta(hours=1)), self.submit("echo", 1)
+        with held._condition:
+            self.assertEqual(other.result(PATIENCE), 1)
+            thread = threading.Thread(target=other.done)
+            thread.start()
+            thread.join(PATIENCE)
+            self.assertFalse(thread.is_alive())
+        self.assertTrue(held.cancel())
+
+    def test_who_waits_for_a_future_hears_that_it_was_cancelled_whatever_callbacks_do(self):
+        waits, heard = self.submit("echo", due_date=timedelta(hours=1)), []
+
+        def wait():
+            try:
+                waits.result(PATIENCE)
+            except concurrent.futures.CancelledError as error:
+                heard.append(error)
+
+        def call_back(future):
+            thread.join(PATIENCE)
+            raise SystemExit
+
+        thread = threading.Thread(target=wait)
+        waits.add_done_callback(call_back)
+        thread.start()
+        eventually(lambda: waits._waiting)
+        with self.assertRaises(SystemExit):
+            waits.cancel()
+        self.assertEqual(len(heard), 1)
+        self.assertFalse(thread.is_alive())
+
+    def test_the_error_of_a_future_does_not_keep_it_alive(self):
+        future = self.submit("badly", {"file": str(self.folder / "file"), "how": "raise"})
+        ended = weakref.ref(future)
+        gc.disable()
+        self.addCleanup(gc.enable)
+        try:
+            future.result(PATIENCE)
+        except ValueError:
+            del future
+        eventually(lambda: ended() is None)
 
     def test_a_future_is_cancelled_while_it_waits_and_not_while_it_runs(self):
         for in_memory in (False, True):
@@ -5550,27 +5602,6 @@ class TestHostileTasks(WithCluster):
                 os._exit(0 if ok else 1)
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
         self.assertEqual([f.result(PATIENCE) for f in futures], ["slept"] * 5)
-
-    def test_a_fork_may_look_at_futures_while_others_do(self):
-        future = self.submit("sleep")
-        future.result(PATIENCE)
-        held, forked = threading.Event(), threading.Event()
-
-        def look():
-            with future._condition:
-                held.set()
-                forked.wait(PATIENCE)
-
-        thread = threading.Thread(target=look)
-        thread.start()
-        held.wait(PATIENCE)
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(int(PATIENCE))
-            os._exit(0 if future.done() else 1)
-        forked.set()
-        thread.join()
-        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
 
     def test_a_fork_may_run_a_cluster_of_its_own(self):
         out = self.run_script(
