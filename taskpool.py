@@ -1970,7 +1970,7 @@ _INTO = f"""
 INSERT INTO taskpool_task (seq, {", ".join(_COLUMNS[:_ATTEMPT])}, claim, repeat,
     attempt, owner, interrupted, removed) VALUES
 """
-_FIRST = f"{', '.join('?' * _ATTEMPT)}, ?, ?, 0, '', 0, 0"  # 15 values.
+_FIRST = f"{', '.join('?' * _ATTEMPT)}, ?, ?, 0, '', 0, 0"
 _ADD = f"{_INTO} ({_NEW_SEQ}, {_FIRST})"
 _ADD_TEN = f"{_INTO} {', '.join([f'(?, {_FIRST})'] * 10)}"
 # -> running, in one step.

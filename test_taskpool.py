@@ -3143,7 +3143,7 @@ class TestExecutor(WithCluster):
 
         def wait():
             try:
-                waits.result(PATIENCE)
+                waits.result()
             except concurrent.futures.CancelledError as error:
                 heard.append(error)
 
@@ -3151,7 +3151,7 @@ class TestExecutor(WithCluster):
             thread.join(PATIENCE)
             raise SystemExit
 
-        thread = threading.Thread(target=wait)
+        thread = threading.Thread(target=wait, daemon=True)
         waits.add_done_callback(call_back)
         thread.start()
         eventually(lambda: waits._waiting)
