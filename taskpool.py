@@ -5031,12 +5031,21 @@ class _Guard(type(threading.RLock())):  # type: ignore[misc]
 
 
 class _Nobody(tuple[()]):
-    """Who waits for a Future that was done before: nobody, whoever comes or goes."""
+    """Who waits for a Future that was done before: nobody, whoever comes or goes. And the
+    lock of one that was done before anybody wanted a lock, as nothing changes any more."""
 
     def append(self, waiter: object) -> None:
         pass
 
     remove = append
+
+    def acquire(self) -> None:
+        pass
+
+    release = __enter__ = acquire
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 _NOBODY = _Nobody()
@@ -5048,12 +5057,13 @@ class _TaskFuture(Future[Any]):
     # Its base stays in the state PENDING until the end, as only then cancel() works at
     # any time; whether the task runs is kept apart.
 
+    _lock: Any = None  # Made by who first looks into it. The key to making it is below.
+
     def __init__(self, cluster: Cluster, row: Row) -> None:
-        # As Future.__init__, of which a test keeps watch, but without a Condition, as those
-        # who wait do so by `_waiters`, and with lists that are made when something comes into
-        # them: nine objects less to look through for the garbage collector, for each of what
-        # may be a million Futures.
-        self._condition: Any = _Guard()
+        # As Future.__init__, of which a test keeps watch, but what it makes is made when it
+        # is needed, and without a Condition, as those who wait do so by `_waiters`: ten
+        # objects less to look through for the garbage collector, for each of what may be a
+        # million Futures.
         self._state, self._result, self._exception = "PENDING", None, None
         self._waiting: list[Any] | None = None
         self._done_callbacks: Any = ()
@@ -5063,12 +5073,30 @@ class _TaskFuture(Future[Any]):
         self._foreign = False  # The task may be run by another cluster.
 
     @property
+    def _condition(self) -> Any:  # type: ignore[override]
+        if self._lock is None and self._state == "PENDING":
+            lock = _Guard()
+            with self._cluster._future_lock:
+                if self._state == "PENDING":
+                    self.__dict__.setdefault("_lock", lock)
+        return self._lock or _NOBODY
+
+    @property
     def _waiters(self) -> Any:  # type: ignore[override]
         if self._waiting is None:
             if self._state in ("FINISHED", "CANCELLED_AND_NOTIFIED"):
                 return _NOBODY
             self._waiting = []
         return self._waiting
+
+    def set_result(self, result: Any) -> None:
+        """As Future.set_result. Who has no lock has nobody who waits, and no callbacks."""
+        with self._cluster._future_lock:
+            alone = self._lock is None and self._state == "PENDING"
+            if alone:
+                self._result, self._state = result, "FINISHED"
+        if not alone:
+            super().set_result(result)
 
     def result(self, timeout: float | None = None) -> Any:
         """As Future.result."""
@@ -5337,6 +5365,7 @@ class Cluster(concurrent.futures.Executor):
         self._wake: _WakeUp | None = None
         self._inbox: collections.deque[Callable[[], Any]] = collections.deque()  # Any thread.
         self._futures: dict[str, _TaskFuture] = {}  # Of waiting tasks. Any thread adds.
+        self._future_lock = threading.RLock()  # Held for no call; see _TaskFuture.
         self._workers: list[_WorkerHandle] = []
         self._hand: collections.deque[_Run] = collections.deque()  # Claimed, not yet given.
         self._hand_since = 0.0
