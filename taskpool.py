@@ -5688,12 +5688,16 @@ class Cluster(concurrent.futures.Executor):
             raise
         finally:
             if added:
-                self._post(lambda: self._take_in_hand([running]))
+                self._post(lambda: self._start_at_once(running))
             elif added is None:  # A Ctrl-C, perhaps after the write.
                 self._post(lambda: self._give_back([_Run(running, 1.0, None)]))
         if added and self._mode == "closed":  # Perhaps it had left the store already.
             self.queue._store.leave(owner, now)
         return added
+
+    def _start_at_once(self, row: Row) -> None:
+        self._take_in_hand([row])
+        self._assign(time.monotonic())  # Before all else of this turn.
 
     def _begin_stop(self, seconds: float) -> None:
         self._post(lambda: self._stop(time.monotonic() + seconds))
