@@ -1419,6 +1419,10 @@ def _wake_owners(owners: Iterable[str]) -> None:
 # task is still at the arrow's foot, by the functions above. It reads no clock.
 
 
+# Task types, with what one task of each uses up of the room that claim() is given.
+Types = Union[Mapping[str, float], Iterable[str]]
+
+
 class Query(NamedTuple):
     """Which tasks find, count, remove and retry mean: those that fit every field."""
 
@@ -1450,12 +1454,7 @@ class Store:
         raise NotImplementedError
 
     def claim(
-        self,
-        owner: str,
-        types: Mapping[str, float] | Iterable[str],
-        limit: float,
-        now: int,
-        until: int = NEVER,
+        self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
     ) -> list[Row]:
         """waiting -> running: take what is due, highest priority first, then oldest.
 
@@ -1559,7 +1558,7 @@ def _dead_owners(
     return [o for o in beats if seconds - seen[o][1] >= LEASE_SECONDS or owner_is_dead(o)]
 
 
-def _shares(types: Mapping[str, float] | Iterable[str]) -> Mapping[str, float]:
+def _shares(types: Types) -> Mapping[str, float]:
     return types if isinstance(types, Mapping) else dict.fromkeys(types, 1.0)
 
 
@@ -1741,12 +1740,7 @@ class MemoryStore(Store):
                     yield line
 
     def claim(
-        self,
-        owner: str,
-        types: Mapping[str, float] | Iterable[str],
-        limit: float,
-        now: int,
-        until: int = NEVER,
+        self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
     ) -> list[Row]:
         if not self._rows:
             return []
@@ -2548,12 +2542,7 @@ class SQLiteStore(Store):
                 db.execute(_ADD, _addition(new))
 
     def claim(
-        self,
-        owner: str,
-        types: Mapping[str, float] | Iterable[str],
-        limit: float,
-        now: int,
-        until: int = NEVER,
+        self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
     ) -> list[Row]:
         shares = _shares(types)
         if not shares or limit <= 0:
@@ -3152,12 +3141,7 @@ class MongoStore(Store):
     # ---- Running
 
     def claim(
-        self,
-        owner: str,
-        types: Mapping[str, float] | Iterable[str],
-        limit: float,
-        now: int,
-        until: int = NEVER,
+        self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
     ) -> list[Row]:
         shares = _shares(types)
         if not shares or limit <= 0:
