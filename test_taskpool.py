@@ -1093,6 +1093,17 @@ class StoreContract:
         got = self.claim(owner="you", now=NOW + 90_000 * SECOND)
         self.assertEqual([(r.id, r.attempt) for r in got], [("a", 1), ("b", 1), ("c", 1)])
 
+    def test_leave_gives_back_no_removed_task_and_forgets_no_successor(self):
+        self.add(row("removed"), row("replaced"))
+        self.claim()
+        self.store.remove(Query(ids=["removed"]), NOW)
+        self.add(row("replaced", data={"new": 1}), if_exists="replace")
+        self.store.leave("me", NOW)
+        for data in ("{}", '{"new":1}'):
+            (claimed,) = self.claim()
+            self.assertEqual((claimed.id, claimed.data, claimed.attempt), ("replaced", data, 1))
+            self.assertTrue(self.settle(claimed, "done"))
+
     def test_a_repeating_task_goes_back_to_waiting_for_its_next_slot(self):
         """DU-03: the end of the run and the next slot are one step."""
         self.add(row(repeat=timedelta(seconds=10), retries=1))
@@ -1228,6 +1239,15 @@ class InOrder:
             claimed = self.claim()
             self.assertEqual([r.id for r in claimed], [r.id for r in rows])
             self.store.settle(self.OWNER, [Outcome(r.id, r.claim, "done") for r in claimed], NOW)
+
+    def test_tasks_added_together_keep_their_order_whenever_they_come_due(self):
+        rows = [row(f"{i}")._replace(state="scheduled", due_at=NOW + 10 - i, ready_at=NOW + 10 - i) for i in range(5)]
+        late = row("late")._replace(due_at=NOW + 50)
+        self.add(*rows, late, row("last"))
+        passed_over, then = self.claim(until=NOW), self.claim(now=NOW + 20, until=NOW + 20)
+        self.assertEqual([r.id for r in passed_over], ["last"])
+        self.assertEqual([r.id for r in then], [r.id for r in rows])
+        self.assertEqual([r.id for r in self.claim(now=NOW + 60)], ["late"])
 
     def test_tasks_start_by_priority_and_age_however_they_came_there(self):
         """P5: added, changed, removed, come due and given back, in two types and two lanes."""
@@ -3138,6 +3158,26 @@ class TestExecutor(WithCluster):
             self.assertFalse(thread.is_alive())
         self.assertTrue(held.cancel())
 
+    @unittest.skipUnless(hasattr(signal, "setitimer"), "this system has no timer signals")
+    def test_a_signal_handler_may_wait_for_one_future_while_the_program_looks_into_others(self):
+        """Else who interrupts a look keeps a lock that the threads of the cluster need."""
+        results, made = [], self.submit("echo").task._row
+
+        def handle(*_):
+            future = taskpool._TaskFuture(self.shared, made)
+            self.shared._future_thread.post(lambda: future.set_result(len(results)))
+            results.append(future.result(PATIENCE))
+            signal.setitimer(signal.ITIMER_REAL, 0.0005)
+
+        self.addCleanup(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, handle))
+        self.addCleanup(signal.setitimer, signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0.0005)
+        while len(results) < 300:
+            for future in [taskpool._TaskFuture(self.shared, made) for _ in range(50)]:
+                self.assertFalse(future.done())
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.assertEqual(results, list(range(len(results))))
+
     def test_who_waits_for_a_future_hears_that_it_was_cancelled_whatever_callbacks_do(self):
         waits, heard = self.submit("echo", due_date=timedelta(hours=1)), []
 
@@ -3154,7 +3194,7 @@ class TestExecutor(WithCluster):
         thread = threading.Thread(target=wait, daemon=True)
         waits.add_done_callback(call_back)
         thread.start()
-        eventually(lambda: waits._waiting)
+        eventually(lambda: waits._condition._waiters)
         with self.assertRaises(SystemExit):
             waits.cancel()
         self.assertEqual(len(heard), 1)
