@@ -5043,6 +5043,7 @@ class _TaskFuture(Future[Any]):
     _done_callbacks: Any = ()
     _lock: Any = None
     _foreign = False  # The task may be run by another cluster.
+    _before: _TaskFuture | None = None  # That of the task which this one replaces.
 
     def __init__(self, cluster: Cluster, row: Row) -> None:
         self._state, self._result = "PENDING", None
@@ -5429,11 +5430,16 @@ class Cluster(concurrent.futures.Executor):
             raise TypeError(
                 "submit() takes no connection; use add_task, and queue.wait for the end"
             )
-        if "lane" in options or (options.get("in_memory") is False and self._in_memory_only):
-            raise TypeError("submit() takes the parameters of add_task; this one cannot be given")
+        if not options.keys() <= _ADD_PARAMETERS:
+            unknown = min(options.keys() - _ADD_PARAMETERS)
+            raise TypeError(f"submit() takes the parameters of add_task, not {unknown!r}")
+        if self._in_memory_only and options["in_memory"] is False:
+            raise _wrong_value("in_memory", False, "True, as this cluster is in_memory_only")
         row, if_exists = _make_row(self.queue._now(), task_type, data, lane=self._owner, **options)
         future = _TaskFuture(self, row)
         before = self._futures.get(row.id)
+        if before is not None:
+            future._before = before
         self._futures[row.id] = future  # First: it may start before _add returns.
         try:
             (stored,) = self.queue._add([(row, if_exists)])
@@ -5451,15 +5457,44 @@ class Cluster(concurrent.futures.Executor):
                 self._futures[row.id] = before
                 return before
             future._row, future._foreign = stored, True
-        elif before is not None:
+        elif before is not None and not self._runs_before(row):
+            future._before = None
             before._end_cancelled()  # Replaced.
         return future
 
+    def _runs_before(self, row: Row) -> bool:
+        """Whether the task that *row* replaces runs; then it has its end, and its Future too."""
+        store = self.queue.in_memory._store if row.in_memory else self.queue._store
+        running = store.find(Query(ids=[row.id], states=["running"]), self.queue._now())
+        return any(other.created_at != row.created_at for other in running)
+
+    def _take_future(self, row: Row) -> _TaskFuture | None:
+        """The Future of the task that was claimed: not of one that replaces it, or is to."""
+        latest = future = self._futures.pop(row.id, None)
+        later = None
+        while future is not None and future._row.created_at != row.created_at:
+            later, future = future, future._before
+        if latest is not None and later is not None:
+            later._before = None
+            self._futures.setdefault(row.id, latest)
+        return future
+
+    def _join(self, run: _Run) -> None:
+        """Have a Future that found its task running (if_exists="keep") share in its end."""
+        kept = self._futures.get(run.row.id)
+        if kept and kept._foreign and kept._row.created_at == run.row.created_at:
+            self._futures.pop(run.row.id, None)
+            if run.future is None:
+                run.future = kept
+            else:
+                _follow(kept, run.future)
+
     def map(  # type: ignore[override]
-        self, task_type: str, data: Iterable[Any], timeout: float | None = None
+        self, task_type: str, data: Iterable[Any], timeout: float | timedelta | None = None
     ) -> Iterator[Any]:
         """The results of one task for each of *data*, in order, as Executor.map."""
-        return super().map(task_type, data, timeout=timeout)  # type: ignore[arg-type]
+        seconds = None if timeout is None else _checked_seconds("timeout", timeout, zero=True)
+        return super().map(task_type, data, timeout=seconds)  # type: ignore[arg-type]
 
     def cancel(self, task_id: str) -> bool:
         """Remove a waiting task, or kill the worker that runs it. Its Future is cancelled.
@@ -5558,6 +5593,8 @@ class Cluster(concurrent.futures.Executor):
         if not self._started:
             self._mode = "closed"
             self._closed.set()
+            for future in list(self._futures.values()):
+                future._end_cancelled()  # The tasks stay waiting.
             return
         if cancel_futures:
             for future in list(self._futures.values()):
@@ -5945,7 +5982,10 @@ class Cluster(concurrent.futures.Executor):
         """The store has recorded how these ended, if their claims were still held."""
         resolvable, listeners = [], self.queue._listeners
         for run, was_held in zip(runs, held):
-            row, future = run.row, run.future
+            row = run.row
+            if row.id in self._futures and was_held and run.outcome.state != "running":
+                self._join(run)
+            future = run.future
             if not was_held:
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
                 _log.warning(text, row.task_type, row.id)
@@ -6157,7 +6197,7 @@ class Cluster(concurrent.futures.Executor):
         shares, futures = self._claimable(), self._futures
         for row in rows:
             cost = 1.0 if row.interrupted else shares[row.task_type]
-            run = _Run(row, cost, futures.pop(row.id, None))
+            run = _Run(row, cost, self._take_future(row) if row.id in futures else None)
             if row.state == "running":
                 self._hand.append(run)
             else:
@@ -6374,7 +6414,7 @@ class Cluster(concurrent.futures.Executor):
         self._look = True  # Tasks of a dead master may wait again.
         for row in ended:
             error = TaskPoolError(cast(str, row.error))
-            run = _Run(row, 1.0, self._futures.pop(row.id, None))
+            run = _Run(row, 1.0, self._take_future(row))
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, row.error)
             outcome = Outcome(row.id, row.claim, row.state, error=row.error)
             run.end(outcome, "error", error=error)
@@ -7323,8 +7363,8 @@ def _print_cron(options: Any) -> int:
 def _over_zero(text: str) -> int:
     import argparse
 
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number over 0")
+    if not text.isdigit() or not 0 < int(text[:99]) <= MAX_INT:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is no number over 0, or is too large")
     return int(text)
 
 
@@ -7407,7 +7447,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = cast(int, options.act(options))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # As under `>&-`.
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # Whoever read our output has enough of it: `| head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

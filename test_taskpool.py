@@ -3267,6 +3267,46 @@ class TestExecutor(WithCluster):
         self.assertEqual(second.result(PATIENCE), 4)
         self.assertTrue(first.cancelled())
 
+    def test_a_future_has_the_end_of_its_own_task_and_not_of_the_one_that_it_replaces(self):
+        """Also where that is claimed at this very moment."""
+        for number, in_memory, submits in itertools.product(range(8), (False, True), (False, True)):
+            path, first = str(self.folder / f"{number} {in_memory} {submits}"), None
+            options = {"task_id": "one", "in_memory": in_memory}
+            if submits:
+                first = self.submit("hold", path, **options)
+            else:
+                self.shared_queue.add_task("hold", path, **options)
+            if number % 2:
+                eventually(lambda: os.path.exists(path + ".started"))
+            second = self.submit("echo", "second", if_exists="replace", **options)
+            Path(path + ".end").touch()
+            self.assertEqual(second.result(PATIENCE), "second")
+            if first is not None and os.path.exists(path + ".started"):
+                self.assertEqual(first.result(PATIENCE), "held")
+            elif first is not None:
+                self.assertTrue(first.cancelled())
+
+    def test_a_future_that_finds_its_task_running_shares_in_its_end(self):
+        for in_memory, submits, fails in itertools.product((False, True), repeat=3):
+            path, first = str(self.folder / f"{in_memory} {submits} {fails}"), None
+            options = {"task_id": "one", "in_memory": in_memory, "retries": 1, "retry_delay": 0}
+            task_type, data = ("badly", {"file": path, "how": "raise"}) if fails else ("hold", path)
+            if submits:
+                first = self.submit(task_type, data, **options)
+            else:
+                self.shared_queue.add_task(task_type, data, **options)
+            if not fails:
+                eventually(lambda: os.path.exists(path + ".started"))
+            joins = self.submit("echo", "not this", if_exists="keep", **options)
+            if fails and joins.task.task_type == "echo":
+                continue  # It was over.
+            Path(path + ".end").touch()
+            for future in filter(None, (first, joins)):
+                if fails:
+                    self.assertIsInstance(future.exception(PATIENCE), ValueError)
+                else:
+                    self.assertEqual(future.result(PATIENCE), "held")
+
     def test_a_kept_task_that_somebody_else_added_resolves_the_future_too(self):
         self.shared_queue.add_task("echo", 5, task_id="k", due_date=timedelta(seconds=0.2), keep_result=60)
         future = self.submit("echo", 6, task_id="k", if_exists="keep")
@@ -3277,8 +3317,12 @@ class TestExecutor(WithCluster):
             self.submit("none")
         with self.assertRaisesRegex(TypeError, "task_type"):
             self.submit(5)
-        with self.assertRaises(TypeError):
-            self.submit("echo", lane="x")
+        for unknown in ("lane", "retry"):
+            with self.assertRaisesRegex(TypeError, rf"submit\(\).*add_task.*'{unknown}'"):
+                self.submit("echo", **{unknown: "x"})
+        with self.assertRaisesRegex(TypeError, "timeout"):
+            self.shared.map("echo", [1, 2], [3, 4])
+        self.assertEqual(list(self.shared.map("echo", [1, 2], timedelta(seconds=PATIENCE))), [1, 2])
         with self.assertRaisesRegex(TypeError, "priority"):
             self.submit("echo", priority="1")
 
@@ -3763,7 +3807,7 @@ class TestClusterOptions(InFolder):
             self.assertEqual(list(cluster.map("echo", [1, 2])), [1, 2])
             self.assertTrue(cluster.submit("echo").task.in_memory)
             self.assertTrue(cluster.drain(PATIENCE))
-            with self.assertRaises(TypeError):
+            with self.assertRaisesRegex(ValueError, "in_memory is False; give True"):
                 cluster.submit("echo", in_memory=False)
         self.assertEqual(os.listdir(self.folder), [])
 
@@ -3884,7 +3928,9 @@ class TestClusterOptions(InFolder):
             cluster.submit("echo")
         self.assertTrue(cluster.drain(1))
         never = self.cluster({"echo": echo}, auto_initialize=False)
+        waits = never.submit("echo", in_memory=True)
         never.shutdown()
+        self.assertTrue(waits.cancelled())
         with self.assertRaisesRegex(RuntimeError, "after shutdown"):
             never.submit("echo")
 
@@ -7513,7 +7559,7 @@ class TestOperators(InFolder):
     def test_a_mistake_is_told_in_one_line_with_the_usage(self):
         for arguments in (
             [], ["--colour"], ["stat"], ["status"], ["status", "a", "b"], ["list", "a", "--state", "x"],
-            ["list", "a", "--limit", "0"], ["show", "a"], ["retry", "a"], ["run", "app", "a"], ["run", "a.py:X", "a"],
+            ["list", "a", "--limit", "0"], ["list", "a", "--limit", "9" * 5000], ["show", "a"], ["retry", "a"], ["run", "app", "a"], ["run", "a.py:X", "a"],
             ["run", "app:X"], ["run", "app:X", "a", "--workers", "0"], ["cron"], ["cron", "* * * * *", "-n", "x"],
         ):
             with self.subTest(arguments=arguments):
@@ -7542,6 +7588,14 @@ class TestOperators(InFolder):
         process.stdout.readline()
         process.stdout.close()
         self.assertEqual((process.wait(PATIENCE), process.stderr.read()), (0, ""))
+
+    @unittest.skipUnless(os.name == "posix", "needs a shell")
+    def test_a_closed_standard_output_is_no_error(self):
+        self.some()
+        for command in ("status tasks.db", "cron @daily"):
+            script = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'taskpool.py'))} {command} >&-"
+            done = subprocess.run(["sh", "-c", script], stderr=subprocess.PIPE, text=True, cwd=self.folder, timeout=PATIENCE)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     @unittest.skipUnless(hasattr(signal, "SIGINT") and os.name == "posix", "needs signals")
     def test_watch_goes_on_until_ctrl_c(self):
