@@ -5457,16 +5457,17 @@ class Cluster(concurrent.futures.Executor):
                 self._futures[row.id] = before
                 return before
             future._row, future._foreign = stored, True
-        elif before is not None and not self._runs_before(row):
-            future._before = None
-            before._end_cancelled()  # Replaced.
+        elif before is not None and not self._is_running(before._row):
+            if future._before is before:  # Replaced; else it was claimed, and is over.
+                future._before = before._before
+                before._end_cancelled()
         return future
 
-    def _runs_before(self, row: Row) -> bool:
-        """Whether the task that *row* replaces runs; then it has its end, and its Future too."""
+    def _is_running(self, row: Row) -> bool:
+        """Whether that task runs: not one that replaces it under its id."""
         store = self.queue.in_memory._store if row.in_memory else self.queue._store
         running = store.find(Query(ids=[row.id], states=["running"]), self.queue._now())
-        return any(other.created_at != row.created_at for other in running)
+        return any(other.created_at == row.created_at for other in running)
 
     def _take_future(self, row: Row) -> _TaskFuture | None:
         """The Future of the task that was claimed: not of one that replaces it, or is to."""
