@@ -1800,8 +1800,7 @@ class MemoryStore(Store):
                 if following is None:
                     self._drop(row.id)
                 elif held or row.lane == owner:
-                    lane = "" if following.lane == owner else following.lane
-                    self._put(following._replace(lane=lane))
+                    self._put(following._replace(lane=""))
 
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
@@ -7364,8 +7363,8 @@ def _print_cron(options: Any) -> int:
 def _over_zero(text: str) -> int:
     import argparse
 
-    if not text.isdigit() or not 0 < int(text[:99]) <= MAX_INT:
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is no number over 0, or is too large")
+    if not text.isdigit() or len(text) > 18 or not int(text):
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is no number over 0 of up to 18 digits")
     return int(text)
 
 
