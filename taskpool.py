@@ -5049,6 +5049,7 @@ class _TaskFuture(Future[Any]):
         self._row, self._cluster = row, cluster
         self._runs = False
         self._stored = False  # add() has returned.
+        vars(self)  # Made now: for two threads that look at once Python 3.11 may make two.
 
     @property
     def _condition(self) -> Any:  # type: ignore[override]

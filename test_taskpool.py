@@ -3178,6 +3178,41 @@ class TestExecutor(WithCluster):
         signal.setitimer(signal.ITIMER_REAL, 0)
         self.assertEqual(results, list(range(len(results))))
 
+    def test_a_future_that_ends_in_the_midst_of_a_look_ends_for_who_looks(self):
+        """A garbage collection runs code of the program, and so another thread, within what
+        else is one step."""
+        made, called = self.submit("echo").task._row, []
+        self.addCleanup(gc.set_threshold, *gc.get_threshold())
+        for moment in range(12):  # After so many new objects.
+            future = taskpool._TaskFuture(self.shared, made)
+            insides = []
+
+            def end(future=future, insides=insides, moment=moment):
+                insides.append(vars(future))
+                future.set_result(moment)
+
+            ends = threading.Thread(target=end)
+
+            def collects(phase, _, ends=ends):
+                if phase == "start" and ends.ident is None:
+                    ends.start()
+                    ends.join(0.2)  # It may have to wait for who looks.
+
+            gc.set_threshold(0)
+            kept = [{} for _ in range(100)]  # Python has none at hand.
+            gc.collect(0)
+            gc.callbacks.append(collects)
+            gc.set_threshold(moment + 1)
+            future.add_done_callback(called.append)
+            gc.set_threshold(0)
+            gc.callbacks.remove(collects)
+            if ends.ident is None:
+                ends.start()
+            ends.join(PATIENCE)
+            del kept
+            self.assertIs(vars(future), insides[0])  # Python 3.11 can make two, and crash.
+            self.assertEqual((future.result(0), called[moment:]), (moment, [future]))
+
     def test_who_waits_for_a_future_hears_that_it_was_cancelled_whatever_callbacks_do(self):
         waits, heard = self.submit("echo", due_date=timedelta(hours=1)), []
 
