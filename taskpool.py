@@ -3810,9 +3810,14 @@ def _listed(name: str, value: Any, choices: Sequence[str] | None = None) -> list
 STATES = ("waiting", "running", "failed", "done")
 
 
-def _make_query(
-    task_id: Any = None, task_type: Any = None, state: Any = None, due: Any = None
-) -> Query:
+_FILTERS = ("task_id", "task_type", "state", "due")
+
+
+def _make_query(method: str, filters: Mapping[str, Any]) -> Query:
+    for name in filters:
+        if name not in _FILTERS:
+            raise TypeError(f"{method}() has no filter {name!r}; give {', '.join(_FILTERS)}")
+    task_id, task_type, state, due = map(filters.get, _FILTERS)
     return Query(
         _listed("task_id", task_id),
         _listed("task_type", task_type),
@@ -3842,18 +3847,9 @@ class _Tasks:
     def _changed(self, removed: bool = False) -> None:
         """Called after every change, to wake who waits for it."""
 
-    def find(
-        self,
-        *,
-        task_id: str | Sequence[str] | None = None,
-        task_type: str | Sequence[str] | None = None,
-        state: str | Sequence[str] | None = None,
-        due: bool | None = None,
-        limit: int | None = None,
-        offset: int = 0,
-    ) -> list[Task]:
+    def find(self, *, limit: int | None = None, offset: int = 0, **filters: Any) -> list[Task]:
         """The tasks that fit the filters, oldest first: *limit* of them, after *offset*."""
-        query = _make_query(task_id, task_type, state, due)._replace(
+        query = _make_query("find", filters)._replace(
             limit=None if limit is None else _checked_int("limit", limit, 0),
             offset=_checked_int("offset", offset, 0),
         )
@@ -3866,7 +3862,7 @@ class _Tasks:
 
     def count(self, **filters: Any) -> int:
         """How many tasks fit the filters of find()."""
-        return self._store.count(_make_query(**filters), self._now())
+        return self._store.count(_make_query("count", filters), self._now())
 
     def remove(self, **filters: Any) -> int:
         """Remove the tasks that fit the filters, and return how many.
@@ -3874,7 +3870,7 @@ class _Tasks:
         A running task ends its run, after which it is neither retried nor repeated.
         Raises ValueError without a filter (say `state=[...]` to mean all).
         """
-        query = _make_query(**filters)
+        query = _make_query("remove", filters)
         if query == Query():
             states = ", ".join(map(repr, STATES))
             raise ValueError(f"remove() without a filter; to mean all tasks give state=[{states}]")
@@ -3887,7 +3883,7 @@ class _Tasks:
 
         They get a fresh set of attempts and are due now.
         """
-        retried = self._usable("retry").retry(_make_query(**filters), self._now())
+        retried = self._usable("retry").retry(_make_query("retry", filters), self._now())
         self._changed()
         return retried
 
@@ -7065,10 +7061,13 @@ class _ViewOfFile(SQLiteStore):
 
         if not os.path.exists(self.path):
             raise StoreError(f"{self.path}: no such file; give the one that your TaskQueue has")
-        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
+        mode, folder = "mode=rw", os.path.dirname(self.path)
+        if not os.access(folder, os.W_OK) and not os.path.exists(f"{self.path}-wal"):
+            mode = "immutable=1"  # Nobody has it open, and SQLite can put no files beside it.
         db = sqlite3.connect(
-            uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
+            f"{pathlib.Path(self.path).as_uri()}?{mode}",
+            uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False,
+        )  # fmt: skip
         try:
             version = self._version(db)
             if version is None:
@@ -7345,6 +7344,7 @@ def _serve(options: Any) -> int:
     name, workers = options.task_map, options.workers
     task_map = _load_task_map(name)
     with TaskQueue(options.db) as queue:
+        queue.count(task_id="")  # Raises if the file can't be used.
         cluster = Cluster(task_map, queue, max_available_workers=workers, auto_initialize=False)
         cluster._boot = cluster._boot._replace(pickled_map=_dumps(_NamedTaskMap(name)))
         types = ", ".join(map(repr, task_map))

@@ -704,8 +704,9 @@ class TestQueueVerbs(InFolder):
                         continue  # Its limit is 1.
                     if verb not in (verbs.find, verbs.find_one) and {"limit", "offset"} & set(wrong):
                         error = TypeError  # Has no such filter.
-                    with self.assertRaisesRegex(error, next(iter(wrong))):
+                    with self.assertRaisesRegex(error, next(iter(wrong))) as caught:
                         verb(**wrong)
+                    self.assertNotRegex(str(caught.exception), r"^_|\b_\w+\(")  # A private name.
 
     def test_remove_needs_a_filter(self):
         for verbs, add in self.kinds():
@@ -1390,11 +1391,11 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
                 queue.find()
 
     @unittest.skipUnless(LINUX, "uses setuid")
-    def test_a_read_only_file_is_a_store_error_but_can_be_read(self):
+    def test_a_read_only_file_is_a_store_error_but_can_be_looked_at(self):
         out = self.run_script(
             """
-            import os, sys
-            from taskpool import TaskQueue, StoreError
+            import argparse, os, pathlib, sys  # Who is nobody may find no more modules.
+            from taskpool import TaskQueue, StoreError, main
             queue = TaskQueue("tasks.db")
             queue.add_task("x")
             queue.close()
@@ -1407,11 +1408,13 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
                 queue.add_task("y")
             except StoreError as error:
                 print(error)
+            print(main(["list", "tasks.db", "--json"]), flush=True)
             os._exit(0)
             """,
             env={"TMPDIR": "/tmp"},
         )
         self.assertIn("tasks.db", out)
+        self.assertIn('"task_type": "x"', out)
         self.assertIn("not writable", out)
         os.chmod(self.folder, 0o755)
 
@@ -7718,6 +7721,11 @@ class TestOperators(InFolder):
             self.assertEqual((process.returncode, out, err.count("\n")), (1, "", 1), err)
             self.assertRegex(err, text)
         self.assertFalse((self.folder / "tasks.db").exists())
+        (self.folder / "odd.py").write_text("TASKS = {'x': print}")
+        process = self.start(HERE / "taskpool.py", "run", "odd:TASKS", "odd.py")
+        out, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual((process.returncode, out, err.count("\n")), (1, "", 1), err)
+        self.assertRegex(err, "odd.py: file is not a database")
 
     @unittest.skipUnless(os.name == "posix", "ends by itself there, too, but slowly")
     def test_run_ends_with_an_error_if_its_module_cannot_be_run_again(self):
