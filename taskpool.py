@@ -3547,6 +3547,39 @@ def _follow(future: Future[Any], result: Any) -> None:
     result.add_done_callback(done)
 
 
+_Hear = Callable[[Any], Any]  # Is given what the other side says.
+
+
+def _conversing(begin: Callable[[_Hear, Future[Any]], _Hear]) -> Callable[..., Future[Any]]:
+    """A `toggle_ipc`. *begin* is given on_message and the Future of each conversation, and
+    returns what passes its message on."""
+
+    def toggle_ipc(on_message: _Hear, initialize: Callable[[_Hear], Any]) -> Future[Any]:
+        """Open a conversation with the master: see the README, "Conversations"."""
+        if not callable(on_message) or not callable(initialize):
+            raise TypeError("toggle_ipc(on_message, initialize) takes two functions")
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        ask, sent = begin(on_message, future), threading.Lock()  # Held from the first send() on.
+
+        def send(message: Any) -> None:
+            """Send {"status": int > 1, "data": any} to the broker, once."""
+            try:
+                if not sent.acquire(blocking=False):
+                    raise RuntimeError("send() was called twice in one conversation")
+                ask(_checked_message(message))
+            except BaseException as error:
+                _resolve(future, error=error)
+
+        try:
+            initialize(send)
+        except BaseException as error:
+            _resolve(future, error=error)
+        return future
+
+    return toggle_ipc
+
+
 def _call(
     function: TaskFunction, style: str | None, job: Task, toggle_ipc: Callable[[], Any]
 ) -> Any:
@@ -3748,11 +3781,8 @@ class _RunHere:
         broker, row = self._broker, self._row
         about = {"worker": os.getpid(), "task_id": row.id, "task_type": row.task_type}
 
-        def toggle_ipc(
-            on_message: Callable[[Any], Any], initialize: Callable[[Callable[[Any], None]], Any]
-        ) -> Future[Any]:
-            future: Future[Any] = Future()
-            answered, sent = threading.Lock(), threading.Lock()  # Held from the first on.
+        def begin(on_message: _Hear, future: Future[Any]) -> _Hear:
+            answered = threading.Lock()  # Held from the first answer on.
 
             def respond(value: Any = None) -> None:
                 if answered.acquire(blocking=False):
@@ -3761,23 +3791,14 @@ class _RunHere:
                     except BaseException as error:
                         _resolve(future, error=error)
 
-            def send(message: Any) -> None:
-                try:
-                    if not sent.acquire(blocking=False):
-                        raise RuntimeError("send() was called twice in one conversation")
-                    if broker is None:
-                        raise RuntimeError("run_due has no message_broker to answer toggle_ipc")
-                    broker(respond, {**pickle.loads(_dumps(_checked_message(message))), **about})
-                except BaseException as error:
-                    _resolve(future, error=error)
+            def ask(message: Any) -> None:
+                if broker is None:
+                    raise RuntimeError("run_due has no message_broker to answer toggle_ipc")
+                broker(respond, {**pickle.loads(_dumps(message)), **about})
 
-            try:
-                initialize(send)
-            except BaseException as error:
-                _resolve(future, error=error)
-            return future
+            return ask
 
-        return toggle_ipc
+        return _conversing(begin)
 
 
 # --- Queue ---------------------------------------------------------------------------
@@ -4367,7 +4388,7 @@ class _WorkerProcess:
         self._reader: threading.Thread | None = None
         self._received: _queues.SimpleQueue[Any] = _queues.SimpleQueue()
         self._conversation_ids = itertools.count(1)
-        self._conversations: dict[int, tuple[Callable[[Any], Any], Future[Any]]] = {}
+        self._conversations: dict[int, tuple[_Hear, Future[Any]]] = {}
         self._current = -1  # The number of the running task, or -1.
         self._reports = _Reports(self._send_report)
 
@@ -4481,48 +4502,23 @@ class _WorkerProcess:
         """The `toggle_ipc` of the running task."""
         number = self._current
 
-        def toggle_ipc(
-            on_message: Callable[[Any], Any], initialize: Callable[[Callable[[Any], None]], Any]
-        ) -> Future[Any]:
-            """Open a conversation with the master: see the README, "Conversations"."""
-            if not callable(on_message) or not callable(initialize):
-                raise TypeError("toggle_ipc(on_message, initialize) takes two functions")
+        def begin(on_message: _Hear, future: Future[Any]) -> _Hear:
             if self._current != number:
                 raise RuntimeError("toggle_ipc was called after its task had ended")
             if self._reader is None:
                 self._reader = threading.Thread(target=self._read, daemon=True)
                 self._reader.start()
-            future: Future[Any] = Future()
-            future.set_running_or_notify_cancel()
             conversation = next(self._conversation_ids)
             self._conversations[conversation] = on_message, future
-            sent = threading.Lock()  # Held from the first send() on.
+            return lambda message: self.send(("ask", number, conversation, _dumps(message)))
 
-            def send(message: Any) -> None:
-                """Send {"status": int > 1, "data": any} to the broker, once."""
-                try:
-                    if not sent.acquire(blocking=False):
-                        raise RuntimeError("send() was called twice in one conversation")
-                    packed = _dumps(_checked_message(message))
-                    self.send(("ask", number, conversation, packed))
-                except Exception as error:
-                    self._conversations.pop(conversation, None)
-                    _resolve(future, error=error)
-
-            try:
-                initialize(send)
-            except BaseException as error:
-                self._conversations.pop(conversation, None)
-                _resolve(future, error=error)
-            return future
-
-        return toggle_ipc
+        return _conversing(begin)
 
     def _hear(self, conversation: int, ok: bool, value: Any) -> None:
         """Take the broker's answer. on_message gets a thread of its own, as it may wait
         for conversations that it opens itself."""
         on_message, future = self._conversations.get(conversation, (None, None))
-        if on_message is None or future is None:
+        if on_message is None or future is None or future.done():
             return
 
         def answer() -> None:
