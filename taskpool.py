@@ -6198,20 +6198,19 @@ class Cluster(concurrent.futures.Executor):
             self._hand_since = time.monotonic()
         shares, futures = self._claimable(), self._futures
         for row in rows:
+            if row.state != "running":  # It cannot be decoded: the store has set it aside.
+                reason = f"StoreError: the stored task cannot be run: {row.error}"
+                self._on_failed_in_store(row, StoreError(reason))
+                continue
             cost = 1.0 if row.interrupted else shares[row.task_type]
             run = _Run(row, cost, self._take_future(row) if row.id in futures else None)
-            if row.state == "running":
-                self._hand.append(run)
-            else:
-                self._on_unreadable(run)
+            self._hand.append(run)
 
-    def _on_unreadable(self, run: _Run) -> None:
-        """The row cannot be decoded; the store has set it aside as `failed`."""
-        row = run.row
-        reason = f"StoreError: the stored task cannot be run: {row.error}"
-        _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, reason)
-        outcome = Outcome(row.id, row.claim, "failed", error=reason)
-        run.end(outcome, "error", error=StoreError(reason))
+    def _on_failed_in_store(self, row: Row, error: TaskPoolError) -> None:
+        """Tell of the end of a task that this cluster did not run."""
+        _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, error)
+        run = _Run(row, 1.0, self._take_future(row))
+        run.end(Outcome(row.id, row.claim, row.state, error=str(error)), "error", error=error)
         self._settled([run], [True])
 
     def _use_store(self, now: float) -> None:
@@ -6415,12 +6414,7 @@ class Cluster(concurrent.futures.Executor):
     def _on_watched(self, ended: list[Row], foreign: list[str]) -> None:
         self._look = True  # Tasks of a dead master may wait again.
         for row in ended:
-            error = TaskPoolError(cast(str, row.error))
-            run = _Run(row, 1.0, self._take_future(row))
-            _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, row.error)
-            outcome = Outcome(row.id, row.claim, row.state, error=row.error)
-            run.end(outcome, "error", error=error)
-            self._settled([run], [True])
+            self._on_failed_in_store(row, TaskPoolError(row.error))
         if foreign:
             names = ", ".join(map(repr, foreign))
             _log.warning("tasks wait that this cluster has no function for: %s", names)
