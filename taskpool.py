@@ -1880,54 +1880,40 @@ SCHEMA_VERSION = 2  # Counts changes of what follows; see SQLiteStore._make_sche
 # An index on all ids would cost a quarter of add(). A fresh id tells its row: seq is its
 # _id_number(). The others have odd ones, and an index. Both grow in order of insertion.
 _TASK_TABLE = """
-    CREATE TABLE IF NOT EXISTS taskpool_task (
-        seq INTEGER PRIMARY KEY,
-        id TEXT NOT NULL, task_type TEXT NOT NULL, data TEXT NOT NULL,
-        priority INTEGER NOT NULL, created_at INTEGER NOT NULL,
-        due_at INTEGER NOT NULL, ready_at INTEGER NOT NULL,
-        retries INTEGER NOT NULL, retry_delay REAL NOT NULL, timeout REAL,
-        keep_result REAL, lane TEXT NOT NULL, state TEXT NOT NULL,
-        attempt INTEGER NOT NULL, claim INTEGER NOT NULL, owner TEXT NOT NULL,
-        interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
-        removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT,
-        -- Refuses what a program that still has version 1 adds in its way.
-        CHECK (seq & 1 OR substr(id, 17, 1) = 't'))
+CREATE TABLE IF NOT EXISTS taskpool_task (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL, task_type TEXT NOT NULL, data TEXT NOT NULL,
+    priority INTEGER NOT NULL, created_at INTEGER NOT NULL,
+    due_at INTEGER NOT NULL, ready_at INTEGER NOT NULL,
+    retries INTEGER NOT NULL, retry_delay REAL NOT NULL, timeout REAL,
+    keep_result REAL, lane TEXT NOT NULL, state TEXT NOT NULL,
+    attempt INTEGER NOT NULL, claim INTEGER NOT NULL, owner TEXT NOT NULL,
+    interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
+    removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT,
+    -- Refuses what a program that still has version 1 adds in its way.
+    CHECK (seq & 1 OR substr(id, 17, 1) = 't'))
 """
-_SCHEMA = (
-    _TASK_TABLE,
-    # For _THIS and _where.
-    """
-    CREATE UNIQUE INDEX IF NOT EXISTS taskpool_named ON taskpool_task (id) WHERE seq & 1
-    """,
-    # For _READY and _STARTABLE: what can be claimed, in order.
-    """
-    CREATE INDEX IF NOT EXISTS taskpool_ready
-    ON taskpool_task (lane, task_type, priority DESC, created_at) WHERE state = 'ready'
-    """,
-    # For _PROMOTE and _NEXT_DUE: rows that are not due are never in the way of others.
-    """
-    CREATE INDEX IF NOT EXISTS taskpool_scheduled
-    ON taskpool_task (lane, task_type, ready_at) WHERE state = 'scheduled'
-    """,
-    # For _HELD_BY, _OWNERS, _SUSPECT.
-    """
-    CREATE INDEX IF NOT EXISTS taskpool_running
-    ON taskpool_task (owner, interrupted) WHERE state = 'running'
-    """,
-    # For _OPEN_LANE.
-    """
-    CREATE INDEX IF NOT EXISTS taskpool_lane ON taskpool_task (lane) WHERE lane > ''
-    """,
-    # For _EXPIRE.
-    """
-    CREATE INDEX IF NOT EXISTS taskpool_expires
-    ON taskpool_task (expires_at) WHERE expires_at IS NOT NULL
-    """,
-    """
-    CREATE TABLE IF NOT EXISTS taskpool_master (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL)
-    """,
-    "CREATE TABLE IF NOT EXISTS taskpool_version (version INTEGER NOT NULL)",
-)
+_SCHEMA = f"""
+{_TASK_TABLE};
+-- For _THIS and _where.
+CREATE UNIQUE INDEX IF NOT EXISTS taskpool_named ON taskpool_task (id) WHERE seq & 1;
+-- For _READY and _STARTABLE: what can be claimed, in order.
+CREATE INDEX IF NOT EXISTS taskpool_ready
+ON taskpool_task (lane, task_type, priority DESC, created_at) WHERE state = 'ready';
+-- For _PROMOTE and _NEXT_DUE: rows that are not due are never in the way of others.
+CREATE INDEX IF NOT EXISTS taskpool_scheduled
+ON taskpool_task (lane, task_type, ready_at) WHERE state = 'scheduled';
+-- For _HELD_BY, _OWNERS, _SUSPECT.
+CREATE INDEX IF NOT EXISTS taskpool_running
+ON taskpool_task (owner, interrupted) WHERE state = 'running';
+-- For _OPEN_LANE.
+CREATE INDEX IF NOT EXISTS taskpool_lane ON taskpool_task (lane) WHERE lane > '';
+-- For _EXPIRE.
+CREATE INDEX IF NOT EXISTS taskpool_expires
+ON taskpool_task (expires_at) WHERE expires_at IS NOT NULL;
+CREATE TABLE IF NOT EXISTS taskpool_master (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS taskpool_version (version INTEGER NOT NULL)
+"""
 
 # What leads from version n to n + 1. Never changed once released: it states old names.
 _SUCCESSOR_0 = (
@@ -2327,7 +2313,7 @@ class SQLiteStore(Store):
             for statements in _UPGRADES[version:]:
                 for statement in statements:
                     db.execute(statement)
-        for statement in _SCHEMA:
+        for statement in _SCHEMA.split(";"):
             db.execute(statement)
         db.execute("DELETE FROM taskpool_version")
         db.execute("INSERT INTO taskpool_version VALUES (?)", (SCHEMA_VERSION,))
