@@ -852,12 +852,14 @@ def _wrong_value(name: str, value: Any, allowed: str) -> ValueError:
     return ValueError(f"{name} is {_shown(value)}; give {allowed}")
 
 
+def _wrong(name: str, value: Any, allowed: str, *kinds: type) -> Exception:
+    """A ValueError if the value has one of these types, else a TypeError."""
+    return (_wrong_value if type(value) in kinds else _wrong_type)(name, value, allowed)
+
+
 def _checked_int(name: str, value: Any, low: int, high: int = MAX_INT) -> int:
-    allowed = f"an int from {low} to {high}"
-    if type(value) is not int:
-        raise _wrong_type(name, value, allowed)
-    if not low <= value <= high:
-        raise _wrong_value(name, value, allowed)
+    if type(value) is not int or not low <= value <= high:
+        raise _wrong(name, value, f"an int from {low} to {high}", int)
     return value
 
 
@@ -879,46 +881,34 @@ def _is_unicode(text: str) -> bool:
 
 def _checked_text(name: str, value: Any) -> str:
     """A str that every store keeps unchanged: not empty, no NUL, no lone surrogate."""
+    if type(value) is str and 0 < len(value) <= 10_000:
+        if "\0" not in value and _is_unicode(value):
+            return value
     allowed = "a non-empty str of at most 10,000 characters, without NUL or lone surrogates"
-    if type(value) is not str:
-        raise _wrong_type(name, value, allowed)
-    if not 0 < len(value) <= 10_000 or "\0" in value or not _is_unicode(value):
-        raise _wrong_value(name, value, allowed)
-    return value
+    raise _wrong(name, value, allowed, str)
 
 
-def _checked_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    allowed = "one of " + ", ".join(map(repr, choices))
-    if type(value) not in {type(choice) for choice in choices}:
-        raise _wrong_type(name, value, allowed)
-    if value not in choices:
-        raise _wrong_value(name, value, allowed)
+def _checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    if type(value) is not str or value not in choices:
+        raise _wrong(name, value, "one of " + ", ".join(map(repr, choices)), str)
     return value
 
 
 def _checked_seconds(name: str, value: Any, zero: bool = False) -> float:
     """Seconds as a float, from a number or a timedelta; 0 only if *zero*."""
     allowed = "a finite number of seconds or a timedelta, " + ("0 or more" if zero else "over 0")
-    if isinstance(value, timedelta):
-        seconds = value.total_seconds()
-    elif type(value) in (int, float):
-        try:
-            seconds = float(value)
-        except OverflowError:
-            seconds = math.inf
-    else:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if type(seconds) not in (int, float):
         raise _wrong_type(name, value, allowed)
-    if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
+    if not 0 <= seconds <= sys.float_info.max or (seconds == 0 and not zero):  # Nor is NaN.
         raise _wrong_value(name, value, allowed)
-    return seconds
+    return float(seconds)
 
 
 def _checked_progress(done: Any, total: Any = None, note: Any = None) -> Progress:
-    for name, value in (("done", done), ("total", total)):
-        if type(value) not in (int, float) and not (value is None and name == "total"):
-            raise _wrong_type(name, value, "a number of 0 or more")
-        if value is not None and not 0 <= value <= MAX_INT:  # Neither is NaN.
-            raise _wrong_value(name, value, "a number of 0 or more")
+    for name, value in (("done", done), ("total", 0 if total is None else total)):
+        if type(value) not in (int, float) or not 0 <= value <= MAX_INT:  # Neither is NaN.
+            raise _wrong(name, value, "a number of 0 or more", int, float)
     if note is not None:
         _checked_text("note", note)
     return Progress(done, total, note)
@@ -926,13 +916,10 @@ def _checked_progress(done: Any, total: Any = None, note: Any = None) -> Progres
 
 def _checked_milliseconds(name: str, value: Any) -> float:
     """Milliseconds (an int or a timedelta) as seconds."""
-    allowed = "a whole number of milliseconds over 0, or a timedelta"
     if isinstance(value, timedelta):
         return _checked_seconds(name, value)
-    if type(value) is not int:
-        raise _wrong_type(name, value, allowed)
-    if not 0 < value <= MAX_INT:
-        raise _wrong_value(name, value, allowed)
+    if type(value) is not int or not 0 < value <= MAX_INT:
+        raise _wrong(name, value, "a whole number of milliseconds over 0, or a timedelta", int)
     return value / 1000
 
 
@@ -3486,10 +3473,8 @@ def _checked_message(message: Any) -> Any:
     allowed = 'a dict {"status": int > 1, "data": any}'
     if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
         raise _wrong_type("message", message, allowed)
-    if type(message["status"]) is not int:
-        raise _wrong_type("status", message["status"], "an int over 1")
-    if message["status"] <= 1:
-        raise _wrong_value("status", message["status"], "an int over 1 (0 and 1 are taken)")
+    if type(message["status"]) is not int or message["status"] <= 1:
+        raise _wrong("status", message["status"], "an int over 1 (0 and 1 are taken)", int)
     return {"status": message["status"], "data": message.get("data")}
 
 
