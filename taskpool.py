@@ -5196,16 +5196,6 @@ def _at_exit() -> None:
                 cluster._closed.wait(min(cluster._shutdown_timeout, WAIT_SECONDS) + EXIT_SECONDS)
 
 
-_at_exit_registered = False
-
-
-def _at_exit_once() -> None:
-    global _at_exit_registered
-    if not _at_exit_registered:
-        _at_exit_registered = True
-        atexit.register(_at_exit)
-
-
 KeepAlive = Union[int, timedelta, str, None]
 _warned_all_cpus = False
 
@@ -5364,7 +5354,10 @@ class Cluster(concurrent.futures.Executor):
             _master_ends.add(self._selector)
             self.queue._watchers += (self,)
             _running.add(self)
-            _at_exit_once()
+            atexit.unregister(
+                _at_exit
+            )  # It runs once, and before the ends of what was there earlier.
+            atexit.register(_at_exit)
             name = "taskpool-dispatcher"
             threading.Thread(target=self._dispatch, name=name, daemon=True).start()
 
