@@ -3989,7 +3989,7 @@ class TaskQueue(_Tasks):
 
     def _changed(self, removed: bool = False, stored: bool = True) -> None:
         if _worker is not None:
-            _worker.tell_master_of_changes()
+            _worker.tell("changed")
         for watcher in self._watchers:
             watcher._queue_changed(removed, stored)
 
@@ -4361,7 +4361,7 @@ class _WorkerProcess:
         self._conversation_ids = itertools.count(1)
         self._conversations: dict[int, tuple[_Hear, Future[Any]]] = {}
         self._current = -1  # The number of the running task, or -1.
-        self._reports = _Reports(self._send_report)
+        self._reports = _Reports(functools.partial(self.tell, "progress"))
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Send to the master; called by any thread."""
@@ -4372,13 +4372,10 @@ class _WorkerProcess:
             else:
                 self._outgoing.send_bytes(packed)
 
-    def tell_master_of_changes(self) -> None:
+    def tell(self, *message: Any) -> None:
+        """Send what no longer matters if the master is gone."""
         with contextlib.suppress(OSError):
-            self.send(("changed",))
-
-    def _send_report(self, number: int, report: str) -> None:
-        with contextlib.suppress(OSError):
-            self.send(("progress", number, report))
+            self.send(message)
 
     def serve(self) -> None:
         """Run what comes down the channel until told to stop."""
