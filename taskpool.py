@@ -4185,10 +4185,7 @@ class TaskQueue(_Tasks):
         self._listeners.pop(_checked_choice("event", event, EVENTS), None)
 
 
-_ADD_PARAMETERS = frozenset(
-    "task_type data priority task_id due_date in_memory repeat retries retry_delay timeout "
-    "keep_result if_exists connection".split()
-)
+_ADD_PARAMETERS = frozenset({"task_type", "data", *(TaskQueue.add_task.__kwdefaults__ or ())})
 
 
 # --- Messages ------------------------------------------------------------------------
