@@ -1384,9 +1384,7 @@ def _new_owner(port: int) -> str:
 
 def owner_is_dead(owner: str) -> bool:
     """Whether that owner is surely dead. False if that cannot be seen from here. (P3)"""
-    place, _, rest = owner.partition("|")
-    pid, _, rest = rest.partition("|")
-    start = rest.partition("|")[0]
+    place, pid, start = (*owner.split("|"), "", "")[:3]
     if not start or not pid.isdigit() or place != _here():
         return False
     return _process_start(int(pid)) != start
@@ -4950,9 +4948,6 @@ class _WorkerHandle:
         with contextlib.suppress(OSError, ValueError):
             self.process.kill()
 
-    def exit_code(self) -> int | None:
-        return cast("int | None", self.process.exitcode)
-
     def close(self) -> None:
         self.channel.close()
         for end in self._ends:
@@ -6001,7 +5996,7 @@ class Cluster(concurrent.futures.Executor):
     def _look_at_exit(self, worker: _WorkerHandle, now: float) -> None:
         """Bury the worker if it ended: by its exit code, as a grandchild may keep its
         pipes open, or by the end of its channel, as somebody else may reap it."""
-        code = worker.exit_code()
+        code: int | None = worker.process.exitcode
         silent = now - worker.ended_at
         if code is None and silent < 1.0:
             if silent >= 0.05:  # It closed its pipe, but lives.
@@ -6486,7 +6481,8 @@ class Cluster(concurrent.futures.Executor):
                 or memory.next_due(self._owner, self._shares, 1, wall, self._until)
             )
             cannot = self._boot_error is not None and not self._accepting()
-            unknown = self._store_busy or self._look_pending() or (waiting and not cannot)
+            to_look = self._look and not self._in_memory_only
+            unknown = self._store_busy or to_look or (waiting and not cannot)
             if busy or (unknown and not self._store_failures):
                 return
             self._mode = "closing"
@@ -6507,9 +6503,6 @@ class Cluster(concurrent.futures.Executor):
             self._wake_at(worker.kill_at)
         if not self._workers and not self._store_busy:
             self._mode = "closed"
-
-    def _look_pending(self) -> bool:
-        return self._look and not self._in_memory_only
 
     def _end_stuck_conversations(self, now: float) -> None:
         """While finishing, an answer that does not come ends after shutdown_timeout."""
