@@ -112,7 +112,7 @@ from datetime import date, datetime, timedelta, timezone, tzinfo
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from types import CoroutineType
-from typing import Any, Callable, NamedTuple, TypeVar, Union, cast
+from typing import Any, Callable, Final, NamedTuple, TypeVar, Union, cast
 
 __version__ = "0.1.0"
 __all__ = [
@@ -686,6 +686,11 @@ class Progress(NamedTuple):
         raise RuntimeError("progress can be reported by the running task only, with its `job`")
 
 
+def _column(name: str, what: str) -> Any:
+    """A documented attribute of Task: that column of its Row."""
+    return property(operator.attrgetter(f"_row.{name}"), doc=what)
+
+
 class Task:
     """One task, as it was when you looked. Immutable.
 
@@ -696,6 +701,20 @@ class Task:
     _row: Row
     _data: Any
     _report: Callable[..., None]  # Only of the `job` of a running task.
+    id: Final[str] = _column("id", "The task's id, unique in its store.")
+    task_type: Final[str] = _column("task_type", "The key of the cluster's task map.")
+    priority: Final[int] = _column("priority", "Higher starts first.")
+    attempt: Final[int] = _column("attempt", "Number of charged starts: 1 during the first run.")
+    retries: Final[int] = _column("retries", "Further starts that a failure may have.")
+    retry_delay: Final[float] = _column(
+        "retry_delay", "Seconds before the first retry; each further one waits twice as long."
+    )
+    timeout: Final[float | None] = _column(
+        "timeout", "Seconds after which a run is killed, or None."
+    )
+    error: Final[str | None] = _column(
+        "error", "The failure of its last run: type, message and traceback as text."
+    )
 
     def __init__(self, row: Row, report: Callable[..., None] | None = None) -> None:
         object.__setattr__(self, "_row", row)
@@ -722,16 +741,6 @@ class Task:
         return Task(Row._make(values))
 
     @property
-    def id(self) -> str:
-        """The task's id, unique in its store."""
-        return self._row.id
-
-    @property
-    def task_type(self) -> str:
-        """The key of the cluster's task map."""
-        return self._row.task_type
-
-    @property
     def data(self) -> Any:
         """The JSON value given to add_task; this Task's own copy."""
         try:
@@ -739,11 +748,6 @@ class Task:
         except AttributeError:
             object.__setattr__(self, "_data", _decode(self._row.data))
             return self._data
-
-    @property
-    def priority(self) -> int:
-        """Higher starts first."""
-        return self._row.priority
 
     @property
     def due_date(self) -> datetime:
@@ -771,26 +775,6 @@ class Task:
         return self._row.state == "running"
 
     @property
-    def attempt(self) -> int:
-        """Number of charged starts: 1 during the first run."""
-        return self._row.attempt
-
-    @property
-    def retries(self) -> int:
-        """Further starts that a failure may have."""
-        return self._row.retries
-
-    @property
-    def retry_delay(self) -> float:
-        """Seconds before the first retry; each further one waits twice as long."""
-        return self._row.retry_delay
-
-    @property
-    def timeout(self) -> float | None:
-        """Seconds after which a run is killed, or None."""
-        return self._row.timeout
-
-    @property
     def repeat(self) -> timedelta | Cron | None:
         """How it repeats: an interval, a Cron, or None for not at all."""
         return None if self._row.repeat is None else _read_repeat(self._row.repeat)
@@ -800,11 +784,6 @@ class Task:
         """The JSON result of a `done` task that was added with keep_result; of a repeating
         task that of its last run."""
         return None if self._row.result is None else json.loads(self._row.result)
-
-    @property
-    def error(self) -> str | None:
-        """The failure of its last run: type, message and traceback as text."""
-        return self._row.error
 
     @property
     def progress(self) -> Any:
