@@ -6664,11 +6664,6 @@ class _Demo:
         if not good:
             self.broken.append(cast(str, play.__doc__))
 
-    @staticmethod
-    def read(path: str) -> list[str]:
-        """The words in a file, if it is there."""
-        return _read_text(path).split()
-
     def listen(self, value: Any, task: Task) -> None:
         self.ended["failed" if isinstance(value, Exception) else "done"] += 1
         if task.task_type == "parse":
@@ -6750,14 +6745,14 @@ class _Demo:
                 target=_demo_doomed_master, args=(path,)
             )
             doomed.start()
-            while doomed.is_alive() and len(self.read(notes)) < 10:
+            while doomed.is_alive() and len(_read_text(notes).split()) < 10:
                 time.sleep(0.005)
             doomed.kill()
             doomed.join()
             left = second.count()
             with Cluster(_DEMO_MAP, second) as third:
                 third.drain()
-            ran = self.read(notes)
+            ran = _read_text(notes).split()
             twice = len(ran) - len(set(ran))
             good = set(ran) == {task.id for task in tasks} and left > 0 and not second.count()
             good = good and twice <= 2
@@ -6786,15 +6781,10 @@ class _Demo:
             print(f"  {name:<32} {value}")
 
 
-class _DemoLog(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        print(f"  log: {record.getMessage()}", flush=True)
-
-
 def _demo() -> int:
     import tempfile
 
-    _log.addHandler(_DemoLog(logging.WARNING))
+    logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="  log: %(message)s")
     print(f"taskpool {__version__}, Python {sys.version.split()[0]}, {_usable_cpus()} CPUs")
     with tempfile.TemporaryDirectory(prefix="taskpool-demo-") as folder:
         demo = _Demo(folder)
@@ -6869,27 +6859,15 @@ def _bench_latency(cluster: Cluster, in_memory: bool) -> float:
     return _median(once() for _ in range(200))
 
 
-def _bench_memory(queue: TaskQueue, count: int) -> Iterator[tuple[str, str]]:
-    def add() -> None:
-        for _ in range(count):
-            queue.add_task("nothing", in_memory=True)
-
-    before = _resident_bytes()
-    yield "add_task in memory", f"{count / _seconds(add):,.0f} a second"
-    if before:
-        yield "a waiting task in memory", f"{(_resident_bytes() - before) / count:,.0f} bytes"
-    queue.in_memory.remove(state="waiting")
-
-
 def _bench_lines(folder: str, scale: float = 1.0) -> Iterator[tuple[str, str]]:
     """What was measured, and the number, as they come. *scale*: of the numbers of tasks."""
     queue = TaskQueue(os.path.join(folder, "bench.db"))
     cluster = Cluster(_BENCH_MAP, queue, keep_alive="always", auto_initialize=False)
     few, many, most = (int(count * scale) for count in (5_000, 50_000, 200_000))
 
-    def add() -> None:
-        for _ in range(few):
-            queue.add_task("nothing")
+    def add(count: int, in_memory: bool) -> None:
+        for _ in range(count):
+            queue.add_task("nothing", in_memory=in_memory)
 
     def submit() -> None:
         for future in [cluster.submit("nothing", in_memory=True) for _ in range(many // 2)]:
@@ -6899,8 +6877,12 @@ def _bench_lines(folder: str, scale: float = 1.0) -> Iterator[tuple[str, str]]:
         with Cluster(_BENCH_MAP, queue, in_memory_only=True) as fresh:
             fresh.submit("nothing").result()
 
-    yield from _bench_memory(queue, most)
-    yield "add_task", f"{few / _seconds(add):,.0f} a second"
+    before = _resident_bytes()
+    yield "add_task in memory", f"{most / _seconds(lambda: add(most, True)):,.0f} a second"
+    if before:
+        yield "a waiting task in memory", f"{(_resident_bytes() - before) / most:,.0f} bytes"
+    queue.in_memory.remove(state="waiting")
+    yield "add_task", f"{few / _seconds(lambda: add(few, False)):,.0f} a second"
     dicts = [{"task_type": "nothing"}] * many
     yield "add_tasks", f"{many / _seconds(lambda: queue.add_tasks(dicts)):,.0f} a second"
     cluster.initialize()
