@@ -6372,22 +6372,19 @@ class Cluster(concurrent.futures.Executor):
             self._store_thread.post(work)
 
     def _compare(self, future: _TaskFuture, row: Row | None) -> None:
-        task_id = future._row.id
-        if self._futures.get(task_id) is not future:  # It was claimed in between.
+        if self._futures.get(future._row.id) is not future:  # It was claimed in between.
             return
-        if row is None:
-            self._futures.pop(task_id, None)
-            _resolve(future) if future._foreign else future._end_cancelled()
-        elif row.state == "done":
-            self._futures.pop(task_id, None)
-            _resolve(future, Task(row).result)
-        elif future._foreign and (row.state == "failed" or has_run(row, future._row)):
-            self._futures.pop(task_id, None)
-            if row.error is None:
-                _resolve(future, Task(row).result)
+        if row is not None and row.state != "done":
+            if not (future._foreign and (row.state == "failed" or has_run(row, future._row))):
                 return
-            name, _, text = (row.error or "").partition("\n")[0].partition(": ")
-            _resolve(future, error=RemoteError(name, text, row.error or ""))
+        self._futures.pop(future._row.id, None)
+        if row is None:
+            _resolve(future) if future._foreign else future._end_cancelled()
+        elif row.state == "done" or row.error is None:
+            _resolve(future, Task(row).result)
+        else:
+            name, _, text = row.error.partition("\n")[0].partition(": ")
+            _resolve(future, error=RemoteError(name, text, row.error))
 
     def _cancel_run(self, task_id: str, answer: Future[bool]) -> None:
         """cancel() of a task that did not wait when it looked."""
