@@ -1232,8 +1232,7 @@ def after_interruption(row: Row, now: int) -> Row | None:
 
 def after_retry(row: Row, now: int) -> Row:
     """failed -> waiting, with a fresh set of attempts."""
-    row = row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="")
-    return row._replace(progress=None)
+    return row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="", progress=None)
 
 
 def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Row]:
@@ -3243,8 +3242,7 @@ class MongoStore(Store):
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
         ended: list[Row] = []
         with self._lock, self._errors():
-            # Holders of claims, and owners of lanes, that are not among the masters count as
-            # silent ones: one may die before its first beat, or add as it leaves.
+            # As _OWNERS says: who is not among the masters counts as a silent one.
             holders = self._tasks.distinct("owner", {"owner": {"$gt": ""}})
             waiting = {"state": {"$in": ["ready", "scheduled"]}, "lane": {"$gt": ""}}
             beats = dict.fromkeys([*holders, *self._tasks.distinct("lane", waiting)])
@@ -3437,9 +3435,9 @@ def _wants_toggle_ipc(function: TaskFunction) -> str | None:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # Some builtins have no signature.
         return None
-    if any(parameter.name == "toggle_ipc" for parameter in parameters):
-        named = next(p for p in parameters if p.name == "toggle_ipc")
-        return "position" if named.kind is named.POSITIONAL_ONLY else "name"
+    for named in parameters:
+        if named.name == "toggle_ipc":
+            return "position" if named.kind is named.POSITIONAL_ONLY else "name"
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) > 1 and positional[1].default is positional[1].empty:
         return "position"
@@ -3684,7 +3682,9 @@ class _RunHere:
         try:
             if row.state == "failed":  # The store has set it aside.
                 raise StoreError(f"the stored task cannot be run: {row.error}")
-            value = self._value(row)
+            function = self._task_map[row.task_type]
+            job = Task(row, self._reports.begin(next(self._numbers)))
+            value = _call(function, _wants_toggle_ipc(function), job, self._toggle_ipc)
             _packed(value)  # As a worker does.
             outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
         except (Exception, SystemExit) as raised:
@@ -3705,11 +3705,6 @@ class _RunHere:
             self._tell("error", error, Task(told))
             if self._raise_errors:
                 raise error
-
-    def _value(self, row: Row) -> Any:
-        function = self._task_map[row.task_type]
-        job = Task(row, self._reports.begin(next(self._numbers)))
-        return _call(function, _wants_toggle_ipc(function), job, self._toggle_ipc)
 
     def _tell(self, event: str, value: Any, task: Task) -> None:
         listener = self._queue._listeners.get(event)
@@ -5553,9 +5548,6 @@ class Cluster(concurrent.futures.Executor):
         self._use("with")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.shutdown(wait=True)
-
     # ---- Other threads' way in
 
     def _use(self, what: str) -> None:
@@ -5996,8 +5988,7 @@ class Cluster(concurrent.futures.Executor):
             run = worker.end_head(time.monotonic())
             row = run.row
             if run.verdict == "cancel":
-                run.end_unheard("removed", charged=True)
-                self._settle(run)
+                self._end_cancelled(run)
             elif run.verdict == "timeout":
                 late = TaskTimeout(f"{row.task_type!r} task {row.id!r} ran over {row.timeout:g} s")
                 self._fail(run, late, f"TaskTimeout: {late}")
@@ -7119,19 +7110,16 @@ def _status_lines(name: str, status: Mapping[str, Any], now: int) -> list[str]:
 def _print_status(options: Any) -> int:
     import shutil
 
-    def text(view: _ViewOfFile) -> str:
-        now = time.time_ns() // 1000
-        status = view.status(now)
-        if options.json:
-            return json.dumps(status, default=str, indent=None if options.watch else 2)
-        return "\n".join(_status_lines(options.db, status, now))
-
     with contextlib.closing(_ViewOfFile(options.db)) as view:
         able = os.environ.get("TERM", "dumb") != "dumb" or "WT_SESSION" in os.environ
         live = options.watch and not options.json and able and sys.stdout.isatty()
         while True:
-            started = time.monotonic()
-            shown = text(view)
+            started, now = time.monotonic(), time.time_ns() // 1000
+            status = view.status(now)
+            if options.json:
+                shown = json.dumps(status, default=str, indent=None if options.watch else 2)
+            else:
+                shown = "\n".join(_status_lines(options.db, status, now))
             if live:  # Home, then each line up to its end, then clear what is below.
                 width, height = shutil.get_terminal_size()
                 lines = [line[: width - 1] for line in shown.split("\n")[: height - 1]]
