@@ -116,20 +116,9 @@ from typing import Any, Callable, Final, NamedTuple, TypeVar, Union, cast
 
 __version__ = "0.1.0"
 __all__ = [
-    "Cluster",
-    "Cron",
-    "DuplicateTask",
-    "MongoStore",
-    "RemoteError",
-    "SQLiteStore",
-    "Store",
-    "StoreError",
-    "Task",
-    "TaskPoolError",
-    "TaskQueue",
-    "TaskTimeout",
-    "WorkerDied",
-]
+    "Cluster", "Cron", "DuplicateTask", "MongoStore", "RemoteError", "SQLiteStore", "Store",
+    "StoreError", "Task", "TaskPoolError", "TaskQueue", "TaskTimeout", "WorkerDied",
+]  # fmt: skip
 
 MESSAGE_CHARS = 1 << 17  # From here on data goes to the worker in several messages.
 AHEAD_SECONDS = 0.010  # Expected work that a worker may have claimed ahead (P5).
@@ -1001,23 +990,11 @@ _IF_EXISTS = ("raise", "keep", "replace")
 
 
 def _make_row(
-    now: int,
-    task_type: Any,
-    data: Any = _NO_DATA,
-    *,
-    priority: Any = 1,
-    task_id: Any = None,
-    due_date: Any = None,
-    in_memory: Any = False,
-    repeat: Any = None,
-    retries: Any = 0,
-    retry_delay: Any = 1.0,
-    timeout: Any = None,
-    keep_result: Any = None,
-    if_exists: Any = "raise",
-    connection: Any = None,
-    lane: str = "",
-) -> tuple[Row, str]:
+    now: int, task_type: Any, data: Any = _NO_DATA, *, priority: Any = 1, task_id: Any = None,
+    due_date: Any = None, in_memory: Any = False, repeat: Any = None, retries: Any = 0,
+    retry_delay: Any = 1.0, timeout: Any = None, keep_result: Any = None,
+    if_exists: Any = "raise", connection: Any = None, lane: str = "",
+) -> tuple[Row, str]:  # fmt: skip
     """The new Row and its `if_exists`, or the error that add_task documents."""
     _checked_text("task_type", task_type)
     text = "{}" if data is _NO_DATA else _checked_json(data)
@@ -2518,14 +2495,9 @@ class SQLiteStore(Store):
         return self._write(work)
 
     def _claim(
-        self,
-        db: sqlite3.Connection,
-        owner: str,
-        shares: Mapping[str, float],
-        limit: float,
-        now: int,
-        until: int,
-    ) -> list[Row]:
+        self, db: sqlite3.Connection, owner: str, shares: Mapping[str, float], limit: float,
+        now: int, until: int,
+    ) -> list[Row]:  # fmt: skip
         most = math.ceil(limit / min(shares.values()))
         suspect = db.execute(_SUSPECT, (owner,)).fetchone() is not None
         places = {"owner": owner, "types": json.dumps(list(shares)), "now": now}
@@ -4016,21 +3988,10 @@ class TaskQueue(_Tasks):
         """
         _refuse_rerun("add_task")
         addition = _make_row(
-            self._now(),
-            task_type,
-            data,
-            priority=priority,
-            task_id=task_id,
-            due_date=due_date,
-            in_memory=in_memory,
-            repeat=repeat,
-            retries=retries,
-            retry_delay=retry_delay,
-            timeout=timeout,
-            keep_result=keep_result,
-            if_exists=if_exists,
-            connection=connection,
-        )
+            self._now(), task_type, data, priority=priority, task_id=task_id, due_date=due_date,
+            in_memory=in_memory, repeat=repeat, retries=retries, retry_delay=retry_delay,
+            timeout=timeout, keep_result=keep_result, if_exists=if_exists, connection=connection,
+        )  # fmt: skip
         return Task(self._add([addition], connection)[0])
 
     def add_tasks(self, tasks: Iterable[Mapping[str, Any]]) -> list[Task]:
@@ -6169,15 +6130,9 @@ class Cluster(concurrent.futures.Executor):
         self._store_thread.post(work)
 
     def _store_turn(
-        self,
-        owner: str,
-        outcomes: list[Outcome],
-        types: Mapping[str, float],
-        room: float,
-        most: int,
-        until: int,
-        added: bool,
-    ) -> tuple[list[bool], list[Row], list[int] | None, int]:
+        self, owner: str, outcomes: list[Outcome], types: Mapping[str, float], room: float,
+        most: int, until: int, added: bool,
+    ) -> tuple[list[bool], list[Row], list[int] | None, int]:  # fmt: skip
         """What the store thread does for a turn, and when it looked. A look at an empty queue
         writes nothing."""
         store, held, rows, now = self.queue._store, [], [], self.queue._now()
