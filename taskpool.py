@@ -508,6 +508,7 @@ class Cron:
                     "(if none works, `pip install tzdata`)"
                 ) from None
         self._times = _times(text)
+        self._key = (*self._times.fields, tz)  # What makes two of them equal.
         self._is_interval = "*" in [field[0] for field in self._times.fields[:-3]]
 
     def _after(self, moment: datetime) -> datetime:
@@ -523,12 +524,13 @@ class Cron:
             if found < change[0] and (self._is_interval or not fold):
                 return found.replace(fold=fold)
             found = self._times.following(change[0] - tick)
-        while (change := _clock_change(zone, found.toordinal())) and change[0] <= found < change[
-            1
-        ]:
+        while change := _clock_change(zone, found.toordinal()):
+            skipped, resumed = change
+            if not skipped <= found < resumed:
+                return found
             if not self._is_interval:
-                return change[1]
-            found = self._times.following(change[1] - tick)
+                return resumed
+            found = self._times.following(resumed - tick)
         return found
 
     def next(self, after: datetime | None = None) -> datetime:
@@ -553,12 +555,8 @@ class Cron:
     def explain(self) -> str:
         """The schedule in words, with what becomes of it when the zone's clock is changed."""
         *clock, day, month, weekday = self._times.fields
-        times = [
-            ":".join(f"{number:02}" for number in time[: len(clock)])
-            for time in itertools.product(
-                self._times.hours, self._times.minutes, self._times.seconds
-            )
-        ]
+        every = itertools.product(self._times.hours, self._times.minutes, self._times.seconds)
+        times = [":".join(f"{number:02}" for number in time[: len(clock)]) for time in every]
         when = " and ".join(times)
         if self._is_interval or len(times) > 4:
             fields = zip((_SECOND, _MINUTE, _HOUR)[-len(clock) :], clock)
@@ -575,13 +573,10 @@ class Cron:
         return ", ".join(filter(None, parts)) + change
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Cron) and (self._times.fields, self.tz) == (
-            other._times.fields,
-            other.tz,
-        )
+        return isinstance(other, Cron) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((*self._times.fields, self.tz))
+        return hash(self._key)
 
     def __str__(self) -> str:
         return self._text
