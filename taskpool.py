@@ -3894,7 +3894,8 @@ class TaskQueue(_Tasks):
     *store* is a path (-> SQLiteStore) or a Store. It is opened at first use, and closed
     by close() or `with`. May be used by any thread of any process: give each process a
     TaskQueue on the same file. `find`, `count`, `remove`, `retry` and `update` mean the
-    persistent tasks; `in_memory` has the same verbs for the others.
+    persistent tasks; `in_memory` has the same verbs for those of this process's memory
+    (master only, else RuntimeError).
 
     `clock` may be set to a function like time.time, for tests.
     """
@@ -3902,7 +3903,7 @@ class TaskQueue(_Tasks):
     def __init__(self, store: str | os.PathLike[str] | Store = "taskpool.db") -> None:
         self._store = store if isinstance(store, Store) else SQLiteStore(store)
         self.clock = time.time
-        self._in_memory = InMemoryTasks(self)
+        self.in_memory = InMemoryTasks(self)
         self._watchers: tuple[Any, ...] = ()  # Running clusters: have _queue_changed().
         self._listeners: dict[str, Listener] = {}
         self._owners: list[str] = []  # Masters to wake, as of when we looked last.
@@ -3920,11 +3921,6 @@ class TaskQueue(_Tasks):
     def close(self) -> None:
         """Close the store's files and connections; the next use opens them again."""
         self._store.close()
-
-    @property
-    def in_memory(self) -> InMemoryTasks:
-        """The in-memory tasks of this process (master only, else RuntimeError)."""
-        return self._in_memory
 
     def _changed(self, removed: bool = False, stored: bool = True) -> None:
         if _worker is not None:
@@ -4020,7 +4016,7 @@ class TaskQueue(_Tasks):
         self, additions: list[tuple[Row, str]], connection: sqlite3.Connection | None = None
     ) -> list[Row]:
         row = additions[0][0]
-        store = self._in_memory._store if row.in_memory else self._store
+        store = self.in_memory._store if row.in_memory else self._store
         if connection is None:
             if len(additions) == 1 and not row.in_memory:
                 if any(watcher._add_running(row) for watcher in self._watchers):
@@ -4049,7 +4045,7 @@ class TaskQueue(_Tasks):
         query = Query(ids=[_checked_text("task_id", task_id)])
         seconds = math.inf if timeout is None else _checked_seconds("timeout", timeout, zero=True)
         deadline, pause, row, first = time.monotonic() + seconds, 0.002, None, None
-        stores = [self._store] if _worker else [self._in_memory._store, self._store]
+        stores = [self._store] if _worker else [self.in_memory._store, self._store]
         while True:
             found = [row for store in stores for row in store.find(query, self._now())]
             if not found:
