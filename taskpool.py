@@ -2669,13 +2669,9 @@ class SQLiteStore(Store):
 # are left out.
 
 _FIELDS = {"id": "_id", "task_type": "taskType"}  # Other columns keep their names.
-_USUAL: dict[str, Any] = {
-    **Row._field_defaults,
-    "retries": 0,
-    "retry_delay": 1.0,
-    "timeout": None,
-    "keep_result": None,
-}
+_USUAL: dict[str, Any] = dict(
+    Row._field_defaults, retries=0, retry_delay=1.0, timeout=None, keep_result=None
+)
 _NO_DATES = {"createdAt": 0, "dueDate": 0}  # Only for Meteor; we have our own.
 _RANK = [("priority", -1), ("created_at", 1), ("seq", 1)]  # The order of claims.
 _MONGO_INDEXES: tuple[tuple[str, list[tuple[str, int]], bool], ...] = (
@@ -2977,15 +2973,13 @@ class MongoStore(Store):
             count = done.deleted_count + done.matched_count
             one: bool | None = None if 0 < count < len(writes) else count > 0
             return [one] * len(writes)
-        tasks = self._tasks
-        return [
-            (
-                tasks.delete_one(where, **options).deleted_count > 0
-                if changes is None
-                else tasks.update_one(where, changes, **options).matched_count > 0
-            )
-            for where, changes in writes
-        ]
+        there: list[bool | None] = []
+        for where, changes in writes:
+            if changes is None:
+                there.append(self._tasks.delete_one(where, **options).deleted_count > 0)
+            else:
+                there.append(self._tasks.update_one(where, changes, **options).matched_count > 0)
+        return there
 
     def _replace(
         self, pairs: Sequence[tuple[Row, Row | None]], **options: Any
@@ -5450,15 +5444,10 @@ class Cluster(concurrent.futures.Executor):
         for worker in list(self._workers):
             row = next((run.row for run in list(worker.runs)), None)
             since = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - worker.since)
-            shown.append(
-                {
-                    "pid": worker.pid,
-                    "state": worker.state,
-                    "task_id": row and row.id,
-                    "task_type": row and row.task_type,
-                    "since": since,
-                }
-            )
+            shown.append({
+                "pid": worker.pid, "state": worker.state, "task_id": row and row.id,
+                "task_type": row and row.task_type, "since": since,
+            })  # fmt: skip
         return shown
 
     def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
@@ -6697,7 +6686,7 @@ class _Demo:
         lines = {file: parsed["lines"] for file, parsed in self.parsed.items()}
         largest = max(lines, key=lambda file: lines[file], default="")
         sizes = [(*parsed["longest"], file) for file, parsed in self.parsed.items()]
-        longest = max(sizes, default=(0, "", ""))
+        size, function, file = max(sizes, default=(0, "", ""))
         rows = [
             ("tasks done", f"{self.ended['done']:,}"),
             ("failed attempts (all intended)", f"{self.ended['failed']:,}"),
@@ -6705,10 +6694,7 @@ class _Demo:
             ("functions", f"{sum(p['functions'] for p in self.parsed.values()):,}"),
             ("parsed per second", f"{len(lines) / max(self.seconds, 1e-9):,.0f} files"),
             ("largest file", f"{os.path.basename(largest)}, {lines.get(largest, 0):,} lines"),
-            (
-                "longest function",
-                f"{longest[1]} in {os.path.basename(longest[2])}, {longest[0]:,} lines",
-            ),
+            ("longest function", f"{function} in {os.path.basename(file)}, {size:,} lines"),
         ]
         print()
         for name, value in rows:
