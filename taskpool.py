@@ -2072,11 +2072,6 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     """The condition of *query* in SQL, and its values."""
     terms: list[str] = ["1"]
     values: list[Any] = []
-    states = query.states
-    if states is not None:
-        states = [s for s in states if s != "waiting"]
-        if "waiting" in cast(Sequence[str], query.states):
-            states += ["scheduled", "ready"]
 
     def among(column: str, allowed: Sequence[Any]) -> str:
         if len(allowed) <= 200:
@@ -2092,7 +2087,9 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
         terms.append(f"({numbered} OR {among('id', query.ids)} AND seq & 1)")
     if query.types is not None:
         terms.append(among("task_type", query.types))
-    if states is not None:
+    if query.states is not None:
+        states = [s for s in query.states if s != "waiting"]
+        states += ["scheduled", "ready"] * ("waiting" in query.states)
         terms.append(among("state", states))
     if query.due is not None:
         terms.append("state IN ('scheduled', 'ready')")
@@ -3733,8 +3730,6 @@ def _listed(name: str, value: Any, choices: Sequence[str] | None = None) -> list
 
 
 STATES = ("waiting", "running", "failed", "done")
-
-
 _FILTERS = ("task_id", "task_type", "state", "due")
 
 
