@@ -715,14 +715,10 @@ class Task:
         return hash(self._row)
 
     def __reduce__(self) -> Any:
-        return Task._from_tuple, (tuple(self._row),)
+        return Task, (self._row,)
 
     def __repr__(self) -> str:
         return f"<Task {self.id!r} {self.task_type!r} {self.state}, attempt {self.attempt}>"
-
-    @staticmethod
-    def _from_tuple(values: Iterable[Any]) -> Task:
-        return Task(Row._make(values))
 
     @property
     def data(self) -> Any:
