@@ -1533,9 +1533,6 @@ class _Line:
         for *_, number, row in sorted(entries):
             self.push(number, row)
 
-    def __len__(self) -> int:
-        return len(self.queue) + len(self.heap)
-
     def __iter__(self) -> Iterator[_RankedRow]:
         return itertools.chain(map(_ranked, self.numbers, self.queue), self.heap)
 

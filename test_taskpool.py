@@ -1295,7 +1295,7 @@ class TestMemoryStore(InOrder, StoreContract, unittest.TestCase):
             self.add(row(str(i)))
             self.store.update(str(i), {"priority": 2}, NOW)
             self.store.remove(Query(ids=[str(i)]), NOW)
-        entries = sum(map(len, self.store._ready.values()))
+        entries = sum(len(list(line)) for line in self.store._ready.values())
         self.assertLess(entries, 3000)
 
     def test_a_look_for_what_is_due_passes_removed_tasks_once(self):
@@ -1303,7 +1303,7 @@ class TestMemoryStore(InOrder, StoreContract, unittest.TestCase):
         self.add(row("last"))
         self.store.remove(Query(ids=[str(i) for i in range(900)]), NOW)
         self.assertEqual(self.store.next_due(self.OWNER, ["x"], 1, NOW), [NOW])
-        self.assertEqual(sum(map(len, self.store._ready.values())), 1)
+        self.assertEqual(sum(len(list(line)) for line in self.store._ready.values()), 1)
 
 
 class TestSQLiteStore(InOrder, StoreContract, InFolder):
