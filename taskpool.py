@@ -5251,9 +5251,7 @@ class Cluster(concurrent.futures.Executor):
             _master_ends.add(self._selector)
             self.queue._watchers += (self,)
             _running.add(self)
-            atexit.unregister(
-                _at_exit
-            )  # It runs once, and before the ends of what was there earlier.
+            atexit.unregister(_at_exit)  # It runs once.
             atexit.register(_at_exit)
             name = "taskpool-dispatcher"
             threading.Thread(target=self._dispatch, name=name, daemon=True).start()
