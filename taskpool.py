@@ -875,19 +875,22 @@ def _checked_progress(done: Any, total: Any = None, note: Any = None) -> Progres
 
 def _checked_milliseconds(name: str, value: Any) -> float:
     """Milliseconds (an int or a timedelta) as seconds."""
-    if isinstance(value, timedelta):
-        return _checked_seconds(name, value)
+    if isinstance(value, timedelta) and value > timedelta():
+        return value.total_seconds()
     if type(value) is not int or not 0 < value <= MAX_INT:
-        raise _wrong(name, value, "a whole number of milliseconds over 0, or a timedelta", int)
+        allowed = "a whole number of milliseconds over 0, or a timedelta over 0"
+        raise _wrong(name, value, allowed, int, timedelta)
     return value / 1000
 
 
 def _aware(date: datetime) -> datetime:
-    """The datetime with its zone: that of this machine, if it has none."""
+    """The datetime with a zone: it is of this machine's, if it has none."""
     if date.utcoffset() is not None:
         return date
     try:
-        return date.astimezone()
+        # astimezone() of Python before 3.12 is an hour early where the clock skips one.
+        seconds = date.replace(microsecond=0).timestamp()
+        return _EPOCH + timedelta(seconds=seconds, microseconds=date.microsecond)
     except (OverflowError, ValueError, OSError):
         # On the last day of the year 9999, and on Windows far from today: as if it were now.
         return date.replace(tzinfo=date.replace(year=2036).astimezone().tzinfo)
@@ -3383,9 +3386,12 @@ def _wants_toggle_ipc(function: TaskFunction) -> str | None:
     import inspect
 
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
     except (TypeError, ValueError):  # Some builtins have no signature.
         return None
+    inner = getattr(function, "__wrapped__", None)
+    if inner and any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return _wants_toggle_ipc(inner)  # A decorator that passes on what it is given.
     for named in parameters:
         if named.name == "toggle_ipc":
             return "position" if named.kind is named.POSITIONAL_ONLY else "name"
@@ -3427,19 +3433,36 @@ def _resolve(future: Future[Any], value: Any = None, error: BaseException | None
         pass
 
 
+_following = threading.local()  # The calls that a thread in _follow() is still to make.
+
+
 def _follow(future: Future[Any], result: Any) -> None:
     """Resolve *future* with *result*; with its result, if that is a Future too."""
     if not isinstance(result, Future):
         _resolve(future, result)
         return
 
-    def done(inner: Future[Any]) -> None:
+    def copy(inner: Future[Any]) -> None:
         if inner.cancelled():
             _resolve(future, error=concurrent.futures.CancelledError())
         elif inner.exception() is not None:
             _resolve(future, error=inner.exception())
         else:
             _follow(future, inner.result())
+
+    def done(inner: Future[Any]) -> None:
+        # One after another: in one another, a long chain would not fit on the stack.
+        first = not hasattr(_following, "calls")
+        if first:
+            _following.calls = collections.deque()
+        calls = _following.calls
+        calls.append(lambda: copy(inner))
+        if first:
+            try:
+                while calls:
+                    calls.popleft()()
+            finally:
+                del _following.calls
 
     result.add_done_callback(done)
 
@@ -3477,6 +3500,15 @@ def _conversing(begin: Callable[[_Hear, Future[Any]], _Hear]) -> Callable[..., F
     return toggle_ipc
 
 
+def _awaited(value: Any) -> Any:
+    """What was returned; by a function that is `async def`, what it returns in the end."""
+    if type(value) is CoroutineType:
+        import asyncio
+
+        value = asyncio.run(value)
+    return value
+
+
 def _call(
     function: TaskFunction, style: str | None, job: Task, toggle_ipc: Callable[[], Any]
 ) -> Any:
@@ -3487,10 +3519,7 @@ def _call(
         value = function(job, toggle_ipc=toggle_ipc())
     else:
         value = function(job, toggle_ipc())
-    if type(value) is CoroutineType:
-        import asyncio
-
-        value = asyncio.run(value)
+    value = _awaited(value)
     while isinstance(value, Future):
         value = value.result()
     return value
@@ -3638,7 +3667,9 @@ class _RunHere:
             value = _call(function, _wants_toggle_ipc(function), job, self._toggle_ipc)
             _packed(value)  # As a worker does.
             outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
-        except (Exception, SystemExit) as raised:
+        except KeyboardInterrupt:  # Of the caller: the task is given back.
+            raise
+        except BaseException as raised:
             error = raised
             text = _error_text(_failure(error))
             outcome = failed_start(row, text, self._queue._now(), row.state == "running")
@@ -3661,8 +3692,10 @@ class _RunHere:
         listener = self._queue._listeners.get(event)
         if listener is not None:
             try:
-                listener(value, task)
-            except Exception:
+                _awaited(listener(value, task))
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
                 _log.exception("error in a listener")
 
     def _on_report(self, number: int, report: str) -> None:
@@ -3681,14 +3714,14 @@ class _RunHere:
             def respond(value: Any = None) -> None:
                 if answered.acquire(blocking=False):
                     try:
-                        _follow(future, on_message(pickle.loads(_dumps(value))))
+                        _follow(future, _awaited(on_message(pickle.loads(_dumps(value)))))
                     except BaseException as error:
                         _resolve(future, error=error)
 
             def ask(message: Any) -> None:
                 if broker is None:
                     raise RuntimeError("run_due has no message_broker to answer toggle_ipc")
-                broker(respond, {**pickle.loads(_dumps(message)), **about})
+                _awaited(broker(respond, {**pickle.loads(_dumps(message)), **about}))
 
             return ask
 
@@ -3719,6 +3752,8 @@ def _listed(name: str, value: Any, choices: Sequence[str] | None = None) -> list
             raise _wrong_type(name, item, "a str or a list of str")
         if choices is not None and item not in choices:
             raise _wrong_value(name, item, "one of " + ", ".join(choices))
+        if not _is_unicode(item):
+            raise _wrong_value(name, item, "text without lone surrogates")
     return values
 
 
@@ -3883,6 +3918,8 @@ class TaskQueue(_Tasks):
     """
 
     def __init__(self, store: str | os.PathLike[str] | Store = "taskpool.db") -> None:
+        if not isinstance(store, (Store, str, os.PathLike)):
+            raise _wrong_type("store", store, "a file name or a Store")
         self._store = store if isinstance(store, Store) else SQLiteStore(store)
         self.clock = time.time
         self.in_memory = InMemoryTasks(self)
@@ -3975,6 +4012,8 @@ class TaskQueue(_Tasks):
         raises.
         """
         _refuse_rerun("add_tasks")
+        if not isinstance(tasks, Iterable) or isinstance(tasks, (str, Mapping)):
+            raise _wrong_type("tasks", tasks, "an iterable of dicts of add_task's parameters")
         now = self._now()
         additions, connections = [], []
         for index, task in enumerate(tasks):
@@ -3984,7 +4023,11 @@ class TaskQueue(_Tasks):
                 unknown = [name for name in task if name not in _ADD_PARAMETERS]
                 wrong = f"has no parameter {unknown[0]!r}" if unknown else "needs a 'task_type'"
                 raise TypeError(f"tasks[{index}]: add_task {wrong}")
-            additions.append(_make_row(now, **task))
+            try:
+                additions.append(_make_row(now, **task))
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"tasks[{index}]: {error}") from None
             connections.append(task.get("connection"))
         if not additions:
             return []
@@ -4035,6 +4078,8 @@ class TaskQueue(_Tasks):
                 return Task(gone._replace(state="done", owner=""))
             row = found[0]
             first = first or row
+            if row.created_at != first.created_at:  # Another one, that was added since.
+                return Task(first._replace(state="done", owner=""))
             if row.state in ("failed", "done") or has_run(row, first):
                 return Task(row)
             left = deadline - time.monotonic()
@@ -4112,11 +4157,15 @@ _ADD_PARAMETERS = frozenset({"task_type", "data", *(TaskQueue.add_task.__kwdefau
 # Only processes that we started speak here; what is stored never comes near pickle (P8).
 
 
+_Key = tuple[str, tuple[int, ...], int]
+
+
 class _Boot(NamedTuple):
     """How a worker finds its task map: see _find_task_map."""
 
-    key: tuple[str, int, int]
+    key: _Key
     types: tuple[str, ...]
+    path: str | None  # Of its queue's file.
     entry: tuple[str, str] | None  # ("path", file) or ("module", name) of __main__.
     home_file: str | None
     pickled_map: bytes | None
@@ -4137,10 +4186,23 @@ def _rebuilt(failure: _Failure) -> Exception:
 # --- Worker --------------------------------------------------------------------------
 # Code that runs in the child process. It knows no store; tasks come down the pipe.
 
-# The clusters made in this process, by module, line, and number of the call there. In a
-# worker it is how the task map is found, so there they are kept alive as well.
-_registry: weakref.WeakValueDictionary[tuple[str, int, int], Any] = weakref.WeakValueDictionary()
+# The clusters made in this process, by module, lines of the calls that led there from the
+# top level, and number of such calls. In a worker it is how the task map is found, so there
+# they are kept alive as well.
+_registry: weakref.WeakValueDictionary[_Key, Any] = weakref.WeakValueDictionary()
 _registered: list[Any] = []
+
+
+def _made_here(boot: _Boot) -> Any:
+    """The Cluster of this process that was made as the master's was, or None."""
+    # Those of a loop have different files, and perhaps another order here (that of a set).
+    made = [c for key, c in list(_registry.items()) if key[:2] == boot.key[:2]]
+    on_file = [cluster for cluster in made if _path_of(cluster) == boot.path]
+    return on_file[0] if len(on_file) == 1 else _registry.get(boot.key)
+
+
+def _path_of(cluster: Any) -> str | None:
+    return getattr(cluster.queue._store, "path", None)
 
 
 def _die_with_master(life: Connection) -> None:
@@ -4217,16 +4279,16 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
     made it, registers here; else the pickled one.
     """
     home = boot.key[0]
-    if boot.key not in _registry and home not in ("__main__", "__mp_main__"):
+    if not _made_here(boot) and home not in ("__main__", "__mp_main__"):
         _import_home(home, boot.home_file)
     unpickled: Any = None
-    if boot.key not in _registry and boot.pickled_map is not None:
+    if not _made_here(boot) and boot.pickled_map is not None:
         with contextlib.suppress(Exception):
             unpickled = pickle.loads(boot.pickled_map)
-    if boot.key not in _registry and unpickled is None and boot.entry is not None:
+    if not _made_here(boot) and unpickled is None and boot.entry is not None:
         if not _has_run_again(boot.home_file):
             _run_entry(*boot.entry)
-    cluster = _registry.get(boot.key)
+    cluster = _made_here(boot)
     if cluster is not None and set(cluster.task_map) >= set(boot.types):
         return cast(Mapping[str, TaskFunction], cluster.task_map)
     if unpickled is None and boot.pickled_map is not None:
@@ -4396,7 +4458,7 @@ class _WorkerProcess:
             try:
                 if not ok:
                     raise _rebuilt(value)
-                result = on_message(pickle.loads(value))
+                result = _awaited(on_message(pickle.loads(value)))
             except BaseException as error:
                 _resolve(future, error=error)
             else:
@@ -5025,16 +5087,36 @@ def _allowed_workers(wanted: Any, oversubscribe: bool) -> int:
     return cast(int, wanted)
 
 
-def _register(cluster: Cluster, home: Mapping[str, Any], line: int) -> _Boot:
+@contextlib.contextmanager
+def _as_main(home: Mapping[str, Any]) -> Iterator[None]:
+    """Have pickle find what a script defined, where __main__ is another: its profiler."""
+    import types
+
+    main = sys.modules["__main__"]
+    if home.get("__name__") == "__main__" and vars(main) is not home:
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        vars(sys.modules["__main__"]).update(home)
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _register(cluster: Cluster, frame: Any) -> _Boot:
     """Register a new Cluster, and remember how a worker finds its task map.
 
-    From the globals of the code that makes it, now: later __main__ forgets its file, and
-    under a profiler sys.modules["__main__"] is another.
+    From the globals of the code that makes it, in *frame*, now: later __main__ forgets its
+    file, and under a profiler sys.modules["__main__"] is another.
     """
+    home, lines = frame.f_globals, [frame.f_lineno]
+    while frame.f_code.co_name != "<module>" and frame.f_back is not None:
+        frame = frame.f_back
+        lines.append(frame.f_lineno)
     name = home.get("__name__", "__main__")
     name = "__main__" if name == "__mp_main__" else name
-    number = next(n for n in itertools.count() if (name, line, n) not in _registry)
-    key = name, line, number
+    place = name, tuple(lines)
+    number = next(n for n in itertools.count() if (*place, n) not in _registry)
+    key = (*place, number)
     _registry[key] = cluster
     if not _is_master():
         _registered.append(cluster)
@@ -5047,7 +5129,8 @@ def _register(cluster: Cluster, home: Mapping[str, Any], line: int) -> _Boot:
         if spec is not None and spec.name not in ("__main__", "__mp_main__"):
             entry = ("module", spec.name)
     try:
-        pickled: bytes | None = _dumps(cluster.task_map)
+        with _as_main(home):
+            pickled: bytes | None = _dumps(cluster.task_map)
     except Exception:
         pickled = None
     in_main = [
@@ -5061,7 +5144,7 @@ def _register(cluster: Cluster, home: Mapping[str, Any], line: int) -> _Boot:
             "(python -c, standard input, or an interactive session): put it into a file, or "
             'use start_method="fork"'
         )
-    return _Boot(key, tuple(cluster.task_map), entry, file, pickled)
+    return _Boot(key, tuple(cluster.task_map), _path_of(cluster), entry, file, pickled)
 
 
 @contextlib.contextmanager
@@ -5163,7 +5246,7 @@ class Cluster(concurrent.futures.Executor):
         if max_tasks_per_worker is not None:
             _checked_int("max_tasks_per_worker", max_tasks_per_worker, 1)
         self._shutdown_timeout = _checked_seconds("shutdown_timeout", shutdown_timeout, zero=True)
-        self._boot = _register(self, sys._getframe(1).f_globals, sys._getframe(1).f_lineno)
+        self._boot = _register(self, sys._getframe(1))
         self._reset_after_fork()
         _reset_in_forks.add(self)
         if self._auto_initialize:
@@ -5215,6 +5298,7 @@ class Cluster(concurrent.futures.Executor):
         self._stuck_since = math.inf
         self._closed = threading.Event()
         self._idle = threading.Event()  # Nothing in hand: for drain().
+        self._idle.set()
 
     # ---- For users, from any thread
 
@@ -5693,7 +5777,7 @@ class Cluster(concurrent.futures.Executor):
         listener = self.queue._listeners.get("progress")
         if listener is not None:
             task = Task(run.row)
-            self._listener_thread.post(lambda: listener(task.progress, task))
+            self._listener_thread.post(lambda: _awaited(listener(task.progress, task)))
 
     def _store_reports(self, now: float) -> None:
         """Have the stores record what running tasks reported, once a second."""
@@ -5805,7 +5889,7 @@ class Cluster(concurrent.futures.Executor):
                 if broker is None:
                     raise RuntimeError("the cluster has no message_broker to answer toggle_ipc")
                 about = {"worker": pid, "task_id": row.id, "task_type": row.task_type}
-                broker(respond, {**pickle.loads(packed), **about})
+                _awaited(broker(respond, {**pickle.loads(packed), **about}))
             except BaseException as error:
                 answer(False, _failure(error))
                 if broker is not None:
@@ -5858,7 +5942,7 @@ class Cluster(concurrent.futures.Executor):
 
     def _call_listener(self, listener: Listener, run: _Run) -> None:
         task = Task(as_told(run.row, run.outcome, self.queue._now()))
-        self._listener_thread.post(lambda: listener(run.value(), task))
+        self._listener_thread.post(lambda: _awaited(listener(run.value(), task)))
 
     def _give_back(self, runs: Iterable[_Run]) -> None:
         """running -> waiting, uncharged, for what has not started (or must stop)."""
@@ -6413,6 +6497,9 @@ class Cluster(concurrent.futures.Executor):
         if self._unsettled:
             text = "the store did not come back: %d outcome(s) are lost, those tasks start again"
             _log.error(text, len(self._unsettled))
+            error = StoreError("the store did not come back: the outcome is lost")
+            for future in [run.future for run in self._unsettled if run.future is not None]:
+                self._future_thread.post(functools.partial(_resolve, future, error=error))
         for worker in self._workers:
             worker.kill()
             worker.close()
@@ -6423,7 +6510,7 @@ class Cluster(concurrent.futures.Executor):
             self._store_thread.stop()
         left = self.queue.in_memory.count(task_type=list(self.task_map), state="waiting")
         if left:
-            _log.warning("%d in-memory tasks were not due at shutdown; they end here", left)
+            _log.warning("%d in-memory tasks had not started at shutdown; they end here", left)
         for future in list(self._futures.values()):
             self._future_thread.post(future._end_cancelled)
         for thread in self._event_threads():
@@ -7253,15 +7340,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 1 for failure, 2 for usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.demo:
-        return _demo()
-    if options.command is None:
+    if options.command is None and not options.demo:
         parser.error("say what to do")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A terminal that lacks a letter is no error.
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = cast(int, options.act(options))
+        code = _demo() if options.demo else cast(int, options.act(options))
         if sys.stdout is not None:  # As under `>&-`.
             sys.stdout.flush()
         return code

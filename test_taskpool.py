@@ -391,6 +391,15 @@ def ping_three_deep(job, toggle_ipc):
     return ask(1, [])
 
 
+def ping_many_deep(job, toggle_ipc):
+    def ask(left):
+        return toggle_ipc(
+            lambda answer: ask(left - 1) if left else answer, lambda send: send({"status": 4, "data": left})
+        )
+
+    return ask(job.data)
+
+
 def ping_and_wait_inside(job, toggle_ipc):
     def ask(text):
         return toggle_ipc(lambda answer: answer, lambda send: send({"status": 2, "data": text}))
@@ -708,6 +717,21 @@ class TestQueueVerbs(InFolder):
                         verb(**wrong)
                     self.assertNotRegex(str(caught.exception), r"^_|\b_\w+\(")  # A private name.
 
+    def test_what_is_wrong_is_named_as_the_caller_knows_it(self):
+        queue = self.queue()
+        for call, error, text in [
+            (lambda: queue.find(task_id="\udcff"), ValueError, "task_id is '.udcff'"),
+            (lambda: queue.add_tasks([{"task_type": "x"}, {"task_type": "x", "retries": -1}]), ValueError, r"tasks\[1\]: ret"),
+            (lambda: queue.add_tasks([{"task_type": "x", "timeout": "1"}]), TypeError, r"tasks\[0\]: timeout"),
+            (lambda: queue.add_tasks(None), TypeError, "tasks is None"),
+            (lambda: queue.add_tasks({"task_type": "x"}), TypeError, "tasks is {.*an iterable of dicts"),
+            (lambda: TaskQueue(5), TypeError, "store is 5 .*a file name or a Store"),
+            (lambda: Cluster({"x": echo}, queue, refresh_rate=timedelta(0)), ValueError, "refresh_rate .*milliseconds"),
+        ]:
+            with self.assertRaisesRegex(error, text):
+                call()
+        self.assertEqual(queue.count(), 0)
+
     def test_remove_needs_a_filter(self):
         for verbs, add in self.kinds():
             add("x"), add("x"), add("y")
@@ -766,6 +790,14 @@ class TestQueueVerbs(InFolder):
             self.assertEqual(queue.wait(gone.id, PATIENCE).state, "done")
         self.assertEqual(queue.wait("never seen").state, "done")
         cluster.shutdown()
+        queue.add_task("echo", task_id="again")
+        again = {"echo": lambda job: queue.add_task("echo", task_id=job.id, if_exists="replace", due_date=timedelta(1))}
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            with mock.patch.object(queue._store, "find", wraps=queue._store.find) as look:
+                ended = pool.submit(queue.wait, "again", PATIENCE)
+                eventually(lambda: look.called)
+            queue.run_due(again)  # As "a task that adds itself again".
+            self.assertEqual(ended.result().state, "done")
         queue.add_task("echo", task_id="later", due_date=timedelta(hours=1))
         with self.assertRaisesRegex(TimeoutError, "later.*waiting"):
             queue.wait("later", 0.01)
@@ -3024,7 +3056,7 @@ EVERYTHING = {
     "echo": echo, "about": about, "fail": fail, "succeed_at": succeed_at, "hold": hold,
     "raise_kind": raise_kind, "return_kind": return_kind, "sleep": sleep_a_little,
     "later": future_later, "ping": ping, "position": ping_by_position,
-    "three deep": ping_three_deep, "wait inside": ping_and_wait_inside, "async ping": ping_async,
+    "three deep": ping_three_deep, "many deep": ping_many_deep, "wait inside": ping_and_wait_inside, "async ping": ping_async,
     "ping later": ping_later, "status": ping_status, "twice": ping_twice,
     "forget": ping_and_forget, "die": ping_and_die, "bad message": fail_in_on_message,
     "bad initialize": fail_in_initialize, "add": add_from_task, "cluster": use_cluster_in_task,
@@ -3098,6 +3130,27 @@ class TestExecutor(WithCluster):
         """SE-03."""
         for value in (None, 0, "", [], False, {}, 0.0):
             self.assertEqual(repr(self.result("echo", value)), repr(value))
+
+    def test_a_decorated_function_gets_what_its_decorator_takes(self):
+        def decorated(*, passes_on):
+            def inner(job, second):
+                return second
+
+            @functools.wraps(inner)
+            def supplies(job):
+                return inner(job, "a session")
+
+            @functools.wraps(inner)
+            def passes(*arguments, **options):
+                return inner(*arguments, **options)
+
+            return passes if passes_on else supplies
+
+        self.assertEqual(taskpool._wants_toggle_ipc(decorated(passes_on=True)), "position")
+        self.assertIsNone(taskpool._wants_toggle_ipc(decorated(passes_on=False)))
+        self.shared_queue.add_task("x", keep_result=60)
+        self.shared_queue.run_due({"x": decorated(passes_on=False)})
+        self.assertEqual(self.shared_queue.find_one().result, "a session")
 
     def test_the_job_is_the_running_task(self):
         for in_memory in (False, True):
@@ -3541,6 +3594,28 @@ class TestListeners(InFolder):
             eventually(lambda: len(told) == 6)
         self.assertIn("from a listener", "\n".join(logs.output))
 
+    def test_listeners_and_brokers_may_be_async(self):
+        told = []
+
+        async def listen(value, task):
+            await asyncio.sleep(0)
+            told.append(value)
+
+        async def answer(respond, message):
+            await asyncio.sleep(0)
+            respond(message["data"])
+
+        queue = self.queue()
+        for event in taskpool.EVENTS:
+            queue.add_event_listener(event, listen)
+        cluster = self.cluster({"ping": ping, "fail": fail}, queue, message_broker=answer)
+        self.assertEqual(cluster.submit("ping", 5).result(PATIENCE), 5)
+        eventually(lambda: told == [5])
+        queue.add_task("ping", 6)
+        queue.run_due({"ping": ping}, message_broker=answer)
+        cluster.drain(PATIENCE)
+        eventually(lambda: told == [5, 6])
+
     def test_the_error_listener_hears_of_every_way_to_die(self):
         """TO-07: once for each failed start."""
         queue, told = self.queue(), []
@@ -3687,6 +3762,7 @@ class TestConversations(WithCluster):
         for future in deep:
             self.assertEqual(future.result(PATIENCE), ["pong ping 1", "pong ping 2", "pong ping 3"])
         self.assertEqual([f.result(PATIENCE) for f in plain], list(range(50)))
+        self.assertEqual(self.result("many deep", 1000), "pong 0")
 
     def test_result_and_await_work_inside(self):
         self.assertEqual(self.result("wait inside"), ["pong outer", "pong inner"])
@@ -4078,13 +4154,14 @@ class TestP1NothingIsLost(InFolder):
 
         path = str(self.folder / "lines")
         with TaskQueue(Broken(self.folder / "broken.db")) as queue:
-            queue.add_task("line", {"file": path}, task_id="t")
             with self.assertLogs("taskpool", "ERROR") as logs:
                 cluster = self.cluster({"line": add_line}, queue, shutdown_timeout=0.3)
+                future = cluster.submit("line", {"file": path})
                 eventually(lambda: lines_of(path))
                 threading.Thread(target=cluster.shutdown, daemon=True).start()
                 self.assertTrue(cluster._closed.wait(PATIENCE))
             self.assertIn("1 outcome(s) are lost", "\n".join(logs.output))
+            self.assertIsInstance(future.exception(PATIENCE), StoreError)
             self.assertEqual(queue.find_one().state, "waiting")  # It starts again.
 
 
@@ -4650,6 +4727,25 @@ class TestP6DueDates(InFolder):
         for zone in ("America/New_York", "Asia/Kolkata", "Australia/Lord_Howe"):
             self.assertEqual(self.run_script(source, env={"TZ": zone}), "10.0\n10.0\n10.0\n")
 
+    @unittest.skipUnless(hasattr(time, "tzset"), "this system's zone cannot be set")
+    def test_a_naive_due_date_is_the_instant_that_its_timestamp_is(self):
+        """Also in an hour that the clock skips, or has twice."""
+        out = self.run_script(
+            """
+            from datetime import datetime
+            from taskpool import TaskQueue
+            queue = TaskQueue("tz.db")
+            for day, hour in ((8, 1), (8, 2), (8, 3), (9, 2)):
+                due = datetime(2026, 3, day, hour, 30, 0, 123457)
+                print(queue.add_task("x", due_date=due).due_date.timestamp() - due.timestamp())
+            due = datetime(2026, 11, 1, 1, 30)
+            for fold in (0, 1):
+                print(queue.add_task("x", due_date=due.replace(fold=fold)).due_date.timestamp() - due.replace(fold=fold).timestamp())
+            """,
+            env={"TZ": "America/New_York"},
+        )
+        self.assertEqual(out, "0.0\n" * 6)
+
 
 def clock_of(job):
     return time.time()
@@ -4772,6 +4868,33 @@ class TestIsomorphic(InFolder):
         for method in METHODS:
             with self.subTest(method=method):
                 self.assertEqual(self.run_script(self.GUARDED, method), "[0, 3, 6] waited\n")
+
+    def test_a_script_with_a_guard_works_under_a_profiler(self):
+        self.script(self.GUARDED, "plain.py")
+        for profiler in ("cProfile", "trace"):
+            flags = ["-m", profiler, *["--count", "--missing", "-C."] * (profiler == "trace")]
+            process = self.start("plain.py", "spawn", flags=flags)
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertTrue(out.startswith("[0, 3, 6] waited\n"), out + err)
+
+    def test_a_worker_never_runs_the_functions_of_another_cluster(self):
+        """Made by one line, which is reached in another order, or by other calls, in workers."""
+        out = self.run_script(
+            """
+            from taskpool import Cluster, TaskQueue
+            def make(name, order):
+                queue = TaskQueue(f"{name}.db")
+                return Cluster({"who": lambda job: name}, queue, max_available_workers=1, start_method="spawn")
+            if Cluster.is_master():
+                alone = make("master", 0)
+            names = ["a", "b", "c"]
+            made = {name: make(name, 1) for name in (names if Cluster.is_master() else names[::-1])}
+            if Cluster.is_master():
+                print([made[name].submit("who").result() for name in names])
+                print(type(alone.submit("who").exception()).__name__)
+            """
+        )
+        self.assertEqual(out, "['a', 'b', 'c']\nRuntimeError\n")
 
     def test_other_ways_to_start_a_script_work(self):
         """ENGINE 46, 47, 49, 50, 55, TT-03."""
@@ -4987,6 +5110,7 @@ class TestEnds(InFolder):
         queue = self.queue()
         cluster = self.cluster({"echo": echo, "succeed_at": succeed_at, "hold": hold}, queue)
         self.assertTrue(cluster.drain(PATIENCE))
+        self.assertTrue(self.cluster({"echo": echo}, queue, auto_initialize=False).drain(PATIENCE))
         queue.add_task("succeed_at", 2, retries=1, retry_delay=0.05)
         queue.add_task("echo", due_date=timedelta(hours=1))
         queue.add_task("unknown")
@@ -7176,15 +7300,24 @@ class TestRunDue(InFolder):
         self.assertEqual({t.task_type: t.result for t in self.run_due()}, kinds)
         self.assertEqual({t.task_type: t.result for t in self.tasks.find(state="done")}, kinds)
         self.tasks.remove(state="done")
-        texts = {"exit": "SystemExit: disk missing", "lock": "ValueError: holds a lock", "interrupt": None}
-        for kind in ("exit", "lock"):
+        texts = {"exit": "SystemExit: disk missing", "lock": "ValueError: holds a lock", "base": "Bare: bare"}
+        for kind in texts:
             self.tasks.add_task("raise_kind", kind)
+        self.tasks.add_task("raise_kind", "CancelledError")
         self.tasks.add_task("return_kind", "lock")
-        failed = self.run_due()
-        for task, text in zip(failed, [texts["exit"], texts["lock"], "TypeError: the result (lock) cannot be pickled"]):
+        heard = []
+
+        def listen(error, task):
+            heard.append(error)
+            raise SystemExit("from a listener")
+
+        self.tasks.add_event_listener("error", listen)
+        with self.assertLogs("taskpool", "ERROR"):
+            failed = self.run_due()
+        for task, text in zip(failed, [*texts.values(), "asyncio", "TypeError: the result (lock) cannot be pickled"]):
             self.assertEqual((task.state, task.result), ("failed", None))
             self.assertTrue(task.error.startswith(text), task.error)
-        self.assertEqual(self.tasks.count(state="failed"), 3)
+        self.assertEqual((self.tasks.count(state="failed"), len(heard)), (5, 5))
 
     def test_follow_ups_run_too_and_until_makes_time_pass_in_due_order(self):
         def add_two(job):
@@ -7395,6 +7528,18 @@ class TestCommandLine(InFolder):
             self.assertIn(text, done.stdout)
         self.assertNotIn("BROKEN", done.stdout)
         self.assertEqual(os.listdir(self.folder), [])
+
+    @unittest.skipUnless(LINUX, "uses SIGINT and /dev/full")
+    def test_a_demo_that_is_interrupted_or_cannot_print_ends_without_a_traceback(self):
+        process = self.start(HERE / "taskpool.py", "--demo")
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual((process.returncode, err), (1, ""), out)
+        with open("/dev/full", "w") as full:
+            process = self.start(HERE / "taskpool.py", "--demo", stdout=full)
+            _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual((process.returncode, err.count("\n")), (1, 1), err)
 
     def test_a_demo_that_breaks_a_promise_says_which_and_exits_with_1(self):
         code = (
@@ -7812,10 +7957,11 @@ class TestReadme(InFolder):
         import inspect
 
         stores = SQLiteStore.__init__, taskpool.MongoStore.__init__
+        names = set(taskpool._FILTERS)
         for function in (TaskQueue.add_task, Cluster.__init__, *stores, TaskQueue.find, TaskQueue.run_due):
-            for name in inspect.signature(function).parameters:
-                if name != "self":
-                    self.assertIn(f"`{name}`", self.TEXT)
+            names.update(inspect.signature(function).parameters)
+        for name in names - {"self", "filters"}:
+            self.assertIn(f"`{name}`", self.TEXT)
 
 
 # --- Running -------------------------------------------------------------------------
