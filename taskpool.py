@@ -4193,16 +4193,16 @@ _registry: weakref.WeakValueDictionary[_Key, Any] = weakref.WeakValueDictionary(
 _registered: list[Any] = []
 
 
+def _path_of(cluster: Any) -> str | None:
+    return getattr(cluster.queue._store, "path", None)
+
+
 def _made_here(boot: _Boot) -> Any:
     """The Cluster of this process that was made as the master's was, or None."""
     # Those of a loop have different files, and perhaps another order here (that of a set).
     made = [c for key, c in list(_registry.items()) if key[:2] == boot.key[:2]]
     on_file = [cluster for cluster in made if _path_of(cluster) == boot.path]
     return on_file[0] if len(on_file) == 1 else _registry.get(boot.key)
-
-
-def _path_of(cluster: Any) -> str | None:
-    return getattr(cluster.queue._store, "path", None)
 
 
 def _die_with_master(life: Connection) -> None:
