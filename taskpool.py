@@ -5325,13 +5325,12 @@ class Cluster(concurrent.futures.Executor):
             self._future_thread = _Calls("futures")
             self._listener_thread = _Calls("listener")
             self._broker_thread = _Calls("broker")
-            self._wake = _WakeUp()
-            self._owner = _new_owner(self._wake.port)
+            wake = self._take_name()
             self._context = multiprocessing.get_context(self._start_method)
             self._selector = selectors.DefaultSelector()
-            self._selector.register(self._wake.reader, selectors.EVENT_READ, self._wake.clear)
-            if self._wake.port and not self._in_memory_only:
-                self._selector.register(self._wake.bell, selectors.EVENT_READ, self._on_bell)
+            self._selector.register(wake.reader, selectors.EVENT_READ, wake.clear)
+            if wake.port and not self._in_memory_only:
+                self._selector.register(wake.bell, selectors.EVENT_READ, self._on_bell)
             _master_ends.add(self._selector)
             self.queue._watchers += (self,)
             _running.add(self)
@@ -5339,6 +5338,13 @@ class Cluster(concurrent.futures.Executor):
             atexit.register(_at_exit)
             name = "taskpool-dispatcher"
             threading.Thread(target=self._dispatch, name=name, daemon=True).start()
+
+    def _take_name(self) -> _WakeUp:
+        """Have an `_owner`, which says where to ring."""
+        if self._wake is None:
+            self._wake = _WakeUp()
+            self._owner = _new_owner(self._wake.port)
+        return self._wake
 
     def set_refresh_rate(self, refresh_rate: int | timedelta) -> None:
         """Change `refresh_rate` (milliseconds). Does nothing in a worker."""
@@ -5363,6 +5369,8 @@ class Cluster(concurrent.futures.Executor):
             self._use("submit")
             if self._auto_initialize:
                 self.initialize()  # Again, in a fork.
+            with self._start_lock:
+                self._take_name()  # So that no other cluster runs the task.
         if self._mode != "running":
             raise RuntimeError("cannot submit after shutdown")
         if self._in_memory_only:
@@ -5535,6 +5543,9 @@ class Cluster(concurrent.futures.Executor):
             self._closed.set()
             for future in list(self._futures.values()):
                 future._end_cancelled()  # The tasks stay waiting.
+            if self._wake is not None:
+                self._wake.close()
+                self._leave()
             return
         if cancel_futures:
             for future in list(self._futures.values()):

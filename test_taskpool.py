@@ -3926,6 +3926,23 @@ class TestClusterOptions(InFolder):
                 cluster.submit("echo", in_memory=False)
         self.assertEqual(os.listdir(self.folder), [])
 
+    def test_what_is_submitted_before_initialize_waits_for_its_own_cluster(self):
+        queue = self.queue()
+        first = self.cluster({"x": echo}, queue, auto_initialize=False, max_available_workers=1)
+        other = self.cluster({"x": clock_of, "echo": echo}, queue, max_available_workers=1)
+        futures = []
+        for in_memory in (False, True):
+            futures.append(first.submit("x", "mine", in_memory=in_memory))
+            # Which comes later, so it is claimed later.
+            self.assertEqual(other.submit("echo", 1, in_memory=in_memory).result(PATIENCE), 1)
+        first.initialize()
+        self.assertEqual([future.result(PATIENCE) for future in futures], ["mine", "mine"])
+        never = self.cluster({"x": echo}, queue, auto_initialize=False)
+        left = never.submit("x")
+        never.shutdown()
+        self.assertTrue(left.cancelled())
+        self.assertEqual(queue.wait(left.task.id, PATIENCE).state, "done")  # It was let go of.
+
     def test_auto_initialize_false_starts_nothing_until_initialize(self):
         queue = self.queue()
         cluster = self.cluster({"echo": echo}, queue, auto_initialize=False)
