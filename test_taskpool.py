@@ -6984,7 +6984,7 @@ class TestRepeat(InFolder):
         for wrong in (5, 0, 1.5, True, b"* * * * *", ["* * * * *"], datetime.now(), *wrong_values):
             expected = ValueError if wrong in wrong_values else TypeError
             for add in (queue.add_task, lambda kind, **given: queue.add_tasks([{"task_type": kind, **given}])):
-                with self.subTest(wrong=wrong), self.assertRaisesRegex(expected, "^repeat") as caught:
+                with self.subTest(wrong=wrong), self.assertRaisesRegex(expected, r"^(tasks\[0\]: )?repeat") as caught:
                     add("x", repeat=wrong)
                 self.assertIs(type(caught.exception), expected)
         self.assertEqual(queue.count(), 0)
