@@ -4285,6 +4285,9 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
     if not _made_here(boot) and boot.pickled_map is not None:
         with contextlib.suppress(Exception):
             unpickled = pickle.loads(boot.pickled_map)
+            if boot.entry is not None and not _has_run_again(boot.home_file):
+                if any(f.__module__ in ("__main__", "__mp_main__") for f in unpickled.values()):
+                    unpickled = None  # Those of another __main__.
     if not _made_here(boot) and unpickled is None and boot.entry is not None:
         if not _has_run_again(boot.home_file):
             _run_entry(*boot.entry)

@@ -4894,6 +4894,12 @@ class TestIsomorphic(InFolder):
             out, err = process.communicate(timeout=PATIENCE)
             self.assertTrue(out.startswith("[0, 3, 6] waited\n"), out + err)
 
+    def test_under_a_profiler_a_task_is_no_function_of_the_profiler(self):
+        self.script(self.GUARDED.replace("triple(job", "run(job").replace(": triple", ": run"), "plain.py")
+        process = self.start("plain.py", "spawn", flags=["-m", "cProfile"])
+        out, err = process.communicate(timeout=PATIENCE)
+        self.assertTrue(out.startswith("[0, 3, 6] waited\n"), out + err)
+
     def test_a_worker_never_runs_the_functions_of_another_cluster(self):
         """Made by one line, which is reached in another order, or by other calls, in workers."""
         out = self.run_script(
