@@ -1243,7 +1243,7 @@ def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now:
 
 _reset_in_forks: weakref.WeakSet[Any] = weakref.WeakSet()  # Have _reset_after_fork().
 _carried_over_fork: list[Any] = []  # Kept, so that nobody closes them in this process.
-_held_for_fork: list[Any] = []  # The locks that _before_fork took.
+_forking = threading.local()  # Of each thread: the locks that _before_fork took.
 _master_ends: set[Any] = set()  # Files and sockets that must not live on in a fork.
 
 
@@ -1257,7 +1257,6 @@ def _after_fork_in_child() -> None:
     global _nonce
     _nonce = os.urandom(8).hex()
     _master_ends.clear()
-    _held_for_fork.clear()
     for thing in list(_reset_in_forks):
         thing._reset_after_fork()
 
@@ -1265,15 +1264,16 @@ def _after_fork_in_child() -> None:
 def _before_fork() -> None:
     # A fork in the middle of a transaction would copy SQLite's own table of locks, and
     # the child would take its parent's for its own: "database is locked", for ever.
-    for thing in list(_reset_in_forks):
+    _forking.locks = []
+    for thing in sorted(_reset_in_forks, key=id):  # In one order, as others may fork, too.
         for lock in getattr(thing, "_fork_locks", ()):
             if lock.acquire(timeout=BUSY_SECONDS):
-                _held_for_fork.append(lock)
+                _forking.locks.append(lock)
 
 
 def _after_fork_in_parent() -> None:
-    while _held_for_fork:
-        _held_for_fork.pop().release()
+    while _forking.locks:
+        _forking.locks.pop().release()
 
 
 if hasattr(os, "register_at_fork"):
@@ -1308,11 +1308,17 @@ def _read_text(path: str) -> str:
 
 
 def _process_start(pid: int) -> str:
-    """The start time of a living process, in ticks since boot; "" if there is none."""
+    """The start time of a process, in ticks since boot; "dead"; or "" if that is not seen."""
     fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    if len(fields) < 20 or fields[0] in "ZX":  # A zombie is dead: see proc(5).
-        return ""
-    return fields[19]
+    if len(fields) >= 20:
+        return "dead" if fields[0] in "ZX" else fields[19]  # A zombie: see proc(5).
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return "dead"
+    except OSError:
+        pass
+    return ""  # It is hidden from us, or we have no file descriptor left to look.
 
 
 def _here() -> str:
@@ -1336,7 +1342,7 @@ def owner_is_dead(owner: str) -> bool:
     place, pid, start = (*owner.split("|"), "", "")[:3]
     if not start or not pid.isdigit() or place != _here():
         return False
-    return _process_start(int(pid)) != start
+    return _process_start(int(pid)) not in (start, "")
 
 
 def _wake_owners(owners: Iterable[str]) -> None:
@@ -1370,6 +1376,7 @@ class Query(NamedTuple):
     until: int = NEVER  # Due date at most this.
     limit: int | None = None
     offset: int = 0
+    created_at: int | None = None  # That one, and not another which has its id now.
 
 
 class Store:
@@ -1513,6 +1520,7 @@ def fits(row: Row, query: Query, now: int) -> bool:
         and (query.states is None or _public_state(row.state) in query.states)
         and (query.due is None or (waiting and could_run == query.due))
         and row.due_at <= query.until
+        and query.created_at in (None, row.created_at)
     )
 
 
@@ -2087,6 +2095,9 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
         states = [s for s in query.states if s != "waiting"]
         states += ["scheduled", "ready"] * ("waiting" in query.states)
         terms.append(among("state", states))
+    if query.created_at is not None:
+        terms.append("created_at = ?")
+        values.append(query.created_at)
     if query.due is not None:
         terms.append("state IN ('scheduled', 'ready')")
         terms.append(f"(state = 'ready' OR ready_at <= ?) = {int(query.due)}")
@@ -2153,13 +2164,15 @@ class SQLiteStore(Store):
         self._connections = []
         # One connection writes, another reads, each under its lock. A thread that holds
         # the write lock also reads through the writer, to see what it wrote.
-        self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
+        # Both may be taken again: by a signal handler or finalizer in the midst of a call.
+        self._write_lock, self._read_lock = threading.RLock(), threading.RLock()
         self._fork_locks = (self._write_lock, self._read_lock)
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
         self._opened = self._reading = (0, 0)  # The _identity that each has.
         self._stale = False  # Open again before the next write.
         self._grouping = 0  # The thread in transaction(), which holds the write lock.
+        self._writing = False  # The holder of the write lock is in the midst of a write.
         self._seen: dict[str, tuple[int, float]] = {}  # owner -> beat, and since when.
 
     @contextlib.contextmanager
@@ -2271,15 +2284,17 @@ class SQLiteStore(Store):
                 yield cast(sqlite3.Connection, self._writer)
                 return
             try:
+                self._writing = True
                 db = self._begin()
-                self._grouping = threading.get_ident()
+                self._grouping, self._writing = threading.get_ident(), False
                 yield db
+                self._writing = True
                 self._commit(db)
             except BaseException:
                 self._roll_back()
                 raise
             finally:
-                self._grouping = 0
+                self._grouping, self._writing = 0, False
 
     def _write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """Have *work* write in a transaction of its own, or in that of the caller.
@@ -2288,16 +2303,25 @@ class SQLiteStore(Store):
         its block would keep the lock as long as somebody looks at the KeyboardInterrupt.
         """
         with self._write_lock, self._errors():
-            if self._grouping:
-                return work(cast(sqlite3.Connection, self._writer))
+            if self._writing:  # Joined, it would be undone with what it interrupted.
+                raise StoreError(
+                    f"{self.path}: a signal handler, or a finalizer, wrote in the midst of a "
+                    "write of the same thread; have another thread do it"
+                )
+            self._writing = True
             try:
+                if self._grouping:
+                    return work(cast(sqlite3.Connection, self._writer))
                 db = self._begin()
                 result = work(db)
                 self._commit(db)
                 return result
             except BaseException:
-                self._roll_back()
+                if not self._grouping:
+                    self._roll_back()
                 raise
+            finally:
+                self._writing = False
 
     def _begin(self) -> sqlite3.Connection:
         if self._stale or self._opened != self._identity():
@@ -3271,6 +3295,8 @@ class MongoStore(Store):
             states = [s for s in query.states if s != "waiting"]
             states += ["ready", "scheduled"] * ("waiting" in query.states)
             terms.append({"state": {"$in": states}})
+        if query.created_at is not None:
+            terms.append({"created_at": query.created_at})
         if query.due is not None:
             could_run = [{"state": "ready"}] * query.due
             terms.append({"$or": [{"state": "scheduled", "ready_at": due}, *could_run]})
@@ -3550,7 +3576,7 @@ class _Reports:
 
     def __init__(self, send: Callable[[int, str], None]) -> None:
         self._send = send  # Given the number of the run and the JSON of a Progress.
-        self._lock = threading.Lock()  # Protects all below, from the timer.
+        self._lock = threading.RLock()  # Protects all below, from the timer.
         self._number = -1  # Of the running task, or -1.
         self._unsent: Progress | None = None
         self._next = 0.0  # Monotonic: when the next one may go.
@@ -4320,7 +4346,9 @@ class _WorkerProcess:
     def __init__(self, incoming: Connection, outgoing: Connection, permits: Any) -> None:
         self.task_map: Mapping[str, TaskFunction] = {}
         self._incoming, self._outgoing = incoming, outgoing
-        self._send_lock = threading.Lock()  # A message must not be cut by another.
+        # A message must not be cut by another, also not by that of a signal handler.
+        self._send_lock, self._sending = threading.RLock(), False
+        self._late: collections.deque[bytes] = collections.deque()
         self._permits = permits and permits.fileno()
         self._permit = -1  # The number of the last permit read.
         self._call_styles: dict[str, str | None] = {}
@@ -4329,16 +4357,28 @@ class _WorkerProcess:
         self._conversation_ids = itertools.count(1)
         self._conversations: dict[int, tuple[_Hear, Future[Any]]] = {}
         self._current = -1  # The number of the running task, or -1.
+        self._pid = os.getpid()
         self._reports = _Reports(functools.partial(self.tell, "progress"))
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Send to the master; called by any thread."""
         packed = _dumps(message)
         with self._send_lock:
-            if len(packed) < _WHOLE_BYTES:  # As send_bytes, in two thirds of its time.
-                os.write(self._outgoing.fileno(), struct.pack("!i", len(packed)) + packed)
-            else:
-                self._outgoing.send_bytes(packed)
+            self._late.append(packed)
+            if self._sending:  # We are in a signal handler or finalizer within what follows.
+                return
+            self._sending = True
+            try:
+                while self._late:
+                    self._put(self._late.popleft())
+            finally:
+                self._sending = False
+
+    def _put(self, packed: bytes) -> None:
+        if len(packed) < _WHOLE_BYTES:  # As send_bytes, in two thirds of its time.
+            os.write(self._outgoing.fileno(), struct.pack("!i", len(packed)) + packed)
+        else:
+            self._outgoing.send_bytes(packed)
 
     def tell(self, *message: Any) -> None:
         """Send what no longer matters if the master is gone."""
@@ -4365,14 +4405,16 @@ class _WorkerProcess:
 
     def _read(self) -> None:
         """The body of the reader thread."""
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                message = self._receive()
-                if message[0] == "answer":
-                    self._hear(*message[1:])
-                else:
-                    self._received.put(message)
-        self._received.put(None)
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    message = self._receive()
+                    if message[0] == "answer":
+                        self._hear(*message[1:])
+                    else:
+                        self._received.put(message)
+        finally:
+            self._received.put(None)
 
     def _permitted(self, number: int) -> bool:
         """Whether the task may start. The master writes one permit per task, before the
@@ -4412,13 +4454,15 @@ class _WorkerProcess:
                 del value
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: they end the task, not the worker.
+            self._end_fork(error)
             report = ("fail", number, time.perf_counter() - started, _failure(error), True)
             traceback.clear_frames(error.__traceback__)  # Frees what they hold.
+        self._end_fork()
         self._current = -1
         self._reports.end()
         opened = 0
         if self._conversations:
-            opened = sum(not future.done() for _, future in self._conversations.values())
+            opened = sum(not future.done() for _, future in list(self._conversations.values()))
             self._conversations.clear()
         for stream in (sys.stdout, sys.stderr):
             try:  # noqa: SIM105 - Done for every task: suppress() costs more than flush().
@@ -4426,6 +4470,20 @@ class _WorkerProcess:
             except Exception:
                 pass
         self.send((*report, opened) if report[0] == "done" else report)
+
+    def _end_fork(self, error: BaseException | None = None) -> None:
+        """End a process that the task made by os.fork() and that came back: it is no worker."""
+        if os.getpid() == self._pid:
+            return
+        code = 0 if error is None else 1
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        elif error is not None:
+            traceback.print_exception(type(error), error, error.__traceback__)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(code)
 
     def _call(self, task: Task) -> Any:
         task_type = task.task_type
@@ -4467,7 +4525,10 @@ class _WorkerProcess:
             else:
                 _follow(future, result)
 
-        threading.Thread(target=answer, name="taskpool-answer", daemon=True).start()
+        try:
+            threading.Thread(target=answer, name="taskpool-answer", daemon=True).start()
+        except RuntimeError as error:  # There are too many threads.
+            _resolve(future, error=error)
 
 
 def _worker_main(
@@ -4899,6 +4960,10 @@ class _WorkerHandle:
         self.load = sum(run.cost for run in self.runs)
         return taken
 
+    def is_head(self, number: int) -> bool:
+        """Whether that is the number of the run that it is at."""
+        return bool(self.runs) and self.runs[0].number == number
+
     def end_head(self, now: float) -> _Run:
         """The oldest run has ended: the next one is the head."""
         run = self.runs.popleft()
@@ -4930,6 +4995,7 @@ class _WorkerHandle:
 
 
 _load = operator.attrgetter("load")
+_OF_ITS_HEAD = frozenset({"start", "done", "fail", "progress"})  # What a worker says of that.
 
 
 class _Nobody:
@@ -5264,6 +5330,8 @@ class Cluster(concurrent.futures.Executor):
         self._wake: _WakeUp | None = None
         self._inbox: collections.deque[Callable[[], Any]] = collections.deque()  # Any thread.
         self._futures: dict[str, _TaskFuture] = {}  # Of waiting tasks. Any thread adds.
+        self._ids_lock = threading.RLock()  # Held while a task of a given id is submitted.
+        self._chain_lock = threading.RLock()  # Protects Futures of one id. For a moment only.
         self._workers: list[_WorkerHandle] = []
         self._hand: collections.deque[_Run] = collections.deque()  # Claimed, not yet given.
         self._hand_since = 0.0
@@ -5319,28 +5387,46 @@ class Cluster(concurrent.futures.Executor):
         """Start dispatching, if it has not started. Does nothing in a worker."""
         if not _is_master():
             return
-        with self._start_lock:
+        with self._start_lock, contextlib.ExitStack() as undo:
             if self._started:
                 return
-            self._started = True
+
+            def calls(name: str) -> _Calls:
+                thread = _Calls(name)
+                undo.callback(thread.stop)
+                return thread
+
             if not self._in_memory_only:
-                self._store_thread = _Calls("store")
-            self._future_thread = _Calls("futures")
-            self._listener_thread = _Calls("listener")
-            self._broker_thread = _Calls("broker")
+                self._store_thread = calls("store")
+            self._future_thread = calls("futures")
+            self._listener_thread, self._broker_thread = calls("listener"), calls("broker")
             wake = self._take_name()
             self._context = multiprocessing.get_context(self._start_method)
             self._selector = selectors.DefaultSelector()
+            _master_ends.add(self._selector)
+            undo.callback(self._close_selector)
             self._selector.register(wake.reader, selectors.EVENT_READ, wake.clear)
             if wake.port and not self._in_memory_only:
                 self._selector.register(wake.bell, selectors.EVENT_READ, self._on_bell)
-            _master_ends.add(self._selector)
+            undo.callback(setattr, self, "_started", False)
+            undo.callback(self._unregister)
             self.queue._watchers += (self,)
             _running.add(self)
             atexit.unregister(_at_exit)  # It runs once.
             atexit.register(_at_exit)
             name = "taskpool-dispatcher"
-            threading.Thread(target=self._dispatch, name=name, daemon=True).start()
+            self._dispatcher = threading.Thread(target=self._dispatch, name=name, daemon=True)
+            self._started = True  # From here on others do not come through this lock.
+            self._dispatcher.start()
+            undo.pop_all()  # It has begun.
+
+    def _unregister(self) -> None:
+        self.queue._watchers = tuple(w for w in self.queue._watchers if w is not self)
+        _running.discard(self)
+
+    def _close_selector(self) -> None:
+        self._selector.close()
+        _master_ends.discard(self._selector)
 
     def _take_name(self) -> _WakeUp:
         """Have an `_owner`, which says where to ring."""
@@ -5390,33 +5476,52 @@ class Cluster(concurrent.futures.Executor):
             raise TypeError(f"submit() takes the parameters of add_task, not {unknown!r}")
         if self._in_memory_only and options["in_memory"] is False:
             raise _wrong_value("in_memory", False, "True, as this cluster is in_memory_only")
+        if options.get("task_id") is None:
+            return self._submit(task_type, data, options)[0]
+        with self._ids_lock:  # What is stored last is the last in _futures.
+            future, replaced = self._submit(task_type, data, options)
+        if replaced is not None:
+            kept = replaced._foreign and options.get("if_exists") != "replace"
+            _resolve(replaced) if kept else replaced._end_cancelled()  # Kept: it has ended.
+        return future
+
+    def _submit(
+        self, task_type: str, data: Any, options: dict[str, Any]
+    ) -> tuple[_TaskFuture, _TaskFuture | None]:
+        """The Future of a new task, or of the one that is kept; and that of a replaced one."""
         row, if_exists = _make_row(self.queue._now(), task_type, data, lane=self._owner, **options)
         future = _TaskFuture(self, row)
-        before = self._futures.get(row.id)
-        if before is not None:
-            future._before = before
-        self._futures[row.id] = future  # First: it may start before _add returns.
+        with self._chain_lock:
+            before = self._futures.get(row.id)
+            if before is not None:
+                future._before = before
+            self._futures[row.id] = future  # First: it may start before _add returns.
         try:
             (stored,) = self.queue._add([(row, if_exists)])
         except BaseException:
-            if before is None:
-                self._futures.pop(row.id, None)
-            else:
-                self._futures[row.id] = before
+            self._withdraw(future)
             raise
-        future._stored = True
-        if self._mode == "closed":  # Meanwhile; the task stays waiting, as others do.
-            future._end_cancelled()
         if stored is not row:  # Kept: another task stands for this one.
             if before is not None:
-                self._futures[row.id] = before
-                return before
+                self._withdraw(future)
+                return before, None
             future._row, future._foreign = stored, True
-        elif before is not None and not self._is_running(before._row):
+        future._stored = True  # Last: from here on it is compared with the store.
+        if self._mode == "closed":  # Meanwhile; the task stays waiting, as others do.
+            future._end_cancelled()
+        if stored is row and before is not None and not self._is_running(before._row):
             if future._before is before:  # Replaced; else it was claimed, and is over.
                 future._before = before._before
-                before._end_cancelled()
-        return future
+                return future, before
+        return future, None
+
+    def _withdraw(self, future: _TaskFuture) -> None:
+        """Undo the entry of a Future whose task was not stored."""
+        with self._chain_lock:
+            if self._futures.get(future._row.id) is future:
+                del self._futures[future._row.id]
+                if future._before is not None:  # Whose task was not claimed meanwhile.
+                    self._futures[future._row.id] = future._before
 
     def _is_running(self, row: Row) -> bool:
         """Whether that task runs: not one that replaces it under its id."""
@@ -5426,14 +5531,15 @@ class Cluster(concurrent.futures.Executor):
 
     def _take_future(self, row: Row) -> _TaskFuture | None:
         """The Future of the task that was claimed: not of one that replaces it, or is to."""
-        latest = future = self._futures.pop(row.id, None)
-        later = None
-        while future is not None and future._row.created_at != row.created_at:
-            later, future = future, future._before
-        if latest is not None and later is not None:
-            later._before = None
-            self._futures.setdefault(row.id, latest)
-        return future
+        with self._chain_lock:
+            latest = future = self._futures.pop(row.id, None)
+            later = None
+            while future is not None and future._row.created_at != row.created_at:
+                later, future = future, future._before
+            if latest is not None and later is not None:
+                later._before = None
+                self._futures.setdefault(row.id, latest)
+            return future
 
     def _join(self, run: _Run) -> None:
         """Have a Future that found its task running (if_exists="keep") share in its end."""
@@ -5470,7 +5576,7 @@ class Cluster(concurrent.futures.Executor):
             return False
         answer: Future[bool] = Future()
         self._post(lambda: self._cancel_run(task_id, answer))
-        while not self._closed.is_set():
+        while not self._closed.is_set() and not self._is_at_work():
             with contextlib.suppress(concurrent.futures.TimeoutError):
                 return answer.result(0.1)
         return False
@@ -5492,10 +5598,15 @@ class Cluster(concurrent.futures.Executor):
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
+            if self._is_at_work():
+                raise RuntimeError("drain() was called by a finalizer in a thread of the cluster")
             if not self._idle.wait(min(left, 0.2)):
                 continue
             time.sleep(min(left, 0.01))  # Idle, but something waits, or runs elsewhere.
-        for thread in self._event_threads():
+        threads = self._event_threads()
+        if any(thread.is_current() for thread in threads):
+            return True  # Two of them could wait for each other.
+        for thread in threads:
             thread.flush(max(0.0, min(deadline - time.monotonic(), 60.0)))
         return True
 
@@ -5558,7 +5669,7 @@ class Cluster(concurrent.futures.Executor):
             return
         now = self.queue._now()
         self._post(lambda: self._begin_finish(now))
-        if any(thread.is_current() for thread in self._event_threads()):
+        if self._is_at_work() or any(thread.is_current() for thread in self._event_threads()):
             return
         try:
             while not self._closed.wait(0.5):
@@ -5583,8 +5694,9 @@ class Cluster(concurrent.futures.Executor):
             raise RuntimeError(f"Cluster.{what} was called in a worker; only the master can")
 
     def _wake_up(self) -> None:
-        if self._wake is not None:
-            self._wake.set()
+        wake = self._wake  # Read once: the cluster may be closing.
+        if wake is not None:
+            wake.set()
 
     def _post(self, call: Callable[[], Any]) -> None:
         """Have the dispatcher make a call."""
@@ -5647,11 +5759,22 @@ class Cluster(concurrent.futures.Executor):
             return []
         return [self._future_thread, self._listener_thread, self._broker_thread]
 
+    def _is_at_work(self) -> bool:
+        """Whether this is a thread that others wait for: a finalizer can call us there."""
+        if not self._started:
+            return False
+        store = None if self._in_memory_only else self._store_thread
+        return threading.current_thread() is self._dispatcher or bool(store and store.is_current())
+
     def _remove_waiting(self, row: Row) -> bool:
         store = self.queue.in_memory._store if row.in_memory else self.queue._store
-        if not store.remove(Query(ids=[row.id], states=["waiting"]), self.queue._now()):
+        query = Query(ids=[row.id], states=["waiting"], created_at=row.created_at)
+        if not store.remove(query, self.queue._now()):
             return False
-        self._futures.pop(row.id, None)
+        with self._chain_lock:
+            future = self._futures.get(row.id)
+            if future is not None and future._row is row:
+                del self._futures[row.id]
         return True
 
     def _is_pending(self, until: int) -> bool:
@@ -5755,7 +5878,9 @@ class Cluster(concurrent.futures.Executor):
         for packed in worker.channel.receive():
             message = pickle.loads(packed)
             kind = message[0]
-            if kind == "done":
+            if kind in _OF_ITS_HEAD and not worker.is_head(message[1]):
+                worker.end()  # Somebody else speaks in its place: a process that it made.
+            elif kind == "done":
                 self._on_done(worker, now, message)
             elif kind == "fail":
                 self._on_fail(worker, now, *message[2:])
@@ -5949,8 +6074,9 @@ class Cluster(concurrent.futures.Executor):
                 waits = run.outcome.state == "ready"
                 if not waits or self._futures.setdefault(row.id, future) is not future:
                     resolvable.append(run)
-            if run.event in listeners:
-                self._call_listener(listeners[run.event], run)
+            listener = listeners.get(run.event) if run.event and listeners else None
+            if listener is not None:
+                self._call_listener(listener, run)
         if resolvable:
             self._future_thread.post(lambda: _resolve_futures(resolvable))
 
@@ -6529,12 +6655,10 @@ class Cluster(concurrent.futures.Executor):
             self._future_thread.post(future._end_cancelled)
         for thread in self._event_threads():
             thread.stop()
-        self._selector.close()
-        _master_ends.discard(self._selector)
+        self._close_selector()
         wake, self._wake = self._wake, None
         cast(_WakeUp, wake).close()
-        self.queue._watchers = tuple(w for w in self.queue._watchers if w is not self)
-        _running.discard(self)
+        self._unregister()
         self._idle.set()
         self._closed.set()
 

@@ -373,6 +373,42 @@ def return_kind(job):
     }[job.data]
 
 
+def fork_and_come_back(job):
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1] >> 8
+    sys.stderr = None
+    if job.data == "exit":
+        sys.exit(7)
+    if job.data == "raise":
+        raise ValueError("in the fork")
+    return "in the fork"
+
+
+def report_in_a_handler(job):
+    """Reports and adds in a handler that interrupts reporting and adding."""
+    queue, ticks = TaskQueue(job.data), []
+
+    def tick(*_):
+        ticks.append(1)
+        job.progress(len(ticks))
+        with contextlib.suppress(StoreError):  # If it interrupts a write.
+            queue.add_task("nobody's", due_date=timedelta(days=1))
+        if len(ticks) <= 30:
+            signal.setitimer(signal.ITIMER_REAL, 0.003)
+
+    before = signal.signal(signal.SIGALRM, tick)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.003)
+        while len(ticks) <= 30:
+            job.progress(0)
+            queue.add_task("nobody's", due_date=timedelta(days=1))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        queue.close()
+    return len(ticks)
+
+
 def ping(job, toggle_ipc):
     return toggle_ipc(lambda answer: answer, lambda send: send({"status": 4, "data": job.data}))
 
@@ -1422,11 +1458,45 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
             with self.assertRaises(StoreError):
                 queue.find()
 
+    def test_a_write_in_the_midst_of_a_write_of_its_thread_is_refused_and_spoils_nothing(self):
+        """As that of a signal handler or a finalizer."""
+        queue = self.queue()
+        store, refused, added = queue._store, [], []
+
+        def interrupt(*_):
+            queue.count()  # Reading goes on.
+            try:
+                added.append(queue.add_task("handler"))
+            except StoreError as error:
+                refused.append(str(error))
+
+        def within(real, *arguments):
+            interrupt()
+            result = real(*arguments)
+            interrupt()
+            return result
+
+        for method in ("_begin", "_add_together", "_commit"):
+            refused.clear()
+            with mock.patch.object(store, method, functools.partial(within, getattr(store, method))):
+                queue.add_tasks([{"task_type": "x"}] * 20)
+                with store.transaction():
+                    store.claim("me|", ["x"], 20, int(time.time() * 1e6))
+                self.assertEqual(store.count(Query(states=["running"]), 0), 20)
+            self.assertRegex(refused[0], "signal handler")
+            self.assertEqual((queue.count(task_type="x"), queue.count(task_type="handler")), (20, len(added)))
+            queue.remove(task_type="x"), store.leave("me|", 0)
+        self.assertEqual(queue.remove(task_type="handler"), len(added))
+        reader = store._reader.execute("SELECT 1")
+        with store._read_lock:
+            self.assertEqual(queue.count(), 0)
+        reader.close()
+
     @unittest.skipUnless(LINUX, "uses setuid")
     def test_a_read_only_file_is_a_store_error_but_can_be_looked_at(self):
         out = self.run_script(
             """
-            import argparse, os, pathlib, sys  # Who is nobody may find no more modules.
+            import argparse, locale, os, pathlib, sys  # Who is nobody may find no more modules.
             from taskpool import TaskQueue, StoreError, main
             queue = TaskQueue("tasks.db")
             queue.add_task("x")
@@ -3056,6 +3126,7 @@ EVERYTHING = {
     "echo": echo, "about": about, "fail": fail, "succeed_at": succeed_at, "hold": hold,
     "raise_kind": raise_kind, "return_kind": return_kind, "sleep": sleep_a_little,
     "later": future_later, "ping": ping, "position": ping_by_position,
+    "fork and come back": fork_and_come_back, "report in a handler": report_in_a_handler,
     "three deep": ping_three_deep, "many deep": ping_many_deep, "wait inside": ping_and_wait_inside, "async ping": ping_async,
     "ping later": ping_later, "status": ping_status, "twice": ping_twice,
     "forget": ping_and_forget, "die": ping_and_die, "bad message": fail_in_on_message,
@@ -3398,6 +3469,45 @@ class TestExecutor(WithCluster):
             Path(path + ".end").touch()
             for future in filter(None, (first, joins)):
                 self.assertEqual(future.result(PATIENCE), "held")
+
+    def test_of_threads_that_submit_one_id_each_has_its_due(self):
+        """Who was stored has a result, whatever the others do meanwhile."""
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for if_exists in ("raise", "keep", "replace"):
+                for turn in range(25):
+                    start = threading.Barrier(4)
+
+                    def submit(number, task_id=f"{if_exists} {turn}", if_exists=if_exists, start=start):
+                        start.wait(PATIENCE)
+                        try:
+                            return self.submit("echo", number, task_id=task_id, if_exists=if_exists)
+                        except DuplicateTask:
+                            return None
+
+                    for future in filter(None, pool.map(submit, range(4))):
+                        try:
+                            result = future.result(PATIENCE)
+                        except concurrent.futures.CancelledError:
+                            self.assertEqual(if_exists, "replace")
+                        else:
+                            self.assertIn(result, [future.task.data, None] if if_exists == "keep" else [future.task.data])
+
+    def test_cancel_of_a_run_that_has_ended_leaves_the_task_that_has_its_id_now(self):
+        for in_memory in (False, True):
+            ended = self.submit("echo", 1, task_id="x", in_memory=in_memory)
+            block = threading.Event()
+            self.shared._future_thread.post(lambda block=block: block.wait(PATIENCE))
+            first = self.submit("echo", 1, task_id="y", in_memory=in_memory)
+            verbs = self.shared_queue.in_memory if in_memory else self.shared_queue
+            eventually(lambda verbs=verbs: verbs.count() == 0)  # It has ended, but nobody was told.
+            second = self.submit("echo", 2, task_id="y", in_memory=in_memory, due_date=timedelta(hours=1))
+            self.assertFalse(first.cancel())
+            self.assertEqual(verbs.count(task_id="y"), 1)
+            block.set()
+            self.assertEqual((ended.result(PATIENCE), first.result(PATIENCE)), (1, 1))
+            self.assertTrue(second.cancel())
 
     def test_a_kept_task_that_somebody_else_added_resolves_the_future_too(self):
         self.shared_queue.add_task("echo", 5, task_id="k", due_date=timedelta(seconds=0.2), keep_result=60)
@@ -3943,6 +4053,54 @@ class TestClusterOptions(InFolder):
         self.assertTrue(left.cancelled())
         self.assertEqual(queue.wait(left.task.id, PATIENCE).state, "done")  # It was let go of.
 
+    def test_who_submits_while_another_thread_initializes_waits_for_that(self):
+        cluster = self.cluster({"echo": echo}, auto_initialize=False, max_available_workers=1)
+        real, names = taskpool._Calls, []
+
+        def slow(name):
+            names.append(cluster._started)  # Others must not believe that it has begun.
+            return real(name)
+
+        with mock.patch.object(taskpool, "_Calls", slow):
+            cluster.initialize()
+        self.assertEqual(names, [False] * 4)
+        self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
+
+    def test_an_initialize_that_fails_can_be_tried_again_and_leaves_nothing(self):
+        cluster = self.cluster({"echo": echo}, auto_initialize=False, max_available_workers=1)
+        threads, ends = set(threading.enumerate()), len(taskpool._master_ends)
+        for what in ("DefaultSelector", "SelectSelector"):
+            with mock.patch.object(taskpool.selectors, "DefaultSelector", side_effect=OSError(24, what)):
+                with self.assertRaisesRegex(OSError, what):
+                    cluster.initialize()
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            with self.assertRaisesRegex(RuntimeError, "new thread"):
+                cluster.initialize()
+        eventually(lambda: set(threading.enumerate()) <= threads)
+        self.assertLessEqual(len(taskpool._master_ends), ends + 3)  # Its name has a port.
+        cluster.initialize()
+        self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
+
+    def test_a_finalizer_in_a_thread_of_the_cluster_stops_nothing(self):
+        """shutdown(), cancel() and drain() there cannot wait for that very thread."""
+        for call, error in ((Cluster.drain, RuntimeError), (lambda it: it.cancel("x"), None), (Cluster.shutdown, None)):
+            for where in ("_post", "_store_thread"):
+                cluster = self.cluster({"echo": echo}, max_available_workers=1)
+                cluster.submit("echo", 1).result(PATIENCE)
+                queue, ended = cluster.queue, []
+                queue.add_task("later")
+
+                def finalize(call=call, cluster=cluster, ended=ended):
+                    try:
+                        ended.append(call(cluster))
+                    except RuntimeError as error:
+                        ended.append(error)
+
+                post = cluster._post if where == "_post" else cluster._store_thread.post
+                post(finalize)
+                eventually(lambda ended=ended: ended)
+                cluster.shutdown()
+
     def test_auto_initialize_false_starts_nothing_until_initialize(self):
         queue = self.queue()
         cluster = self.cluster({"echo": echo}, queue, auto_initialize=False)
@@ -4363,6 +4521,25 @@ class TestP3MasterDead(InFolder):
                 cluster.drain()
                 print("drained", flush=True)
     """
+
+    @unittest.skipUnless(LINUX, "reads /proc")
+    def test_a_master_is_dead_only_if_that_is_proved(self):
+        """Not if it is hidden (another user's, under hidepid), or no file can be opened."""
+        mine, real = taskpool._new_owner(0), taskpool._read_text
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        place, _, *rest = mine.split("|")
+        theirs = "|".join((place, str(dead.pid), *rest))
+        self.assertTrue(os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT))
+        self.assertTrue(taskpool.owner_is_dead(theirs))  # A zombie.
+        dead.wait()
+
+        def hidden(path):
+            return "" if path.endswith("/stat") else real(path)
+
+        for read in (real, hidden):
+            with mock.patch.object(taskpool, "_read_text", read):
+                self.assertFalse(taskpool.owner_is_dead(mine))
+                self.assertTrue(taskpool.owner_is_dead(theirs))
 
     def test_a_new_master_takes_over_at_once_and_no_worker_is_left(self):
         """CR-01, CR-10, CR-11, SG-07, ENGINE 65."""
@@ -5884,6 +6061,56 @@ class TestHostileTasks(WithCluster):
                 os._exit(0 if ok else 1)
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
         self.assertEqual([f.result(PATIENCE) for f in futures], ["slept"] * 5)
+
+    @unittest.skipUnless(LINUX, "forks in threads")
+    def test_threads_that_fork_at_once_release_their_own_locks_only(self):
+        out = self.run_script(
+            """
+            import os, sys, threading, warnings
+            from taskpool import TaskQueue
+            warnings.simplefilter("ignore")
+            sys.setswitchinterval(1e-6)
+            queues = [TaskQueue(f"{i}.db") for i in range(3)]
+            for queue in queues:
+                queue.add_task("x")
+            done = threading.Event()
+            def fork():
+                for _ in range(60):
+                    pid = os.fork()
+                    if not pid:
+                        os._exit(0)
+                    os.waitpid(pid, 0)
+            def add():
+                while not done.is_set():
+                    for queue in queues:
+                        queue.add_task("x")
+            forking = [threading.Thread(target=fork) for _ in range(4)]
+            adding = [threading.Thread(target=add) for _ in range(2)]
+            for thread in forking + adding:
+                thread.start()
+            for thread in forking:
+                thread.join()
+            done.set()
+            for thread in adding:
+                thread.join()
+            print("held")
+            """
+        )
+        self.assertEqual((out, self.stderr), ("held\n", ""))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
+    def test_a_fork_that_comes_back_from_its_task_is_no_worker(self):
+        for how in ("return", "raise", "exit"):
+            forks = self.submit("fork and come back", how)
+            others = [self.submit("echo", i) for i in range(30)]
+            self.assertEqual(forks.result(PATIENCE), {"return": 0, "raise": 1, "exit": 7}[how])
+            self.assertEqual([future.result(PATIENCE) for future in others], list(range(30)))
+
+    @unittest.skipUnless(hasattr(signal, "setitimer"), "this system has no timer signals")
+    def test_a_signal_handler_in_a_task_may_report_and_add_tasks(self):
+        path = str(self.shared_queue._store.path)
+        self.assertGreater(self.result("report in a handler", path), 20)
+        self.shared_queue.remove(task_type="nobody's")
 
     def test_a_fork_may_run_a_cluster_of_its_own(self):
         out = self.run_script(
