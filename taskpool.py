@@ -5332,6 +5332,7 @@ class Cluster(concurrent.futures.Executor):
         self._futures: dict[str, _TaskFuture] = {}  # Of waiting tasks. Any thread adds.
         self._ids_lock = threading.RLock()  # Held while a task of a given id is submitted.
         self._chain_lock = threading.RLock()  # Protects Futures of one id. For a moment only.
+        self._ids_are_given = False  # Some task was submitted under an id of the caller's.
         self._workers: list[_WorkerHandle] = []
         self._hand: collections.deque[_Run] = collections.deque()  # Claimed, not yet given.
         self._hand_since = 0.0
@@ -5478,6 +5479,7 @@ class Cluster(concurrent.futures.Executor):
             raise _wrong_value("in_memory", False, "True, as this cluster is in_memory_only")
         if options.get("task_id") is None:
             return self._submit(task_type, data, options)[0]
+        self._ids_are_given = True
         with self._ids_lock:  # What is stored last is the last in _futures.
             future, replaced = self._submit(task_type, data, options)
         if replaced is not None:
@@ -5491,11 +5493,13 @@ class Cluster(concurrent.futures.Executor):
         """The Future of a new task, or of the one that is kept; and that of a replaced one."""
         row, if_exists = _make_row(self.queue._now(), task_type, data, lane=self._owner, **options)
         future = _TaskFuture(self, row)
-        with self._chain_lock:
-            before = self._futures.get(row.id)
-            if before is not None:
-                future._before = before
+        before = None
+        if options.get("task_id") is None:
             self._futures[row.id] = future  # First: it may start before _add returns.
+        else:
+            with self._chain_lock:
+                before = future._before = self._futures.get(row.id)
+                self._futures[row.id] = future
         try:
             (stored,) = self.queue._add([(row, if_exists)])
         except BaseException:
@@ -5531,6 +5535,10 @@ class Cluster(concurrent.futures.Executor):
 
     def _take_future(self, row: Row) -> _TaskFuture | None:
         """The Future of the task that was claimed: not of one that replaces it, or is to."""
+        if not self._ids_are_given:  # Then no other thread looks at that entry.
+            future = self._futures.get(row.id)
+            if future is not None and future._row.created_at == row.created_at:
+                return self._futures.pop(row.id, None)
         with self._chain_lock:
             latest = future = self._futures.pop(row.id, None)
             later = None
