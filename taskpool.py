@@ -5459,8 +5459,9 @@ class Cluster(concurrent.futures.Executor):
             self._use("submit")
             if self._auto_initialize:
                 self.initialize()  # Again, in a fork.
-            with self._start_lock:
-                self._take_name()  # So that no other cluster runs the task.
+            elif self._mode == "running":
+                with self._start_lock:
+                    self._take_name()  # So that no other cluster runs the task.
         if self._mode != "running":
             raise RuntimeError("cannot submit after shutdown")
         if self._in_memory_only:
@@ -5665,9 +5666,11 @@ class Cluster(concurrent.futures.Executor):
             self._closed.set()
             for future in list(self._futures.values()):
                 future._end_cancelled()  # The tasks stay waiting.
-            if self._wake is not None:
-                self._wake.close()
-                self._leave()
+            wake, self._wake = self._wake, None
+            if wake is not None:
+                wake.close()
+                if not self._in_memory_only:
+                    self._leave()
             return
         if cancel_futures:
             for future in list(self._futures.values()):

@@ -4055,6 +4055,17 @@ class TestClusterOptions(InFolder):
         self.assertTrue(left.cancelled())
         self.assertEqual(queue.wait(left.task.id, PATIENCE).state, "done")  # It was let go of.
 
+    def test_a_cluster_that_was_never_initialized_leaves_nothing_behind(self):
+        ends, queue = set(taskpool._master_ends), TaskQueue(self.folder / "untouched.db")
+        never = self.cluster({"x": echo}, queue, in_memory_only=True, auto_initialize=False)
+        future = never.submit("x")
+        never.shutdown(), never.shutdown()
+        with self.assertRaisesRegex(RuntimeError, "after shutdown"):
+            never.submit("x")
+        self.assertTrue(future.cancelled())
+        self.assertLessEqual(taskpool._master_ends, ends)
+        self.assertFalse(os.path.exists(self.folder / "untouched.db"))
+
     def test_who_submits_while_another_thread_initializes_waits_for_that(self):
         cluster = self.cluster({"echo": echo}, auto_initialize=False, max_available_workers=1)
         real, names = taskpool._Calls, []
