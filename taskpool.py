@@ -1245,6 +1245,7 @@ _reset_in_forks: weakref.WeakSet[Any] = weakref.WeakSet()  # Have _reset_after_f
 _carried_over_fork: list[Any] = []  # Kept, so that nobody closes them in this process.
 _forking = threading.local()  # Of each thread: the locks that _before_fork took.
 _master_ends: set[Any] = set()  # Files and sockets that must not live on in a fork.
+_birth_lock = threading.RLock()  # Held while a worker's are made: no fork in the midst of it.
 
 
 def _after_fork_in_child() -> None:
@@ -1254,7 +1255,8 @@ def _after_fork_in_child() -> None:
     for end in list(_master_ends):
         with contextlib.suppress(OSError):
             end.close()
-    global _nonce
+    global _nonce, _birth_lock
+    _birth_lock = threading.RLock()
     _nonce = os.urandom(8).hex()
     _master_ends.clear()
     for thing in list(_reset_in_forks):
@@ -1265,10 +1267,11 @@ def _before_fork() -> None:
     # A fork in the middle of a transaction would copy SQLite's own table of locks, and
     # the child would take its parent's for its own: "database is locked", for ever.
     _forking.locks = []
-    for thing in sorted(_reset_in_forks, key=id):  # In one order, as others may fork, too.
-        for lock in getattr(thing, "_fork_locks", ()):
-            if lock.acquire(timeout=BUSY_SECONDS):
-                _forking.locks.append(lock)
+    things = sorted(_reset_in_forks, key=id)  # In one order, as others may fork, too.
+    locks = (lock for thing in things for lock in getattr(thing, "_fork_locks", ()))
+    for lock in itertools.chain([_birth_lock], locks):
+        if lock.acquire(timeout=BUSY_SECONDS):
+            _forking.locks.append(lock)
 
 
 def _after_fork_in_parent() -> None:
@@ -4687,10 +4690,8 @@ class _Channel:
 
     takes_back = True  # With permits: see _WorkerHandle.take_back.
 
-    def __init__(
-        self, incoming: Connection, outgoing: Connection, wake: Callable[[], None]
-    ) -> None:
-        self._incoming, self.outgoing = _own(incoming), _own(outgoing)
+    def __init__(self, incoming: Any, outgoing: Any) -> None:
+        self._incoming, self.outgoing = incoming, outgoing
         self._received = bytearray()
         self._unsent: collections.deque[memoryview] = collections.deque()
         self.ended = False  # The worker has closed its end, and all was read.
@@ -4869,38 +4870,46 @@ class _WorkerHandle:
     """The master's end of one worker process. Used by the dispatcher only."""
 
     def __init__(self, context: Any, number: int, boot: bytes, wake: _WakeUp) -> None:
-        incoming, their_outgoing = context.Pipe(duplex=False)
-        their_incoming, outgoing = context.Pipe(duplex=False)
-        life_theirs, life_mine = context.Pipe(duplex=False)
-        permits_theirs: Any = None
-        permits_mine: Any = None
-        # Windows has a class of its own for pipes, as no selector can wait for them.
-        channel_type = _Channel if isinstance(incoming, Connection) else _ThreadedChannel
-        if channel_type.takes_back:
-            permits_theirs, permits_mine = context.Pipe(duplex=False)
-            os.set_blocking(permits_theirs.fileno(), False)
-        self.process = context.Process(
-            target=_worker_main,
-            args=(their_incoming, their_outgoing, permits_theirs, life_theirs),
-            name=f"taskpool-worker-{number}",
-            daemon=False,  # So that tasks may start processes.
-        )
-        # In the master's keeping before the start, so that a fork closes them.
-        self.channel: Any = channel_type(incoming, outgoing, wake.set)
-        self._ends: list[Any] = [_own(life_mine) if channel_type.takes_back else life_mine]
-        if permits_mine is not None:
-            copy = Connection(os.dup(permits_theirs.fileno()), writable=False)
-            self._permits, self._unread_permits = _own(permits_mine), _own(copy)
-            self._ends += [self._permits, self._unread_permits]
-        try:
+        with _birth_lock, contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
+
+            def pipe() -> tuple[Any, Any]:
+                ends: tuple[Any, Any] = context.Pipe(duplex=False)
+                for end in ends:
+                    undo.callback(end.close)
+                return ends
+
+            def own(end: Connection) -> Any:
+                owned = _own(end)
+                undo.callback(_disown, owned)
+                return owned
+
+            incoming, their_outgoing = pipe()
+            their_incoming, outgoing = pipe()
+            life_theirs, life_mine = pipe()
+            permits_theirs: Any = None
+            # In the master's keeping before the start, so that a fork closes them.
+            if isinstance(incoming, Connection):
+                permits_theirs, permits_mine = pipe()
+                os.set_blocking(permits_theirs.fileno(), False)
+                copy = Connection(os.dup(permits_theirs.fileno()), writable=False)
+                self._permits, self._unread_permits = own(permits_mine), own(copy)
+                self._ends = [own(life_mine), self._permits, self._unread_permits]
+                self.channel: Any = _Channel(own(incoming), own(outgoing))
+            else:  # Windows has a class of its own for pipes: no selector can wait for them.
+                self._ends = [life_mine]
+                self.channel = _ThreadedChannel(incoming, outgoing, wake.set)
+            undo.callback(self.channel.close)
+            ends = (their_incoming, their_outgoing, permits_theirs, life_theirs)
+            for end in filter(None, ends):
+                theirs.callback(end.close)
+            self.process = context.Process(
+                target=_worker_main,
+                args=ends,
+                name=f"taskpool-worker-{number}",
+                daemon=False,  # So that tasks may start processes.
+            )
             _start_process(self.process)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            for end in (their_incoming, their_outgoing, life_theirs, permits_theirs):
-                if end is not None:
-                    end.close()
+            undo.pop_all()
         self.pid: int = self.process.pid
         self.ready = False
         self.watched = False  # The dispatcher waits until its channel can be written to.

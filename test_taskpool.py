@@ -6125,6 +6125,38 @@ class TestHostileTasks(WithCluster):
         self.assertGreater(self.result("report in a handler", path), 20)
         self.shared_queue.remove(task_type="nobody's")
 
+    @unittest.skipUnless(LINUX, "counts pipes")
+    def test_a_fork_in_the_midst_of_a_workers_start_does_not_keep_that_worker(self):
+        """P4: it dies with its master, although the fork lives on."""
+        process = self.start(self.script(
+            """
+            import multiprocessing.context, os, threading, time
+            from taskpool import Cluster, TaskQueue
+            def pid(job): return os.getpid()
+            pipes, forked = threading.Semaphore(0), threading.Event()
+            make = multiprocessing.context.BaseContext.Pipe
+            def pipe(*args, **kwargs):
+                ends = make(*args, **kwargs)
+                pipes.release()
+                if pipes._value == 4: forked.wait(0.5)  # In vain, if the fork has to wait.
+                return ends
+            multiprocessing.context.BaseContext.Pipe = pipe
+            if __name__ == "__main__":
+                cluster = Cluster({"pid": pid}, TaskQueue("x.db"), max_available_workers=1, in_memory_only=True, keep_alive="always")
+                while pipes._value < 4: time.sleep(0.001)
+                fork = os.fork()
+                if not fork: time.sleep(600)
+                forked.set()
+                print(fork, cluster.submit("pid").result(), flush=True)
+                time.sleep(600)
+            """
+        ))
+        fork, worker = map(int, process.stdout.readline().split())
+        self.addCleanup(os.kill, fork, signal.SIGKILL)
+        process.kill()
+        eventually(lambda: not is_alive(worker), "the end of the worker")
+        self.assertTrue(is_alive(fork))
+
     def test_a_fork_may_run_a_cluster_of_its_own(self):
         out = self.run_script(
             """
@@ -6458,6 +6490,36 @@ class TestNothingPilesUp(InFolder):
             """
         )
         self.assertEqual(out, "True\n80\nTrue\n[True, True, True]\n9 True\n", self.stderr)
+
+    @unittest.skipUnless(os.name == "posix", "needs limits of resources")
+    def test_a_worker_that_cannot_be_started_leaves_no_descriptor(self):
+        """At whichever of its descriptors the limit is reached."""
+        out = self.run_script(
+            """
+            import errno, multiprocessing, os, resource
+            from multiprocessing import resource_tracker
+            import taskpool
+            def descriptors(): return len(os.listdir("/dev/fd"))
+            if __name__ == "__main__":
+                hard, wake = resource.getrlimit(resource.RLIMIT_NOFILE)[1], taskpool._WakeUp()
+                resource_tracker.ensure_running()  # It keeps one.
+                context, failed, worker = multiprocessing.get_context("spawn"), 0, None
+                before, room, first = max(map(int, os.listdir("/dev/fd"))), 0, descriptors()
+                while worker is None:
+                    room += 1
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (before + room, hard))
+                    try:
+                        worker = taskpool._WorkerHandle(context, 1, b"", wake)
+                    except OSError as error:
+                        assert error.errno == errno.EMFILE, error
+                        failed += 1
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 60, hard))
+                    assert worker or descriptors() == first, (room, descriptors(), first)
+                worker.kill(); worker.process.join(); worker.close()
+                print(failed > 8, descriptors() - first, len(taskpool._master_ends))
+            """
+        )
+        self.assertEqual(out, "True 0 3\n", self.stderr)
 
     def test_workers_that_die_as_they_start_cost_little(self):
         """TT-04: each start after a longer pause, in which the master sleeps."""
