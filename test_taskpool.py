@@ -6201,7 +6201,7 @@ class TestOddPlaces(InFolder):
 
     def test_the_channel_of_windows_does_the_same(self):
         """ENGINE 58: two threads for each worker, one task at a time."""
-        with unittest.mock.patch.object(taskpool, "_Channel", taskpool._ThreadedChannel):
+        with unittest.mock.patch.object(taskpool, "Connection", socket.socket):  # Pipes are none.
             cluster = self.cluster(
                 {**EVERYTHING, "misbehave": misbehave}, message_broker=answer_pings, keep_alive="always", refresh_rate=20
             )
@@ -7548,7 +7548,7 @@ class TestWithoutSelectablePipes(InFolder):
 
     def setUp(self):
         super().setUp()
-        patched = unittest.mock.patch.object(taskpool, "_Channel", taskpool._ThreadedChannel)
+        patched = unittest.mock.patch.object(taskpool, "Connection", socket.socket)  # Pipes are none.
         patched.start()
         self.addCleanup(patched.stop)
 
@@ -8312,17 +8312,53 @@ class Result(unittest.TextTestResult):
         self.passed += 1
 
 
-def main():
-    names = [name for name in sys.argv[1:] if not name.startswith("-")]
-    flags = [name for name in sys.argv[1:] if name.startswith("-")]
+def run_here(names, flags):
+    """Run the tests whose names match, in this process. Returns (passed, failed, skipped)."""
     runner = unittest.TextTestRunner(verbosity=2 if "-v" in flags else 1, resultclass=Result)
     loader = unittest.TestLoader()
     if names:
         loader.testNamePatterns = [f"*{name}*" for name in names]
     result = runner.run(loader.loadTestsFromModule(sys.modules["__main__"]))
-    failed = len({id(test) for test, _ in result.failures + result.errors} | {
-        id(test) for test in result.unexpectedSuccesses})
-    print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped")
+    failed = {id(test) for test, _ in result.failures + result.errors} | set(map(id, result.unexpectedSuccesses))
+    return result.passed, len(failed), len(result.skipped)
+
+
+def run_all(flags):
+    """The same for all, each class in a process of its own, as many at once as there are CPUs.
+
+    As modules, with a cache of their bytecode: each of some thousand processes that they
+    start would compile them again.
+    """
+    classes = [name for name, value in globals().items() if isinstance(value, type)
+               and issubclass(value, unittest.TestCase) and unittest.TestLoader().getTestCaseNames(value)]
+    classes.sort(key=lambda name: "Kill" not in name)  # The longest first.
+
+    def run(name):
+        started = time.monotonic()
+        command = [sys.executable, "-m", "test_taskpool", f".{name}.", *flags]
+        done = subprocess.run(command, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        output = done.stdout.decode("utf-8", "replace")
+        counts = re.search(r"(\d+) passed, (\d+) failed, (\d+) skipped\s*\Z", output)
+        passed, failed, skipped = map(int, counts.groups()) if counts else (0, 1, 0)
+        failed = failed or int(done.returncode != 0)
+        if failed or "-v" in flags:
+            print(output, file=sys.stderr)
+        result = f"{passed} passed, {failed} failed, {skipped} skipped ({time.monotonic() - started:.0f} s)"
+        print(f"{name:<36} {result}", file=sys.stderr)
+        return passed, failed, skipped
+
+    with tempfile.TemporaryDirectory(prefix="taskpool-test-") as cache:
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        with concurrent.futures.ThreadPoolExecutor(taskpool.Cluster.max_workers()) as pool:
+            return [sum(counts) for counts in zip(*pool.map(run, classes))]
+
+
+def main():
+    names = [name for name in sys.argv[1:] if not name.startswith("-")]
+    flags = [name for name in sys.argv[1:] if name.startswith("-")]
+    passed, failed, skipped = run_here(names, flags) if names else run_all(flags)
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed else 0
 
 
