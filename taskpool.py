@@ -5007,9 +5007,23 @@ _load = operator.attrgetter("load")
 _OF_ITS_HEAD = frozenset({"start", "done", "fail", "progress"})  # What a worker says of that.
 
 
+class _Look(threading.Condition):
+    """The lock of a Future, and who waits for its end: made when somebody looks into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiters: list[Any] = []
+        self.callbacks: list[Any] = []
+
+
 class _Nobody:
-    """The lock of a Future that ended before anybody looked into it, as nothing changes any
-    more; and who waits for it."""
+    """The same of a Future that ended before anybody looked: nothing changes any more."""
+
+    callbacks = ()
+
+    @property
+    def waiters(self) -> _Nobody:
+        return self
 
     def append(self, waiter: object) -> None:
         pass
@@ -5026,6 +5040,7 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
+_first_looks: dict[_TaskFuture, _Look | _Nobody] = {}  # For a moment: see _TaskFuture._look.
 
 
 class _TaskFuture(Future[Any]):
@@ -5034,40 +5049,53 @@ class _TaskFuture(Future[Any]):
     # Its base stays in the state PENDING until the end, as only then cancel() works at
     # any time; whether the task runs is kept apart.
 
-    # What its base makes for each, of which a test keeps watch, is made when somebody looks
-    # into it: ten objects less to look through for the garbage collector, for each of what
-    # may be a million Futures.
-    _exception: BaseException | None = None
-    _waiters: Any = _NOBODY
-    _done_callbacks: Any = ()
-    _lock: Any = None
-    _foreign = False  # The task may be run by another cluster.
-    _before: _TaskFuture | None = None  # That of the task which this one replaces.
+    # One object where its base makes a dozen: less to look through for the garbage
+    # collector, for each of what may be a million Futures.
+    __slots__ = (
+        *("_state", "_result", "_exception", "_inside", "_row", "_cluster"),
+        *("_runs", "_stored", "_foreign", "_before"),
+    )
 
     def __init__(self, cluster: Cluster, row: Row) -> None:
-        self._state, self._result = "PENDING", None
+        self._state = "PENDING"
+        self._result = self._exception = None
+        self._inside: _Look | _Nobody | None = None
         self._row, self._cluster = row, cluster
         self._runs = False
         self._stored = False  # add() has returned.
-        vars(self)  # Made now: for two threads that look at once Python 3.11 may make two.
+        self._foreign = False  # The task may be run by another cluster.
+        self._before: _TaskFuture | None = None  # That of the task which this one replaces.
+
+    def _look(self, made: _Look | _Nobody) -> _Look | _Nobody:
+        """Have an `_inside`: *made*, or what another thread has made."""
+        # In one step. All who come before there is one get the same, as the entry is taken
+        # away after that.
+        made = _first_looks.setdefault(self, made)
+        if self._inside is None:
+            self._inside = made
+        _first_looks.pop(self, None)
+        return self._inside
 
     @property
     def _condition(self) -> Any:  # type: ignore[override]
-        if self._lock is None:
-            inside = self.__dict__
-            inside.setdefault("_waiters", [])
-            inside.setdefault("_done_callbacks", [])
-            inside.setdefault("_lock", threading.Condition())
-        if self._lock is _NOBODY:
+        inside = self._inside or self._look(_Look())
+        if inside is _NOBODY:
             self._state = "FINISHED"  # As set_result() is about to say.
-        return self._lock
+        return inside
+
+    @property
+    def _waiters(self) -> Any:  # type: ignore[override]
+        return self._condition.waiters
+
+    @property
+    def _done_callbacks(self) -> Any:
+        return self._condition.callbacks
 
     def set_result(self, result: Any) -> None:
         """As Future.set_result."""
         if self._state == "PENDING":
             self._result = result
-            # In one step: either somebody has made its lock, or nobody has looked into it.
-            if self.__dict__.setdefault("_lock", _NOBODY) is _NOBODY:
+            if self._inside is None and self._look(_NOBODY) is _NOBODY:
                 self._state = "FINISHED"
                 return
         super().set_result(result)
