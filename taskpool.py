@@ -5230,8 +5230,10 @@ def _register(cluster: Cluster, frame: Any) -> _Boot:
     file = os.path.abspath(file) if isinstance(file, str) else None
     spec = home.get("__spec__")
     entry = None
-    if name == "__main__" and file is not None and os.path.exists(file):
-        entry = ("path", file)
+    # What is not there may be in an archive: that is run as Python runs it.
+    path = file if file is None or os.path.exists(file) else os.path.dirname(file)
+    if name == "__main__" and path is not None and os.path.isfile(path):
+        entry = ("path", path)
         if spec is not None and spec.name not in ("__main__", "__mp_main__"):
             entry = ("module", spec.name)
     try:

@@ -5138,8 +5138,9 @@ class TestIsomorphic(InFolder):
             """,
             "by_file.py",
         )
+        shutil.make_archive(self.folder / "archive", "zip", package)
         for flags, name in [
-            (["-m"], "pkg"), (["-m"], "pkg.sub"), (["-m"], "plain"), (["-m", "cProfile"], "plain.py"),
+            ([], "archive.zip"), (["-m"], "pkg"), (["-m"], "pkg.sub"), (["-m"], "plain"), (["-m", "cProfile"], "plain.py"),
             ([], "importer.py"), ([], "pkg"), ([], "runner.py"), ([], "by_file.py"), (["-X", "dev", "-W", "error"], "plain.py"),
         ]:
             with self.subTest(flags=flags, name=name):
