@@ -153,8 +153,22 @@ MAX_DEPTH = 90  # Nesting of `data`; within the limits of json and of MongoDB (1
 MAX_INT = 2**63 - 1
 NEVER = MAX_INT  # An instant after every due date.
 
-_log = logging.getLogger("taskpool")  # Fixed, also where the file is vendored.
-_log.addHandler(logging.NullHandler())
+_logger = logging.getLogger("taskpool")  # Fixed, also where the file is vendored.
+_logger.addHandler(logging.NullHandler())
+
+
+class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """The logger, of which a handler that raises stops nothing here."""
+
+    def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().log(level, msg, *args, **kwargs)
+        except Exception:
+            with contextlib.suppress(Exception):  # Shown as what emit() catches itself.
+                traceback.print_exc() if logging.raiseExceptions else None
+
+
+_log = _Log(_logger, {})
 
 
 # --- Errors --------------------------------------------------------------------------
@@ -4542,9 +4556,9 @@ def _worker_main(
     # Ctrl-C reaches the whole process group; only the master answers to it. Under fork
     # the master's handlers are inherited.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Else it is to be ignored: nohup.
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _worker = worker = _WorkerProcess(incoming, outgoing, permits)
@@ -4922,6 +4936,7 @@ class _WorkerHandle:
         self.since = time.monotonic()  # In this state, or with this head of runs.
         self.kill_at = math.inf  # Monotonic: when patience ends.
         self.ended_at = math.inf  # Monotonic: when its end of the channel closed.
+        self.told_to_end_at = math.inf  # Monotonic: when it was found dead of SIGTERM.
         self.channel.send(boot)
 
     @property
@@ -5063,7 +5078,7 @@ class _TaskFuture(Future[Any]):
         self._row, self._cluster = row, cluster
         self._runs = False
         self._stored = False  # add() has returned.
-        self._foreign = False  # The task may be run by another cluster.
+        self._foreign = ""  # Another cluster may run the task: it was "kept", or "lost".
         self._before: _TaskFuture | None = None  # That of the task which this one replaces.
 
     def _look(self, made: _Look | _Nobody) -> _Look | _Nobody:
@@ -5281,7 +5296,12 @@ def _at_exit() -> None:
             try:
                 cluster.shutdown()
             except KeyboardInterrupt:
-                cluster._closed.wait(min(cluster._shutdown_timeout, WAIT_SECONDS) + EXIT_SECONDS)
+                patience = min(cluster._shutdown_timeout, WAIT_SECONDS) + EXIT_SECONDS
+                try:
+                    cluster._closed.wait(patience)
+                except KeyboardInterrupt:  # The second one: at once.
+                    cluster._begin_stop(0.0)
+                    cluster._closed.wait(EXIT_SECONDS)
 
 
 KeepAlive = Union[int, timedelta, str, None]
@@ -5387,6 +5407,7 @@ class Cluster(concurrent.futures.Executor):
         self._worker_numbers = itertools.count(1)
         self._boot_after, self._failed_boots = 0.0, 0  # Back-off of dying starts.
         self._boot_error: Exception | None = None
+        self._failure: TaskPoolError | None = None  # Of the dispatcher.
         self._look = True  # Something may be claimable in the store. Any thread sets it.
         self._added = False  # Something was added since the last look: claim first.
         self._look_again = math.inf  # Monotonic: a second look after the bell.
@@ -5549,7 +5570,7 @@ class Cluster(concurrent.futures.Executor):
             if before is not None:
                 self._withdraw(future)
                 return before, None
-            future._row, future._foreign = stored, True
+            future._row, future._foreign = stored, "kept"
         future._stored = True  # Last: from here on it is compared with the store.
         if self._mode == "closed":  # Meanwhile; the task stays waiting, as others do.
             future._end_cancelled()
@@ -5651,6 +5672,7 @@ class Cluster(concurrent.futures.Executor):
             if not self._idle.wait(min(left, 0.2)):
                 continue
             time.sleep(min(left, 0.01))  # Idle, but something waits, or runs elsewhere.
+        self._raise_failure()
         threads = self._event_threads()
         if any(thread.is_current() for thread in threads):
             return True  # Two of them could wait for each other.
@@ -5675,6 +5697,11 @@ class Cluster(concurrent.futures.Executor):
                     raise self._boot_error
         for thread in self._event_threads():
             thread.flush(self._shutdown_timeout)
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def workers(self) -> list[dict[str, Any]]:
         """The worker processes: pid, state (starting, idle, busy), task_id, task_type,
@@ -5854,9 +5881,14 @@ class Cluster(concurrent.futures.Executor):
                 self._turn()
         except BaseException as error:
             _log.exception("the dispatcher failed; its tasks start again in another cluster")
-            self._fail_futures(TaskPoolError(f"the dispatcher failed: {error!r}"))
+            self._failure = TaskPoolError(f"the dispatcher failed: {error!r}")
+            self._fail_futures(self._failure)
         finally:
-            self._close()
+            try:
+                self._close()
+            finally:
+                self._idle.set()
+                self._closed.set()
 
     def _turn(self) -> None:
         """One pass of the loop: look, decide, hand out, wait."""
@@ -6116,7 +6148,7 @@ class Cluster(concurrent.futures.Executor):
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
                 _log.warning(text, row.task_type, row.id)
                 if future is not None:  # Another cluster has it now.
-                    future._foreign = True
+                    future._foreign = "lost"
                     self._futures.setdefault(row.id, future)
                 continue
             if future is not None:
@@ -6177,6 +6209,12 @@ class Cluster(concurrent.futures.Executor):
             self._wake_at(now + (0.002 if ending else 0.5))
             return
         self._hear(worker) if worker.ended_at == math.inf else None
+        if code == -signal.SIGTERM and worker.runs and self._mode == "running":
+            # Sent to all of a group, as service managers do? Then run() is about to hear of it.
+            worker.stopping, worker.told_to_end_at = True, min(worker.told_to_end_at, now)
+            if now < worker.told_to_end_at + 0.2:
+                self._wake_at(worker.told_to_end_at + 0.2)
+                return
         self._bury(worker, code)
 
     def _bury(self, worker: _WorkerHandle, code: int | None) -> None:
@@ -6193,7 +6231,7 @@ class Cluster(concurrent.futures.Executor):
             elif run.verdict == "timeout":
                 late = TaskTimeout(f"{row.task_type!r} task {row.id!r} ran over {row.timeout:g} s")
                 self._fail(run, late, f"TaskTimeout: {late}")
-            elif worker.killed:  # For another reason.
+            elif worker.killed or (code == -signal.SIGTERM and self._mode == "stopping"):
                 self._give_back([run])
             else:
                 died = WorkerDied(code, worker.pid, row.task_type, row.id)
@@ -6564,7 +6602,10 @@ class Cluster(concurrent.futures.Executor):
             if not (future._foreign and (row.state == "failed" or has_run(row, future._row))):
                 return
         self._futures.pop(future._row.id, None)
-        if row is None:
+        if row is None and future._foreign == "lost":
+            text = "its claim was lost; it has ended elsewhere, and no result was kept"
+            _resolve(future, error=TaskPoolError(f"task {future._row.id!r}: {text}"))
+        elif row is None:
             _resolve(future) if future._foreign else future._end_cancelled()
         elif row.state == "done" or row.error is None:
             _resolve(future, Task(row).result)
@@ -6709,8 +6750,6 @@ class Cluster(concurrent.futures.Executor):
         wake, self._wake = self._wake, None
         cast(_WakeUp, wake).close()
         self._unregister()
-        self._idle.set()
-        self._closed.set()
 
     def _leave(self) -> None:
         store = self.queue._store
@@ -7153,9 +7192,10 @@ class _ViewOfFile(SQLiteStore):
 
         if not os.path.exists(self.path):
             raise StoreError(f"{self.path}: no such file; give the one that your TaskQueue has")
-        mode, folder = "mode=rw", os.path.dirname(self.path)
-        if not os.access(folder, os.W_OK) and not os.path.exists(f"{self.path}-wal"):
-            mode = "immutable=1"  # Nobody has it open, and SQLite can put no files beside it.
+        # SQLite would put files beside it, which must be of those who may write to the tasks.
+        able = all(os.access(p, os.W_OK) for p in (os.path.dirname(self.path), self.path))
+        quiet = not able and not os.path.exists(f"{self.path}-wal")  # Nobody has it open.
+        mode = "immutable=1" if quiet else "mode=rw"
         db = sqlite3.connect(
             f"{pathlib.Path(self.path).as_uri()}?{mode}",
             uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False,
@@ -7303,27 +7343,27 @@ def _status_lines(name: str, status: Mapping[str, Any], now: int) -> list[str]:
 def _print_status(options: Any) -> int:
     import shutil
 
-    with contextlib.closing(_ViewOfFile(options.db)) as view:
-        able = os.environ.get("TERM", "dumb") != "dumb" or "WT_SESSION" in os.environ
-        live = options.watch and not options.json and able and sys.stdout.isatty()
-        while True:
-            started, now = time.monotonic(), time.time_ns() // 1000
+    able = os.environ.get("TERM", "dumb") != "dumb" or "WT_SESSION" in os.environ
+    live = options.watch and not options.json and able and sys.stdout.isatty()
+    while True:
+        started, now = time.monotonic(), time.time_ns() // 1000
+        with contextlib.closing(_ViewOfFile(options.db)) as view:  # Each time: who has it open?
             status = view.status(now)
-            if options.json:
-                shown = json.dumps(status, default=str, indent=None if options.watch else 2)
-            else:
-                shown = "\n".join(_status_lines(options.db, status, now))
-            if live:  # Home, then each line up to its end, then clear what is below.
-                width, height = shutil.get_terminal_size()
-                lines = [line[: width - 1] for line in shown.split("\n")[: height - 1]]
-                shown = "\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J"
-            print(shown, end="" if live else "\n", flush=True)
-            if not options.watch:
-                return OK
-            # A million tasks take a second: to watch them costs a tenth of a core at most.
-            time.sleep(max(1.0, 9 * (time.monotonic() - started)))
-            if not live and not options.json:
-                print()
+        if options.json:
+            shown = json.dumps(status, default=str, indent=None if options.watch else 2)
+        else:
+            shown = "\n".join(_status_lines(options.db, status, now))
+        if live:  # Home, then each line up to its end, then clear what is below.
+            width, height = shutil.get_terminal_size()
+            lines = [line[: width - 1] for line in shown.split("\n")[: height - 1]]
+            shown = "\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J"
+        print(shown, end="" if live else "\n", flush=True)
+        if not options.watch:
+            return OK
+        # A million tasks take a second: to watch them costs a tenth of a core at most.
+        time.sleep(max(1.0, 9 * (time.monotonic() - started)))
+        if not live and not options.json:
+            print()
 
 
 def _print_list(options: Any) -> int:
@@ -7397,9 +7437,11 @@ def _change(options: Any) -> int:
 
 
 def _load_task_map(name: str) -> Mapping[str, TaskFunction]:
-    """The mapping that MODULE:NAME means. Raises TaskPoolError, in one line."""
+    """The mapping that MODULE:NAME means, in the master and in its workers. Raises
+    TaskPoolError, in one line."""
     import importlib
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     module_name, _, attributes = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(1, os.getcwd())  # Behind the folder of this file.
@@ -7429,7 +7471,6 @@ class _NamedTaskMap:
 
 def _serve(options: Any) -> int:
     """The command run: a Cluster on its own."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     name, workers = options.task_map, options.workers
     task_map = _load_task_map(name)
     with TaskQueue(options.db) as queue:
@@ -7554,7 +7595,9 @@ def _under_own_name() -> Any:
     workers, which import it by its name, tasks and your modules must have the same one."""
     import importlib
 
-    here = sys.modules[__name__]
+    here, folder = sys.modules[__name__], os.path.dirname(os.path.abspath(__file__))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # python -I and -P leave it out.
     stem = os.path.splitext(os.path.basename(__file__))[0]
     return importlib.import_module(here.__spec__.name if here.__spec__ else stem)
 

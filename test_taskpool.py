@@ -1492,6 +1492,33 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
             self.assertEqual(queue.count(), 0)
         reader.close()
 
+    @unittest.skipUnless(LINUX and hasattr(os, "getuid") and os.getuid() == 0, "becomes another user")
+    def test_to_look_as_another_user_leaves_no_file_that_stops_the_owner(self):
+        """Also to watch: from before a master begins on."""
+        source = """
+            import os, sys
+            from taskpool import main
+            main(["status", "tasks.db", "--json"])  # Nobody, below, may find no more modules.
+            os.setgid(65534), os.setuid(65534)
+            main(["status", "tasks.db", "--json"])
+            print("watching")
+            sys.stdout.flush()
+            main(["status", "tasks.db", "--json", "--watch"])
+        """
+        with self.queue() as queue:
+            queue.add_task("x")
+        for mode in (0o777, 0o755):
+            os.chmod(self.folder, mode)
+            watch = self.start(self.script(source))
+            self.assertIn("watching\n", iter(watch.stdout.readline, ""))
+            self.assertEqual(json.loads(watch.stdout.readline())["tasks"], queue.count())
+            queue.add_task("x")  # It stays open.
+            self.assertTrue(any(json.loads(line)["tasks"] == queue.count() for line in watch.stdout))
+            watch.kill()
+            watch.wait()
+            self.assertEqual({path.stat().st_uid for path in self.folder.glob("tasks.db*")}, {0})
+            queue.close()
+
     @unittest.skipUnless(LINUX, "uses setuid")
     def test_a_read_only_file_is_a_store_error_but_can_be_looked_at(self):
         out = self.run_script(
@@ -4499,7 +4526,7 @@ class TestP2OnceAndOnlyOnce(InFolder):
     def test_a_late_outcome_of_a_lost_claim_is_discarded(self):
         queue, path = self.queue(), str(self.folder / "hold")
         cluster = self.cluster({"hold": hold}, queue)
-        queue.add_task("hold", path, task_id="lost")
+        future = cluster.submit("hold", path, task_id="lost")
         eventually(lambda: os.path.exists(path + ".started"))
         with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
             db.execute("UPDATE taskpool_task SET owner = 'another', claim = claim + 1")
@@ -4510,6 +4537,12 @@ class TestP2OnceAndOnlyOnce(InFolder):
         self.assertIn("its claim was lost", logs.output[0])
         self.assertEqual(queue.find_one().state, "running")
         self.assertEqual([w["state"] for w in cluster.workers() if w["state"] == "busy"], [])
+        self.assertFalse(future.done())
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            db.execute("DELETE FROM taskpool_task")  # It has ended there.
+            db.commit()
+        with self.assertRaisesRegex(taskpool.TaskPoolError, "'lost': its claim was lost"):
+            future.result(PATIENCE)
 
 
 class TestP3MasterDead(InFolder):
@@ -5384,13 +5417,13 @@ class TestEnds(InFolder):
             print("stopped")
     """
 
-    def serve(self, seconds):
+    def serve(self, seconds, **options):
         queue = self.queue()
         for i in range(5):
             queue.add_task("hold", task_id=str(i))
         self.log = self.folder / "log"
         with open(self.log, "w") as log:
-            process = self.start(self.script(self.SERVER), seconds, stderr=log)
+            process = self.start(self.script(self.SERVER), seconds, stderr=log, **options)
         eventually(lambda: (self.folder / "started0").exists() and (self.folder / "started1").exists())
         return queue, process
 
@@ -5418,11 +5451,82 @@ class TestEnds(InFolder):
         self.assertEqual({(t.state, t.attempt) for t in queue.find()}, {("waiting", 0)})
         self.assertEqual(queue.count(), 5)
 
+    @unittest.skipUnless(LINUX, "signals a group of processes")
+    def test_a_signal_to_the_whole_group_fails_no_task(self):
+        """As service managers send it: the workers die of it, and the master knows why."""
+        for _ in range(3):
+            queue, process = self.serve(PATIENCE, start_new_session=True)
+            os.killpg(process.pid, signal.SIGTERM)
+            out, _ = process.communicate(timeout=PATIENCE)
+            self.assertEqual((out, process.returncode), ("stopped\n", 0), self.log.read_text())
+            self.assertEqual([(t.state, t.attempt) for t in queue.find()], [("waiting", 0)] * 5, self.log.read_text())
+            queue.remove(state="waiting")
+            for path in self.folder.glob("started*"):
+                path.unlink()
+
+    @unittest.skipUnless(LINUX, "signals a group of processes")
+    def test_workers_of_a_master_under_nohup_outlive_the_terminal(self):
+        ignore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+        queue, process = self.serve(PATIENCE, start_new_session=True, preexec_fn=ignore)
+        os.killpg(process.pid, signal.SIGHUP)
+        (self.folder / "end").touch()
+        eventually(lambda: queue.count() == 0)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=PATIENCE)
+        self.assertNotIn("WorkerDied", self.log.read_text())
+
+    @unittest.skipUnless(LINUX, "sends signals")
+    def test_a_second_ctrl_c_at_the_end_of_the_script_gives_tasks_back(self):
+        queue, log = self.queue(), self.folder / "log"
+        queue.add_task("hold", task_id="0")
+        with open(log, "w") as file:
+            process = self.start(self.script(self.SERVER.replace("cluster.run()", "cluster.set_refresh_rate(50)")), PATIENCE, stderr=file)
+        self.assertEqual(process.stdout.readline(), "stopped\n")
+        eventually((self.folder / "started0").exists)
+        for text in ("", "stopping: running tasks"):
+            eventually(lambda text=text: text in log.read_text())
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE)
+        self.assertEqual([(t.state, t.attempt, t.on_going) for t in queue.find()], [("waiting", 0, False)], log.read_text())
+
     def test_run_can_be_ended_by_shutdown_from_elsewhere(self):
         cluster = self.cluster({"echo": echo})
         threading.Timer(0.1, cluster.shutdown).start()
         cluster.run()
         self.assertTrue(cluster._closed.is_set())
+
+    def test_a_log_handler_that_raises_changes_nothing(self):
+        out = self.run_script(
+            """
+            import logging
+            from datetime import timedelta
+            from taskpool import Cluster, TaskQueue
+            class Away(logging.Handler):
+                def emit(self, record): raise ConnectionError("the log server is away")
+            def fail(job): raise ValueError
+            if __name__ == "__main__":
+                logging.getLogger().addHandler(Away())
+                logging.getLogger().setLevel(logging.INFO)
+                with Cluster({"fail": fail}, TaskQueue("tasks.db"), max_available_workers=1) as cluster:
+                    cluster.queue.add_task("fail", in_memory=True, due_date=timedelta(hours=1))
+                    print(repr(cluster.submit("fail", retries=1, retry_delay=0).exception()))
+                print("left")
+            """
+        )
+        self.assertEqual(out, "ValueError()\nleft\n")
+        self.assertIn("the log server is away", self.stderr)
+
+    def test_a_dispatcher_that_failed_is_an_error_of_run_and_drain(self):
+        cluster = self.cluster({"hold": hold}, keep_alive="always")
+        cluster.queue.add_task("hold", str(self.folder / "hold"))
+        future = cluster.submit("hold", due_date=timedelta(hours=1))
+        with self.assertLogs("taskpool", "ERROR"):
+            cluster._post(lambda: 1 / 0)
+            with self.assertRaisesRegex(taskpool.TaskPoolError, "the dispatcher failed: ZeroDivisionError"):
+                cluster.run()
+        for call in (cluster.drain, functools.partial(future.result, PATIENCE)):
+            with self.assertRaisesRegex(taskpool.TaskPoolError, "ZeroDivisionError"):
+                call()
 
     def test_an_entry_file_that_raises_in_the_worker_is_a_boot_error(self):
         """TT-04, ENGINE 7, 34, 35."""
@@ -8150,7 +8254,7 @@ class TestOperators(InFolder):
         self.assertEqual(screens[0].count(b"\x1b[K"), screens[0].count(b"\n"))
 
     APP = """
-        import os, taskpool
+        import logging, os, taskpool
         from taskpool import Cluster, TaskQueue
 
         cluster = Cluster({"x": print}, TaskQueue("other.db"), auto_initialize=False)
@@ -8158,6 +8262,7 @@ class TestOperators(InFolder):
             cluster.queue.add_task("x")
 
         def about(job):
+            logging.info("about to tell")
             return [Cluster.is_master(), taskpool._worker is not None, Task is type(job)]
 
         Task = taskpool.Task
@@ -8169,13 +8274,14 @@ class TestOperators(InFolder):
     def test_run_serves_until_a_signal_and_workers_have_the_same_copy(self):
         self.script(self.APP, "app.py")
         queue = self.queue()
-        for command in (["app:inner.TASKS"], ["-m"]):
+        for command in (["app:inner.TASKS"], ["-m"], ["-I"]):
             for task_type, data in (("about", None), ("lambda", 41)):
                 queue.add_task(task_type, data, task_id=task_type, keep_result=60)
             if command == ["-m"]:  # As a module, with another signal.
                 process = self.start("-m", "taskpool", "run", "app:inner.TASKS", "tasks.db", "--workers", "1")
             else:
-                process = self.start(HERE / "taskpool.py", "run", "app:inner.TASKS", "tasks.db", "--workers", "1")
+                flags = command[:1] * command[0].startswith("-")
+                process = self.start(HERE / "taskpool.py", "run", "app:inner.TASKS", "tasks.db", "--workers", "1", flags=flags)
             results = [queue.wait(task_type, PATIENCE).result for task_type in ("about", "lambda")]
             process.send_signal(signal.SIGTERM if command == ["-m"] else signal.SIGINT)
             out, err = process.communicate(timeout=PATIENCE)
@@ -8183,6 +8289,7 @@ class TestOperators(InFolder):
             self.assertEqual(results, [[False, True, True], 42], err)
             self.assertIn("serving 'about', 'lambda' of tasks.db until Ctrl-C", err)
             self.assertIn("cluster:lambda:lambda:\tdone", err)
+            self.assertIn(" INFO about to tell", err)
             queue.remove(state="done")
 
     def test_run_says_in_one_line_what_it_cannot_use(self):
