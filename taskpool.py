@@ -812,7 +812,7 @@ def _id_number(task_id: str) -> int:
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
-    except Exception:
+    except BaseException:
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -1186,8 +1186,11 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
 
 
 def has_run(row: Row, before: Row) -> bool:
-    """Whether a run of a repeating task has ended since it was *before*."""
-    return row.repeat is not None and row.due_at > before.due_at and row.claim > before.claim
+    """Whether a run of a repeating task has ended since it was *before*: perhaps in it."""
+    claims = before.claim - (before.state == "running")
+    # Its due date is that of another slot. An update may have moved it there, and back.
+    moved = row.due_at > before.due_at or (row.due_at < before.due_at and row.attempt == 0)
+    return row.repeat is not None and row.claim > claims and moved
 
 
 def given_back(row: Row, now: int) -> Row | None:
@@ -3402,12 +3405,12 @@ def _failure(error: BaseException) -> _Failure:
         name = f"{kind.__module__}.{name}"
     try:
         text = _cut(str(error), ERROR_CHARS)
-    except Exception as other:
+    except BaseException as other:
         text = f"<its __str__ raised {type(other).__name__}>"
     try:
         lines = traceback.format_exception(kind, error, error.__traceback__)
         trace = _cut("".join(_cut(line, ERROR_CHARS) for line in lines), 4 * ERROR_CHARS)
-    except Exception:
+    except BaseException:
         trace = f"{name}: {text}"
     pickled = None
     if isinstance(error, Exception):  # SystemExit and its like would end the receiver.
@@ -3890,7 +3893,7 @@ class _Tasks:
         _checked_text("task_id", task_id)
         columns: dict[str, tuple[str, ...]] = {"due_date": ("due_at", "ready_at")}
         if changes.get("repeat") is not None:
-            columns["repeat"] = ("repeat", "due_at", "ready_at")
+            columns["repeat"] = ("repeat", "due_at", "ready_at", "attempt")
         allowed = "data priority due_date repeat retries retry_delay timeout keep_result".split()
         for name in changes:
             if name not in allowed:
@@ -4125,6 +4128,7 @@ class TaskQueue(_Tasks):
                 return Task(first._replace(state="done", owner=""))
             if row.state in ("failed", "done") or has_run(row, first):
                 return Task(row)
+            first = row  # An update may have moved its due date.
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"task {task_id!r} is still {_public_state(row.state)}")
@@ -5078,7 +5082,7 @@ class _TaskFuture(Future[Any]):
         self._row, self._cluster = row, cluster
         self._runs = False
         self._stored = False  # add() has returned.
-        self._foreign = ""  # Another cluster may run the task: it was "kept", or "lost".
+        self._foreign = ""  # In _elsewhere: its task was "kept", or its claim "lost".
         self._before: _TaskFuture | None = None  # That of the task which this one replaces.
 
     def _look(self, made: _Look | _Nobody) -> _Look | _Nobody:
@@ -5389,6 +5393,7 @@ class Cluster(concurrent.futures.Executor):
         self._wake: _WakeUp | None = None
         self._inbox: collections.deque[Callable[[], Any]] = collections.deque()  # Any thread.
         self._futures: dict[str, _TaskFuture] = {}  # Of waiting tasks. Any thread adds.
+        self._elsewhere: set[_TaskFuture] = set()  # Whose tasks others may run. Any thread adds.
         self._ids_lock = threading.RLock()  # Held while a task of a given id is submitted.
         self._chain_lock = threading.RLock()  # Protects Futures of one id. For a moment only.
         self._ids_are_given = False  # Some task was submitted under an id of the caller's.
@@ -5544,9 +5549,17 @@ class Cluster(concurrent.futures.Executor):
         with self._ids_lock:  # What is stored last is the last in _futures.
             future, replaced = self._submit(task_type, data, options)
         if replaced is not None:
-            kept = replaced._foreign and options.get("if_exists") != "replace"
-            _resolve(replaced) if kept else replaced._end_cancelled()  # Kept: it has ended.
+            replaced._end_cancelled()
+        if options.get("if_exists") == "replace":
+            self._end_elsewhere(future._row.id)
         return future
+
+    def _end_elsewhere(self, task_id: str) -> None:
+        """Cancel the Futures of that id whose tasks wait no more, and do not run."""
+        for future in [other for other in list(self._elsewhere) if other._row.id == task_id]:
+            if not self._is_running(future._row):
+                self._elsewhere.discard(future)
+                future._end_cancelled()
 
     def _submit(
         self, task_type: str, data: Any, options: dict[str, Any]
@@ -5567,10 +5580,11 @@ class Cluster(concurrent.futures.Executor):
             self._withdraw(future)
             raise
         if stored is not row:  # Kept: another task stands for this one.
+            self._withdraw(future)
             if before is not None:
-                self._withdraw(future)
                 return before, None
             future._row, future._foreign = stored, "kept"
+            self._elsewhere.add(future)
         future._stored = True  # Last: from here on it is compared with the store.
         if self._mode == "closed":  # Meanwhile; the task stays waiting, as others do.
             future._end_cancelled()
@@ -5611,14 +5625,14 @@ class Cluster(concurrent.futures.Executor):
             return future
 
     def _join(self, run: _Run) -> None:
-        """Have a Future that found its task running (if_exists="keep") share in its end."""
-        kept = self._futures.get(run.row.id)
-        if kept and kept._foreign and kept._row.created_at == run.row.created_at:
-            self._futures.pop(run.row.id, None)
-            if run.future is None:
-                run.future = kept
-            else:
-                _follow(kept, run.future)
+        """Have Futures that found its task there (if_exists="keep") share in its end."""
+        for kept in list(self._elsewhere):
+            if kept._row.id == run.row.id and kept._row.created_at == run.row.created_at:
+                self._elsewhere.discard(kept)
+                if run.future is None:
+                    run.future = kept
+                else:
+                    _follow(kept, run.future)
 
     def map(  # type: ignore[override]
         self, task_type: str, data: Iterable[Any], timeout: float | timedelta | None = None
@@ -5640,6 +5654,7 @@ class Cluster(concurrent.futures.Executor):
             future = self._futures.pop(task_id, None)
             if future is not None:
                 future._end_cancelled()
+            self._end_elsewhere(task_id)
             return True
         if not self._started:
             return False
@@ -5730,7 +5745,7 @@ class Cluster(concurrent.futures.Executor):
         if not self._started:
             self._mode = "closed"
             self._closed.set()
-            for future in list(self._futures.values()):
+            for future in self._unresolved():
                 future._end_cancelled()  # The tasks stay waiting.
             wake, self._wake = self._wake, None
             if wake is not None:
@@ -6141,7 +6156,7 @@ class Cluster(concurrent.futures.Executor):
         resolvable, listeners = [], self.queue._listeners
         for run, was_held in zip(runs, held):
             row = run.row
-            if row.id in self._futures and was_held and run.outcome.state != "running":
+            if self._elsewhere and was_held and run.outcome.state not in ("running", "ready"):
                 self._join(run)
             future = run.future
             if not was_held:
@@ -6149,7 +6164,7 @@ class Cluster(concurrent.futures.Executor):
                 _log.warning(text, row.task_type, row.id)
                 if future is not None:  # Another cluster has it now.
                     future._foreign = "lost"
-                    self._futures.setdefault(row.id, future)
+                    self._elsewhere.add(future)
                 continue
             if future is not None:
                 future._runs = False
@@ -6521,7 +6536,7 @@ class Cluster(concurrent.futures.Executor):
         self._wake_at(self._next_refresh)
         if self._reported:
             self._store_reports(now)
-        if self._check_futures and self._futures and not self._store_busy:
+        if self._check_futures and (self._futures or self._elsewhere) and not self._store_busy:
             self._check_futures = False
             self._look_after_futures()
         if not self._in_memory_only and self._mode != "closing":
@@ -6575,9 +6590,13 @@ class Cluster(concurrent.futures.Executor):
             names = ", ".join(map(repr, foreign))
             _log.warning("tasks wait that this cluster has no function for: %s", names)
 
+    def _unresolved(self) -> list[_TaskFuture]:
+        """The Futures of tasks that do not run here."""
+        return [*list(self._futures.values()), *list(self._elsewhere)]
+
     def _look_after_futures(self) -> None:
         """Resolve Futures whose tasks were removed, or ended in another cluster."""
-        futures = [future for future in list(self._futures.values()) if future._stored]
+        futures = [future for future in self._unresolved() if future._stored]
 
         def work() -> None:
             for in_memory in (True, False):
@@ -6596,17 +6615,23 @@ class Cluster(concurrent.futures.Executor):
             self._store_thread.post(work)
 
     def _compare(self, future: _TaskFuture, row: Row | None) -> None:
-        if self._futures.get(future._row.id) is not future:  # It was claimed in between.
-            return
+        foreign = future in self._elsewhere
+        if not foreign and self._futures.get(future._row.id) is not future:
+            return  # It was claimed in between.
+        if row is not None and foreign and row.created_at != future._row.created_at:
+            row = None  # Another task has its id by now.
         if row is not None and row.state != "done":
-            if not (future._foreign and (row.state == "failed" or has_run(row, future._row))):
+            if not (foreign and (row.state == "failed" or has_run(row, future._row))):
                 return
-        self._futures.pop(future._row.id, None)
+        if foreign:
+            self._elsewhere.discard(future)
+        else:
+            self._futures.pop(future._row.id, None)
         if row is None and future._foreign == "lost":
             text = "its claim was lost; it has ended elsewhere, and no result was kept"
             _resolve(future, error=TaskPoolError(f"task {future._row.id!r}: {text}"))
         elif row is None:
-            _resolve(future) if future._foreign else future._end_cancelled()
+            _resolve(future) if foreign else future._end_cancelled()
         elif row.state == "done" or row.error is None:
             _resolve(future, Task(row).result)
         else:
@@ -6742,7 +6767,7 @@ class Cluster(concurrent.futures.Executor):
         left = self.queue.in_memory.count(task_type=list(self.task_map), state="waiting")
         if left:
             _log.warning("%d in-memory tasks had not started at shutdown; they end here", left)
-        for future in list(self._futures.values()):
+        for future in self._unresolved():
             self._future_thread.post(future._end_cancelled)
         for thread in self._event_threads():
             thread.stop()

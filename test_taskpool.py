@@ -295,6 +295,11 @@ class Unprintable(Exception):
         raise RuntimeError("no text")
 
 
+class Leaving(Exception):
+    def __str__(self):
+        sys.exit(3)
+
+
 class Exploding:
     def __reduce__(self):
         return (explode, ())
@@ -315,6 +320,8 @@ def raise_kind(job):
         raise Odd(1, text="odd")
     if kind == "unprintable":
         raise Unprintable
+    if kind == "leaving":
+        raise Leaving
     if kind == "exit":
         raise SystemExit("disk missing")
     if kind == "exit0":
@@ -837,6 +844,21 @@ class TestQueueVerbs(InFolder):
         queue.add_task("echo", task_id="later", due_date=timedelta(hours=1))
         with self.assertRaisesRegex(TimeoutError, "later.*waiting"):
             queue.wait("later", 0.01)
+
+    def test_wait_for_a_repeating_task_ends_with_the_run_under_way_or_the_next(self):
+        """Whenever it was called, and wherever updates move the due date meanwhile."""
+        waits = row("s", repeat=timedelta(hours=1), due_date=timedelta(hours=5))
+        sooner, later = (waits._replace(due_at=NOW + n * SECOND) for n in (0, 9 * 3600))
+        runs = taskpool.claimed(sooner, "me|", NOW)
+        ended = taskpool.after_run(runs, Outcome("s", 1, "done"), NOW)
+        again = taskpool.after_run(taskpool.claimed(ended, "me|", NOW), Outcome("s", 2, "done"), NOW)
+        given_back = taskpool.given_back(runs, NOW)
+        for seen in (
+            [runs, ended], [runs, given_back, runs._replace(claim=2), ended._replace(claim=2)], [waits, sooner, runs, ended],
+            [waits, later, sooner, ended], [ended, again], [later, runs, ended], [runs, runs._replace(claim=2, due_at=NOW + 1)],
+        ):
+            with mock.patch.object(self.both._store, "find", side_effect=[[r] for r in seen]) as look:
+                self.assertEqual((self.both.wait("s", PATIENCE)._row, look.call_count), (seen[-1], len(seen)))
 
     def test_the_queue_can_be_closed_and_used_again(self):
         with TaskQueue(self.folder / "again.db") as queue:
@@ -3495,6 +3517,29 @@ class TestExecutor(WithCluster):
             for future in filter(None, (first, joins)):
                 self.assertEqual(future.result(PATIENCE), "held")
 
+    def test_a_future_that_found_its_task_in_another_cluster_ends_whatever_comes_after_it(self):
+        for how in ("nothing", "follows", "follows later", "is removed"):
+            queue, now = self.queue(f"{how}.db"), int(time.time() * 1e6)
+            queue.add_task("echo", task_id="x")
+            self.assertEqual(len(queue._store.claim("another|", {"echo": 1.0}, 1, now)), 1)
+            cluster = self.cluster({"echo": echo}, queue)
+            found = [cluster.submit("echo", 0, task_id="x", if_exists="keep") for _ in range(2)]
+            if how != "nothing":
+                due_date = timedelta(days=how == "follows later")
+                follows = cluster.submit("echo", 1, task_id="x", if_exists="replace", due_date=due_date)
+            if how == "is removed":
+                queue.remove(task_id="x")
+            eventually(lambda: not cluster._check_futures)  # It has looked, and seen it running.
+            self.assertFalse(any(future.done() for future in found))
+            queue._store.settle("another|", [Outcome("x", 1, "done")], now)
+            self.assertEqual([future.result(PATIENCE) for future in found], [None, None])
+            if how == "follows":
+                self.assertEqual(follows.result(PATIENCE), 1)
+            elif how == "follows later":
+                self.assertTrue(follows.cancel())
+            elif how == "is removed":
+                self.assertTrue(eventually(follows.cancelled))
+
     def test_of_threads_that_submit_one_id_each_has_its_due(self):
         """Who was stored has a result, whatever the others do meanwhile."""
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
@@ -3576,7 +3621,7 @@ class TestFailures(WithCluster):
     def test_an_exception_that_cannot_be_rebuilt_becomes_a_remote_error(self):
         """EX-01, EX-03, EX-05, EX-09, ENGINE 22, 23."""
         for kind, type_name, text in [
-            ("odd", "Odd", "1: odd"), ("unprintable", "Unprintable", ""), ("exit", "SystemExit", "disk missing"),
+            ("odd", "Odd", "1: odd"), ("unprintable", "Unprintable", ""), ("leaving", "Leaving", ""), ("exit", "SystemExit", "disk missing"),
             ("exit0", "SystemExit", "0"), ("interrupt", "KeyboardInterrupt", ""), ("local", "Local", "inside"),
             ("lock", "ValueError", "holds a lock"), ("huge", "ValueError", "xxx"), ("base", "Bare", "bare"),
         ]:
@@ -3588,7 +3633,7 @@ class TestFailures(WithCluster):
                     self.assertLess(len(error.traceback), 200_000)
                 else:
                     self.assertEqual(type(error).__name__, type_name)
-                if kind != "unprintable":
+                if kind not in ("unprintable", "leaving"):
                     self.assertIn(text, str(error))
                 task = self.shared_queue.find_one(state="failed", task_type="raise_kind")
                 self.assertIn(type_name, task.error.split("\n")[0])
@@ -7630,6 +7675,14 @@ class TestRepeat(InFolder):
         with self.cluster({"slot": add_slot}, queue):
             pass
         self.assertEqual((queue.count(), len(lines_of(path))), (0, 1))
+
+    def test_a_new_repeat_begins_with_all_attempts(self):
+        queue = self.queue()
+        for store in (queue, queue.in_memory):
+            queue.add_task("fail", task_id="s", retries=1, retry_delay=60, repeat=timedelta(hours=1), in_memory=store is not queue)
+            self.assertEqual([t.attempt for t in queue.run_due({"fail": fail})], [1])
+            self.assertEqual(store.update("s", repeat=timedelta(hours=2)).attempt, 0)
+            store.remove(task_id="s")
 
     def test_remove_during_a_run_ends_it(self):
         for in_memory in (False, True):
