@@ -1160,6 +1160,18 @@ def as_told(row: Row, outcome: Outcome, now: int) -> Row:
     return row._replace(state=state, owner="", result=outcome.result, error=outcome.error)
 
 
+def goes_on(row: Row, outcome: Outcome) -> bool:
+    """Whether the task waits again after that end, unless it was removed or replaced."""
+    again = outcome.state == "ready" or (row.repeat is not None and outcome.state != "running")
+    return outcome.charged and again
+
+
+def cut_short(row: Row, outcome: Outcome) -> tuple[Row, Outcome]:
+    """The two for those who are told, if it was removed or replaced during the run."""
+    state = "failed" if outcome.state == "ready" else outcome.state
+    return row._replace(repeat=None), outcome._replace(state=state)
+
+
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     """running -> the Row that follows, or None if the task is over and gone."""
     if outcome.progress is not None:
@@ -3551,7 +3563,12 @@ def _awaited(value: Any) -> Any:
     if type(value) is CoroutineType:
         import asyncio
 
-        value = asyncio.run(value)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(value)
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:  # This one has a loop (run_due).
+            return thread.submit(asyncio.run, value).result()
     return value
 
 
@@ -3647,6 +3664,13 @@ class _Reports:
             self._number = -1
 
 
+def _still_there(store: Store, rows: Iterable[Row], now: int) -> set[str]:
+    """The ids of those that were neither removed nor replaced."""
+    ids = {row.id: row.created_at for row in rows}
+    found = store.find(Query(ids=list(ids)), now) if ids else []
+    return {row.id for row in found if row.created_at == ids[row.id]}
+
+
 class _RunHere:
     """TaskQueue.run_due: a master and its only worker in the caller's thread."""
 
@@ -3724,6 +3748,8 @@ class _RunHere:
         outcome, row = outcome._replace(progress=self._row.progress), self._row
         now = self._queue._now()
         store.settle(self._owner, [outcome], now)
+        if goes_on(row, outcome) and row.id not in _still_there(store, [row], now):
+            row, outcome = cut_short(row, outcome)
         told = as_told(row, outcome, now)
         result = None if error is not None else _kept(row._replace(keep_result=0.0), value)[0]
         self._ended.append(Task(told._replace(result=result)))
@@ -6148,8 +6174,18 @@ class Cluster(concurrent.futures.Executor):
     def _settle_in_memory(self) -> None:
         if self._unsettled_here:
             runs, self._unsettled_here = self._unsettled_here, []
-            memory, outcomes = self.queue.in_memory._memory, [run.outcome for run in runs]
-            self._settled(runs, memory.settle(self._owner, outcomes, self.queue._now()))
+            self._settled(runs, self._record(self.queue.in_memory._memory, runs))
+
+    def _record(self, store: Store, runs: list[_Run]) -> list[bool]:
+        """Have the store record how these ended: whether it held their claims."""
+        now = self.queue._now()
+        held = store.settle(self._owner, [run.outcome for run in runs], now)
+        again = [run for run in runs if goes_on(run.row, run.outcome)]
+        there = _still_there(store, [run.row for run in again], now) if again else set()
+        for run in again:
+            if run.row.id not in there:
+                run.row, run.outcome = cut_short(run.row, run.outcome)
+        return held
 
     def _settled(self, runs: list[_Run], held: list[bool]) -> None:
         """The store has recorded how these ended, if their claims were still held."""
@@ -6409,13 +6445,12 @@ class Cluster(concurrent.futures.Executor):
         runs, self._unsettled = self._unsettled, []
         added, self._look, self._added = self._added, False, False
         self._store_busy, self._in_flight = True, len(runs)
-        outcomes = [run.outcome for run in runs]
         owner, types, until = self._owner, dict(self._claimable()), self._until
         most = self._max_workers if claiming else 0
 
         def work() -> None:
             try:
-                answer: Any = self._store_turn(owner, outcomes, types, room, most, until, added)
+                answer: Any = self._store_turn(owner, runs, types, room, most, until, added)
             except BaseException as error:
                 answer = error
             self._post(lambda: self._on_store_answer(runs, answer))
@@ -6423,20 +6458,20 @@ class Cluster(concurrent.futures.Executor):
         self._store_thread.post(work)
 
     def _store_turn(
-        self, owner: str, outcomes: list[Outcome], types: Mapping[str, float], room: float,
+        self, owner: str, runs: list[_Run], types: Mapping[str, float], room: float,
         most: int, until: int, added: bool,
     ) -> tuple[list[bool], list[Row], list[int] | None, int]:  # fmt: skip
         """What the store thread does for a turn, and when it looked. A look at an empty queue
         writes nothing."""
         store, held, rows, now = self.queue._store, [], [], self.queue._now()
-        if outcomes or (added and room > 0):
+        if runs or (added and room > 0):
             with store.transaction() as together:
-                if outcomes:
-                    held = store.settle(owner, outcomes, self.queue._now())
+                if runs:
+                    held = self._record(store, runs)
                 # A claim that failed must not undo, or seem to undo, what is recorded.
-                if room > 0 and (together is not None or not outcomes):
+                if room > 0 and (together is not None or not runs):
                     rows = store.claim(owner, types, room, self.queue._now(), until)
-            if most and (outcomes or rows):
+            if most and (runs or rows):
                 return held, rows, None, now  # The next turn looks on.
         now = self.queue._now()
         upcoming = store.next_due(owner, types, most, now, until) if most else []
