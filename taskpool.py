@@ -2860,8 +2860,8 @@ class _Claims:
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}  # What claim() gave out and settle() did not end.
         self.in_doubt = False  # The server may have more claims, of which nobody knows.
-        self.unsure: set[tuple[str, int]] = set()  # Ends that it may have recorded or not.
-        self.told: dict[tuple[str, int], bool] = {}  # Answers that got lost: transaction().
+        # Answers of settle() that got lost, by id and claim. None: perhaps it was recorded.
+        self.told: dict[Any, bool | None] = {}
 
 
 class MongoStore(Store):
@@ -3191,9 +3191,9 @@ class MongoStore(Store):
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
         with self._lock, self._errors():
             claims = self._claims[owner]
-            unsure = set(claims.unsure)
+            earlier = {o[:2]: claims.told[o[:2]] for o in outcomes if o[:2] in claims.told}
             # By id and claim. In most cases one bulk_write() answers for all.
-            answers = {o[:2]: claims.told.pop(o[:2]) for o in outcomes if o[:2] in claims.told}
+            answers = {end: held for end, held in earlier.items() if held is not None}
             todo = [_fitting(outcome) for outcome in outcomes if outcome[:2] not in answers]
             rows = {o.id: claims.rows[o.id] for o in todo if o.id in claims.rows}
             unknown = [outcome.id for outcome in todo if outcome.id not in rows]
@@ -3202,7 +3202,7 @@ class MongoStore(Store):
                 rows.update((row.id, row) for row in self._rows(where, now))
             while todo:
                 todo = [o for o in todo if o.id in rows and rows[o.id].claim == o.claim]
-                claims.unsure.update(o[:2] for o in todo)
+                claims.told.update((o[:2], None) for o in todo)
                 pairs = []
                 for outcome in todo:
                     row = rows[outcome.id]
@@ -3221,13 +3221,13 @@ class MongoStore(Store):
                         continue
                     # If an earlier try may have recorded it, it did: unless the task was
                     # recovered. (Not seen if that run has ended as well.)
-                    perhaps = hit is None or (not hit and outcome[:2] in unsure)
+                    perhaps = hit is None or (not hit and outcome[:2] in earlier)
                     mine = found is None or found.interrupted <= row.interrupted
                     answers[outcome[:2]] = bool(hit) or (perhaps and mine)
                 rows.update(there)
                 todo = again
             for outcome in outcomes:
-                claims.unsure.discard(outcome[:2])
+                claims.told.pop(outcome[:2], None)
                 if outcome.id in claims.rows and claims.rows[outcome.id].claim == outcome.claim:
                     del claims.rows[outcome.id]
                 if outcome.id in rows and _is_held(rows[outcome.id], owner, outcome):
