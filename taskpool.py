@@ -4658,6 +4658,13 @@ class _Calls:
             del call
 
 
+def _disown(end: Any) -> None:
+    """Close a file or socket that was among _master_ends."""
+    _master_ends.discard(end)
+    with contextlib.suppress(OSError):
+        end.close()
+
+
 class _WakeUp:
     """Ends the dispatcher's wait, from any thread: at most one byte is under way.
 
@@ -4695,8 +4702,7 @@ class _WakeUp:
 
     def close(self) -> None:
         for end in (self.reader, self._writer, self.bell):
-            _master_ends.discard(end)
-            end.close()
+            _disown(end)
 
 
 _READ_BYTES = 1 << 18
@@ -4717,12 +4723,6 @@ def _own(connection: Connection) -> Any:
     end = open(descriptor, mode, buffering=0)  # noqa: SIM115
     _master_ends.add(end)
     return end
-
-
-def _disown(end: Any) -> None:
-    _master_ends.discard(end)
-    with contextlib.suppress(OSError):
-        end.close()
 
 
 class _Channel:
@@ -5496,7 +5496,7 @@ class Cluster(concurrent.futures.Executor):
             self._context = multiprocessing.get_context(self._start_method)
             self._selector = selectors.DefaultSelector()
             _master_ends.add(self._selector)
-            undo.callback(self._close_selector)
+            undo.callback(_disown, self._selector)
             self._selector.register(wake.reader, selectors.EVENT_READ, wake.clear)
             if wake.port and not self._in_memory_only:
                 self._selector.register(wake.bell, selectors.EVENT_READ, self._on_bell)
@@ -5515,10 +5515,6 @@ class Cluster(concurrent.futures.Executor):
     def _unregister(self) -> None:
         self.queue._watchers = tuple(w for w in self.queue._watchers if w is not self)
         _running.discard(self)
-
-    def _close_selector(self) -> None:
-        self._selector.close()
-        _master_ends.discard(self._selector)
 
     def _take_name(self) -> _WakeUp:
         """Have an `_owner`, which says where to ring."""
@@ -6806,7 +6802,7 @@ class Cluster(concurrent.futures.Executor):
             self._future_thread.post(future._end_cancelled)
         for thread in self._event_threads():
             thread.stop()
-        self._close_selector()
+        _disown(self._selector)
         wake, self._wake = self._wake, None
         cast(_WakeUp, wake).close()
         self._unregister()
