@@ -5801,8 +5801,6 @@ class Cluster(concurrent.futures.Executor):
     # ---- Other threads' way in
 
     def _use(self, what: str) -> None:
-        if _is_master():
-            return
         _refuse_rerun(f"Cluster.{what}")
         if _worker is not None:
             raise RuntimeError(f"Cluster.{what} was called in a worker; only the master can")
