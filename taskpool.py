@@ -4881,10 +4881,6 @@ class _Run:
     ) -> None:
         self.outcome, self.event, self.packed, self.error = outcome, event, packed, error
 
-    def end_unheard(self, state: str, charged: bool) -> None:
-        """End without a word to listeners: given back, or cancelled."""
-        self.end(Outcome(self.row.id, self.row.claim, state, charged))
-
     def value(self) -> Any:
         """The result, or the exception. May take its time, and never raises."""
         if self.error is not None:
@@ -6000,7 +5996,9 @@ class Cluster(concurrent.futures.Executor):
             elif kind == "done":
                 self._on_done(worker, now, message)
             elif kind == "fail":
-                self._on_fail(worker, now, *message[2:])
+                _, _, seconds, failure, may_retry = message
+                run = self._ended(worker, now, seconds)
+                self._fail(run, failure, _error_text(failure), may_retry)
             elif kind == "start":
                 run = worker.runs[0]
                 run.deadline = time.monotonic() + cast(float, run.row.timeout)
@@ -6071,12 +6069,6 @@ class Cluster(concurrent.futures.Executor):
             packed,
         )
         self._settle(run)
-
-    def _on_fail(
-        self, worker: _WorkerHandle, now: float, seconds: float, failure: _Failure, may_retry: bool
-    ) -> None:
-        run = self._ended(worker, now, seconds)
-        self._fail(run, failure, _error_text(failure), may_retry)
 
     def _ended(self, worker: _WorkerHandle, now: float, seconds: float) -> _Run:
         """The head of the worker's runs, which has ended after *seconds*."""
@@ -6214,7 +6206,7 @@ class Cluster(concurrent.futures.Executor):
     def _give_back(self, runs: Iterable[_Run]) -> None:
         """running -> waiting, uncharged, for what has not started (or must stop)."""
         for run in runs:
-            run.end_unheard("ready", charged=False)
+            run.end(Outcome(run.row.id, run.row.claim, "ready", charged=False))
             self._settle(run)
         self._look = True
 
@@ -6699,7 +6691,7 @@ class Cluster(concurrent.futures.Executor):
     def _end_cancelled(self, run: _Run) -> None:
         if run.future is not None:
             run.future._end_cancelled()
-        run.end_unheard("removed", charged=True)
+        run.end(Outcome(run.row.id, run.row.claim, "removed"))
         self._settle(run)
 
     def _begin_finish(self, until: int) -> None:
