@@ -684,9 +684,10 @@ class Progress(NamedTuple):
         raise RuntimeError("progress can be reported by the running task only, with its `job`")
 
 
-def _column(name: str, what: str) -> Any:
-    """A documented attribute of Task: that column of its Row."""
-    return property(operator.attrgetter(f"_row.{name}"), doc=what)
+def _column(name: str, what: str, read: Callable[[Any], Any] | None = None) -> Any:
+    """A documented attribute of Task: that column of its Row, as *read* makes it."""
+    column = operator.attrgetter(f"_row.{name}")
+    return property(column if read is None else lambda task: read(column(task)), doc=what)
 
 
 class Task:
@@ -702,6 +703,17 @@ class Task:
     id: Final[str] = _column("id", "The task's id, unique in its store.")
     task_type: Final[str] = _column("task_type", "The key of the cluster's task map.")
     priority: Final[int] = _column("priority", "Higher starts first.")
+    due_date: Final[datetime] = _column(
+        "due_at", "The earliest start, an aware UTC datetime.", _datetime
+    )
+    created_at: Final[datetime] = _column(
+        "created_at", "When it was added, an aware UTC datetime.", _datetime
+    )
+    in_memory: Final[bool] = _column("in_memory", "Whether it lives in the master's memory only.")
+    state: Final[str] = _column(
+        "state", "`waiting`, `running`, `failed` or `done`.", _public_state
+    )
+    on_going: Final[bool] = _column("state", "Whether it is running.", lambda s: s == "running")
     attempt: Final[int] = _column("attempt", "Number of charged starts: 1 during the first run.")
     retries: Final[int] = _column("retries", "Further starts that a failure may have.")
     retry_delay: Final[float] = _column(
@@ -742,31 +754,6 @@ class Task:
         except AttributeError:
             object.__setattr__(self, "_data", _decode(self._row.data))
             return self._data
-
-    @property
-    def due_date(self) -> datetime:
-        """The earliest start, an aware UTC datetime."""
-        return _datetime(self._row.due_at)
-
-    @property
-    def created_at(self) -> datetime:
-        """When it was added, an aware UTC datetime."""
-        return _datetime(self._row.created_at)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether it lives in the master's memory only."""
-        return bool(self._row.in_memory)
-
-    @property
-    def state(self) -> str:
-        """`waiting`, `running`, `failed` or `done`."""
-        return _public_state(self._row.state)
-
-    @property
-    def on_going(self) -> bool:
-        """Whether it is running."""
-        return self._row.state == "running"
 
     @property
     def repeat(self) -> timedelta | Cron | None:
