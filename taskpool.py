@@ -1998,39 +1998,36 @@ _RENEW = "UPDATE taskpool_master SET beat = beat + 1 WHERE owner = ?"
 _ENTER = "INSERT INTO taskpool_master (owner, beat) VALUES (?, random() & 0xffffffff)"
 _LEAVE = "DELETE FROM taskpool_master WHERE owner = ?"
 _MASTERS = "SELECT owner FROM taskpool_master"
+
+
+def _values(name: str, column: str, where: str) -> str:
+    """A table *name*(v): the values that *column* has, by one look into an index for each."""
+    least = f"SELECT min({column}) FROM taskpool_task WHERE {where}"
+    after = f"SELECT ({least} AND {column} > v) FROM {name} WHERE v IS NOT NULL"
+    return f"{name}(v) AS ({least} UNION ALL {after})"
+
+
 # Holders of claims, and owners of lanes, that are not in the table of masters count as
 # silent masters: one may die before its first beat, or add to its lane as it leaves.
-_OWNERS = """
-WITH RECURSIVE lane_owner(o) AS (
-    SELECT min(lane) FROM taskpool_task WHERE lane > ''
-    UNION ALL SELECT (SELECT min(lane) FROM taskpool_task WHERE lane > '' AND lane > o)
-    FROM lane_owner WHERE o IS NOT NULL)
+_OWNERS = f"""
+WITH RECURSIVE {_values("lane_owner", "lane", "lane > ''")}
 SELECT owner, beat FROM taskpool_master
 UNION SELECT owner, -1 FROM (
     SELECT owner FROM taskpool_task WHERE state = 'running'
-    UNION SELECT o FROM lane_owner WHERE o IS NOT NULL)
+    UNION SELECT v FROM lane_owner WHERE v IS NOT NULL)
 WHERE owner NOT IN (SELECT owner FROM taskpool_master)
 """
 _OPEN_LANE = "UPDATE taskpool_task SET lane = '' WHERE lane > '' AND lane = ?"
 _EXPIRE = "DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ?"
 
-# The task types for all of which a task can start now, one index look-up each.
-_STARTABLE = """
-WITH RECURSIVE
-ready(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'ready' AND lane = ''
-    UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'ready' AND lane = '' AND task_type > t)
-    FROM ready WHERE t IS NOT NULL),
-scheduled(t) AS (
-    SELECT min(task_type) FROM taskpool_task WHERE state = 'scheduled' AND lane = ''
-    UNION ALL SELECT (SELECT min(task_type) FROM taskpool_task
-                      WHERE state = 'scheduled' AND lane = '' AND task_type > t)
-    FROM scheduled WHERE t IS NOT NULL)
-SELECT t FROM ready WHERE t IS NOT NULL
-UNION SELECT t FROM scheduled WHERE t IS NOT NULL AND
+# The task types for all of which a task can start now.
+_STARTABLE = f"""
+WITH RECURSIVE {_values("ready", "task_type", "state = 'ready' AND lane = ''")},
+    {_values("scheduled", "task_type", "state = 'scheduled' AND lane = ''")}
+SELECT v FROM ready WHERE v IS NOT NULL
+UNION SELECT v FROM scheduled WHERE v IS NOT NULL AND
     (SELECT min(ready_at) FROM taskpool_task
-     WHERE state = 'scheduled' AND lane = '' AND task_type = t) <= ?
+     WHERE state = 'scheduled' AND lane = '' AND task_type = v) <= ?
 """
 
 _OLDEST_FIRST = "ORDER BY created_at, seq LIMIT ? OFFSET ?"
