@@ -5050,18 +5050,10 @@ class _Nobody:
     def waiters(self) -> _Nobody:
         return self
 
-    def append(self, waiter: object) -> None:
+    def _do_nothing(self, *_: object) -> None:
         pass
 
-    remove = append
-
-    def acquire(self) -> None:
-        pass
-
-    release = __enter__ = acquire
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    append = remove = acquire = release = __enter__ = __exit__ = _do_nothing
 
 
 _NOBODY = _Nobody()
