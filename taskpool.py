@@ -4607,11 +4607,9 @@ class _Calls:
 
     def __init__(self, name: str) -> None:
         self._calls: _queues.SimpleQueue[Callable[[], Any] | None] = _queues.SimpleQueue()
+        self.post: Callable[[Callable[[], Any]], None] = self._calls.put
         self._thread = threading.Thread(target=self._work, name=f"taskpool-{name}", daemon=True)
         self._thread.start()
-
-    def post(self, call: Callable[[], Any]) -> None:
-        self._calls.put(call)
 
     def stop(self) -> None:
         """End the thread after the calls posted so far. Does not wait."""
