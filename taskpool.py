@@ -817,9 +817,9 @@ def _wrong(name: str, value: Any, allowed: str, *kinds: type) -> Exception:
     return (_wrong_value if type(value) in kinds else _wrong_type)(name, value, allowed)
 
 
-def _checked_int(name: str, value: Any, low: int, high: int = MAX_INT) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise _wrong(name, value, f"an int from {low} to {high}", int)
+def _checked_int(name: str, value: Any, low: int) -> int:
+    if type(value) is not int or not low <= value <= MAX_INT:
+        raise _wrong(name, value, f"an int from {low} to {MAX_INT}", int)
     return value
 
 
@@ -4618,18 +4618,16 @@ class _Calls:
     def is_current(self) -> bool:
         return threading.current_thread() is self._thread
 
-    def flush(self, timeout: float) -> bool:
+    def flush(self, timeout: float) -> None:
         """Wait until the calls posted so far were made; never for itself."""
         if self.is_current():
-            return True
+            return
         done, deadline = threading.Event(), time.monotonic() + timeout
         self._calls.put(done.set)
         while not done.wait(0.02):
-            if not self._thread.is_alive():  # It was stopped, and made all calls.
-                return True
-            if time.monotonic() > deadline:
-                return False
-        return True
+            # Not alive: it was stopped, and made all calls.
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                return
 
     def _work(self) -> None:
         for call in iter(self._calls.get, None):
