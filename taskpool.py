@@ -5189,21 +5189,19 @@ def _allowed_workers(wanted: Any, oversubscribe: bool) -> int:
         wanted = cpus
     elif type(wanted) is not int:
         raise _wrong_type("max_available_workers", wanted, "an int or None")
-    quiet = not _is_master()
+    allowed: int = max(1, wanted if oversubscribe else min(wanted, cpus))
+    if not _is_master():
+        return allowed
     if wanted < 1:
-        if not quiet:
-            _log.warning("max_available_workers is %d; using 1", wanted)
-        wanted = 1
-    elif wanted > cpus and not oversubscribe:
+        _log.warning("max_available_workers is %d; using 1", wanted)
+    elif wanted > allowed:
         text = "max_available_workers is %d, but there are %d CPUs; using %d (see oversubscribe)"
-        if not quiet:
-            _log.warning(text, wanted, cpus, cpus)
-        wanted = cpus
-    if wanted == cpus and not quiet and not _warned_all_cpus:
+        _log.warning(text, wanted, cpus, cpus)
+    if allowed == cpus and not _warned_all_cpus:
         _warned_all_cpus = True
         text = "all %d CPUs are used by workers; leave some for the master and the system"
         _log.warning(text, cpus)
-    return cast(int, wanted)
+    return allowed
 
 
 @contextlib.contextmanager
