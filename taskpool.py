@@ -6033,11 +6033,8 @@ class Cluster(concurrent.futures.Executor):
                 "to wait for it",
                 *(row.task_type, row.id, opened, what),
             )
-        run.end(
-            Outcome(row.id, row.claim, "done", True, 0, kept, problem, row.progress),
-            "done",
-            packed,
-        )
+        outcome = Outcome(row.id, row.claim, "done", True, 0, kept, problem, row.progress)
+        run.end(outcome, "done", packed)
         self._settle(run)
 
     def _ended(self, worker: _WorkerHandle, now: float, seconds: float) -> _Run:
@@ -6560,8 +6557,7 @@ class Cluster(concurrent.futures.Executor):
                     ended = store.recover(self._owner, time.monotonic(), wall)
                     foreign = store.foreign(self.task_map, wall) if warn else []
                 except Exception as error:
-                    failure = error  # `error` itself is gone after this block.
-                    self._post(lambda: self._on_watch_failure(failure))
+                    self._post(functools.partial(self._on_watch_failure, error))
                 else:
                     self._post(lambda: self._on_watched(ended, foreign))
 
@@ -7181,9 +7177,8 @@ _COUNTS = ("waiting", "due", "running", "failed", "done")
 def _told_owner(owner: str) -> dict[str, Any]:
     """Which process an owner is, and whether it lives: alive, dead or unknown."""
     place, pid, start = (str(owner).split("|") + ["", "", ""])[:3]
-    state = "dead" if owner_is_dead(owner) else "unknown"
-    if state == "unknown" and start and place == _here():
-        state = "alive"
+    is_here = start and place == _here()
+    state = "dead" if owner_is_dead(owner) else "alive" if is_here else "unknown"
     return {"pid": int(pid) if pid.isdigit() else None, "state": state}
 
 
