@@ -900,8 +900,6 @@ def _aware(date: datetime) -> datetime:
 def _instant(due_date: Any, now: int, name: str = "due_date") -> int:
     """Microseconds since 1970 of a due date; naive datetimes are local time."""
     allowed = "a datetime (naive = local time), a timedelta from now, or None"
-    if due_date is None:
-        return now
     if not isinstance(due_date, (datetime, timedelta)):
         raise _wrong_type(name, due_date, allowed)
     try:
