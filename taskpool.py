@@ -7312,11 +7312,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     cells = [list(head)] + [[_plain(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     right = [all(text.replace(",", "").isdigit() for text in c[1:]) for c in zip(*cells)]
+    pads = [str.rjust if to_right else str.ljust for to_right in right]
     return [
-        "  ".join(
-            text.rjust(width) if to_right else text.ljust(width)
-            for text, width, to_right in zip(row, widths, right)
-        ).rstrip()
+        "  ".join(pad(text, width) for pad, text, width in zip(pads, row, widths)).rstrip()
         for row in cells
     ]
 
@@ -7379,10 +7377,8 @@ def _print_list(options: Any) -> int:
     now = time.time_ns() // 1000
     query = Query(types=options.type, states=options.state)
     with contextlib.closing(_ViewOfFile(options.db)) as view:
-        tasks = [
-            _told_task(Task(row)) for row in view.find(query._replace(limit=options.limit), now)
-        ]
-        total = view.count(query, now)
+        found = view.find(query._replace(limit=options.limit), now)
+        tasks, total = [_told_task(Task(row)) for row in found], view.count(query, now)
     if options.json:
         print(json.dumps(tasks, default=str, indent=2))
         return OK
