@@ -5610,15 +5610,15 @@ class Cluster(concurrent.futures.Executor):
                 self._futures.setdefault(row.id, latest)
             return future
 
-    def _join(self, run: _Run) -> None:
+    def _join(self, run: _Run, kept: list[_TaskFuture]) -> None:
         """Have Futures that found its task there (if_exists="keep") share in its end."""
-        for kept in list(self._elsewhere):
-            if kept._row.id == run.row.id and kept._row.created_at == run.row.created_at:
-                self._elsewhere.discard(kept)
+        for future in kept:
+            if future._row.created_at == run.row.created_at:
+                self._elsewhere.discard(future)
                 if run.future is None:
-                    run.future = kept
+                    run.future = future
                 else:
-                    _follow(kept, run.future)
+                    _follow(future, run.future)
 
     def map(  # type: ignore[override]
         self, task_type: str, data: Iterable[Any], timeout: float | timedelta | None = None
@@ -6141,10 +6141,13 @@ class Cluster(concurrent.futures.Executor):
     def _settled(self, runs: list[_Run], held: list[bool]) -> None:
         """The store has recorded how these ended, if their claims were still held."""
         resolvable, listeners = [], self.queue._listeners
+        kept: dict[str, list[_TaskFuture]] = {}
+        for found in list(self._elsewhere):
+            kept.setdefault(found._row.id, []).append(found)
         for run, was_held in zip(runs, held):
             row = run.row
-            if self._elsewhere and was_held and run.outcome.state not in ("running", "ready"):
-                self._join(run)
+            if row.id in kept and was_held and run.outcome.state not in ("running", "ready"):
+                self._join(run, kept[row.id])
             future = run.future
             if not was_held:
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
