@@ -6278,6 +6278,9 @@ class Cluster(concurrent.futures.Executor):
                 _resolve(future, error=error)
 
             self._future_thread.post(fail)
+        while self._elsewhere:  # Their tasks are not ours to remove.
+            found = self._elsewhere.pop()
+            self._future_thread.post(functools.partial(_resolve, found, error=error))
 
     def _scale(self, now: float) -> None:
         """Start the workers that are needed, close those that are not."""

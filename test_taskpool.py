@@ -2324,6 +2324,19 @@ class MongoContract(StoreContract):
         self.assertEqual(store.settle("me", [Outcome("t", first.claim, "done")], NOW), [False])
         self.assertTrue(self.settle(second, "done", owner="you"))
 
+    def test_an_answer_that_got_lost_is_given_although_the_next_try_breaks_off(self):
+        store, faults = self.faulty()
+        self.add(row("a"), row("b"))
+        outcomes = [Outcome(r.id, r.claim, "done") for r in store.claim("me", ["x"], 2, NOW)]
+        with contextlib.suppress(ZeroDivisionError), store.transaction():
+            self.assertEqual(store.settle("me", outcomes[:1], NOW), [True])
+            raise ZeroDivisionError
+        faults.always = OSError("cut")
+        with self.assertRaises(StoreError):
+            store.settle("me", outcomes, NOW)
+        faults.always = None
+        self.assertEqual(store.settle("me", outcomes, NOW), [True, True])
+
     def test_a_turn_that_fails_after_settle_gives_the_same_answers_again(self):
         """The master settles and claims in one transaction(), and knows nothing if it fails."""
         store, faults = self.faulty()
@@ -5606,7 +5619,9 @@ class TestEnds(InFolder):
                     stored = queue.add_task("f", task_id="stored")
                     large = functools.partial(f, ballast="x" * 500_000)  # More than a pipe holds.
                     cluster = Cluster({{"f": large}}, queue, max_available_workers=1)
+                    kept = cluster.submit("f", task_id="stored", if_exists="keep")
                     print("future", cluster.submit("f").exception())
+                    print("kept", kept.exception())
                     for wait in (cluster.drain, cluster.run):
                         try:
                             wait()
@@ -5615,7 +5630,7 @@ class TestEnds(InFolder):
             """
             with self.subTest(body=body):
                 out = self.run_script(source)
-                for name in ("future", "drain", "run"):
+                for name in ("future", "kept", "drain", "run"):
                     line = next(line for line in out.splitlines() if line.startswith(name))
                     self.assertIn(text, line)
                 self.assertLessEqual(self.stderr.count("could not start"), 2)
