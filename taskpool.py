@@ -161,6 +161,9 @@ class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]
     """The logger, of which a handler that raises stops nothing here."""
 
     def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
+        kwargs["stacklevel"] = (
+            2 if sys.version_info >= (3, 11) else 3
+        )  # Our caller, not this line.
         try:
             super().log(level, msg, *args, **kwargs)
         except Exception:
@@ -2218,25 +2221,29 @@ class SQLiteStore(Store):
             return "; the file is not writable"
         return ""
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, uri: str | None = None) -> sqlite3.Connection:
         db = sqlite3.connect(
-            self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
+            uri or self.path, uri=uri is not None,
+            timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False,
+        )  # fmt: skip
         try:
-            self._version(db)  # A newer file is refused before anything is changed.
-            db.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # Does nothing to an old file.
-            self._use_wal(db)
-            db.execute(f"PRAGMA synchronous = {self._synchronous}")
-            db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-            if self._version(db) != SCHEMA_VERSION:
-                db.execute("BEGIN IMMEDIATE")
-                self._make_schema(db)
-                db.execute("COMMIT")
+            self._prepare(db)
         except BaseException:
             db.close()
             raise
         self._connections.append(db)
         return db
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        self._version(db)  # A newer file is refused before anything is changed.
+        db.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # Does nothing to an old file.
+        self._use_wal(db)
+        db.execute(f"PRAGMA synchronous = {self._synchronous}")
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        if self._version(db) != SCHEMA_VERSION:
+            db.execute("BEGIN IMMEDIATE")
+            self._make_schema(db)
+            db.execute("COMMIT")
 
     def _version(self, db: sqlite3.Connection | sqlite3.Cursor) -> int | None:
         """The version of our tables, None if there are none. Raises StoreError if newer.
@@ -7202,7 +7209,7 @@ def _told(thing: Any, how: str | Callable[[Any], Any]) -> Any:
 class _ViewOfFile(SQLiteStore):
     """An existing file as it is: to look at it neither makes, upgrades nor changes it."""
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, uri: str | None = None) -> sqlite3.Connection:
         import pathlib
 
         if not os.path.exists(self.path):
@@ -7211,27 +7218,20 @@ class _ViewOfFile(SQLiteStore):
         able = all(os.access(p, os.W_OK) for p in (os.path.dirname(self.path), self.path))
         quiet = not able and not os.path.exists(f"{self.path}-wal")  # Nobody has it open.
         mode = "immutable=1" if quiet else "mode=rw"
-        db = sqlite3.connect(
-            f"{pathlib.Path(self.path).as_uri()}?{mode}",
-            uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False,
-        )  # fmt: skip
-        try:
-            version = self._version(db)
-            if version is None:
-                raise StoreError(f"{self.path}: holds no tasks; give the file of your TaskQueue")
-            if version < SCHEMA_VERSION:  # Seen as it would be now, by a view in memory.
-                there = {name for _, name, *_ in db.execute("PRAGMA table_info(taskpool_task)")}
-                columns = [name if name in there else f"NULL AS {name}" for name in _COLUMNS]
-                columns.append("2 * seq + 1 AS seq")
-                db.execute("PRAGMA temp_store = MEMORY")
-                view = f"SELECT {', '.join(columns)} FROM main.taskpool_task"
-                db.execute(f"CREATE TEMP VIEW taskpool_task AS {view}")
-            db.execute("PRAGMA query_only = 1")
-        except BaseException:
-            db.close()
-            raise
-        self._connections.append(db)
-        return db
+        return super()._open(f"{pathlib.Path(self.path).as_uri()}?{mode}")
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        version = self._version(db)
+        if version is None:
+            raise StoreError(f"{self.path}: holds no tasks; give the file of your TaskQueue")
+        if version < SCHEMA_VERSION:  # Seen as it would be now, by a view in memory.
+            there = {name for _, name, *_ in db.execute("PRAGMA table_info(taskpool_task)")}
+            columns = [name if name in there else f"NULL AS {name}" for name in _COLUMNS]
+            columns.append("2 * seq + 1 AS seq")
+            db.execute("PRAGMA temp_store = MEMORY")
+            view = f"SELECT {', '.join(columns)} FROM main.taskpool_task"
+            db.execute(f"CREATE TEMP VIEW taskpool_task AS {view}")
+        db.execute("PRAGMA query_only = 1")
 
     def status(self, now: int) -> dict[str, Any]:
         """What `status --json` prints."""
@@ -7448,11 +7448,9 @@ def _change(options: Any) -> int:
 
 
 def _load_task_map(name: str) -> Mapping[str, TaskFunction]:
-    """The mapping that MODULE:NAME means, in the master and in its workers. Raises
-    TaskPoolError, in one line."""
+    """The mapping that MODULE:NAME means. Raises TaskPoolError, in one line."""
     import importlib
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     module_name, _, attributes = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(1, os.getcwd())  # Behind the folder of this file.
@@ -7470,6 +7468,12 @@ def _load_task_map(name: str) -> Mapping[str, TaskFunction]:
         raise TaskPoolError(f"{name} cannot be used as a task map: {text}{where}") from error
 
 
+def _served(name: str) -> Mapping[str, TaskFunction]:
+    """That of the command run, where it logs: in the master, and alike in its workers."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    return _load_task_map(name)
+
+
 class _NamedTaskMap:
     """A task map on its way to a worker, which imports it: so lambdas work, too."""
 
@@ -7477,13 +7481,13 @@ class _NamedTaskMap:
         self.name = name
 
     def __reduce__(self) -> Any:
-        return _load_task_map, (self.name,)
+        return _served, (self.name,)
 
 
 def _serve(options: Any) -> int:
     """The command run: a Cluster on its own."""
     name, workers = options.task_map, options.workers
-    task_map = _load_task_map(name)
+    task_map = _served(name)
     with TaskQueue(options.db) as queue:
         queue.count(task_id="")  # Raises if the file can't be used.
         cluster = Cluster(task_map, queue, max_available_workers=workers, auto_initialize=False)

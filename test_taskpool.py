@@ -4337,6 +4337,18 @@ class TestClusterOptions(InFolder):
 # --- The promises --------------------------------------------------------------------
 
 
+class FullDisk(SQLiteStore):
+    """A store of which the next *fails* settle() fail."""
+
+    fails = 0
+
+    def settle(self, owner, outcomes, now):
+        if self.fails > 0:
+            self.fails -= 1
+            raise StoreError("the disk is full")
+        return super().settle(owner, outcomes, now)
+
+
 class TestP1NothingIsLost(InFolder):
     """P1 A persistent task that add_task returned is not lost."""
 
@@ -4384,19 +4396,11 @@ class TestP1NothingIsLost(InFolder):
         self.assertEqual(future.result(PATIENCE), "stored")
 
     def test_a_store_that_fails_for_a_while_is_tried_again(self):
-        class Failing(SQLiteStore):
-            fails = 0
-
-            def settle(self, owner, outcomes, now):
-                if Failing.fails > 0:
-                    Failing.fails -= 1
-                    raise StoreError("the disk is full")
-                return super().settle(owner, outcomes, now)
-
-        with TaskQueue(Failing(self.folder / "failing.db")) as queue:
+        store = FullDisk(self.folder / "failing.db")
+        with TaskQueue(store) as queue:
             cluster = self.cluster({"line": add_line, "echo": echo}, queue)
             cluster.submit("echo").result(PATIENCE)
-            Failing.fails = 3
+            store.fails = 3
             with self.assertLogs("taskpool", "WARNING") as logs:
                 path = str(self.folder / "lines")
                 cluster.submit("line", {"file": path}, task_id="once").result(PATIENCE)
@@ -4408,7 +4412,7 @@ class TestP1NothingIsLost(InFolder):
             for path in repeated:
                 queue.add_task("line", {"file": str(path)}, task_id=path.name, repeat=timedelta(milliseconds=50))
             eventually(lambda: all(lines_of(path) for path in repeated))
-            Failing.fails = 2
+            store.fails = 2
             with self.assertLogs("taskpool", "WARNING") as logs:
                 eventually(lambda: "works again" in "\n".join(logs.output))
             counts = [len(lines_of(path)) for path in repeated]
@@ -4417,19 +4421,12 @@ class TestP1NothingIsLost(InFolder):
             cluster.shutdown()
 
     def test_the_end_waits_for_a_store_that_fails_for_a_while(self):
-        class Failing(SQLiteStore):
-            fails = 3
-
-            def settle(self, owner, outcomes, now):
-                if Failing.fails > 0:
-                    Failing.fails -= 1
-                    raise StoreError("the disk is full")
-                return super().settle(owner, outcomes, now)
-
-        with TaskQueue(Failing(self.folder / "failing.db")) as queue:
+        store = FullDisk(self.folder / "failing.db")
+        store.fails = 3
+        with TaskQueue(store) as queue:
             queue.add_task("line", {"file": str(self.folder / "lines")})
             self.cluster({"line": add_line}, queue, shutdown_timeout=PATIENCE).shutdown()
-            self.assertEqual((Failing.fails, queue.count()), (0, 0))
+            self.assertEqual((store.fails, queue.count()), (0, 0))
 
     def test_the_end_does_not_wait_for_ever_for_a_store_that_does_not_come_back(self):
         class Broken(SQLiteStore):
@@ -4608,6 +4605,7 @@ class TestP2OnceAndOnlyOnce(InFolder):
             Path(path + ".end").touch()
             eventually(lambda: logs.output)
         self.assertIn("its claim was lost", logs.output[0])
+        self.assertEqual(logs.records[0].funcName, "_settled")  # Not what passes all lines on.
         self.assertEqual(queue.find_one().state, "running")
         self.assertEqual([w["state"] for w in cluster.workers() if w["state"] == "busy"], [])
         self.assertFalse(future.done())
