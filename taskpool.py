@@ -99,6 +99,7 @@ import selectors
 import signal
 import socket
 import sqlite3
+import stat
 import struct
 import sys
 import threading
@@ -1014,7 +1015,11 @@ def _make_row(
     if keep_result is not None:
         keep_result = _checked_seconds("keep_result", keep_result, zero=True)
     if connection is not None and not isinstance(connection, sqlite3.Connection):
-        raise _wrong_type("connection", connection, "a sqlite3.Connection to the queue's file")
+        allowed = (
+            "a sqlite3.Connection to the queue's file (Django: connection.connection; "
+            "SQLAlchemy: connection.connection.driver_connection)"
+        )
+        raise _wrong_type("connection", connection, allowed)
     if repeat is not None:
         rule = _checked_repeat(repeat)
         if isinstance(rule, timedelta):
@@ -1907,6 +1912,14 @@ _FILES = "PRAGMA database_list"  # Rows of number, name, file.
 # Does nothing, but as a write: it waits for the lock, where a transaction that has only
 # read fails at once if another process wrote meanwhile.
 _LOCK = "PRAGMA main.incremental_vacuum(1)"
+# SQLite waits for other writers only before the first read of a transaction.
+_BUSY_SNAPSHOT = 517  # SQLite's code.
+_HAS_READ = (
+    "SQLite does not wait for other writers where your transaction has read before it writes; "
+    "roll back and begin with BEGIN IMMEDIATE (Django: transaction_mode; SQLAlchemy: an event; "
+    "see README, In your own transaction), add the task before you read, or give the queue a "
+    "file of its own"
+)
 
 # -> waiting, without a history but for claim. seq is the number given, or the next odd one.
 _NEW_SEQ = "coalesce(?, (SELECT coalesce(max(seq), 0) + 1 | 1 FROM taskpool_task))"
@@ -2199,10 +2212,12 @@ class SQLiteStore(Store):
         except sqlite3.Error as error:
             raise self._store_error(error) from error
 
-    def _store_error(self, error: sqlite3.Error) -> StoreError:
+    def _store_error(self, error: sqlite3.Error, why: str = "") -> StoreError:
         if type(error) is sqlite3.DatabaseError:
             self._stale = True  # Damaged, perhaps: look at the file afresh next time.
-        return StoreError(f"{self.path}: {error}{self._hint()}")
+        if type(error) is sqlite3.OperationalError and "locked" not in str(error):
+            why = why or self._hint()
+        return StoreError(f"{self.path}: {error}{why and '; '}{why}")
 
     def _identity(self) -> tuple[int, int]:
         """Which file has our name now. SQLite writes to the one that it opened, also when
@@ -2214,11 +2229,34 @@ class SQLiteStore(Store):
         return found.st_dev, found.st_ino
 
     def _hint(self) -> str:
-        folder = os.path.dirname(self.path)
-        if not os.path.isdir(folder):
-            return f"; the folder {folder} does not exist"
-        if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
-            return "; the file is not writable"
+        """What is wrong with the file, where SQLite knows only that it cannot use it.
+
+        Never opens the file: closing it again would drop SQLite's locks on it.
+        """
+        real = os.path.realpath(self.path)
+        name, folder = "it" if real == self.path else real, os.path.dirname(real)
+        try:
+            mode = os.stat(real).st_mode
+            if not stat.S_ISREG(mode):
+                kind = "folder" if stat.S_ISDIR(mode) else "device, pipe or socket"
+                return f"{name} is a {kind}; give the name of a file"
+            needs = [(real, name, "readable", os.R_OK), (real, name, "writable", os.W_OK)]
+        except FileNotFoundError:
+            if not os.path.isdir(folder):
+                return f"the folder {folder} does not exist"
+            needs = []
+        except OSError as error:  # The name is too long, say.
+            return str(error.strerror)
+        needs.append((folder, f"the folder {folder}", "writable", os.W_OK | os.X_OK))
+        for place, name, able, flag in needs:
+            if not os.access(place, flag):
+                flags = os.statvfs(folder).f_flag if hasattr(os, "statvfs") else 0
+                why = " (a read-only file system)" if flags & getattr(os, "ST_RDONLY", 0) else ""
+                return f"{name} is not {able}{why}"
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as error:  # Too many open files.
+            return str(error.strerror)
         return ""
 
     def _open(self, uri: str | None = None) -> sqlite3.Connection:
@@ -2411,9 +2449,9 @@ class SQLiteStore(Store):
 
         Begins one where sqlite3 would; neither commits nor rolls it back.
         """
-        factory = connection.text_factory
-        db = sqlite3.Cursor(connection)  # Without the connection's row_factory.
+        started, factory = time.monotonic(), connection.text_factory
         with self._errors():
+            db = sqlite3.Cursor(connection)  # Without the connection's row_factory.
             try:
                 connection.text_factory = str
                 main = next(file for _, name, file in db.execute(_FILES) if name == "main")
@@ -2438,9 +2476,24 @@ class SQLiteStore(Store):
                     raise
                 db.execute("RELEASE taskpool")
                 return rows
+            except sqlite3.OperationalError as error:
+                raise self._store_error(error, self._refusal(db, error, started)) from error
             finally:
                 connection.text_factory = factory
                 db.close()
+
+    def _refusal(self, db: sqlite3.Cursor, error: sqlite3.Error, started: float) -> str:
+        """Why the caller's own connection cannot write."""
+        waited = time.monotonic() - started
+        if "readonly" in str(error):
+            return self._hint() or "connection can only read: mode=ro, immutable or query_only"
+        if str(error) != "database is locked":
+            return ""
+        timeout = db.execute("PRAGMA busy_timeout").fetchone()[0] / 1000
+        code = getattr(error, "sqlite_errorcode", 0)  # From Python 3.11 on.
+        if waited < timeout or code == _BUSY_SNAPSHOT:
+            return _HAS_READ
+        return f"another program writes, and the timeout of connection is {timeout:g} s"
 
     def _write_alone(self, statement: str, values: Sequence[Any]) -> bool:
         """Write one row by one statement, which costs half of a transaction. False if
@@ -7212,8 +7265,12 @@ class _ViewOfFile(SQLiteStore):
     def _open(self, uri: str | None = None) -> sqlite3.Connection:
         import pathlib
 
-        if not os.path.exists(self.path):
-            raise StoreError(f"{self.path}: no such file; give the one that your TaskQueue has")
+        try:
+            os.stat(self.path)
+        except OSError as error:
+            why = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+            text = f"{self.path}: {why}; give the one that your TaskQueue has"
+            raise StoreError(text) from None
         # SQLite would put files beside it, which must be of those who may write to the tasks.
         able = all(os.access(p, os.W_OK) for p in (os.path.dirname(self.path), self.path))
         quiet = not able and not os.path.exists(f"{self.path}-wal")  # Nobody has it open.

@@ -1471,19 +1471,64 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         self.assertEqual(set(states), {"good", "bad0", "bad1", "bad2", "bad3"})
         self.assertEqual(self.store.count(Query(states=["failed"]), NOW), 4)
 
-    def test_what_sqlite_reports_is_a_store_error_that_names_the_path(self):
-        no_database = self.folder / "text.db"
-        no_database.write_text("this is not a database" * 100)
-        for path, text in [
-            (no_database, "not a database"), (self.folder / "none" / "x.db", "folder .* does not exist"),
-            (self.folder, "unable to open"),
-        ]:
-            queue = TaskQueue(path)
-            with self.assertRaisesRegex(StoreError, text) as caught:
-                queue.add_task("x")
-            self.assertIn(str(path), str(caught.exception))
-            with self.assertRaises(StoreError):
-                queue.find()
+    def test_what_cannot_be_the_file_is_a_store_error_with_the_path_and_the_real_reason(self):
+        (self.folder / "text").write_text("this is not a database" * 100)
+        cases = [
+            (self.folder, " is a folder"), ("none/x.db", "folder .*none does not exist"),
+            ("n" * 300, "too long|Invalid"), ("text", "not a database"),
+        ]
+        if os.name == "posix":
+            os.mkfifo(self.folder / "fifo")
+            for name, target in ("loop", "loop"), ("far", "none/x.db"), ("link", "."):
+                os.symlink(target, self.folder / name)
+            cases += [
+                ("fifo", " is a device, pipe or socket"), (os.devnull, " is a device, pipe or socket"),
+                ("text/x.db", "Not a directory"), ("loop", "Too many levels"), ("link", " is a folder"),
+                ("far", "folder .*none does not exist"),
+            ]
+        for name, text in cases:
+            path = self.folder / name
+            queue = TaskQueue(path)  # Says nothing yet.
+            for use in (lambda queue=queue: queue.add_task("x"), queue.find):
+                with self.subTest(path=name), self.assertRaisesRegex(StoreError, text) as caught:
+                    use()
+                self.assertIn(str(path), str(caught.exception))
+
+    @unittest.skipUnless(LINUX, "uses setuid and RLIMIT_NOFILE")
+    def test_what_a_process_may_not_do_is_told_with_the_file_or_folder(self):
+        out = self.run_script(
+            """
+            import os, resource
+            from taskpool import TaskQueue, StoreError
+            for folder, mode in ("free", 0o777), ("full", 0o555), ("shut", 0o600):
+                os.mkdir(folder)
+                with TaskQueue(f"{folder}/tasks.db") as queue:
+                    queue.count()
+                os.chmod(f"{folder}/tasks.db", 0o666)
+                os.chmod(folder, mode)
+            TaskQueue("free/hidden.db").count()
+            os.chmod("free/hidden.db", 0)
+            os.chmod("free/tasks.db", 0o444)
+            os.chmod(".", 0o755)
+            if os.getuid() == 0:
+                os.setgid(65534), os.setuid(65534)
+            def tell(path):
+                try:
+                    TaskQueue(path).add_task("x")
+                except StoreError as error:
+                    print(str(error).replace(os.getcwd(), ""))
+            for path in "free/tasks.db", "free/hidden.db", "full/tasks.db", "full/new.db", "shut/tasks.db":
+                tell(path)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+            tell("free/new.db")
+            """)
+        for line, words in zip(out.splitlines(), (
+            "/free/tasks.db: .* is not writable", "/free/hidden.db: .* is not readable",
+            "/full/tasks.db: .*; the folder /full is not writable", "/full/new.db: .*; the folder /full is not writable",
+            "/shut/tasks.db: .*; Permission denied", "/free/new.db: .*; Too many open files",
+        )):
+            self.assertRegex(line, words)
+        self.assertEqual(out.count("\n"), 6, out)
 
     def test_a_write_in_the_midst_of_a_write_of_its_thread_is_refused_and_spoils_nothing(self):
         """As that of a signal handler or a finalizer."""
@@ -1921,6 +1966,46 @@ class TestOwnTransaction(InFolder):
             writer.join()
         self.assertEqual(self.tasks.count(task_type="mail"), 100 * len(modes))
 
+    def test_a_transaction_that_has_read_is_told_why_sqlite_does_not_wait_and_what_helps(self):
+        """SQLITE_BUSY_SNAPSHOT, and SQLITE_BUSY at once."""
+        self.tasks.count()
+        other = self.connect(isolation_level=None)
+        modes = [{}, {"isolation_level": None}] + [{"autocommit": False}] * (sys.version_info >= (3, 12))
+        for mode, how in itertools.product(modes, ("wrote", "writes", "reads on")):
+            with self.subTest(mode=mode, how=how):
+                connection = self.connect(timeout=PATIENCE, **mode)
+                if how != "reads on" and not connection.in_transaction:
+                    connection.execute("BEGIN")
+                tables = connection.execute("SELECT * FROM sqlite_master")
+                rows = tables.fetchone() if how == "reads on" else tables.fetchall()
+                self.assertTrue(rows)
+                other.execute("BEGIN IMMEDIATE")
+                other.execute("INSERT INTO invoice VALUES (1)")
+                other.execute("COMMIT") if how != "writes" else None
+                with self.assertRaisesRegex(StoreError, "tasks.db: database is locked; .* BEGIN IMMEDIATE .*Django"):
+                    self.add("late", connection)
+                tables.close()
+                connection.rollback()
+                other.execute("COMMIT") if how == "writes" else None
+                if "autocommit" not in mode:
+                    connection.execute("BEGIN IMMEDIATE")
+                self.add("late", connection)  # Before it reads.
+                connection.execute("SELECT * FROM invoice").fetchall()
+                connection.rollback()
+        self.assertEqual(self.ids(), [])
+
+    def test_a_wait_for_another_writer_ends_by_the_connections_own_timeout_and_says_so(self):
+        self.tasks.count()
+        other = self.connect(isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        for begin in ("", "BEGIN", "BEGIN IMMEDIATE"):
+            connection = self.connect(timeout=0.1)
+            if begin == "BEGIN":
+                connection.execute(begin)
+            connection.isolation_level = begin.partition(" ")[2]
+            with self.assertRaisesRegex(StoreError, r"locked; another program writes, .* timeout .* 0\.1 s$"):
+                self.add("late", connection)
+
     def test_the_factories_of_the_connection_do_not_matter_and_stay(self):
         factories = self.connection.row_factory, self.connection.text_factory = sqlite3.Row, bytes
         self.add("a", data={"text": "\u00e9"})
@@ -1938,14 +2023,26 @@ class TestOwnTransaction(InFolder):
             self.assertEqual(self.tasks.wait("b", PATIENCE).state, "done")
 
     def test_what_cannot_work_is_refused(self):
-        elsewhere, closed = self.connect("other.db"), self.connect()
+        self.tasks.count()
+        elsewhere, closed, quiet = self.connect("other.db"), self.connect(), self.connect()
         closed.close()
+        quiet.execute("PRAGMA query_only = 1")
+        reader = sqlite3.connect(f"{(self.folder / 'tasks.db').as_uri()}?mode=ro", uri=True)
+        self.addCleanup(reader.close)
+        thread = concurrent.futures.ThreadPoolExecutor(1)
+        foreign = thread.submit(sqlite3.connect, self.folder / "tasks.db").result()
+        self.addCleanup(thread.shutdown)
+        self.addCleanup(lambda: thread.submit(foreign.close))
         mixed = [{"task_type": "x", "connection": c} for c in (self.connection, self.connect())]
         for call, error, text in (
             (lambda: self.add("a", elsewhere), ValueError, r"connection is to .*other\.db; give one to .*tasks\.db"),
             (lambda: self.add("a", self.connect(":memory:")), ValueError, "connection is to memory"),
             (lambda: self.add("a", in_memory=True), ValueError, "connection is .*None"),
             (lambda: self.add("a", closed), StoreError, "tasks.db: Cannot operate on a closed"),
+            (lambda: self.add("a", foreign), StoreError, "tasks.db: .* same thread"),
+            (lambda: self.add("a", reader), StoreError, "tasks.db: .* readonly .*connection can only read"),
+            (lambda: self.add("a", quiet), StoreError, "tasks.db: .* readonly .*connection can only read"),
+            (lambda: self.add("a", mock.Mock()), TypeError, "connection is .*Connection .*Django: .*SQLAlchemy: "),
             (lambda: self.tasks.add_tasks(mixed), ValueError, "connection differs"),
             (lambda: self.cluster({"x": echo}).submit("x", connection=self.connection), TypeError, "connection"),
         ):
@@ -8234,7 +8331,8 @@ class TestOperators(InFolder):
         for command in (("status",), ("list",), ("show", "x"), ("retry", "x"), ("remove", "x")):
             for name, text in (
                 ("none.db", "no such file"), ("newer.db", "made by a newer taskpool"),
-                ("foreign.db", "holds no tasks"), ("text.db", "not a database"), (".", "unable to open"),
+                ("foreign.db", "holds no tasks"), ("text.db", "not a database"), (".", " is a folder"),
+                ("n" * 300, "too long"),
             ):
                 with self.subTest(command=command, file=name):
                     self.assertIn(text, self.error(command[0], name, *command[1:]))
