@@ -292,19 +292,21 @@ class _Field(NamedTuple):
     def error(self, item: str) -> ValueError:
         """What is wrong with a list item, with a hint if it is one of the usual slips."""
         span, slash, step = item.partition("/")
-        size, short = len(self.every), span[:3]
+        size = len(self.every)
+        word = next((part for part in span.split("-") if part.isalpha() and len(part) != 3), "-")
+        near = [name for name in self.names if name.startswith(word[:3].capitalize())]
         if _number(step) > size and self.unit not in ("month", "weekday"):
             interval = f"repeat=timedelta({self.unit}s={step})"
             hint = f"every {step} {self.unit}s is {interval}, a step is 1 to {size}"
-        elif slash and not 1 <= _number(step) <= size:
+        elif slash and not (1 <= _number(step) <= size or any(map(str.isalpha, step))):
             hint = f"a step is 1 to {size}"
         elif "" in span.split("-"):
             hint = "a value is missing"
-        elif span.isalpha() and any(name.startswith(short.capitalize()) for name in self.names):
-            hint = f"write {short}, names have three letters"
+        elif near:
+            hint = f"write {near[0][:3].upper()}, names have three letters"
         elif "~" in span or span in ("H", "R") or span.startswith(("H(", "R(")):
             hint = "random values (H, R, ~) are not supported"
-        elif "L" in span:
+        elif "L" in span and not span.strip("LW#-0123456789"):
             hint = "L is the last day of a month, 5L or FRIL its last Friday; L-3 is not supported"
         else:
             hint = "there is no such value"
@@ -362,7 +364,8 @@ class _Field(NamedTuple):
             return " and ".join(self.say(item) for item in text.split(","))
         span, _, step = text.partition("/")
         if step or span == "*":
-            every = f"every {step} {self.unit}s" if step else f"every {self.unit}"
+            many = f"every {_number(step)} {self.unit}s"
+            every = many if _number(step) > 1 else f"every {self.unit}"
             return every if span == "*" else f"{every} from {self.say(span)}"
         if "-" in text:
             return " to ".join(self.say(word) for word in text.split("-"))
@@ -370,8 +373,9 @@ class _Field(NamedTuple):
         if "#" in text or (mark in "LW" and self.unit != "month"):
             which = _ORDINALS.get(mark, "working day nearest to")
             return f"the {which} {self.say(word) if word else 'day'}"
-        value = self.value(text, text) - self.every[0]
-        return self.names[value % len(self.names)] if self.names else f"{self.unit} {int(text)}"
+        value = self.value(text, text)
+        names = self.names or [f"{self.unit} {value}"]
+        return names[(value - self.every[0]) % len(names)]
 
 
 _SECOND = _Field("second", "second", range(60), "0-59")
@@ -384,7 +388,8 @@ _WEEKDAY = _Field("day-of-week", "weekday", range(7), "0-7, SUN-SAT, 5L, FRI#2, 
 
 def _cron_fields(text: str) -> list[str]:
     """The five or six fields in capitals, macros replaced."""
-    macro = text.strip(" \t").encode().upper().decode()  # As bytes: no other letter gets ASCII.
+    # As bytes: no other letter gets ASCII.
+    macro = text.strip(" \t\r\n").encode().upper().decode()
     if macro.startswith("@") and macro not in _MACROS:
         raise ValueError(
             f"no such macro; allowed: {', '.join(_MACROS).lower()}; @reboot has no time, and "
@@ -392,10 +397,43 @@ def _cron_fields(text: str) -> list[str]:
         )
     parts = [part for part in _MACROS.get(macro, macro).replace("\t", " ").split(" ") if part]
     if len(parts) not in (5, 6):
-        year = " (a year field is not supported)" if len(parts) == 7 else ""
+        why = " (a year field is not supported)" if len(parts) == 7 else ""
+        if len(parts) < 5:
+            why = " (a fixed interval is repeat=timedelta(minutes=5))"
         allowed = "[second] minute hour day-of-month month day-of-week"
-        raise ValueError(f"{len(parts)} fields{year}; allowed: {allowed}")
+        fields = "1 field" if len(parts) == 1 else f"{len(parts)} fields"
+        raise ValueError(f"{fields}{why}; allowed: {allowed}")
     return parts
+
+
+def _slip(text: str) -> str:
+    """What is wrong with the whole of a wrong cron text, if it is one of the usual slips."""
+    import re  # Only if something is wrong.
+
+    if len(text.strip().splitlines()) > 1:
+        return "it has several lines; give one"
+    names = "|".join(name[:3] for name in _DAYS + _MONTHS)
+    is_field = re.compile(rf"([\d*?,/LWHR()~-]|#\d|{names})+", re.IGNORECASE).fullmatch
+    words = text.split()
+    start = 1 if "=" in "".join(words[:1]) else 0  # CRON_TZ=Europe/Paris
+    fields = list(itertools.takewhile(is_field, words[start:]))
+    if "".join(words[start : start + 1]).upper() in _MACROS:
+        fields = words[start : start + 1]
+    elif len(fields) < 5:
+        return ""
+    more = words[:start] + words[start + len(fields) :]
+    if not more:
+        if len(fields) > 5 and any(word[0] in ",-" or word[-1] in ",-" for word in fields):
+            return "lists and ranges have no blanks in them; write MON,FRI and 1-5"
+        is_year = len(fields) == 6 and _number(fields[5]) > 99
+        return "a year field is not supported" if is_year else ""
+    zone, line = more[0].rpartition("=")[2], " ".join(fields)
+    if len(more) > 1 or zone[:1] in "/.~#":
+        return f"{' '.join(more)!r} is no part of it; give only the fields, {line!r}"
+    if zone[:3].title() in [name[:3] for name in _DAYS]:
+        return ""  # A sixth field, "monday".
+    cure = f"a time zone is given by tz, Cron({line!r}, tz={zone!r}), a command not at all"
+    return f"{more[0]!r} is no part of it; {cure}"
 
 
 @lru_cache(maxsize=1024)
@@ -439,7 +477,7 @@ class _Times:
             if not any(self._days(year, month) for year, month in months):
                 raise ValueError("never fires, no date matches")
         except ValueError as error:
-            raise ValueError(f"cron text {text!r}: {error}") from None
+            raise ValueError(f"cron text {text!r}: {_slip(text) or error}") from None
 
     def _days(self, year: int, month: int) -> Sequence[int]:
         """The matching days of a month, sorted."""

@@ -7269,6 +7269,26 @@ no such value | 0 0 *? * *
 no such value | 0 0 * * fr\u0131
 @reboot has no time | @reboot
 repeat=timedelta(minutes=5) | @every 5m
+write FRI, | 0 0 * * mon-friday
+write THU, | 0 0 * * th
+no such value | 0 0 * * MON-XYZ
+no such value | 0 0 * * every/day
+no such value | 0 0 * * hourly
+tz='Europe/Berlin' | 30 2 * * * Europe/Berlin
+Cron('0 30 2 * * 1-5', tz='UTC') | 0 30 2 * * 1-5 UTC
+Cron('30 2 * * *', tz='Europe/Berlin') | CRON_TZ=Europe/Berlin 30 2 * * *
+Cron('@daily', tz='America/New_York') | @daily America/New_York
+'/usr/bin/backup' is no part of it; give only the fields, '0 5 * * *' | 0 5 * * * /usr/bin/backup
+'root cmd' is no part of it; give only the fields, '*/5 * * * *' | */5 * * * * root cmd
+'cd /srv && ./run.sh >/dev/null 2>&1' is no part of it; | 0 5 * * 1-5	cd /srv && ./run.sh >/dev/null 2>&1
+'~/backup' is no part of it; give only the fields, '@hourly' | @hourly ~/backup
+'# weekdays' is no part of it; | 0 5 * * 1-5 # weekdays
+write MON, | 0 0 9 * * monday
+a year field is not supported | 0 9 29 2 * 2028
+have no blanks | 0 9 * * MON, FRI
+have no blanks | 0 9 * * 1 - 5
+1 field (a fixed interval is repeat=timedelta | 5m
+3 fields (a fixed interval is repeat=timedelta | every 5 minutes
 never fires | 0 0 30 2 *
 never fires | 0 0 */20 * 1L
 """
@@ -7289,6 +7309,8 @@ CRON_WORDS = """
 0 8,17 1 jan,7 * | UTC | at 08:00 and 17:00, day 1, January and July, UTC
 5 30 2 L,15W * ? | UTC | at 02:30:05, the last day and the working day nearest to day 15, UTC
 0 9-17 13 * FRI#2,0L | UTC | at minute 0 of hour 9 to hour 17, day 13 or the second Friday and the last Sunday, UTC
+*/07 * * * * | UTC | every 7 minutes, UTC
+*/1 09 01 */001 * | UTC | every minute of hour 9, day 1, every month, UTC
 10-30/5 */2 */2 * 7 | UTC | every 5 minutes from minute 10 to minute 30 of every 2 hours, every 2 days if it is Sunday, UTC
 """
 
@@ -7371,9 +7393,14 @@ class TestCron(unittest.TestCase):
         leap = Cron("0 0 29 2 *").next(datetime(2025, 3, 1, tzinfo=UTC))
         self.assertEqual(leap, datetime(2028, 2, 29, tzinfo=UTC))
 
-    def test_only_spaces_and_tabs_are_blanks(self):
-        for text in ("0 0 * * *\n", "0\n0 * * *", "0\u00a00 * * *", "0\x0b0 * * *", "", " \t"):
+    def test_only_spaces_and_tabs_are_blanks_and_the_ends_of_a_line(self):
+        for text in ("0 0 * * *\n", "\n 0 0 * * * \r\n", "@daily\n"):
+            self.assertEqual(Cron(text), Cron("@daily"))
+        for text in ("0\u00a00 * * *", "0\x0b0 * * *", "0 0 * * *\x0c", "", " \t", "\n"):
             with self.subTest(text=text), self.assertRaises(ValueError):
+                Cron(text)
+        for text in ("0\n0 * * *", "0 0 * * *\n0 9 * * *\n"):
+            with self.subTest(text=text), self.assertRaisesRegex(ValueError, "several lines"):
                 Cron(text)
 
     def test_a_huge_number_is_out_of_range_however_long(self):
