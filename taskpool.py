@@ -158,10 +158,19 @@ _logger = logging.getLogger("taskpool")  # Fixed, also where the file is vendore
 _logger.addHandler(logging.NullHandler())
 
 
+def _plain(text: str) -> str:
+    """Without what would move the cursor, change colours or begin another line."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]
     """The logger, of which a handler that raises stops nothing here."""
 
     def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
+        # Ids, types and errors may hold what a terminal obeys.
+        args = tuple(_plain(arg) if isinstance(arg, str) else arg for arg in args)
         kwargs["stacklevel"] = (
             2 if sys.version_info >= (3, 11) else 3
         )  # Our caller, not this line.
@@ -6362,7 +6371,7 @@ class Cluster(concurrent.futures.Executor):
         """The entry file raised in a worker: say so once; fail the Futures that wait."""
         if self._boot_error is None:
             text = failure.traceback if failure else str(error)
-            _log.error("a worker could not start; stored tasks stay waiting: %s", text)
+            _log.error(f"a worker could not start; stored tasks stay waiting: {text}")  # Lines.
         self._boot_error = error
         self._fail_futures(error)
 
@@ -7274,6 +7283,10 @@ FROM (SELECT task_type, state, CAST(max(created_at, due_at, ready_at) AS INTEGER
 GROUP BY task_type ORDER BY task_type
 """
 _COUNTS = ("waiting", "due", "running", "failed", "done")
+LIST_TASKS = 100  # The command list shows so many.
+COLUMN_CHARS = 40  # Widest column of a table.
+LAST_CHARS = 60  # The last column is never cut to less.
+_BEHIND = "an ID that begins with - goes behind --: show tasks.db -- -ID"
 
 
 def _told_owner(owner: str) -> dict[str, Any]:
@@ -7281,13 +7294,14 @@ def _told_owner(owner: str) -> dict[str, Any]:
     place, pid, start = (str(owner).split("|") + ["", "", ""])[:3]
     is_here = start and place == _here()
     state = "dead" if owner_is_dead(owner) else "alive" if is_here else "unknown"
-    return {"pid": int(pid) if pid.isdigit() else None, "state": state}
+    return {"pid": int(pid) if pid.isdecimal() else None, "state": state}
 
 
 def _told(thing: Any, how: str | Callable[[Any], Any]) -> Any:
     """An attribute of a Task, or what a function makes of *thing*, as JSON has it."""
     try:
         value = getattr(thing, how) if isinstance(how, str) else how(thing)
+        json.dumps(value, default=str, allow_nan=False)  # Infinity is no JSON.
     except Exception as error:  # A row that was edited by hand: show the rest.
         value = f"cannot be read: {error}"
     if isinstance(value, Progress):
@@ -7369,9 +7383,24 @@ def _told_task(task: Task) -> dict[str, Any]:
     return {name: _told(task, name) for name in _SHOWN}
 
 
-def _plain(text: str) -> str:
-    """Without what would move the cursor or change colours."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def _width(text: str) -> int:
+    """How many places a terminal needs for a text without control characters."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    marks = sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+
+
+def _fit(text: str, width: int) -> str:
+    """The text, or its beginning and "..." if it needs more than *width* places."""
+    if _width(text) <= width:
+        return text
+    text = text[: max(width, 0)]
+    while text and _width(text) > width - 3:
+        text = text[:-1]
+    return f"{text}..."
 
 
 def _span(seconds: float) -> str:
@@ -7408,16 +7437,29 @@ def _bar(progress: Any) -> str:
         return ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Lines in columns; numbers to the right."""
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 0) -> list[str]:
+    """Lines in columns; numbers to the right. With a *width* the last column is cut to fit."""
     cells = [list(head)] + [[_plain(str(cell)) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
     right = [all(text.replace(",", "").isdigit() for text in c[1:]) for c in zip(*cells)]
-    pads = [str.rjust if to_right else str.ljust for to_right in right]
-    return [
-        "  ".join(pad(text, width) for pad, text, width in zip(pads, row, widths)).rstrip()
-        for row in cells
-    ]
+    # What is longer than a column may be is shown whole, and moves the rest of its own line.
+    widths = [max(w for w in map(_width, c) if w <= COLUMN_CHARS) for c in zip(*cells)]
+    lines = []
+    for *row, last in cells:
+        line = ""
+        for text, size, to_right in zip(row, widths, right):
+            pad = " " * (size - _width(text))
+            line += f"{pad}{text}  " if to_right else f"{text}{pad}  "
+        last = _fit(last, max(width - _width(line), LAST_CHARS)) if width else last
+        lines.append(f"{line}{last}".rstrip())
+    return lines
+
+
+def _screen_width() -> int:
+    """The columns of the terminal that standard output is; 0 if it is none."""
+    import shutil
+
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if is_terminal else 0
 
 
 def _status_lines(name: str, status: Mapping[str, Any], now: int) -> list[str]:
@@ -7442,7 +7484,8 @@ def _status_lines(name: str, status: Mapping[str, Any], now: int) -> list[str]:
             + [_distance(r["since"], now), _bar(r["progress"])]
             for r in status["running"][:20]
         ]
-        lines += ["", *_table("running id attempt master started progress".split(), rows)]
+        head = "running id attempt master started progress".split()
+        lines += ["", *_table(head, rows, _screen_width())]
         if len(status["running"]) > 20:
             lines.append(f"... and {len(status['running']) - 20:,} more")
     return lines
@@ -7463,7 +7506,7 @@ def _print_status(options: Any) -> int:
             shown = "\n".join(_status_lines(options.db, status, now))
         if live:  # Home, then each line up to its end, then clear what is below.
             width, height = shutil.get_terminal_size()
-            lines = [line[: width - 1] for line in shown.split("\n")[: height - 1]]
+            lines = [_fit(line, width - 1) for line in shown.split("\n")[: height - 1]]
             shown = "\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J"
         print(shown, end="" if live else "\n", flush=True)
         if not options.watch:
@@ -7477,21 +7520,23 @@ def _print_status(options: Any) -> int:
 def _print_list(options: Any) -> int:
     now = time.time_ns() // 1000
     query = Query(types=options.type, states=options.state)
+    limit = options.limit or (None if options.json else LIST_TASKS)
     with contextlib.closing(_ViewOfFile(options.db)) as view:
-        found = view.find(query._replace(limit=options.limit), now)
+        found = view.find(query._replace(limit=limit), now)
         tasks, total = [_told_task(Task(row)) for row in found], view.count(query, now)
     if options.json:
         print(json.dumps(tasks, default=str, indent=2))
         return OK
     rows = []
     for task in tasks:
-        what = (str(task["error"] or "") or _bar(task["progress"])).partition("\n")[0]
-        what = what or json.dumps(task["data"], default=str, ensure_ascii=False)
+        value = task["result" if task["state"] == "done" else "data"]
+        bar = _bar(task["progress"]) if task["state"] != "done" else ""
+        what = str(task["error"] or "").partition("\n")[0] or bar
+        what = what or json.dumps(value, default=str, ensure_ascii=False)
         due = _distance(str(task["due_date"]), now)
-        rows.append(
-            [task["task_type"], task["id"], task["state"], task["attempt"], due, what[:60]]
-        )
-    print("\n".join(_table("type id state attempt due what".split(), rows)))
+        rows.append([task["task_type"], task["id"], task["state"], task["attempt"], due, what])
+    head = "type id state attempt due what".split()
+    print("\n".join(_table(head, rows, _screen_width())) if rows else "no tasks")
     if total > len(tasks):
         print(f"... {len(tasks):,} of {total:,}; --limit shows more")
     return OK
@@ -7507,7 +7552,7 @@ def _print_task(options: Any) -> int:
     if options.json:
         print(json.dumps(task, default=str, indent=2))
         return OK
-    task["progress"] = _bar(task["progress"]) or None
+    task["progress"] = _bar(task["progress"]) or task["progress"]
     for name, value in task.items():
         text = (
             value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
@@ -7624,8 +7669,9 @@ def _parser() -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:  # In one line.
+            hint = f"; {_BEHIND}" if self.epilog == _BEHIND else ""
             usage = " ".join(self.format_usage().split())
-            self.exit(USAGE, f"{self.prog}: {message}; {usage}\n")
+            self.exit(USAGE, f"{self.prog}: {_plain(message)}{hint}; {usage}\n")
 
     parser = Parser(
         prog="taskpool.py",
@@ -7639,7 +7685,7 @@ def _parser() -> Any:
 
     def command(name: str, act: Callable[[Any], int], text: str, db: bool = True) -> Any:
         added = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-        added.set_defaults(act=act)
+        added.set_defaults(act=act, parser=added)
         if db:
             added.add_argument("db", metavar="DB", help="the file of your TaskQueue")
         return added
@@ -7649,9 +7695,8 @@ def _parser() -> Any:
     listed = command("list", _print_list, "the tasks, oldest first")
     listed.add_argument("--state", action="append", choices=STATES, help="only such")
     listed.add_argument("--type", action="append", help="only such")
-    listed.add_argument(
-        "--limit", type=_over_zero, default=100, help="at most so many (%(default)s)"
-    )
+    limit = f"at most so many ({LIST_TASKS}; with --json all)"
+    listed.add_argument("--limit", type=_over_zero, help=limit)
     show = command("show", _print_task, "all of one task")
     show.add_argument("id", metavar="ID")
     for looking in (status, listed, show):
@@ -7660,6 +7705,8 @@ def _parser() -> Any:
     remove = command("remove", _change, "remove tasks; a running one ends its run")
     for changing in (retry, remove):
         changing.add_argument("id", metavar="ID", nargs="+")
+    for naming in (show, retry, remove):
+        naming.epilog = _BEHIND
     run = command("run", _serve, "serve a task map until a signal", db=False)
     run.add_argument(
         *("task_map",), metavar="MODULE:TASK_MAP", type=_map_name,
@@ -7678,7 +7725,10 @@ def _parser() -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 1 for failure, 2 for usage."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # Told with the usage of the command, which parse_args does not know.
+        known = parser if options.command is None else options.parser
+        known.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command is None and not options.demo:
         parser.error("say what to do")
     for stream in (sys.stdout, sys.stderr):

@@ -8402,6 +8402,82 @@ class TestOperators(InFolder):
             self.assertEqual([c for c in text if c != "\n" and not c.isprintable()], [])
         self.assertIn("data         cannot be read", texts[3])
 
+    def test_a_control_character_of_a_task_does_not_reach_the_log(self):
+        queue, evil = self.queue(), "\x1b[2J\nx"
+        with self.assertLogs("taskpool", "INFO") as logs, self.cluster({evil: fail}, queue) as cluster:
+            queue.add_task(evil, task_id=evil)
+            cluster.drain(PATIENCE)
+        lines = [record.getMessage() for record in logs.records]
+        self.assertTrue(any("cluster:\\x1b[2J\\nx:\\x1b[2J\\nx:\tfailed" in line for line in lines), lines)
+        self.assertEqual([line for line in lines if not line.replace("\t", "").isprintable()], [])
+
+    def test_list_shows_the_whole_cause_and_on_a_terminal_as_much_as_fits(self):
+        queue, cause = self.queue(), "no " * 50
+        queue.add_task("x", {"words": cause}, task_id="data")
+        queue.add_task("y", cause, task_id="error")
+        queue.run_due({"y": lambda job: 1 / 0 if not job.data else int(job.data)})
+        out = self.out("list", "tasks.db")
+        self.assertIn(f"ValueError: invalid literal for int() with base 10: '{cause}'\n", out)
+        self.assertIn(f'{{"words": "{cause}"}}\n', out)
+        self.assertIn(cause, json.loads(self.out("list", "tasks.db", "--json"))[1]["error"].partition("\n")[0])
+        for columns in (40, 150, 400):
+            out = io.StringIO()
+            out.isatty = lambda: True
+            with mock.patch.dict(os.environ, {"COLUMNS": str(columns)}), contextlib.redirect_stdout(out):
+                self.assertEqual(taskpool.main(["list", str(self.folder / "tasks.db")]), 0)
+            lines = out.getvalue().splitlines()
+            self.assertEqual(max(map(len, lines)) == 150, columns == 150, lines)
+            self.assertEqual([line.endswith("...") for line in lines], [False] + [columns < 400] * 2)
+            self.assertIn("invalid literal for int()", lines[2])
+
+    def test_list_shows_the_result_of_a_done_task(self):
+        queue = self.queue()
+
+        def steps(job):
+            job.progress(1, 2)
+            return job.data
+
+        for number, result in enumerate(([1, 2], None, "")):
+            queue.add_task("steps", result, task_id=f"t{number}", keep_result=60)
+        queue.run_due({"steps": steps})
+        lines = self.out("list", "tasks.db").splitlines()
+        self.assertEqual([line.rpartition("ago  ")[2] for line in lines[1:]], ["[1, 2]", "null", '""'])
+
+    def test_columns_stay_in_line_whatever_the_letters_and_long_cells_move_only_their_own_line(self):
+        rows = [["\u6f22\u5b57", 1, "x"], ["e\u0301te\u0301", 22, "y"], ["plain", 3, "z"], ["long" * 20, 4, "a"]]
+        head, *lines = taskpool._table(["type", "n", "what"], rows)
+        self.assertEqual(head, "type    n  what")
+        self.assertEqual(lines, ["\u6f22\u5b57    1  x", "e\u0301te\u0301    22  y", "plain   3  z", "long" * 20 + "   4  a"])
+        for text, width, fits in (("\u6f22" * 9, 10, "\u6f22" * 3 + "..."), ("\u6f22" * 5, 10, "\u6f22" * 5), ("abc", 1, "...")):
+            self.assertEqual(taskpool._fit(text, width), fits)
+
+    def test_json_is_complete_and_is_json(self):
+        queue = self.queue()
+        queue.add_tasks({"task_type": "x", "task_id": str(number)} for number in range(150))
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            db.execute("UPDATE taskpool_task SET data = 'NaN', retry_delay = 9e999, progress = '[1' WHERE id = '7'")
+            db.commit()
+        listed = json.loads(self.out("list", "tasks.db", "--json"), parse_constant=self.fail)
+        self.assertEqual(len(listed), 150)
+        self.assertIn("cannot be read", listed[7]["data"] + listed[7]["retry_delay"])
+        self.assertEqual(len(json.loads(self.out("list", "tasks.db", "--json", "--limit", 3))), 3)
+        self.assertIn("... 100 of 150", self.out("list", "tasks.db"))
+        self.assertEqual(self.out("list", "tasks.db", "--type", "y"), "no tasks\n")
+        self.assertRegex(self.out("show", "tasks.db", "7"), "(?m)^progress +cannot be read")
+
+    def test_an_id_that_begins_with_a_dash_stands_behind_two(self):
+        queue = self.queue()
+        for task_id in ("-x", "--json", "-1"):
+            queue.add_task("x", task_id=task_id)
+        self.assertIn("id           -x\n", self.out("show", "tasks.db", "--", "-x"))
+        self.assertEqual(json.loads(self.out("show", "--json", "tasks.db", "--", "--json"))["id"], "--json")
+        for command in ("show", "retry", "remove"):
+            self.assertIn("begins with - goes behind --", self.error(command, "tasks.db", "-x", code=2))
+            with self.assertRaises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+                taskpool.main([command, "--help"])
+            self.assertIn("begins with - goes behind --", out.getvalue())
+        self.assertEqual(self.out("remove", "tasks.db", "--", "-x", "--json", "-1").count("removed"), 3)
+
     def test_retry_and_remove_tell_of_each_task(self):
         queue, flag = self.some(), str(self.folder / "flag")
         self.assertEqual(self.out("retry", "tasks.db", "bad"), "bad: waiting\n")
@@ -8427,6 +8503,12 @@ class TestOperators(InFolder):
         ):
             with self.subTest(arguments=arguments):
                 self.assertIn("; usage: taskpool.py", self.error(*arguments, code=2))
+        for command in (["status", "a"], ["list", "a"], ["show", "a", "b"], ["retry", "a", "b"], ["remove", "a", "b"],
+                        ["run", "app:X", "a"], ["cron", "@daily"], ["bench"]):
+            with self.subTest(command=command):
+                err = self.error(*command, "--\x1b[2J", code=2)
+                self.assertIn(rf"taskpool.py {command[0]}: unrecognized arguments: --\x1b[2J", err)
+                self.assertIn(f"; usage: taskpool.py {command[0]} [-h]", err)
         self.assertIn("tz 'Nowhere' is unknown", self.error("cron", "* * * * *", "--tz", "Nowhere", code=2))
         self.assertIn("61", self.error("cron", "61 * * * *", code=2))
 
