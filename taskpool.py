@@ -4152,7 +4152,7 @@ class TaskQueue(_Tasks):
         what a waiting or running task of the same *task_id* does: "raise" DuplicateTask,
         "keep" (it is returned), "replace" (if it is running, the new one follows it).
         With your own *connection* to the same SQLite file the task exists if and only if
-        your transaction commits. Durations may be timedeltas.
+        your transaction commits: begin that by BEGIN IMMEDIATE. Durations may be timedeltas.
 
         Raises TypeError or ValueError, naming the parameter, before anything is stored;
         RuntimeError for *in_memory* in a worker; StoreError if the store failed.

@@ -8653,10 +8653,16 @@ class TestReadme(InFolder):
 
     BLOCKS = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", TEXT, re.S)
 
-    def test_every_python_block_runs_and_prints_what_the_manual_says(self):
+    OPTIONAL = "pytest", "sqlalchemy", "django"  # A block that imports one has a test of its own.
+
+    def blocks(self, name=None):
+        """The blocks that need the package *name*; None: no package."""
+        needs = re.compile("^import (" + "|".join(self.OPTIONAL) + ")$", re.M)
+        needed = [(needs.search(program), program, output) for program, output in self.BLOCKS]
+        return [block for found, *block in needed if (found and found[1]) == name]
+
+    def check_blocks(self, blocks):
         """A python block is a program; a text block right after it is its output."""
-        blocks = [(program, output) for program, output in self.BLOCKS if "import pytest" not in program]  # See below.
-        self.assertGreater(len(blocks), 5)
 
         def run(number):
             folder, program = self.folder / str(number), blocks[number][0]
@@ -8668,6 +8674,7 @@ class TestReadme(InFolder):
                 capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=2 * PATIENCE,
             )
 
+        self.assertGreater(len(blocks), 0)
         with concurrent.futures.ThreadPoolExecutor(3) as pool:  # They wait much.
             for number, done in enumerate(pool.map(run, range(len(blocks)))):
                 program, output = blocks[number]
@@ -8675,6 +8682,19 @@ class TestReadme(InFolder):
                     self.assertEqual(done.returncode, 0, done.stderr)
                     self.assertEqual(done.stdout, output)
                     self.assertNotIn("Warning", done.stderr)  # Such as ResourceWarning, with -X dev.
+
+    def test_every_python_block_runs_and_prints_what_the_manual_says(self):
+        self.check_blocks(self.blocks())
+
+    def test_own_transactions_with_sqlalchemy(self):
+        if importlib.util.find_spec("sqlalchemy") is None:
+            self.skipTest("sqlalchemy is not here: python -m pip install sqlalchemy")
+        self.check_blocks(self.blocks("sqlalchemy"))
+
+    def test_own_transactions_with_django(self):
+        if importlib.util.find_spec("django") is None:
+            self.skipTest("django is not here: python -m pip install 'django>=5.1'")
+        self.check_blocks(self.blocks("django"))
 
     def test_every_command_prints_what_the_manual_says(self):
         """A console block is run in the folder of the program before it."""
@@ -8701,7 +8721,7 @@ class TestReadme(InFolder):
         return re.sub(r" +", " ", text)
 
     def test_the_pytest_block_passes(self):
-        (program,) = [program for program, _ in self.BLOCKS if "import pytest" in program]
+        ((program, _),) = self.blocks("pytest")
         if importlib.util.find_spec("pytest") is None:
             self.skipTest("pytest is not here: python -m pip install pytest")
         done = subprocess.run(
