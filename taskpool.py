@@ -654,6 +654,8 @@ class Cron:
 # The values that travel, and what may be in them. Nothing here does I/O.
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_FIRST_DATE = datetime.min.replace(tzinfo=timezone.utc)
+_LAST_DATE = datetime.max.replace(tzinfo=timezone.utc)
 _MICROSECOND = timedelta(microseconds=1)
 
 
@@ -693,22 +695,39 @@ def _packed_row(row: Row) -> str:
     return json.dumps(row._asdict())
 
 
-_raw_decode = json.JSONDecoder().raw_decode
+def _unpacked_row(text: str) -> Row:
+    try:
+        return Row(**json.loads(text))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+_decoder = json.JSONDecoder(parse_constant=_no_number)
+_raw_decode = _decoder.raw_decode
 
 
 def _decode(text: str) -> Any:
-    """As json.loads, in a third of its time for the short texts that we wrote."""
+    """As json.loads, in a third of its time for the short texts that we wrote.
+
+    Raises ValueError for whatever is not JSON, also for NaN and for what is nested too deep.
+    """
     try:
         value, end = _raw_decode(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     except ValueError:
         end = -1
-    return value if end == len(text) else json.loads(text)
+    return value if end == len(text) else _decoder.decode(text)
 
 
 @lru_cache(maxsize=1024)
 def _read_repeat(text: str) -> timedelta | Cron:
     """Task.repeat from its column. Raises ValueError if that cannot be read (here)."""
-    value = json.loads(text)
+    value = _decode(text)
     if type(value) is list and [type(word) for word in value] == [str, str]:
         return Cron(*value)
     if type(value) is int and 0 < value <= timedelta.max // _MICROSECOND:
@@ -733,6 +752,13 @@ class Progress(NamedTuple):
 
     def __call__(self, *_: object, **__: object) -> None:
         raise RuntimeError("progress can be reported by the running task only, with its `job`")
+
+
+def _read_progress(text: str) -> Progress:
+    value = _decode(text)
+    if type(value) is not list or len(value) != 3:
+        raise ValueError("it is not [done, total, note]")
+    return Progress(*value)
 
 
 def _column(name: str, what: str, read: Callable[[Any], Any] | None = None) -> Any:
@@ -815,7 +841,7 @@ class Task:
     def result(self) -> Any:
         """The JSON result of a `done` task that was added with keep_result; of a repeating
         task that of its last run."""
-        return None if self._row.result is None else json.loads(self._row.result)
+        return None if self._row.result is None else _decode(self._row.result)
 
     @property
     def progress(self) -> Any:
@@ -824,7 +850,7 @@ class Task:
         try:
             return self._report
         except AttributeError:
-            return self._row.progress and Progress(*json.loads(self._row.progress))
+            return self._row.progress and _read_progress(self._row.progress)
 
 
 _nonce = os.urandom(8).hex()  # Of this process; a fork draws another.
@@ -1082,6 +1108,116 @@ def _make_row(
     return (row if repeat is None else row._replace(repeat=repeat)), if_exists
 
 
+# --- Stored rows ---------------------------------------------------------------------
+# Others can write to a store, too. What is read from it is checked here, once, so that no
+# policy meets a value that it cannot work with, and no row is in the way of others.
+
+_COLUMNS = Row._fields[:-1]
+_YEARS = (_FIRST_DATE - _EPOCH) // _MICROSECOND, (_LAST_DATE - _EPOCH) // _MICROSECOND
+_COUNTERS = (0, MAX_INT // 2)  # So that the next numbers fit, too.
+_ANY = (-MAX_INT - 1, MAX_INT)
+_SECONDS = (0, sys.float_info.max)
+
+
+class _Kind(NamedTuple):
+    """What a column may hold."""
+
+    types: tuple[type, ...]
+    harmless: Any  # What stands for a value that cannot be read.
+    limits: tuple[float, float] | None = None
+    read: Callable[[str], Any] | None = None  # Raises ValueError for a wrong text.
+
+
+_NULL = type(None)
+_REAL = (float, int)
+_TEXT, _NOTE = _Kind((str,), ""), _Kind((str, _NULL), None)
+_INSTANT, _COUNT = _Kind((int,), 0, _YEARS), _Kind((int,), 0, _COUNTERS)
+_SPAN = _Kind((*_REAL, _NULL), None, _SECONDS)
+_KINDS: dict[str, _Kind] = dict(
+    zip(
+        _COLUMNS,
+        # id to ready_at
+        [_TEXT, _TEXT, _Kind((str,), "null", None, _decode), _Kind((int,), 0, _ANY)]
+        + [_INSTANT] * 3
+        # retries to state
+        + [_Kind((int,), 0, (0, MAX_INT)), _Kind(_REAL, 0.0, _SECONDS), _SPAN, _SPAN, _TEXT]
+        + [_Kind((str,), "failed")]
+        # attempt to interrupted
+        + [_COUNT, _COUNT, _TEXT, _COUNT]
+        # result to progress
+        + [_NOTE._replace(read=_decode), _NOTE, _Kind((int, _NULL), None, _ANY)]
+        + [_Kind((int,), 0, (0, 1)), _NOTE, _NOTE._replace(read=_read_repeat)]
+        + [_NOTE._replace(read=_read_progress)],
+    )
+)
+_LIMITS = [(i, *kind.limits) for i, kind in enumerate(_KINDS.values()) if kind.limits]
+_SUCCESSOR, _REPEAT = _COLUMNS.index("successor"), _COLUMNS.index("repeat")
+
+
+def _fault(name: str, value: Any) -> str:
+    """What is wrong with the value of a column ("": nothing)."""
+    kind = _KINDS[name]
+    if type(value) not in kind.types:
+        return f"column {name} holds {_shown(value)}"
+    if value is not None and kind.limits and not kind.limits[0] <= value <= kind.limits[1]:
+        return f"column {name} holds {_shown(value)}, which is out of range"
+    try:
+        value is None or kind.read is None or kind.read(value)
+    except ValueError as error:
+        return f"column {name}: {error}"
+    return ""
+
+
+@lru_cache(maxsize=1000)
+def _are_types(types: tuple[type, ...]) -> bool:
+    return all(type_ in kind.types for type_, kind in zip(types, _KINDS.values()))
+
+
+def _unusable(columns: Sequence[Any]) -> str:
+    """Why stored columns cannot be run as a Row ("": they can).
+
+    The texts of data, result and progress are left to those who decode them.
+    """
+    if _are_types(tuple(map(type, columns))):
+        for index, low, high in _LIMITS:
+            value = columns[index]
+            if value is not None and not low <= value <= high:
+                break
+        else:
+            if columns[_REPEAT] is None and columns[_SUCCESSOR] is None:
+                return ""
+    faults = (
+        _fault(name, value)
+        for name, value in zip(_COLUMNS, columns)
+        if name not in ("data", "result", "progress") or type(value) not in _KINDS[name].types
+    )
+    reason = next(filter(None, faults), "")
+    if not reason and columns[_SUCCESSOR] is not None:
+        try:
+            reason = _unusable(_unpacked_row(columns[_SUCCESSOR])[:-1])
+        except ValueError as error:
+            reason = str(error)
+        reason = reason and f"column successor: {reason}"
+    return reason
+
+
+def _readable(columns: Sequence[Any], reason: str = "") -> Row:
+    """The Row of stored columns, for those who look at it. If some cannot be read, they have
+    harmless values, and `error` is the reason. (Of data, Task.data says so.)"""
+    values = list(columns)
+    for index, (name, value) in enumerate(zip(_COLUMNS, columns)):
+        kind = _KINDS[name]
+        fault = "" if name == "data" and type(value) is str else _fault(name, value)
+        if fault:
+            reason = reason or fault
+            values[index] = kind.harmless
+            if isinstance(value, bytes) and kind.harmless == "":
+                values[index] = value.decode(errors="replace")
+    row = Row(*values)
+    is_told = row.state == "failed" and row.error
+    return row._replace(error=reason) if reason and not is_told else row
+
+
 # --- Policies ------------------------------------------------------------------------
 # Decisions as pure functions: no I/O, no clock. Stores and the master carry them out.
 
@@ -1156,7 +1292,7 @@ def next_slot(repeat: str, due_at: int, now: int) -> int | None:
 
 def _succeeding(row: Row, successor: str) -> Row:
     """The Row that follows *row* under its id. It was created when it was added."""
-    return Row(**json.loads(successor))._replace(claim=row.claim)
+    return _unpacked_row(successor)._replace(claim=row.claim)
 
 
 def claimed(row: Row, owner: str, now: int) -> Row:
@@ -1210,6 +1346,11 @@ def cut_short(row: Row, outcome: Outcome) -> tuple[Row, Outcome]:
     """The two for those who are told, if it was removed or replaced during the run."""
     state = "failed" if outcome.state == "ready" else outcome.state
     return row._replace(repeat=None), outcome._replace(state=state)
+
+
+def is_held(row: Row, owner: str, outcome: Outcome) -> bool:
+    """Whether *owner* still holds the claim that *outcome* ends."""
+    return (row.state, row.owner, row.claim) == ("running", owner, outcome.claim)
 
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
@@ -1270,6 +1411,17 @@ def after_interruption(row: Row, now: int) -> Row | None:
     return row._replace(interrupted=interrupted, lane="")
 
 
+def set_aside(row: Row, reason: str) -> Row:
+    """any -> failed, for a row that cannot be read. All that it holds stays as it is."""
+    return row._replace(state="failed", owner="", interrupted=0, error=reason)
+
+
+def checked(row: Row, policy: Callable[[Row], Row | None]) -> Row | None:
+    """What follows a stored row: what *policy* says, or `failed` if it cannot be read."""
+    reason = _unusable(row[:-1])
+    return set_aside(row, reason) if reason else policy(row)
+
+
 def after_retry(row: Row, now: int) -> Row:
     """failed -> waiting, with a fresh set of attempts."""
     return row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="", progress=None)
@@ -1304,6 +1456,9 @@ def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now:
         text = "only waiting tasks can be updated"
         raise ValueError(f"task_id {_shown(task_id)} is {state}; {text}")
     row = row._replace(**changes)
+    reason = _unusable(row[:-1])
+    if reason:
+        raise ValueError(f"task_id {_shown(task_id)} cannot be run, with these changes: {reason}")
     return row._replace(state="ready" if row.ready_at <= now else "scheduled")
 
 
@@ -1411,7 +1566,7 @@ def _new_owner(port: int) -> str:
 
 def owner_is_dead(owner: str) -> bool:
     """Whether that owner is surely dead. False if that cannot be seen from here. (P3)"""
-    place, pid, start = (*owner.split("|"), "", "")[:3]
+    place, pid, start = (*str(owner).split("|"), "", "")[:3]
     if not start or not pid.isdigit() or place != _here():
         return False
     return _process_start(int(pid)) not in (start, "")
@@ -1782,7 +1937,7 @@ class MemoryStore(Store):
         with self._lock:
             for outcome in outcomes:
                 row = self._rows.get(outcome.id)
-                mine = row is not None and (row.claim, row.owner) == (outcome.claim, owner)
+                mine = row is not None and is_held(row, owner, outcome)
                 held.append(mine)
                 if row is not None and mine:
                     following = after_run(row, outcome, now)
@@ -1797,7 +1952,7 @@ class MemoryStore(Store):
             while self._expiring and self._expiring[0][0] <= now:
                 expires_at, task_id = heapq.heappop(self._expiring)
                 row = self._rows.get(task_id)
-                if row is not None and row.expires_at == expires_at:
+                if row is not None and (row.state, row.expires_at) == ("done", expires_at):
                     self._drop(task_id)
 
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
@@ -1883,9 +2038,9 @@ class MemoryStore(Store):
 # SQL, in the order of a task's life. Nothing newer than SQLite 3.31. Table names carry
 # our name, as the file may be your application's own.
 
-_COLUMNS = Row._fields[:-1]
 _LIST = ", ".join(_COLUMNS)
-_ATTEMPT, _REPEAT = _COLUMNS.index("attempt"), _COLUMNS.index("repeat")
+_ATTEMPT, _CLAIM_NUMBER = _COLUMNS.index("attempt"), _COLUMNS.index("claim")
+_IGNORED = "SQLite ignored the change; does the table have a trigger?"
 
 SCHEMA_VERSION = 2  # Counts changes of what follows; see SQLiteStore._make_schema.
 # An index on all ids would cost a quarter of add(). A fresh id tells its row: seq is its
@@ -1997,12 +2152,14 @@ _PLACES = """
 (SELECT '' AS place_lane UNION SELECT :owner)
 CROSS JOIN (SELECT value AS place_type FROM json_each(:types))
 """
-# scheduled -> ready
+_DUE = f"""SELECT seq FROM {_PLACES} CROSS JOIN taskpool_task
+WHERE state = 'scheduled' AND lane = place_lane AND task_type = place_type AND ready_at {{}}
+""".format
+# scheduled -> ready. Also what is no instant (text, say, is greater than all numbers): so
+# that it is found to be unusable.
 _PROMOTE = f"""
 UPDATE taskpool_task SET state = 'ready' WHERE seq IN (
-    SELECT seq FROM {_PLACES} CROSS JOIN taskpool_task
-    WHERE state = 'scheduled' AND lane = place_lane AND task_type = place_type
-    AND ready_at <= :now LIMIT {PROMOTE_TASKS})
+    {_DUE("<= :now")} UNION ALL {_DUE(f"> {_YEARS[1]}")} LIMIT {PROMOTE_TASKS})
 """
 # The first in each line, in the shape of _READY: seq, NULL, type, lane, priority, created_at.
 _HEADS = f"""
@@ -2012,17 +2169,19 @@ FROM {_PLACES} CROSS JOIN taskpool_task ON seq = (
     WHERE state = 'ready' AND lane = place_lane AND task_type = place_type
     ORDER BY priority DESC, created_at, seq LIMIT 1)
 """
+_IN_TIME = "(due_at <= {} OR typeof(due_at) <> 'integer')".format
 # What claim() would take of one lane and type, best first; with or without suspects.
 _READY = f"""
 SELECT seq, {_LIST} FROM taskpool_task
-WHERE state = 'ready' AND lane = ? AND task_type = ? AND due_at <= ? AND (? OR interrupted = 0)
+WHERE state = 'ready' AND lane = ? AND task_type = ? AND {_IN_TIME("?")}
+AND (? OR interrupted = 0)
 ORDER BY priority DESC, created_at, seq LIMIT ?
 """
 # ready -> running
 _CLAIM = """
 UPDATE taskpool_task
 SET state = 'running', owner = ?, ready_at = ?, claim = claim + 1, attempt = attempt + 1
-WHERE seq IN (SELECT value FROM json_each(?))
+WHERE state = 'ready' AND seq IN (SELECT value FROM json_each(?))
 """
 # ready -> failed, for rows that cannot be read: they must not block the rest.
 _SET_ASIDE = "UPDATE taskpool_task SET state = 'failed', error = ? WHERE seq = ?"
@@ -2040,7 +2199,7 @@ _COUNT_READY = f"""
 SELECT count(*) FROM (
     SELECT 1 FROM {_PLACES} CROSS JOIN taskpool_task
     WHERE state = 'ready' AND lane = place_lane AND task_type = place_type
-    AND due_at <= :until LIMIT :limit)
+    AND {_IN_TIME(":until")} LIMIT :limit)
 """
 
 # True only for the claim that the caller was given: an ended claim is not 'running', and
@@ -2052,12 +2211,14 @@ DELETE FROM taskpool_task
 WHERE seq = ? AND id = ? AND {_HELD} AND successor IS NULL AND repeat IS NULL
 """
 _HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE {_THIS} AND {_HELD}"
-_HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner = ?"
+# Bytes are the name of an owner that is not UTF-8.
+_OWNER = "(:owner, CAST(:owner AS TEXT))"
+_HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner IN {_OWNER}"
 
 _RENEW = "UPDATE taskpool_master SET beat = beat + 1 WHERE owner = ?"
 # Not from 0: who is given up and enters again must not look as it did.
 _ENTER = "INSERT INTO taskpool_master (owner, beat) VALUES (?, random() & 0xffffffff)"
-_LEAVE = "DELETE FROM taskpool_master WHERE owner = ?"
+_LEAVE = f"DELETE FROM taskpool_master WHERE owner IN {_OWNER}"
 _MASTERS = "SELECT owner FROM taskpool_master"
 
 
@@ -2078,8 +2239,10 @@ UNION SELECT owner, -1 FROM (
     UNION SELECT v FROM lane_owner WHERE v IS NOT NULL)
 WHERE owner NOT IN (SELECT owner FROM taskpool_master)
 """
-_OPEN_LANE = "UPDATE taskpool_task SET lane = '' WHERE lane > '' AND lane = ?"
-_EXPIRE = "DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ?"
+_OPEN_LANE = f"UPDATE taskpool_task SET lane = '' WHERE lane > '' AND lane IN {_OWNER}"
+_EXPIRE = """
+DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ? AND state = 'done'
+"""
 
 # The task types for all of which a task can start now.
 _STARTABLE = f"""
@@ -2097,11 +2260,11 @@ _REMOVE = "DELETE FROM taskpool_task WHERE state <> 'running'"
 _MARK = "UPDATE taskpool_task SET removed = 1, successor = NULL WHERE state = 'running'"
 
 
-def _decoded(raw: bytes, otherwise: Any) -> Any:
+def _text_or_bytes(raw: bytes) -> str | bytes:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        return otherwise
+        return raw
 
 
 def _rank(candidate: Sequence[Any]) -> tuple[int, int, int]:
@@ -2112,41 +2275,19 @@ def _rank(candidate: Sequence[Any]) -> tuple[int, int, int]:
     return -priority, created_at, seq
 
 
-@lru_cache(maxsize=1000)
-def _wrong_column(kinds: tuple[type, ...]) -> str | None:
-    """The first column whose value has a type that it cannot have."""
-    named = zip(_COLUMNS, kinds)
-    return next((name for name, kind in named if kind not in _COLUMN_TYPES[name]), None)
-
-
-def _unusable(columns: Sequence[Any]) -> str:
-    """Why a stored row cannot be a Row ("" if it can): SQLite keeps any type anywhere."""
-    wrong = _wrong_column(tuple(map(type, columns)))
-    if wrong is not None:
-        return f"column {wrong} holds {_shown(columns[_COLUMNS.index(wrong)])}"
-    if columns[_REPEAT] is not None:
-        try:
-            _read_repeat(columns[_REPEAT])
-        except (ValueError, RecursionError) as error:
-            return f"column repeat: {error}"
-    return ""
-
-
-_NULL = type(None)
-_TEXT, _INT, _REAL = (str,), (int,), (float, int)
-_COLUMN_TYPES: dict[str, tuple[type, ...]] = dict(
-    zip(
-        _COLUMNS,
-        # id to ready_at
-        (_TEXT, _TEXT, _TEXT, _INT, _INT, _INT, _INT)
-        # retries to state
-        + (_INT, _REAL, (*_REAL, _NULL), (*_REAL, _NULL), _TEXT, _TEXT)
-        # attempt to interrupted
-        + (_INT, _INT, _TEXT, _INT)
-        # result to progress
-        + ((str, _NULL), (str, _NULL), (int, _NULL), _INT, *[(str, _NULL)] * 3),
-    )
-)
+def _fetch(db: Any, statement: str, values: Any = ()) -> list[Any]:
+    """All rows of the result. Text that is not UTF-8 comes as bytes."""
+    try:
+        return list(db.execute(statement, values))
+    except sqlite3.OperationalError as error:
+        if "decode" not in str(error):
+            raise
+    connection = getattr(db, "connection", db)
+    connection.text_factory = _text_or_bytes
+    try:
+        return list(db.execute(statement, values))
+    finally:
+        connection.text_factory = str
 
 
 def _where(query: Query, now: int) -> tuple[str, list[Any]]:
@@ -2566,12 +2707,13 @@ class SQLiteStore(Store):
         values = itertools.chain.from_iterable(map(_addition, rows[:tens], seqs))
         db.execute("SAVEPOINT taskpool")
         try:
-            db.executemany(_ADD_TEN, zip(*[values] * (10 * (_ATTEMPT + 3))))
-            db.executemany(_ADD, map(_addition, rows[tens:], seqs[tens:]))
-            done = True
+            count = db.executemany(_ADD_TEN, zip(*[values] * (10 * (_ATTEMPT + 3)))).rowcount
+            count += db.executemany(_ADD, map(_addition, rows[tens:], seqs[tens:])).rowcount
+            done = count == len(rows)
         except sqlite3.IntegrityError:
-            db.execute("ROLLBACK TO taskpool")
             done = False
+        if not done:
+            db.execute("ROLLBACK TO taskpool")
         db.execute("RELEASE taskpool")
         return done
 
@@ -2579,31 +2721,33 @@ class SQLiteStore(Store):
     def _add(cls, db: sqlite3.Connection | sqlite3.Cursor, new: Row, if_exists: str) -> Row:
         old = cls._row(db, new.id)
         stored, row = after_add(old, new, if_exists)
-        if stored is not None:
-            cls._replace(db, old, stored)
+        if stored is not None and not cls._replace(db, old, stored):
+            raise StoreError(f"task {_shown(new.id)} was not stored: {_IGNORED}")
         return row
 
     @staticmethod
     def _row(db: sqlite3.Connection | sqlite3.Cursor, task_id: str) -> Row | None:
-        found = db.execute(_BY_ID, _key(task_id)).fetchone()
-        return None if found is None else Row(*found)
+        found = _fetch(db, _BY_ID, _key(task_id))
+        return _readable(found[0]) if found else None
 
     @staticmethod
     def _replace(
         db: sqlite3.Connection | sqlite3.Cursor, old: Row | None, new: Row | None
-    ) -> None:
-        """Write *new* in the place of *old*; a new task goes to the end of the line."""
+    ) -> bool:
+        """Write *new* in the place of *old*; a new task goes to the end of the line. Returns
+        whether that was done: a trigger can make SQLite ignore it."""
         if new is not None and old is not None and new.created_at == old.created_at:
-            db.execute(_WRITE, (*new[:-1], *_key(old.id)))
-            return
-        if old is not None:
-            db.execute(_ERASE, _key(old.id))
-        if new is not None:
-            seq = _new_seq(new)
-            try:
-                db.execute(_ADD, _addition(new, None if seq == _UNSURE else seq))
-            except sqlite3.IntegrityError:  # Another task has its number.
-                db.execute(_ADD, _addition(new))
+            return db.execute(_WRITE, (*new[:-1], *_key(old.id))).rowcount == 1
+        if old is not None and db.execute(_ERASE, _key(old.id)).rowcount != 1:
+            return False
+        if new is None:
+            return True
+        seq = _new_seq(new)
+        try:
+            added = db.execute(_ADD, _addition(new, None if seq == _UNSURE else seq))
+        except sqlite3.IntegrityError:  # Another task has its number.
+            added = db.execute(_ADD, _addition(new))
+        return added.rowcount == 1
 
     def claim(
         self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
@@ -2619,7 +2763,7 @@ class SQLiteStore(Store):
                 if "decode" not in str(error):
                     raise
             # Text that is not UTF-8: look again, so that _unusable finds the row.
-            db.text_factory = lambda raw: _decoded(raw, raw)
+            db.text_factory = _text_or_bytes
             try:
                 return self._claim(db, owner, shares, limit, now, until)
             finally:
@@ -2654,7 +2798,7 @@ class SQLiteStore(Store):
             reason = _unusable(columns)
             if reason:
                 broken.append((reason, seq))
-                broken_rows.append(Row(*columns)._replace(state="failed", error=reason))
+                broken_rows.append(set_aside(_readable(columns), reason))
                 continue
             row = Row(*columns)
             cost = 1.0 if row.interrupted else shares[row.task_type]
@@ -2667,8 +2811,12 @@ class SQLiteStore(Store):
                 break
         for stream in streams:
             stream.close()
-        if taken:
-            db.execute(_CLAIM, (owner, now, json.dumps(taken_seqs)))
+        done = db.execute(_CLAIM, (owner, now, json.dumps(taken_seqs))).rowcount if taken else 0
+        if done != len(taken):
+            held = {(row[0], row[_CLAIM_NUMBER]) for row in _fetch(db, _HELD_BY, places)}
+            taken = [row for row in taken if (row.id, row.claim) in held]
+            if not taken:
+                raise StoreError(f"{self.path}: no task can be claimed: {_IGNORED}")
         db.executemany(_SET_ASIDE, broken)
         return taken + broken_rows
 
@@ -2680,12 +2828,11 @@ class SQLiteStore(Store):
         if outcome.state == "done" and outcome.result is None and outcome.error is None:
             if db.execute(_FINISH, (*key[:2], *claim)).rowcount:
                 return True
-        found = db.execute(_HELD_ROW, (*key, *claim)).fetchone()
-        if found is None:
+        found = _fetch(db, _HELD_ROW, (*key, *claim))
+        if not found:
             return False
-        row = Row(*found)
-        self._replace(db, row, after_run(row, outcome, now))
-        return True
+        row = Row(*found[0])
+        return self._replace(db, row, checked(row, lambda row: after_run(row, outcome, now)))
 
     def renew(self, owner: str, now: int) -> None:
         def work(db: sqlite3.Connection) -> None:
@@ -2697,7 +2844,7 @@ class SQLiteStore(Store):
 
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
         def look(db: sqlite3.Connection) -> dict[str, int]:
-            return dict(db.execute(_OWNERS).fetchall())
+            return dict(_fetch(db, _OWNERS))
 
         beats = self._read(look)
         beats.pop(owner, None)
@@ -2717,21 +2864,21 @@ class SQLiteStore(Store):
         self._write(lambda db: self._give_back(db, owner, now, given_back))
 
     def owners(self) -> list[str]:
-        found = self._read(lambda db: db.execute(_MASTERS).fetchall())
-        return [owner for (owner,) in found]
+        found = self._read(lambda db: _fetch(db, _MASTERS))
+        return [owner for (owner,) in found if type(owner) is str]
 
     def _give_back(
         self, db: sqlite3.Connection, owner: str, now: int, after: Callable[[Row, int], Row | None]
     ) -> list[Row]:
         ended = []
-        for found in db.execute(_HELD_BY, (owner,)).fetchall():
+        for found in _fetch(db, _HELD_BY, {"owner": owner}):
             row = Row(*found)
-            following = after(row, now)
-            self._replace(db, row, following)
-            if following is not None and not (following.interrupted or row.successor):
-                ended.append(following)
-        db.execute(_OPEN_LANE, (owner,))
-        db.execute(_LEAVE, (owner,))
+            following = checked(row, lambda row: after(row, now))
+            if self._replace(db, row, following) and following is not None:
+                if following.state == "failed" or not (following.interrupted or row.successor):
+                    ended.append(_readable(following[:-1], following.error or ""))
+        db.execute(_OPEN_LANE, {"owner": owner})
+        db.execute(_LEAVE, {"owner": owner})
         return ended
 
     def next_due(
@@ -2742,14 +2889,15 @@ class SQLiteStore(Store):
 
         def work(db: sqlite3.Connection) -> list[int]:
             (ready,) = db.execute(_COUNT_READY, places).fetchone()
-            return [now] * ready + [at for (at,) in db.execute(_NEXT_DUE, places)]
+            later = (at for (at,) in _fetch(db, _NEXT_DUE, places))
+            return [now] * ready + [at if type(at) is int else now for at in later]
 
         return sorted(self._read(work))[:limit]
 
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         known = set(types)
-        found = self._read(lambda db: db.execute(_STARTABLE, (now,)).fetchall())
-        return sorted(task_type for (task_type,) in found if task_type not in known)
+        found = self._read(lambda db: _fetch(db, _STARTABLE, (now,)))
+        return sorted(str(task_type) for (task_type,) in found if task_type not in known)
 
     def find(self, query: Query, now: int) -> list[Row]:
         where, values = _where(query, now)
@@ -2757,19 +2905,8 @@ class SQLiteStore(Store):
         statement = f"SELECT {_LIST} FROM taskpool_task WHERE {where} {_OLDEST_FIRST}"
         values += limit, query.offset
 
-        def work(db: sqlite3.Connection) -> list[Any]:
-            try:
-                return db.execute(statement, values).fetchall()
-            except sqlite3.OperationalError as error:
-                if "decode" not in str(error):
-                    raise
-                db.text_factory = lambda raw: _decoded(raw, raw.decode(errors="replace"))
-                try:
-                    return db.execute(statement, values).fetchall()
-                finally:
-                    db.text_factory = str
-
-        return [Row(*columns) for columns in self._read(work)]
+        found = self._read(lambda db: _fetch(db, statement, values))
+        return [_readable(columns) for columns in found]
 
     def count(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
@@ -2786,44 +2923,55 @@ class SQLiteStore(Store):
         statement = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'failed' AND {where}"
 
         def work(db: sqlite3.Connection) -> int:
-            found = db.execute(statement, values).fetchall()
-            for columns in found:
-                self._replace(db, Row(*columns), after_retry(Row(*columns), now))
-            return len(found)
+            rows = [Row(*columns) for columns in _fetch(db, statement, values)]
+            return sum(self._replace(db, row, after_retry(row, now)) for row in rows)
 
         return self._write(work)
 
     def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
         def work(db: sqlite3.Connection) -> Row:
-            new = after_update(self._row(db, task_id), task_id, changes, now)
-            self._replace(db, new, new)
+            found = _fetch(db, _BY_ID, _key(task_id))
+            new = after_update(Row(*found[0]) if found else None, task_id, changes, now)
+            if not self._replace(db, new, new):
+                raise StoreError(f"{self.path}: {_shown(task_id)} was not changed: {_IGNORED}")
             return new
 
         return self._write(work)
 
 
 # MongoDB. A document has the original's seven fields, which a Meteor application reads and
-# writes, and beside them our columns by their names. Those that hold their usual value
-# are left out.
+# writes, and in one sub-document our columns by their names, so that no field of an
+# application is taken for one of ours. Columns that hold their usual value are left out.
 
-_FIELDS = {"id": "_id", "task_type": "taskType"}  # Other columns keep their names.
+_TOP = {"task_type": "taskType", "priority": "priority"}  # Columns that the original has.
 _USUAL: dict[str, Any] = dict(
     Row._field_defaults, retries=0, retry_delay=1.0, timeout=None, keep_result=None
 )
-_NO_DATES = {"createdAt": 0, "dueDate": 0}  # Only for Meteor; we have our own.
-_RANK = [("priority", -1), ("created_at", 1), ("seq", 1)]  # The order of claims.
-_MONGO_INDEXES: tuple[tuple[str, list[tuple[str, int]], bool], ...] = (
+_SHORT = [n for n in _COLUMNS if n not in ("data", "result", "error", "successor", "progress")]
+# What is read of a document: of one that was not looked at yet, of one of ours, and of that
+# all but the long columns. Nothing that an application has beside these is ever decoded.
+_INSERTED = dict.fromkeys("taskType priority data createdAt onGoing dueDate".split(), 1)
+_READ = dict.fromkeys("taskType priority data taskpool".split(), 1)
+_READ_SHORT = dict.fromkeys([_TOP.get(n, f"taskpool.{n}") for n in _SHORT], 1)
+# The order of claims.
+_RANK = [("priority", -1), ("taskpool.created_at", 1), ("taskpool.seq", 1)]
+_PLACE = [("taskpool.state", 1), ("taskpool.lane", 1), ("taskType", 1)]
+_MONGO_INDEXES: tuple[tuple[str, list[tuple[str, int]], dict[str, bool]], ...] = (
+    # Of an `_id` of any type this is the text. Two of them can have the same: 5 and "5".
+    ("taskpool_id", [("taskpool.id", 1)], {"unique": True, "sparse": True}),
     # What can be claimed, in order; also finds documents that have no state yet.
-    ("taskpool_ready", [("state", 1), ("lane", 1), ("taskType", 1), *_RANK], False),
+    ("taskpool_ready", [*_PLACE, *_RANK], {}),
     # Documents that are not due are never in the way of others.
-    ("taskpool_scheduled", [("state", 1), ("lane", 1), ("taskType", 1), ("ready_at", 1)], False),
+    ("taskpool_scheduled", [*_PLACE, ("taskpool.ready_at", 1)], {}),
     # Sparse: only running ones have an owner, only `done` ones expire.
-    ("taskpool_running", [("owner", 1)], True),
-    ("taskpool_expires", [("expires_at", 1)], True),
+    ("taskpool_running", [("taskpool.owner", 1)], {"sparse": True}),
+    ("taskpool_expires", [("taskpool.expires_at", 1)], {"sparse": True}),
 )
 _READABLE_CHARS = 1_000_000  # Longer data are stored as text, which is smaller.
 _MOST_BYTES = 7_000_000  # Of data, and of a result: MongoDB's 16 MB hold both.
 _ADOPTED_AT_ONCE = 1000
+_REFUSED = (2, 14, 28)  # What a server says if a document cannot be changed so.
+_COROUTINE = 0x80  # inspect.CO_COROUTINE.
 _TRIES = 20  # How often a change is begun anew when others were quicker.
 
 
@@ -2835,12 +2983,13 @@ def _is_plain(value: Any) -> bool:
 
 
 def _data_fields(text: str) -> dict[str, Any]:
-    value = json.loads(text) if len(text) <= _READABLE_CHARS else {"$": ""}
-    return {"data": value} if _is_plain(value) else {"data": None, "json": text}
+    """Without the field `data` where the text stands for it: so it counts if somebody sets it."""
+    value = _decode(text) if len(text) <= _READABLE_CHARS else {"$": ""}
+    return {"data": value} if _is_plain(value) else {"taskpool.json": text}
 
 
 def _date(instant: int) -> datetime:
-    """For Meteor: the nearest date there is, whatever somebody wrote into a document."""
+    """For Meteor: the nearest date there is."""
     return _datetime(min(max(instant, 0), 253_402_300_799_999_999))
 
 
@@ -2857,20 +3006,27 @@ def _fields_of(row: Row) -> dict[str, Any]:
     for name in _COLUMNS:
         value = getattr(row, name)
         if name != "data" and (name not in _USUAL or value != _USUAL[name]):
-            fields[_FIELDS.get(name, name)] = value
+            fields[_TOP.get(name, f"taskpool.{name}")] = value
     return fields
+
+
+def _ours(fields: Mapping[str, Any], seq: int) -> dict[str, Any]:
+    """The sub-document with those of the fields that are in it."""
+    named = ((name.partition(".")[2], value) for name, value in fields.items())
+    return {"seq": seq, **{name: value for name, value in named if name}}
 
 
 def _changes(old: Row, new: Row) -> dict[str, Any]:
     """The update that makes the document of *old* that of *new*; other fields stay."""
     before, after = _fields_of(old), _fields_of(new)
     if new.created_at != old.created_at:  # Another task: whatever was changed meanwhile.
-        before, old = _USUAL, old._replace(data="")
+        before, old = {f"taskpool.{name}": name for name in _USUAL}, old._replace(data="")
     put = {name: value for name, value in after.items() if before.get(name, before) != value}
     if new.data != old.data:
-        before, put = {**before, "json": ""}, {**put, **_data_fields(new.data)}
+        put.update(_data_fields(new.data))
+        before["taskpool.json" if "data" in put else "data"] = None
     gone = dict.fromkeys(before.keys() - after.keys() - put.keys(), "")
-    changes = {"$set": {"state": new.state, **put}}
+    changes = {"$set": {"taskpool.state": new.state, **put}}
     return {**changes, "$unset": gone} if gone else changes
 
 
@@ -2882,40 +3038,64 @@ def _microseconds(date: Any) -> Any:
     return (aware - _EPOCH) // _MICROSECOND
 
 
-def _row_of(document: Mapping[str, Any], now: int) -> tuple[Row, str]:
-    """The Row of a document, and why it cannot be run ("" if it can).
+def _text_of(key: Any) -> str:
+    """The id of a task whose document has that `_id`."""
+    try:
+        return _checked_text("_id", str(key))
+    except ValueError:
+        return ascii(key)[:5000]
 
-    What is missing, in a document that a Meteor application inserted, has its default.
-    """
-    values = {**_USUAL, "priority": 1, "data": {}, "lane": "", "state": "scheduled"}
+
+def _inserted(document: Mapping[str, Any], now: int) -> dict[str, Any]:
+    """The columns of a document that a Meteor application inserted. What is missing has its
+    default."""
+    values: dict[str, Any] = {"id": _text_of(document["_id"]), "lane": ""}
     values["created_at"] = _microseconds(document.get("createdAt", now))
-    values["due_at"] = _microseconds(document.get("dueDate", values["created_at"]))
+    due_at = _microseconds(document.get("dueDate", values["created_at"]))
+    values["due_at"] = values["ready_at"] = due_at
+    is_due = isinstance(due_at, (int, float)) and due_at <= now
+    values["state"] = "ready" if is_due else "scheduled"
     if document.get("onGoing"):  # A Meteor cluster's. If that is dead: see recover().
         values.update(state="running", owner="nschwarz:cluster", attempt=1, claim=1)
-    values.update(document)
-    values.setdefault("ready_at", values["due_at"])
+    return values
+
+
+def _is_ours(document: Mapping[str, Any]) -> bool:
+    return isinstance(document.get("taskpool"), Mapping) and "state" in document["taskpool"]
+
+
+def _row_of(document: Mapping[str, Any], now: int) -> tuple[Row, str]:
+    """The Row of a document, and why it cannot be run ("" if it can)."""
+    ours = document["taskpool"] if _is_ours(document) else _inserted(document, now)
+    values = {**_USUAL, "id": _text_of(document["_id"]), **ours}
+    values.update(task_type=document.get("taskType"), priority=document.get("priority", 1))
+    values["data"] = document.get("data", {})
     with contextlib.suppress(TypeError, ValueError, RecursionError):
-        values["data"] = values["json"] if "json" in values else _encode(values["data"])
-    columns: list[Any] = [values.get(_FIELDS.get(name, name)) for name in _COLUMNS]
-    for index, types in enumerate(_COLUMN_TYPES.values()):
+        by_text = "json" in values and "data" not in document
+        values["data"] = values["json"] if by_text else _encode(values["data"])
+    columns: list[Any] = list(map(values.get, _COLUMNS))
+    for index, kind in enumerate(_KINDS.values()):
         value = columns[index]
-        if isinstance(value, (int, float)) and type(value) not in (bool, *types):
+        if isinstance(value, (int, float)) and type(value) not in (bool, *kind.types):
             if value // 1 == value:
                 columns[index] = int(value)  # JavaScript's 1.0; the driver's kinds of int.
-    problem = values.get("unreadable") or _unusable(columns)
-    for index, (name, types) in enumerate(_COLUMN_TYPES.items()):
-        if type(columns[index]) not in types:
-            columns[index] = "null" if name == "data" else types[-1]()
-    row = Row(*columns)._replace(id=str(document["_id"]))
-    if "state" not in document and row.state == "scheduled" and row.ready_at <= now:
-        row = row._replace(state="ready")
-    return row, problem
+    problem = document.get("unreadable") or _unusable(columns)
+    return _readable(columns, problem) if problem else Row(*columns), problem
 
 
 def _due_here(owner: str, now: int) -> dict[str, Any]:
     """Of `ready` documents, those that no other machine's clock promoted too early (P6)."""
     past = {"$lte": now}
-    return {"$or": [{"ready_at": past, "due_at": past}, {"promoter": {"$in": [None, owner]}}]}
+    due = {"taskpool.ready_at": past, "taskpool.due_at": past}
+    return {"$or": [due, {"taskpool.promoter": {"$in": [None, owner]}}]}
+
+
+def _named(ids: Iterable[Any]) -> dict[str, Any]:
+    return {"taskpool.id": {"$in": list(ids)}}
+
+
+def _held_by(owner: Any) -> dict[str, Any]:
+    return {"taskpool.state": "running", "taskpool.owner": owner}
 
 
 def _fitting(outcome: Outcome) -> Outcome:
@@ -2924,10 +3104,6 @@ def _fitting(outcome: Outcome) -> Outcome:
         return outcome
     error = f"the result is not kept: it has over {_MOST_BYTES:,} bytes as JSON"
     return outcome._replace(result=None, error=error)
-
-
-def _is_held(row: Row, owner: str, outcome: Outcome) -> bool:
-    return (row.state, row.owner, row.claim) == ("running", owner, outcome.claim)
 
 
 class _Raced(Exception):
@@ -2941,6 +3117,32 @@ def _was_race(error: Any) -> bool:
     errors = (getattr(error, "details", None) or {}).get("writeErrors", ())
     codes = {getattr(error, "code", None), *(one.get("code") for one in errors)}
     return bool(codes & {11000, 112})  # A duplicate key; a conflict of transactions.
+
+
+def _undecodable(error: Exception) -> str:
+    """What a driver says of a document that it cannot decode. Raises any other error."""
+    if "BSON" in type(error).__name__ or isinstance(error, (ValueError, ArithmeticError)):
+        return str(error)[:500]
+    raise error
+
+
+_MASTER = {"_id": {"$gt": ""}}
+_STATES_IN_LANES = {"$in": ["ready", "scheduled", "running"]}
+# The owners of lanes, as distinct() takes it.
+_LANES = "taskpool.lane", {"taskpool.state": _STATES_IN_LANES, "taskpool.lane": {"$gt": ""}}
+# Any task that failed: all that after_retry() changes has an unusual value.
+_FAILED = Row(
+    *("", "", "", 0, 0, 0, -1, 0, 1.0, None, None, "-", "failed", 1),
+    error="-", progress="-",
+)  # fmt: skip
+
+
+def _instant_of(document: Mapping[str, Any], now: int) -> int:
+    """When it can start; now, where it cannot be read: so that a claim finds it."""
+    ours = document.get("taskpool")
+    ready_at = ours.get("ready_at") if isinstance(ours, Mapping) else None
+    is_one = isinstance(ready_at, (int, float)) and _YEARS[0] <= ready_at <= _YEARS[1]
+    return int(cast(float, ready_at)) if is_one else now
 
 
 class _Claims:
@@ -2964,13 +3166,15 @@ class MongoStore(Store):
     it open. It must read from the primary.
 
     A document has the fields of nschwarz:cluster: `_id`, `taskType`, `priority`, `data`,
-    `createdAt`, `onGoing`, `dueDate`, and our columns beside them. A Meteor application
-    may insert documents with those seven alone. `data` holds the values themselves. Data
-    with a key that has a dot or begins with $, and data over 1,000,000 characters are in
-    the field `json` instead, as text. At most 7,000,000 bytes of data are stored,
-    and of a result with keep_result kept. What runs has `onGoing: true`; what has ended
+    `createdAt`, `onGoing`, `dueDate`, and our columns in the sub-document `taskpool`. A
+    Meteor application may insert documents with those seven alone, and fields of its own.
+    `data` holds the values themselves. Data with a key that has a dot or begins with $, and
+    data over 1,000,000 characters are in `taskpool.json` instead, as text, until somebody
+    sets `data`. At most 7,000,000 bytes of data are stored, and of a result with
+    keep_result kept. What runs has `onGoing: true`; what has ended
     has no dueDate; for what waits for a retry it is the date of that: so the original's
-    own poller starts none of them. Instants are kept in our fields in microseconds.
+    own poller starts none of them. Instants are kept in our fields in microseconds. A
+    document that cannot be read becomes `failed`, with the reason in `taskpool.error`.
 
     Every change is one conditional write to one document. add() of several tasks uses a
     transaction, where the server has them (a replica set); elsewhere the StoreError of an
@@ -2982,6 +3186,10 @@ class MongoStore(Store):
     def __init__(self, collection: Any) -> None:
         if not isinstance(getattr(collection, "full_name", None), str):
             raise _wrong_type("collection", collection, "a pymongo Collection")
+        # A call of an asynchronous driver does nothing before it is awaited.
+        flags = getattr(getattr(collection.insert_many, "__code__", None), "co_flags", 0)
+        if flags & _COROUTINE or "Motor" in type(collection).__name__:
+            raise _wrong_type("collection", collection, "a synchronous pymongo Collection")
         concern = getattr(collection, "write_concern", None)
         preference: Any = getattr(collection, "read_preference", None)
         if getattr(concern, "acknowledged", True) is False or getattr(preference, "mode", None):
@@ -3030,9 +3238,9 @@ class MongoStore(Store):
         return f"{self._name}: {type(error).__name__}: {error}"[:500]
 
     def _make_indexes(self) -> None:
-        for name, keys, sparse in _MONGO_INDEXES:
+        for name, keys, options in _MONGO_INDEXES:
             try:
-                self._tasks.create_index(keys, name=name, sparse=sparse)
+                self._tasks.create_index(keys, name=name, **options)
             except Exception as error:
                 if not isinstance(getattr(error, "code", None), int):
                     raise  # The server did not answer.
@@ -3056,44 +3264,96 @@ class MongoStore(Store):
 
     # ---- Reading and writing documents
 
-    def _find(self, where: Any, fields: Any = _NO_DATES, **options: Any) -> list[dict[str, Any]]:
-        """The documents, also where one of them cannot be decoded: that is `unreadable`."""
+    def _find(self, where: Any, fields: Any = _READ, **options: Any) -> list[dict[str, Any]]:
+        """The documents. One that cannot be decoded says why, as `unreadable`."""
         try:
             return list(self._tasks.find(where, fields, **options))
         except Exception as error:
-            if "BSON" not in type(error).__name__:
-                raise
-        found: list[dict[str, Any]] = []
-        for document in list(self._tasks.find(where, {"_id": 1}, **options)):
+            _undecodable(error)
+        keys = [document["_id"] for document in self._tasks.find(where, {"_id": 1}, **options)]
+        places = {repr(key): place for place, key in enumerate(keys)}
+        return sorted(self._isolated(keys, fields), key=lambda d: places.get(repr(d["_id"]), 0))
+
+    def _isolated(self, keys: list[Any], fields: Any) -> list[dict[str, Any]]:
+        """The documents of these `_id`s, though some cannot be decoded: halved, until one is
+        left, and of that field by field."""
+        selector = {"_id": {"$in": keys}}
+        try:
+            return list(self._tasks.find(selector, fields))
+        except Exception as error:
+            _undecodable(error)
+        if len(keys) > 1:
+            half = len(keys) // 2
+            return self._isolated(keys[:half], fields) + self._isolated(keys[half:], fields)
+        document: dict[str, Any] = {}
+        for field in dict.fromkeys(name.partition(".")[0] for name in fields):
             try:
-                found += self._tasks.find(document, fields)
+                for found in self._tasks.find(selector, {field: 1}):
+                    document.update(found)
             except Exception as error:
-                if "BSON" not in type(error).__name__:
-                    raise
-                hidden = {**_NO_DATES, "data": 0, "json": 0}
-                (document,) = self._tasks.find(document, hidden)
-                found.append({**document, "unreadable": str(error)[:500]})
-        return found
+                document.update(_id=keys[0], unreadable=f"{field}: {_undecodable(error)}")
+        return [document] if document else []
 
     def _rows(self, where: Any, now: int, **options: Any) -> list[Row]:
-        return [_row_of(document, now)[0] for document in self._find(where, **options)]
+        """The Rows of these documents. Those that cannot be run have become `failed`."""
+        rows = []
+        for document in self._find(where, **options):
+            row, problem = _row_of(document, now)
+            rows.append(self._quarantine(document, row, problem) if problem else row)
+        return rows
+
+    def _quarantine(self, document: Mapping[str, Any], row: Row, problem: str) -> Row:
+        """any -> failed, for a document that cannot be run. Nothing in it is lost."""
+        row = set_aside(row, problem)
+        fields: dict[str, Any] = {"taskpool": _ours(_fields_of(row), next(self._insertions))}
+        state = None
+        if _is_ours(document):
+            fields = {f"taskpool.{name}": getattr(row, name) for name in ("id", "state", "error")}
+            state = document["taskpool"]["state"]
+        update = {"$set": {**fields, "onGoing": False, "dueDate": None}}
+        if state is not None:
+            update["$unset"] = {"taskpool.owner": "", "taskpool.interrupted": ""}
+        where = {"_id": document["_id"], **({} if state is None else {"taskpool.state": state})}
+        self._enter([(where, update)])
+        return row
 
     def _adopt(self, now: int, most: float = math.inf) -> None:
         """Give documents that a Meteor application inserted what they need to be tasks."""
-        writes: list[tuple[Any, Any]] = []
         while most > 0:
-            writes.clear()
-            for document in self._find({"state": None}, None, limit=_ADOPTED_AT_ONCE):
+            writes: list[tuple[Any, Any]] = []
+            new = {"taskpool.state": None}
+            for document in self._find(new, _INSERTED, limit=_ADOPTED_AT_ONCE):
                 row, problem = _row_of(document, now)
                 if problem:
                     _log.error("%s: the task %s cannot be run: %s", self._name, row.id, problem)
-                    row = row._replace(state="failed", owner="", error=problem)
-                fields = {**_fields_of(row), "seq": next(self._insertions)}
-                for name in ("_id", "taskType", "createdAt", *["priority"] * bool(problem)):
-                    del fields[name]
-                writes.append(({"_id": document["_id"], "state": None}, {"$set": fields}))
-            self._write(writes)
+                    row = set_aside(row, problem)
+                fields = _fields_of(row)
+                kept = {name: fields[name] for name in ("onGoing", "dueDate")}
+                if not problem:
+                    kept["priority"] = row.priority
+                kept["taskpool"] = _ours(fields, next(self._insertions))
+                writes.append(({"_id": document["_id"], **new}, {"$set": kept}))
+            self._enter(writes)
             most -= len(writes) or most
+
+    def _enter(self, writes: list[tuple[Any, Any]]) -> None:
+        """Write these, each of which gives a document its id: another, where that is taken."""
+        try:
+            self._write(writes)
+            return
+        except Exception as error:
+            if not _was_race(error):
+                raise
+        for where, update in writes:
+            try:
+                self._tasks.update_one(where, update)
+            except Exception as error:
+                if not _was_race(error):
+                    raise
+                put = update["$set"].get("taskpool")
+                put, name = (update["$set"], "taskpool.id") if put is None else (put, "id")
+                put[name] = f"{put[name]} ({type(where['_id']).__name__})"
+                self._tasks.update_one(where, update)
 
     def _write(self, writes: list[tuple[Any, Any]], **options: Any) -> list[bool | None]:
         """Update, or where the update is None delete, one document for each.
@@ -3125,9 +3385,11 @@ class MongoStore(Store):
         """Write the second Row of each pair in place of the first, if that is still so."""
         writes: list[tuple[Any, Any]] = []
         for old, new in pairs:
-            where: dict[str, Any] = {"_id": old.id, "state": old.state}
+            where: dict[str, Any] = {"taskpool.id": old.id, "taskpool.state": old.state}
             for name in ("claim", "owner", "removed", "successor", "repeat"):
-                where[name] = getattr(old, name) or None  # None: or not there.
+                value = getattr(old, name)
+                usual = {"$in": [None, value]}  # None: or not there.
+                where[f"taskpool.{name}"] = usual if value == _USUAL[name] else value
             writes.append((where, None if new is None else _changes(old, new)))
         return self._write(writes, **options)
 
@@ -3143,7 +3405,7 @@ class MongoStore(Store):
             for attempt in range(_TRIES):
                 if attempt or (many and not self._transactions):
                     self._adopt(now)
-                    there = {row.id: row for row in self._rows({"_id": {"$in": ids}}, now)}
+                    there = {row.id: row for row in self._rows(_named(ids), now)}
                 planned, rows = dict(there), []
                 for new, if_exists in additions:
                     stored, row = after_add(planned.get(new.id), new, if_exists)
@@ -3159,16 +3421,20 @@ class MongoStore(Store):
                         self._transactions = False  # A server that is alone; mongomock.
                     elif not (whole and _was_race(error)):
                         raise StoreError(f"{self._text(error)}{self._stored(rows)}") from error
-            raise StoreError(f"{self._name}: others change the same tasks all the time")
+                    else:
+                        last = self._text(error)
+            text = "others change the same tasks all the time, or an index of yours forbids them"
+            raise StoreError(f"{last}; {text}")
 
     def _put(self, there: Mapping[str, Row], planned: Mapping[str, Row], at_once: bool) -> None:
         """Store *planned* where *there* was read; *at_once*: in a transaction."""
         pairs = [(there[i], row) for i, row in planned.items() if row is not there.get(i, row)]
-        fresh = [
-            {**_fields_of(row), **_data_fields(row.data), "seq": next(self._insertions)}
-            for i, row in planned.items()
-            if i not in there
-        ]
+        fresh = []
+        for row in (row for i, row in planned.items() if i not in there):
+            fields = {**_fields_of(row), **_data_fields(row.data)}
+            top = {name: value for name, value in fields.items() if "." not in name}
+            ours = _ours(fields, next(self._insertions))
+            fresh.append({"_id": row.id, **top, "taskpool": ours})
         with contextlib.ExitStack() as stack:
             options = {}
             if at_once:
@@ -3184,7 +3450,7 @@ class MongoStore(Store):
     def _stored(self, rows: list[Row]) -> str:
         """For the error of an add(): which of its tasks are stored all the same."""
         try:
-            there = self._rows({"_id": {"$in": [row.id for row in rows]}}, 0)
+            there = self._rows(_named(row.id for row in rows), 0)
         except Exception:
             return "; whether anything was stored is not known"
         found = {row[:6] for row in there}  # What a run, already, would not change.
@@ -3204,78 +3470,109 @@ class MongoStore(Store):
             if claims.in_doubt:
                 self._give_back_unknown(owner, now)
             self._adopt(now, _ADOPTED_AT_ONCE)
-            place = {"lane": {"$in": ["", owner]}, "taskType": {"$in": list(shares)}}
-            due = {"state": "scheduled", **place, "ready_at": {"$lte": now}}
-            order = [("ready_at", 1)]
-            found = self._find(due, {"_id": 1}, sort=order, limit=PROMOTE_TASKS)
-            if found:
-                due["_id"] = {"$in": [document["_id"] for document in found]}
-                self._tasks.update_many(due, {"$set": {"state": "ready", "promoter": owner}})
-            where: dict[str, Any] = {"state": "ready", **place, **_due_here(owner, now)}
+            place = {"taskpool.lane": {"$in": ["", owner]}, "taskType": {"$in": list(shares)}}
+            failed = self._promote(owner, place, now)
+            where = {"taskpool.state": "ready", **place, **_due_here(owner, now)}
             if until != NEVER:
-                where["due_at"] = {"$lte": until}
+                where["taskpool.due_at"] = {"$lte": until}
             if any(row.interrupted for row in claims.rows.values()):
-                where["interrupted"] = None
+                where["taskpool.interrupted"] = None
             for _ in range(_TRIES):
                 claims.in_doubt = True
-                chosen = self._take(owner, where, shares, limit, now)
+                chosen, broken = self._take(owner, where, shares, limit, now)
+                failed += broken
                 # Read after the write: what others changed until then counts.
-                ours = {"_id": {"$in": chosen}, "state": "running", "owner": owner}
-                taken = {d["_id"]: d for d in self._find(ours)} if chosen else {}
+                ours = {**_named(chosen), **_held_by(owner)}
+                rows = {row.id: row for row in self._rows(ours, now)} if chosen else {}
                 claims.in_doubt = False
-                if taken or not chosen:  # Else another cluster was quicker with all of them.
-                    return self._taken(claims, [taken[key] for key in chosen if key in taken], now)
-            return []
+                if rows or not chosen:  # Else another cluster was quicker with all of them.
+                    taken = [rows[key] for key in chosen if key in rows]
+                    claims.rows.update((row.id, row) for row in taken if row.state == "running")
+                    return taken + failed
+            return failed
 
-    def _take(
-        self, owner: str, where: Any, shares: Mapping[str, float], limit: float, now: int
-    ) -> list[Any]:
-        """ready -> running for what fits; the ids, some of which others may have got."""
-        mine = {"state": "running", "owner": owner, "onGoing": True, "ready_at": now}
-        take = {"$set": mine, "$inc": {"claim": 1, "attempt": 1}}
-        least, most = min(shares.values()), max(shares.values())
-        if max(most, 1.0) <= limit + 1e-9 < 2 * least:  # One, whichever is the first.
-            first = self._tasks.find_one_and_update(where, take, {"_id": 1}, sort=_RANK)
-            return [first["_id"]] if first else []
-        chosen: list[Any] = []
-        fields, count = {"taskType": 1, "interrupted": 1}, math.ceil(limit / least)
-        for document in self._find(where, fields, sort=_RANK, limit=count):
-            suspect = document.get("interrupted")
-            cost = 1.0 if suspect else shares[document["taskType"]]
-            if cost > limit + 1e-9 or (suspect and chosen):
-                break
-            limit -= cost
-            chosen.append(document["_id"])
-            if suspect:
-                break
-        if chosen:
-            self._tasks.update_many({"_id": {"$in": chosen}, "state": "ready"}, take)
-        return chosen
+    def _promote(self, owner: str, place: Mapping[str, Any], now: int) -> list[Row]:
+        """scheduled -> ready, for what is due; what cannot be read is `failed`, and returned."""
+        due = {"taskpool.state": "scheduled", **place}
+        # Also what is no instant, and would wait for ever.
+        due["taskpool.ready_at"] = {"$not": {"$gt": now, "$lte": _YEARS[1]}}
+        order = [("taskpool.ready_at", 1)]
+        found = self._find(due, _READ_SHORT, sort=order, limit=PROMOTE_TASKS)
+        good, broken = self._sorted_out(found, now)
+        if good:
+            due.update(_named(row.id for row in good))
+            change = {"taskpool.state": "ready", "taskpool.promoter": owner}
+            self._tasks.update_many(due, {"$set": change})
+        return broken
 
-    def _taken(self, claims: _Claims, documents: list[dict[str, Any]], now: int) -> list[Row]:
-        """The Rows that claim() returns; those that cannot be run become `failed`."""
-        rows: list[Row] = []
-        broken: list[tuple[Row, Row | None]] = []
+    def _sorted_out(
+        self, documents: Iterable[Mapping[str, Any]], now: int
+    ) -> tuple[list[Row], list[Row]]:
+        """The Rows of those that can be run, and of those that have become `failed`."""
+        good: list[Row] = []
+        broken: list[Row] = []
         for document in documents:
             row, problem = _row_of(document, now)
             if problem:
-                broken.append((row, row._replace(state="failed", owner="", error=problem)))
+                broken.append(self._quarantine(document, row, problem))
             else:
-                claims.rows[row.id] = row
-                rows.append(row)
-        self._replace(broken)
-        return rows + [cast(Row, row) for _, row in broken]
+                good.append(row)
+        return good, broken
+
+    def _take(
+        self, owner: str, where: Any, shares: Mapping[str, float], limit: float, now: int
+    ) -> tuple[list[str], list[Row]]:
+        """ready -> running for what fits: the ids, some of which others may have got. And the
+        Rows that have become `failed`."""
+        mine = {"taskpool.state": "running", "taskpool.owner": owner}
+        mine.update({"taskpool.ready_at": now, "onGoing": True})  # type: ignore[dict-item]
+        take = {"$set": mine, "$inc": {"taskpool.claim": 1, "taskpool.attempt": 1}}
+        least, most = min(shares.values()), max(shares.values())
+        if max(most, 1.0) <= limit + 1e-9 < 2 * least:  # One, whichever is the first.
+            only = {"taskpool.id": 1}
+            try:
+                first = self._tasks.find_one_and_update(where, take, only, sort=_RANK)
+                return [first["taskpool"].get("id")] if first else [], []
+            except Exception as error:
+                if getattr(error, "code", None) not in _REFUSED:
+                    raise
+        count = math.ceil(limit / least)
+        found = self._find(where, _READ_SHORT, sort=_RANK, limit=count)
+        good, broken = self._sorted_out(found, now)
+        chosen: list[str] = []
+        for row in good:
+            cost = 1.0 if row.interrupted else shares[row.task_type]
+            if cost > limit + 1e-9 or (row.interrupted and chosen):
+                break
+            limit -= cost
+            chosen.append(row.id)
+            if row.interrupted:
+                break
+        if chosen:
+            self._tasks.update_many({**_named(chosen), "taskpool.state": "ready"}, take)
+        return chosen, broken
 
     def _give_back_unknown(self, owner: str, now: int) -> None:
         """running -> ready, for claims that the server made and could not tell us of."""
         claims = self._claims[owner]
         known = {(row.id, row.claim) for row in claims.rows.values()}
-        held = self._find({"owner": owner}, {"claim": 1})
-        ids = [d["_id"] for d in held if (d["_id"], d["claim"]) not in known]
+        held = self._find(_held_by(owner), {"taskpool.id": 1, "taskpool.claim": 1})
+        ours = [d["taskpool"] for d in held if isinstance(d.get("taskpool"), Mapping)]
+        ids = [o.get("id") for o in ours if (o.get("id"), o.get("claim")) not in known]
         if ids:
-            rows = self._rows({"_id": {"$in": ids}, "owner": owner}, now)
-            self._replace([(row, given_back(row, now)) for row in rows])
+            rows = self._rows({**_named(ids), **_held_by(owner)}, now)
+            self._give_back(rows, given_back, now)
         claims.in_doubt = False
+
+    def _give_back(
+        self, rows: list[Row], after: Callable[[Row, int], Row | None], now: int
+    ) -> list[tuple[Row | None, bool | None]]:
+        """What follows each Row by that policy, and whether it was written (None: perhaps)."""
+        running = [row for row in rows if row.state == "running"]
+        pairs = [(row, after(row, now)) for row in running]
+        hits = self._replace(pairs)
+        ended = [(row, True) for row in rows if row.state != "running"]  # In quarantine.
+        return [*((row, hit) for (_, row), hit in zip(pairs, hits)), *ended]
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
         with self._lock, self._errors():
@@ -3287,10 +3584,14 @@ class MongoStore(Store):
             rows = {o.id: claims.rows[o.id] for o in todo if o.id in claims.rows}
             unknown = [outcome.id for outcome in todo if outcome.id not in rows]
             if unknown:
-                where = {"_id": {"$in": unknown}, "owner": owner}
+                where = {**_named(unknown), **_held_by(owner)}
                 rows.update((row.id, row) for row in self._rows(where, now))
-            while todo:
+            for attempt in itertools.count():
                 todo = [o for o in todo if o.id in rows and rows[o.id].claim == o.claim]
+                if not todo:
+                    break
+                if attempt == _TRIES:
+                    raise StoreError(f"{self._name}: others change {todo[0].id!r} all the time")
                 claims.told.update((o[:2], None) for o in todo)
                 pairs = []
                 for outcome in todo:
@@ -3300,12 +3601,11 @@ class MongoStore(Store):
                 hits = self._replace(pairs)
                 there: dict[str, Row] = {}
                 if not all(hits):
-                    where = {"_id": {"$in": [o.id for o in todo]}}
-                    there = {row.id: row for row in self._rows(where, now)}
+                    there = {r.id: r for r in self._rows(_named(o.id for o in todo), now)}
                 again = []
                 for outcome, hit, (row, _) in zip(todo, hits, pairs):
                     found = there.get(outcome.id)
-                    if found is not None and _is_held(found, owner, outcome) and not hit:
+                    if found is not None and is_held(found, owner, outcome) and not hit:
                         again.append(outcome)  # It got a successor, or was removed.
                         continue
                     # If an earlier try may have recorded it, it did: unless the task was
@@ -3319,7 +3619,7 @@ class MongoStore(Store):
                 claims.told.pop(outcome[:2], None)
                 if outcome.id in claims.rows and claims.rows[outcome.id].claim == outcome.claim:
                     del claims.rows[outcome.id]
-                if outcome.id in rows and _is_held(rows[outcome.id], owner, outcome):
+                if outcome.id in rows and is_held(rows[outcome.id], owner, outcome):
                     claims.rows[outcome.id] = rows[outcome.id]
             held = [answers.get(outcome[:2], False) for outcome in outcomes]
             if self._telling is not None:
@@ -3331,30 +3631,30 @@ class MongoStore(Store):
             # Any value that is new. A counter could begin again where an observer left it.
             beat = {"$set": {"beat": os.urandom(8).hex()}}
             self._masters.update_one({"_id": owner}, beat, upsert=True)
-            self._tasks.delete_many({"expires_at": {"$lte": now}})
+            done = {"taskpool.state": "done", "taskpool.expires_at": {"$lte": now}}
+            self._tasks.delete_many(done)
             self._give_back_unknown(owner, now)
 
     def owners(self) -> list[str]:
         with self._errors():
-            return [master["_id"] for master in self._masters.find({}, {"_id": 1})]
+            return [master["_id"] for master in self._masters.find(_MASTER, {"_id": 1})]
 
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
         ended: list[Row] = []
         with self._lock, self._errors():
             # As _OWNERS says: who is not among the masters counts as a silent one.
-            holders = self._tasks.distinct("owner", {"owner": {"$gt": ""}})
-            waiting = {"state": {"$in": ["ready", "scheduled"]}, "lane": {"$gt": ""}}
-            beats = dict.fromkeys([*holders, *self._tasks.distinct("lane", waiting)])
-            beats.update((master["_id"], master["beat"]) for master in self._masters.find())
+            holders = self._tasks.distinct("taskpool.owner", _held_by({"$gt": ""}))
+            beats = dict.fromkeys([*holders, *self._tasks.distinct(*_LANES)])
+            masters = self._masters.find(_MASTER, {"beat": 1})
+            beats.update((master["_id"], master.get("beat")) for master in masters)
             beats.pop(owner, None)
             for other in _dead_owners(beats, self._seen, seconds):
                 # Claims of later than this are those of a living master.
-                rows = self._rows({"owner": other}, now)
+                rows = self._rows(_held_by(other), now)
                 same = {"_id": other, "beat": beats[other]}
-                if beats[other] is not None and not list(self._masters.find(same)):
+                if beats[other] is not None and not list(self._masters.find(same, {"_id": 1})):
                     continue  # It has renewed.
-                pairs = [(row, after_interruption(row, now)) for row in rows]
-                for (_, row), hit in zip(pairs, self._replace(pairs)):
+                for row, hit in self._give_back(rows, after_interruption, now):
                     if hit is not False and row is not None and row.state == "failed":
                         ended.append(row)
                 self._open_lane(other)
@@ -3362,14 +3662,16 @@ class MongoStore(Store):
         return ended
 
     def _open_lane(self, owner: str) -> None:
-        states = ["ready", "scheduled", "running"]
-        where = {"state": {"$in": states}, "lane": owner}
-        self._tasks.update_many(where, {"$set": {"lane": ""}})
+        where = {**_LANES[1], "taskpool.lane": owner}
+        self._tasks.update_many(where, {"$set": {"taskpool.lane": ""}})
 
     def leave(self, owner: str, now: int) -> None:
         with self._lock, self._errors():
-            rows = self._rows({"owner": owner}, now)
-            self._replace([(row, given_back(row, now)) for row in rows])
+            for _ in range(_TRIES):  # What was changed in between is held still.
+                rows = self._rows(_held_by(owner), now)
+                if not rows:
+                    break
+                self._give_back(rows, given_back, now)
             self._open_lane(owner)
             self._masters.delete_one({"_id": owner})
             self._claims.pop(owner, None)
@@ -3379,49 +3681,52 @@ class MongoStore(Store):
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
     ) -> list[int]:
-        where: dict[str, Any] = {"lane": {"$in": ["", owner]}, "taskType": {"$in": list(types)}}
+        where: dict[str, Any] = {"taskpool.lane": {"$in": ["", owner]}}
+        where["taskType"] = {"$in": list(types)}
         if until != NEVER:
-            where["due_at"] = {"$lte": until}
+            where["taskpool.due_at"] = {"$lte": until}
         with self._errors():
             self._adopt(now, _ADOPTED_AT_ONCE)
-            ready = {"state": "ready", **where, **_due_here(owner, now)}
+            ready = {"taskpool.state": "ready", **where, **_due_here(owner, now)}
             due = [now] * len(self._find(ready, {"_id": 1}, limit=limit))
             if len(due) < limit:
-                elsewhere = {"state": "ready", **where, "ready_at": {"$gt": now}}
-                later = {"$or": [{"state": "scheduled", **where}, elsewhere]}
-                order = [("ready_at", 1)]
-                found = self._find(later, {"ready_at": 1}, sort=order, limit=limit)
-                due += [document["ready_at"] for document in found]
+                elsewhere = {"taskpool.state": "ready", **where, "taskpool.ready_at": {"$gt": now}}
+                later = {"$or": [{"taskpool.state": "scheduled", **where}, elsewhere]}
+                order = [("taskpool.ready_at", 1)]
+                found = self._find(later, {"taskpool.ready_at": 1}, sort=order, limit=limit)
+                due += [_instant_of(document, now) for document in found]
         return sorted(due)[:limit]
 
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
-        other = {"lane": "", "taskType": {"$nin": list(types)}}
+        other = {"taskpool.lane": "", "taskType": {"$nin": list(types), "$gt": ""}}
         with self._errors():
-            found = set(self._tasks.distinct("taskType", {"state": "ready", **other}))
-            due = {"state": "scheduled", **other, "ready_at": {"$lte": now}}
-            return sorted(found.union(self._tasks.distinct("taskType", due)))
+            ready = {"taskpool.state": "ready", **other}
+            due = {"taskpool.state": "scheduled", **other, "taskpool.ready_at": {"$lte": now}}
+            found = [self._tasks.distinct("taskType", where) for where in (ready, due)]
+            return sorted({name for names in found for name in names if type(name) is str})
 
     def _where(self, query: Query, now: int) -> dict[str, Any]:
         """The selector of *query*."""
         self._adopt(now)
         due = {"$lte" if query.due else "$gt": now}
-        terms: list[Any] = []
+        terms: list[Any] = [{"taskpool.state": {"$gt": ""}}]
         if query.until != NEVER:
-            terms.append({"due_at": {"$lte": query.until}})
+            terms.append({"taskpool.due_at": {"$lte": query.until}})
         if query.ids is not None:
-            terms.append({"_id": {"$in": list(query.ids)}})
+            terms.append(_named(query.ids))
         if query.types is not None:
             terms.append({"taskType": {"$in": list(query.types)}})
         if query.states is not None:
             states = [s for s in query.states if s != "waiting"]
             states += ["ready", "scheduled"] * ("waiting" in query.states)
-            terms.append({"state": {"$in": states}})
+            terms.append({"taskpool.state": {"$in": states}})
         if query.created_at is not None:
-            terms.append({"created_at": query.created_at})
+            terms.append({"taskpool.created_at": query.created_at})
         if query.due is not None:
-            could_run = [{"state": "ready"}] * query.due
-            terms.append({"$or": [{"state": "scheduled", "ready_at": due}, *could_run]})
-        return {"$and": terms} if terms else {}
+            could_run = [{"taskpool.state": "ready"}] * query.due
+            later = {"taskpool.state": "scheduled", "taskpool.ready_at": due}
+            terms.append({"$or": [later, *could_run]})
+        return {"$and": terms}
 
     def find(self, query: Query, now: int) -> list[Row]:
         options: dict[str, Any] = {"sort": _RANK[1:], "skip": query.offset}
@@ -3429,7 +3734,8 @@ class MongoStore(Store):
             where = self._where(query, now)
             if query.limit == 0:
                 return []  # For MongoDB this is no limit.
-            return self._rows(where, now, **options, limit=query.limit or 0)
+            found = (_row_of(d, now) for d in self._find(where, **options, limit=query.limit or 0))
+            return [row if problem else _readable(row[:-1]) for row, problem in found]
 
     def count(self, query: Query, now: int) -> int:
         with self._errors():
@@ -3437,24 +3743,29 @@ class MongoStore(Store):
 
     def remove(self, query: Query, now: int) -> int:
         with self._errors():
-            where = self._where(query, now)
-            mark = {"$set": {"removed": 1}, "$unset": {"successor": ""}}
-            running = {"state": "running", **where}
-            marked = self._tasks.update_many(running, mark).matched_count
-            others = {"state": {"$ne": "running"}, **where}
-            return cast(int, marked + self._tasks.delete_many(others).deleted_count)
+            where, removed = self._where(query, now), 0
+            mark = {"$set": {"taskpool.removed": 1}, "$unset": {"taskpool.successor": ""}}
+            running: dict[str, Any] = {"taskpool.state": "running", **where}
+            others = {"taskpool.state": {"$ne": "running"}, **where}
+            while True:  # One that is claimed between the two writes is found by the next.
+                changed = self._tasks.update_many(running, mark).matched_count
+                changed += self._tasks.delete_many(others).deleted_count
+                if not changed:
+                    return removed
+                removed += changed
+                running["taskpool.removed"] = None
 
     def retry(self, query: Query, now: int) -> int:
         with self._errors():
-            rows = self._rows({"state": "failed", **self._where(query, now)}, now)
-            hits = self._replace([(row, after_retry(row, now)) for row in rows])
-            return sum(hit is not False for hit in hits)
+            where = {"taskpool.state": "failed", **self._where(query, now)}
+            changes = _changes(_FAILED, after_retry(_FAILED, now))
+            return cast(int, self._tasks.update_many(where, changes).matched_count)
 
     def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
         with self._errors():
             for _ in range(_TRIES):
                 self._adopt(now)
-                found = self._rows({"_id": task_id}, now)
+                found = self._rows(_named([task_id]), now)
                 new = after_update(found[0] if found else None, task_id, changes, now)
                 if self._replace([(found[0], new)])[0]:
                     return new
@@ -7344,8 +7655,8 @@ class _ViewOfFile(SQLiteStore):
 
     def status(self, now: int) -> dict[str, Any]:
         """What `status --json` prints."""
-        types = self._read(lambda db: db.execute(_STATUS, (now,)).fetchall())
-        owners = self._read(lambda db: db.execute(_OWNERS).fetchall())
+        types = self._read(lambda db: _fetch(db, _STATUS, (now,)))
+        owners = self._read(lambda db: _fetch(db, _OWNERS))
         running = self.find(Query(states=["running"]), now)
         return {
             "file": self.path,

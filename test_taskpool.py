@@ -1849,13 +1849,13 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         self.assertEqual({r.state for r in claimed.values()}, {"failed"})
         self.assertIn("tzdata", self.look("7").error)
         self.settle(self.look("good"), "done", result="1")
-        # Changed during the run: the next claim sets it aside.
+        # Changed during the run.
         self.add(row("t", repeat="@daily", due_date=timedelta()))
         (running,) = self.claim()
         with self.store.transaction() as db:
             db.execute("UPDATE taskpool_task SET repeat = 'x' WHERE id = 't'")
         self.settle(running, "done", result="1")
-        self.assertEqual(self.claim()[0].state, "failed")
+        self.assertEqual(self.look().state, "failed")
 
     def test_user_tables_in_the_same_file_are_left_alone(self):
         """SM-03; an empty file is as good as none."""
@@ -2277,7 +2277,7 @@ class MongoContract(StoreContract):
         self.insert("bad nan", data=float("nan"))
         self.insert("good")
         self.add(row("ours", priority=9))
-        self.collection.update_one({"_id": "ours"}, {"$set": {"retries": "many"}})
+        self.collection.update_one({"_id": "ours"}, {"$set": {"taskpool.retries": "many"}})
         with self.assertLogs("taskpool", "ERROR") as logs:
             got = self.claim()
         self.assertEqual([(r.id, r.state) for r in got], [("good", "running"), ("ours", "failed")])
@@ -2295,17 +2295,6 @@ class MongoContract(StoreContract):
         self.store.retry(Query(ids=["bad priority"]), NOW)
         self.assertEqual([(r.id, r.state) for r in self.claim()], [("bad priority", "failed")])
 
-    def test_an_instant_that_no_date_can_be_is_in_nobodys_way(self):
-        """CK-06. Written by hand, as add_task refuses it."""
-        self.add(*[row(f"{i}") for i in range(3)])
-        for i, instant in enumerate((NOW, 2**62, -(2**62))):
-            self.collection.update_one({"_id": str(i)}, {"$set": {"created_at": instant, "ready_at": -(2**62)}})
-        rows = self.claim()
-        self.assertEqual(len(rows), 3)
-        for claimed in rows:
-            self.assertTrue(self.settle(claimed, "ready", ready_at=2**62))
-        self.assertEqual(self.store.count(Query(states=["waiting"]), NOW), 3)
-
     def test_fields_of_the_application_stay(self):
         self.insert(mine="kept", data={"a": 1})
         (claimed,) = self.claim()
@@ -2317,11 +2306,12 @@ class MongoContract(StoreContract):
         for _ in range(2):
             self.open().next_due("me", ["x"], 5, NOW)
         found = {name: list(map(tuple, spec["key"])) for name, spec in self.collection.index_information().items()}
-        place = [("state", 1), ("lane", 1), ("taskType", 1)]
+        place = [("taskpool.state", 1), ("taskpool.lane", 1), ("taskType", 1)]
+        rank = [("priority", -1), ("taskpool.created_at", 1), ("taskpool.seq", 1)]
         self.assertEqual(found, {
-            "_id_": [("_id", 1)], "taskpool_ready": [*place, ("priority", -1), ("created_at", 1), ("seq", 1)],
-            "taskpool_scheduled": [*place, ("ready_at", 1)], "taskpool_running": [("owner", 1)],
-            "taskpool_expires": [("expires_at", 1)],
+            "_id_": [("_id", 1)], "taskpool_id": [("taskpool.id", 1)], "taskpool_ready": [*place, *rank],
+            "taskpool_scheduled": [*place, ("taskpool.ready_at", 1)], "taskpool_running": [("taskpool.owner", 1)],
+            "taskpool_expires": [("taskpool.expires_at", 1)],
         })
         recorder = Recorder(self.collection)
         store = taskpool.MongoStore(recorder)
@@ -2331,14 +2321,14 @@ class MongoContract(StoreContract):
         store.next_due("me", ["x"], 5, NOW)
         store.claim("you", ["x"], 1.0, NOW)
         selectors = [a[0] for name, a, _ in recorder.calls if name in ("find", "update_many", "find_one_and_update")]
-        scans = [s for s in selectors if "_id" not in s and s != {"state": None}]
+        scans = [s for s in selectors if "taskpool.id" not in s and s != {"taskpool.state": None}]
         self.assertGreater(len(scans), 4)
-        for selector in itertools.chain(*[[s] if "state" in s else s["$or"] for s in scans]):
-            self.assertIn(selector["state"], ("ready", "scheduled"))
-            self.assertEqual(list(selector)[1:3], ["lane", "taskType"])
+        for selector in itertools.chain(*[[s] if "taskpool.state" in s else s["$or"] for s in scans]):
+            self.assertIn(selector["taskpool.state"], ("ready", "scheduled"))
+            self.assertEqual(list(selector)[1:3], ["taskpool.lane", "taskType"])
         for name, _, options in recorder.calls:
             if name == "find_one_and_update" or (name == "find" and options.get("sort", [["priority"]])[0][0] == "priority" and "sort" in options):
-                self.assertEqual(options["sort"], [("priority", -1), ("created_at", 1), ("seq", 1)])
+                self.assertEqual(options["sort"], rank)
 
     def test_a_result_that_no_document_holds_is_not_kept_and_says_so(self):
         self.add(row(keep_result=60))
@@ -2469,7 +2459,7 @@ class MongoContract(StoreContract):
     def test_a_claim_that_the_server_made_late_is_given_back_at_the_next_renewal(self):
         self.add(row())
         self.store.renew("me", NOW)
-        late = {"state": "running", "owner": "me", "onGoing": True, "claim": 1, "attempt": 1}
+        late = {"taskpool.state": "running", "taskpool.owner": "me", "taskpool.claim": 1, "taskpool.attempt": 1}
         self.collection.update_one({"_id": "t"}, {"$set": late})
         self.store.renew("me", NOW)
         (claimed,) = self.claim()
@@ -2518,7 +2508,7 @@ class MongoContract(StoreContract):
         self.assertEqual((self.look().state, self.look().priority), ("running", 9))
         self.assertTrue(self.settle(self.look(), "done"))
         self.assertEqual(self.look().priority, 3)
-        faults.before("update_one", lambda: self.collection.update_one({"_id": "t"}, {"$inc": {"claim": 1}}))
+        faults.before("update_one", lambda: self.collection.update_one({"_id": "t"}, {"$inc": {"taskpool.claim": 1}}))
         self.assertEqual(store.update("t", {"retries": 4}, NOW).retries, 4)
         self.assertEqual((self.look().retries, self.look().claim), (4, 2))
         faults.before("update_one", lambda: self.store.update("t", {"retries": 9, "timeout": 5.0}, NOW))
@@ -2685,7 +2675,7 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
 
     def test_an_index_of_the_same_name_or_keys_only_warns(self):
         """MG-07: neither refuses to start nor drops the user's index."""
-        self.collection.create_index([("owner", 1)], name="mine")
+        self.collection.create_index([("taskpool.owner", 1)], name="mine")
         self.collection.create_index([("mine", 1)], name="taskpool_ready")
         with self.assertLogs("taskpool", "WARNING") as logs:
             self.add(row())
