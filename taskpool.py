@@ -3080,6 +3080,8 @@ def _row_of(document: Mapping[str, Any], now: int) -> tuple[Row, str]:
             if value // 1 == value:
                 columns[index] = int(value)  # JavaScript's 1.0; the driver's kinds of int.
     problem = document.get("unreadable") or _unusable(columns)
+    if "taskpool" in document and not _is_ours(document):
+        problem = f"the field taskpool holds {_shown(document['taskpool'])}"
     return _readable(columns, problem) if problem else Row(*columns), problem
 
 
@@ -3135,14 +3137,6 @@ _FAILED = Row(
     *("", "", "", 0, 0, 0, -1, 0, 1.0, None, None, "-", "failed", 1),
     error="-", progress="-",
 )  # fmt: skip
-
-
-def _instant_of(document: Mapping[str, Any], now: int) -> int:
-    """When it can start; now, where it cannot be read: so that a claim finds it."""
-    ours = document.get("taskpool")
-    ready_at = ours.get("ready_at") if isinstance(ours, Mapping) else None
-    is_one = isinstance(ready_at, (int, float)) and _YEARS[0] <= ready_at <= _YEARS[1]
-    return int(cast(float, ready_at)) if is_one else now
 
 
 class _Claims:
@@ -3270,9 +3264,24 @@ class MongoStore(Store):
             return list(self._tasks.find(where, fields, **options))
         except Exception as error:
             _undecodable(error)
-        keys = [document["_id"] for document in self._tasks.find(where, {"_id": 1}, **options)]
+        keys = self._keys(where, **options)
         places = {repr(key): place for place, key in enumerate(keys)}
         return sorted(self._isolated(keys, fields), key=lambda d: places.get(repr(d["_id"]), 0))
+
+    def _keys(self, where: Any, **options: Any) -> list[Any]:
+        """The `_id`s, but for those that cannot be decoded: such a document has no name."""
+        try:
+            return [document["_id"] for document in self._tasks.find(where, {"_id": 1}, **options)]
+        except Exception as error:
+            _undecodable(error)
+        found: list[dict[str, Any]] = []
+        start, most = options.pop("skip", 0), options.pop("limit", 0) or sys.maxsize
+        for place in range(start, min(self._tasks.count_documents(where), start + most)):
+            try:
+                found += self._tasks.find(where, {"_id": 1}, skip=place, limit=1, **options)
+            except Exception as error:
+                _undecodable(error)
+        return [document["_id"] for document in found]
 
     def _isolated(self, keys: list[Any], fields: Any) -> list[dict[str, Any]]:
         """The documents of these `_id`s, though some cannot be decoded: halved, until one is
@@ -3493,9 +3502,7 @@ class MongoStore(Store):
 
     def _promote(self, owner: str, place: Mapping[str, Any], now: int) -> list[Row]:
         """scheduled -> ready, for what is due; what cannot be read is `failed`, and returned."""
-        due = {"taskpool.state": "scheduled", **place}
-        # Also what is no instant, and would wait for ever.
-        due["taskpool.ready_at"] = {"$not": {"$gt": now, "$lte": _YEARS[1]}}
+        due = {"taskpool.state": "scheduled", **place, "taskpool.ready_at": {"$lte": now}}
         order = [("taskpool.ready_at", 1)]
         found = self._find(due, _READ_SHORT, sort=order, limit=PROMOTE_TASKS)
         good, broken = self._sorted_out(found, now)
@@ -3693,8 +3700,9 @@ class MongoStore(Store):
                 elsewhere = {"taskpool.state": "ready", **where, "taskpool.ready_at": {"$gt": now}}
                 later = {"$or": [{"taskpool.state": "scheduled", **where}, elsewhere]}
                 order = [("taskpool.ready_at", 1)]
-                found = self._find(later, {"taskpool.ready_at": 1}, sort=order, limit=limit)
-                due += [_instant_of(document, now) for document in found]
+                # What is no instant is never due: it is found here.
+                found = self._find(later, _READ_SHORT, sort=order, limit=limit)
+                due += [row.ready_at for row in self._sorted_out(found, now)[0]]
         return sorted(due)[:limit]
 
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
@@ -3743,17 +3751,13 @@ class MongoStore(Store):
 
     def remove(self, query: Query, now: int) -> int:
         with self._errors():
-            where, removed = self._where(query, now), 0
+            # All are marked at first: one that is claimed meanwhile has the mark in its run.
+            where = self._where(query, now)
             mark = {"$set": {"taskpool.removed": 1}, "$unset": {"taskpool.successor": ""}}
-            running: dict[str, Any] = {"taskpool.state": "running", **where}
-            others = {"taskpool.state": {"$ne": "running"}, **where}
-            while True:  # One that is claimed between the two writes is found by the next.
-                changed = self._tasks.update_many(running, mark).matched_count
-                changed += self._tasks.delete_many(others).deleted_count
-                if not changed:
-                    return removed
-                removed += changed
-                running["taskpool.removed"] = None
+            removed = cast(int, self._tasks.update_many(where, mark).matched_count)
+            idle = {"taskpool.state": {"$ne": "running"}, "taskpool.removed": 1, **where}
+            self._tasks.delete_many(idle)
+            return removed
 
     def retry(self, query: Query, now: int) -> int:
         with self._errors():

@@ -1530,6 +1530,77 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
             self.assertRegex(line, words)
         self.assertEqual(out.count("\n"), 6, out)
 
+    BAD = (
+        "'x'", "x'ff00'", "CAST(x'ff41' AS TEXT)", "9e999", "-9e999", "9223372036854775807", "4611686018427387904",
+        "1.5", "1e300", "'[[[['", f"'{'[' * 5000}'", "'{\"a\":1}'", "NULL", "-1",
+    )  # fmt: skip
+
+    def test_whatever_a_row_holds_no_verb_raises_and_the_others_run(self):
+        """It becomes `failed` with the reason, also at the end of its run; it can be found, retried and removed."""
+        now = NOW + 60 * SECOND
+        for state, column, value in itertools.product(("ready", "running"), taskpool._COLUMNS[2:], self.BAD):
+            with self.subTest(state=state, column=column, value=value[:30]):
+                self.add(row("bad", priority=9, keep_result=5), row("good", now=NOW + 1))
+                claimed = self.claim(1) if state == "running" else []
+                with contextlib.suppress(sqlite3.IntegrityError, StoreError), self.store.transaction() as db:
+                    db.execute(f"UPDATE taskpool_task SET {column} = {value} WHERE id = 'bad'")
+                for held in claimed:
+                    ends = (
+                        lambda: self.settle(held, "done", result="1"), lambda: self.store.leave("me", now),
+                        lambda: [self.store.recover("you", seconds, now) for seconds in (0.0, 99.0)],
+                    )
+                    ends[len(column + value) % 3]()
+                got = [r for _ in range(3) for r in self.claim(now=now)]
+                self.assertIn(("good", "running"), [(r.id, r.state) for r in got])
+                self.store.next_due("me", ["x"], 9, now), self.store.foreign(["y"], now), self.store.owners()
+                for task in map(taskpool.Task, self.store.find(Query(), now)):
+                    repr(task), task.created_at, task.due_date, task.result, task.progress, task.repeat
+                self.store.retry(Query(), now), self.store.renew("me", now), self.claim(now=now)
+                self.store.add([(row("bad"), "replace")], now)
+                self.store.leave("me", now)
+            with self.store.transaction() as db:
+                db.execute("DELETE FROM taskpool_task")
+
+    def test_a_row_that_cannot_be_run_fails_with_the_reason_and_can_be_retried_and_removed(self):
+        for column, value in {
+            "priority": b"\xff", "created_at": 2**60, "due_at": -(2**62), "ready_at": 2**62, "claim": 2**63 - 1,
+            "attempt": 2**63 - 1, "interrupted": -1, "keep_result": float("inf"), "timeout": -1.0, "retries": 1.5,
+            "successor": "x", "repeat": "[1]",
+        }.items():  # fmt: skip
+            with self.subTest(column=column):
+                self.add(row(due_date=timedelta(seconds=1)))
+                with self.store.transaction() as db:
+                    db.execute(f"UPDATE taskpool_task SET {column} = ?", [value])
+                with self.assertRaisesRegex(ValueError, f"column {column}"):
+                    self.store.update("t", {"data": "1"}, NOW)
+                self.assertEqual([r.state for r in self.claim(now=NOW + SECOND)], ["failed"])
+                self.assertIn(f"column {column}", self.look().error)
+                self.assertEqual((self.store.retry(Query(), NOW), self.store.remove(Query(ids=["t"]), NOW)), (1, 1))
+
+    def test_what_a_trigger_ignores_is_not_taken_for_done(self):
+        """A task whose claim is not recorded would run again and again."""
+        self.add(row("a"), row("b"))
+        for event, verb in {
+            "UPDATE": lambda: self.claim(), "INSERT": lambda: self.add(row("c")), "INSERT ON": lambda: self.add(row("d"), row("e")),
+        }.items():  # fmt: skip
+            with self.store.transaction() as db:
+                db.execute(f"CREATE TRIGGER quiet BEFORE {event.split()[0]} ON taskpool_task BEGIN SELECT RAISE(IGNORE); END")
+            with self.assertRaisesRegex(StoreError, "trigger"):
+                verb()
+            self.assertEqual((self.store.retry(Query(), NOW), self.store.count(Query(states=["waiting"]), NOW)), (0, 2))
+            with self.store.transaction() as db:
+                db.execute("DROP TRIGGER quiet")
+        with self.store.transaction() as db:
+            db.execute("CREATE TRIGGER one BEFORE UPDATE ON taskpool_task WHEN NEW.id = 'a' BEGIN SELECT RAISE(IGNORE); END")
+        self.assertEqual([r.id for r in self.claim()], ["b"])
+
+    def test_only_done_rows_expire(self):
+        self.add(row())
+        with self.store.transaction() as db:
+            db.execute("UPDATE taskpool_task SET expires_at = 1")
+        self.store.renew("me", NOW)
+        self.assertIsNotNone(self.look())
+
     def test_a_write_in_the_midst_of_a_write_of_its_thread_is_refused_and_spoils_nothing(self):
         """As that of a signal handler or a finalizer."""
         queue = self.queue()
@@ -2093,6 +2164,10 @@ try:
     import pymongo.errors
 except ImportError:
     pymongo = None
+try:
+    from bson import ObjectId
+except ImportError:
+    ObjectId = None
 
 SECANTUS = "pip install --no-deps --only-binary=:all: secantusdb==0.6.0b17"
 SERVER = shutil.which("secantusd-rs") or shutil.which("secantusd-rs", path=os.path.dirname(sys.executable))
@@ -2294,6 +2369,128 @@ class MongoContract(StoreContract):
         self.assertEqual(self.claim(), [])
         self.store.retry(Query(ids=["bad priority"]), NOW)
         self.assertEqual([(r.id, r.state) for r in self.claim()], [("bad priority", "failed")])
+
+    BAD = ("x", -1e300, float("nan"), 2**63 - 1, ["x"], datetime(2001, 2, 3))
+
+    def test_whatever_a_document_holds_no_verb_raises_and_the_others_run(self):
+        """It becomes `failed` with the reason, and can be found, retried and removed."""
+        fields = ["priority", "data", *(f"taskpool.{name}" for name in (*taskpool._COLUMNS[4:], "json", "seq", "promoter"))]
+        for running, field, value in itertools.product((False, True), fields, self.BAD):
+            if field == "taskpool.state" or (self.faulty_kind is Faulty and field in ("taskpool.claim", "taskpool.attempt")):
+                continue  # mongomock adds to whatever it finds.
+            with self.subTest(field=field, value=value, running=running):
+                self.add(row("bad", priority=9, keep_result=9), row("good", now=NOW + 1))
+                claimed = self.claim(1) if running else []
+                self.collection.update_one({"_id": "bad"}, {"$set": {field: value}})
+                self.store.find(Query(), NOW), self.store.next_due("me", ["x"], 9, NOW), self.store.foreign(["y"], NOW)
+                for held in claimed:
+                    if len(field) % 2:
+                        self.settle(held, "done", result="1")
+                    else:
+                        self.store.leave("me", NOW)
+                got = [r for limit in (1, 9, 1, 9) for r in self.claim(limit, now=NOW + 9)]
+                self.assertIn(("good", "running"), [(r.id, r.state) for r in got])
+                self.store.renew("me", NOW), self.store.leave("me", NOW)
+                self.store.retry(Query(), NOW)
+                for task in map(taskpool.Task, self.store.find(Query(), NOW)):
+                    repr(task), task.created_at, task.due_date, task.result, task.progress, task.repeat
+                self.assertEqual(self.store.remove(Query(types=["x"]), NOW), 2)
+            self.collection.delete_many({})
+
+    def test_numbers_that_do_not_fit_fail_their_own_document_only(self):
+        numbers = (1.797e308, -1e300, 2.0**63, float("inf"))
+        for i, number in enumerate(numbers):
+            self.insert(f"priority {i}", priority=number)
+            self.insert(f"createdAt {i}", createdAt=number)
+            self.add(row(f"set {i}", priority=9))
+            self.collection.update_one({"_id": f"set {i}"}, {"$set": {"priority": number}})
+        self.insert("good")
+        with self.assertLogs("taskpool", "ERROR"):
+            got = [r for _ in range(9) for r in self.claim(1)]
+        self.assertEqual([r.id for r in got if r.state == "running"], ["good"])
+        failed = self.store.find(Query(states=["failed"]), NOW)
+        self.assertEqual(len(failed), 12)
+        self.assertTrue(all("holds" in r.error for r in failed))
+        self.assertEqual(self.store.remove(Query(states=["failed"]), NOW), 12)
+
+    def test_no_field_of_an_application_is_taken_for_ours(self):
+        theirs = {
+            "expires_at": 1, "owner": "Ann", "timeout": "5m", "progress": 0, "json": "no JSON", "state": "paid", "lane": "fast",
+            "claim": "x", "attempt": 7, "repeat": 1, "successor": 1, "removed": 1, "ready_at": 0, "due_at": 0, "created_at": 1,
+            "error": 5, "result": 5, "retries": "many", "interrupted": 9, "keep_result": "x", "seq": "x",
+            **({"taskpool": "mine"} if self.TRANSACTIONS else {}),  # mongomock looks into a str.
+        }  # fmt: skip
+        soon = taskpool._datetime(NOW + SECOND)
+        self.insert(dueDate=soon, **theirs)
+        self.store.renew("me", NOW)
+        self.assertEqual((self.claim(), self.store.recover("you", 0.0, NOW), self.store.recover("you", 99.0, NOW)), ([], [], []))
+        (claimed,) = self.claim(now=NOW + SECOND)
+        self.assertEqual((claimed.timeout, claimed.progress, claimed.attempt, claimed.data), (None, None, 1, "{}"))
+        self.settle(claimed, "failed", error="E")
+        theirs.pop("taskpool", None)
+        self.assertEqual({name: self.raw("m")[name] for name in theirs}, theirs)
+
+    def test_data_that_the_application_sets_count_always(self):
+        for before, after in itertools.product(({"a": 1}, {"a.b": 1}, ["long"] * 200_000), ({"b": 2}, None, "x")):
+            self.add(row(data=before))
+            self.collection.update_one({"_id": "t"}, {"$set": {"data": after}})
+            self.assertEqual(json.loads(self.look().data), after)
+            (claimed,) = self.claim()
+            self.assertEqual(json.loads(claimed.data), after)
+            self.settle(claimed, "done")
+
+    def test_a_task_is_named_by_an_id_whatever_the_documents_is(self):
+        keys = [5, "5", 2.5, True, "", b"x", datetime(2001, 2, 3)] + ([ObjectId()] if ObjectId else [])
+        for key in keys:
+            self.insert(key)
+        self.add(row("ours"))
+        ids = [r.id for r in self.store.find(Query(), NOW)]
+        self.assertEqual(len(set(ids)), len(keys) + 1)
+        for task_id in ids:
+            self.assertEqual([r.id for r in self.store.find(Query(ids=[task_id]), NOW)], [task_id])
+            self.assertEqual(self.store.update(task_id, {"priority": 7}, NOW).priority, 7)
+            with self.assertRaises(DuplicateTask):
+                self.add(row(task_id))
+        rows = self.claim(20)
+        self.assertEqual({(r.id, r.priority) for r in rows}, {(i, 7) for i in ids})
+        outcomes = [Outcome(r.id, r.claim, "failed", error="E") for r in rows]
+        self.assertEqual(self.store.settle("me", outcomes, NOW), [True] * len(rows))
+        self.assertEqual([self.store.retry(Query(ids=[i]), NOW) for i in ids], [1] * len(ids))
+        self.assertEqual([self.store.remove(Query(ids=[i]), NOW) for i in ids], [1] * len(ids))
+
+    def test_only_done_documents_expire(self):
+        self.add(row())
+        self.collection.update_one({"_id": "t"}, {"$set": {"taskpool.expires_at": 1}})
+        self.store.renew("me", NOW)
+        self.assertIsNotNone(self.look())
+
+    def test_remove_and_leave_miss_nothing_that_changes_between_their_writes(self):
+        store, faults = self.faulty()
+        self.add(row(repeat=timedelta(seconds=9)))
+        faults.before("delete_many", lambda: self.claim())
+        self.assertEqual(store.remove(Query(ids=["t"]), NOW), 1)
+        self.assertTrue(self.settle(self.look(), "done"))
+        self.assertIsNone(self.look())
+        self.add(row())
+        store.claim("me", ["x"], 1, NOW)
+        faults.before("update_one", lambda: self.add(row(priority=5), if_exists="replace"))
+        store.leave("me", NOW)
+        self.assertEqual((faults.left(), self.look().state, self.look().owner), (False, "ready", ""))
+
+    def test_retry_counts_what_it_did(self):
+        self.add(row("a"), row("b"), row("c"))
+        for claimed in self.claim():
+            self.settle(claimed, "failed", error="E")
+        store, faults = self.faulty()
+        faults.before("update_many", lambda: self.store.remove(Query(ids=["b"]), NOW))
+        self.assertEqual(store.retry(Query(), NOW), 2)
+
+    def test_an_index_of_the_application_that_forbids_a_task_is_named(self):
+        self.collection.create_index([("taskType", 1)], name="one_of_each", unique=True)
+        self.add(row("a"))
+        for rows in ([row("b")], [row("c"), row("d")]):
+            with self.assertRaisesRegex(StoreError, "one_of_each" if self.TRANSACTIONS else "taskType|Duplicate"):
+                self.add(*rows)
 
     def test_fields_of_the_application_stay(self):
         self.insert(mine="kept", data={"a": 1})
@@ -2744,6 +2941,29 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
         self.assertEqual([(r.id, r.state) for r in self.claim()], [("inside", "failed")])
         self.assertEqual(self.store.remove(Query(states=["failed"]), NOW), 2)
 
+    def test_a_date_that_cannot_be_decoded_in_any_field_is_in_nobodys_way(self):
+        """Nested too, and before and after the document was looked at."""
+        from bson.datetime_ms import DatetimeMS
+
+        never = DatetimeMS(8_640_000_000_000_000)
+        fields = "priority data data.deep createdAt dueDate onGoing taskType mine mine.deep".split()
+        self.add(*[row(f"old {field}") for field in fields])
+        self.insert(never)
+        for field in fields:
+            self.insert(f"new {field}")
+            self.collection.update_many({"_id": {"$regex": f" {re.escape(field)}$"}}, {"$set": {field: never}})
+        with self.assertLogs("taskpool", "ERROR"):
+            got = [r for limit in (1, 50) * 9 for r in self.claim(limit)]
+        fine = ("new mine", "new mine.deep", "old createdAt", "old dueDate", "old mine", "old mine.deep", "old onGoing")
+        self.assertEqual(sorted(r.id for r in got if r.state == "running"), list(fine))
+        failed = self.store.find(Query(states=["failed"]), NOW)
+        unknown = "old taskType"  # It is none of a type that is served.
+        self.assertEqual({r.id for r in failed}, {f"{kind} {field}" for kind in ("old", "new") for field in fields} - {*fine, unknown})
+        self.assertEqual({"out of range" in r.error for r in (*failed, self.look(unknown))}, {True})
+        self.assertEqual(self.store.retry(Query(ids=["new data"]), NOW), 1)
+        self.assertEqual([r.state for r in self.claim()], ["failed"])
+        self.assertEqual(self.store.remove(Query(states=["failed", "waiting"]), NOW), len(failed) + 1)
+
     def test_many_tasks_cost_few_round_trips(self):
         self.add(*[row(str(i)) for i in range(200)])
         recorder = Recorder(self.collection)
@@ -2772,9 +2992,11 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
         ):
             with self.assertRaisesRegex(ValueError, "acknowledges writes and reads from the primary"):
                 taskpool.MongoStore(wrong)
-        for wrong in (self.client, self.client.test):
-            with self.assertRaisesRegex(TypeError, "pymongo Collection"):
-                taskpool.MongoStore(wrong)
+        asynchronous = getattr(pymongo, "AsyncMongoClient", lambda: self.client)()
+        for wrong in (self.client, self.client.test, asynchronous.db.c, asynchronous.db, asynchronous):
+            if wrong is not None:
+                with self.assertRaisesRegex(TypeError, "pymongo Collection"):
+                    taskpool.MongoStore(wrong)
         told = []
 
         class Listener(pymongo.monitoring.CommandListener):
