@@ -3304,7 +3304,8 @@ class MongoStore(Store):
         return [document] if document else []
 
     def _rows(self, where: Any, now: int, **options: Any) -> list[Row]:
-        """The Rows of these documents. Those that cannot be run have become `failed`."""
+        """The Rows of these documents, to be changed. Those that cannot be run have become
+        `failed`."""
         rows = []
         for document in self._find(where, **options):
             row, problem = _row_of(document, now)
@@ -3504,27 +3505,13 @@ class MongoStore(Store):
         """scheduled -> ready, for what is due; what cannot be read is `failed`, and returned."""
         due = {"taskpool.state": "scheduled", **place, "taskpool.ready_at": {"$lte": now}}
         order = [("taskpool.ready_at", 1)]
-        found = self._find(due, _READ_SHORT, sort=order, limit=PROMOTE_TASKS)
-        good, broken = self._sorted_out(found, now)
+        rows = self._rows(due, now, fields=_READ_SHORT, sort=order, limit=PROMOTE_TASKS)
+        good = [row.id for row in rows if row.state != "failed"]
         if good:
-            due.update(_named(row.id for row in good))
+            due.update(_named(good))
             change = {"taskpool.state": "ready", "taskpool.promoter": owner}
             self._tasks.update_many(due, {"$set": change})
-        return broken
-
-    def _sorted_out(
-        self, documents: Iterable[Mapping[str, Any]], now: int
-    ) -> tuple[list[Row], list[Row]]:
-        """The Rows of those that can be run, and of those that have become `failed`."""
-        good: list[Row] = []
-        broken: list[Row] = []
-        for document in documents:
-            row, problem = _row_of(document, now)
-            if problem:
-                broken.append(self._quarantine(document, row, problem))
-            else:
-                good.append(row)
-        return good, broken
+        return [row for row in rows if row.state == "failed"]
 
     def _take(
         self, owner: str, where: Any, shares: Mapping[str, float], limit: float, now: int
@@ -3544,10 +3531,11 @@ class MongoStore(Store):
                 if getattr(error, "code", None) not in _REFUSED:
                     raise
         count = math.ceil(limit / least)
-        found = self._find(where, _READ_SHORT, sort=_RANK, limit=count)
-        good, broken = self._sorted_out(found, now)
+        rows = self._rows(where, now, fields=_READ_SHORT, sort=_RANK, limit=count)
         chosen: list[str] = []
-        for row in good:
+        for row in rows:
+            if row.state == "failed":
+                continue
             cost = 1.0 if row.interrupted else shares[row.task_type]
             if cost > limit + 1e-9 or (row.interrupted and chosen):
                 break
@@ -3557,7 +3545,7 @@ class MongoStore(Store):
                 break
         if chosen:
             self._tasks.update_many({**_named(chosen), "taskpool.state": "ready"}, take)
-        return chosen, broken
+        return chosen, [row for row in rows if row.state == "failed"]
 
     def _give_back_unknown(self, owner: str, now: int) -> None:
         """running -> ready, for claims that the server made and could not tell us of."""
@@ -3701,8 +3689,8 @@ class MongoStore(Store):
                 later = {"$or": [{"taskpool.state": "scheduled", **where}, elsewhere]}
                 order = [("taskpool.ready_at", 1)]
                 # What is no instant is never due: it is found here.
-                found = self._find(later, _READ_SHORT, sort=order, limit=limit)
-                due += [row.ready_at for row in self._sorted_out(found, now)[0]]
+                rows = self._rows(later, now, fields=_READ_SHORT, sort=order, limit=limit)
+                due += [row.ready_at for row in rows if row.state != "failed"]
         return sorted(due)[:limit]
 
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
