@@ -8671,11 +8671,12 @@ class TestOperators(InFolder):
             db.commit()
         listed = json.loads(self.out("list", "tasks.db", "--json"), parse_constant=self.fail)
         self.assertEqual(len(listed), 150)
-        self.assertIn("cannot be read", listed[7]["data"] + listed[7]["retry_delay"])
+        self.assertIn("cannot be read", listed[7]["data"])
+        self.assertIn("column retry_delay", listed[7]["error"])
         self.assertEqual(len(json.loads(self.out("list", "tasks.db", "--json", "--limit", 3))), 3)
         self.assertIn("... 100 of 150", self.out("list", "tasks.db"))
         self.assertEqual(self.out("list", "tasks.db", "--type", "y"), "no tasks\n")
-        self.assertRegex(self.out("show", "tasks.db", "7"), "(?m)^progress +cannot be read")
+        self.assertRegex(self.out("show", "tasks.db", "7"), "(?m)^error +column retry_delay")
 
     def test_an_id_that_begins_with_a_dash_stands_behind_two(self):
         queue = self.queue()
