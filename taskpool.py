@@ -84,6 +84,7 @@ import concurrent.futures
 import contextlib
 import functools
 import heapq
+import io
 import itertools
 import json
 import logging
@@ -176,8 +177,11 @@ class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]
         )  # Our caller, not this line.
         try:
             super().log(level, msg, *args, **kwargs)
-        except Exception:
-            with contextlib.suppress(Exception):  # Shown as what emit() catches itself.
+        except BaseException as error:
+            is_main = threading.current_thread() is threading.main_thread()
+            if is_main and not isinstance(error, Exception):
+                raise  # Ctrl-C, say. No thread of a cluster may end so.
+            with contextlib.suppress(BaseException):  # Shown as what emit() catches itself.
                 traceback.print_exc() if logging.raiseExceptions else None
 
 
@@ -3807,6 +3811,7 @@ def _failure(error: BaseException) -> _Failure:
     name = kind.__qualname__
     if kind.__module__ not in ("builtins", "__main__", "__mp_main__"):
         name = f"{kind.__module__}.{name}"
+    name = _cut(name, ERROR_CHARS)
     try:
         text = _cut(str(error), ERROR_CHARS)
     except BaseException as other:
@@ -4636,16 +4641,46 @@ class _Boot(NamedTuple):
     pickled_map: bytes | None
 
 
+def _loaded(packed: bytes) -> tuple[Any, BaseException | None]:
+    """What *packed* unpickles to, and what that raised: but for the user's own Ctrl-C, which
+    comes to the main thread only."""
+    try:
+        return pickle.loads(packed), None
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            if threading.current_thread() is threading.main_thread():
+                raise
+        return None, error
+
+
 def _rebuilt(failure: _Failure) -> Exception:
     """The exception of *failure*, or the RemoteError that stands for it."""
     error: Any = None
     if failure.pickled is not None:
-        with contextlib.suppress(BaseException):
-            error = pickle.loads(failure.pickled)
+        error, _ = _loaded(failure.pickled)
     if not isinstance(error, Exception):
         error = RemoteError(failure.type_name, failure.text, failure.traceback)
-    error.__cause__ = _RemoteTraceback(failure.traceback)
+    # As `error.__cause__ = ...`, but past a __setattr__ of its class.
+    cause = _RemoteTraceback(failure.traceback)
+    BaseException.__dict__["__cause__"].__set__(error, cause)
     return cast(Exception, error)
+
+
+_Left = Union[bytes, _Failure, Exception, None]  # What a run left: a pickled result, or None.
+
+
+def _unpacked(left: _Left) -> tuple[Any, Exception | None]:
+    """The result of a run, and its exception. Runs code of the user's classes."""
+    if isinstance(left, _Failure):
+        return None, _rebuilt(left)
+    if not isinstance(left, bytes):
+        return None, left
+    result, error = _loaded(left)
+    if error is None:
+        return result, None
+    failure = _failure(error)
+    text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
+    return None, RemoteError(failure.type_name, text, failure.traceback)
 
 
 # --- Worker --------------------------------------------------------------------------
@@ -4773,6 +4808,9 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
 
 # What a pipe takes in one piece, less the head of a message. Windows' pipes do not say.
 _WHOLE_BYTES = getattr(select, "PIPE_BUF", 4) - 4
+# What a worker says at once. A piece of just that size is continued by the next one, so that
+# the master sees from its head whether what has come can be a message.
+_PIECE_BYTES = 1 << 20
 
 
 class _WorkerProcess:
@@ -4816,8 +4854,9 @@ class _WorkerProcess:
     def _put(self, packed: bytes) -> None:
         if len(packed) < _WHOLE_BYTES:  # As send_bytes, in two thirds of its time.
             os.write(self._outgoing.fileno(), struct.pack("!i", len(packed)) + packed)
-        else:
-            self._outgoing.send_bytes(packed)
+            return
+        for start in range(0, len(packed) + 1, _PIECE_BYTES):
+            self._outgoing.send_bytes(memoryview(packed)[start : start + _PIECE_BYTES])
 
     def tell(self, *message: Any) -> None:
         """Send what no longer matters if the master is gone."""
@@ -4883,7 +4922,7 @@ class _WorkerProcess:
                 object.__setattr__(task, "_data", _decode(row.data))
             except ValueError as error:
                 wrong = RuntimeError(f"the stored data cannot be decoded: {error}")
-                report = ("fail", number, 0.0, _failure(wrong), False)
+                report = ("fail", number, 0.0, tuple(_failure(wrong)), False)
             else:
                 value = self._call(task)
                 packed = None if value is None else _packed(value)
@@ -4894,7 +4933,8 @@ class _WorkerProcess:
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: they end the task, not the worker.
             self._end_fork(error)
-            report = ("fail", number, time.perf_counter() - started, _failure(error), True)
+            seconds = time.perf_counter() - started
+            report = ("fail", number, seconds, tuple(_failure(error)), True)
             traceback.clear_frames(error.__traceback__)  # Frees what they hold.
         self._end_fork()
         self._current = -1
@@ -4994,7 +5034,7 @@ def _worker_main(
         try:
             worker.task_map = _find_task_map(boot)
         except BaseException as error:
-            worker.send(("boot error", _failure(error)))
+            worker.send(("boot error", tuple(_failure(error))))
             return
         worker.send(("ready",))
         worker.serve()
@@ -5004,6 +5044,66 @@ def _worker_main(
 # Code that runs in the parent process. One thread, the dispatcher, decides everything
 # and never blocks but in its own wait. Whatever may block has a thread of its own: the
 # store, Futures (unpickling and callbacks), the listeners, the broker.
+
+
+class _Nonsense(Exception):
+    """A worker's pipe has brought what no worker sends: some task has written to it."""
+
+
+class _Plain(pickle.Unpickler):
+    """Unpickles what is made of text, numbers and tuples, so that nothing runs that was sent."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """Refuse all classes and functions."""
+        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+
+
+_NONE: type = type(None)
+_TEXTS: tuple[type, ...] = (str, _NONE)
+_FAILURES = {(str, str, str, bytes), (str, str, str, _NONE)}
+_SHAPES: dict[str, set[tuple[type, ...]]] = {  # Of the messages of a worker.
+    "ready": {(str,)},
+    "boot error": {(str, tuple)},
+    "changed": {(str,)},
+    "start": {(str, int)},
+    "progress": {(str, int, str)},
+    "ask": {(str, int, int, bytes)},
+    "done": {
+        (str, int, float, packed, kept, problem, int)
+        for packed, kept, problem in itertools.product((bytes, _NONE), _TEXTS, _TEXTS)
+    },
+    "fail": {(str, int, float, tuple, bool)},
+}
+_OF_ITS_HEAD = frozenset({"start", "done", "fail", "progress"})  # What is said of a run.
+
+
+def _read_message(packed: bytes | bytearray) -> tuple[Any, ...]:
+    """A message from a worker. Raises _Nonsense."""
+    try:
+        message: Any = _Plain(io.BytesIO(packed)).load()
+        kind = message[0]
+        texts: Iterable[str] = ()
+        if tuple(map(type, message)) not in _SHAPES[kind]:
+            raise TypeError(f"a wrong shape of {kind!r}")
+        if kind in ("done", "fail") and not 0 <= message[2] < math.inf:
+            raise ValueError(f"{message[2]} seconds")
+        if kind == "done":
+            texts = filter(None, message[4:6])
+        elif kind == "progress":
+            texts = message[2:]
+            _checked_progress(*_decode(message[2]))
+        elif kind in ("fail", "boot error"):
+            place = 3 if kind == "fail" else 1
+            failure = message[place]
+            if tuple(map(type, failure)) not in _FAILURES:
+                raise TypeError("a wrong shape of a failure")
+            message, texts = list(message), failure[:3]
+            message[place] = _Failure(*failure)
+        if not all(map(_is_unicode, texts)):
+            raise ValueError("a lone surrogate")
+    except Exception as error:
+        raise _Nonsense(f"{type(error).__name__}: {error}") from error
+    return tuple(message)
 
 
 class _Calls:
@@ -5116,15 +5216,16 @@ def _own(connection: Connection) -> Any:
 class _Channel:
     """The master's ends of a worker's pipes, without blocking: buffers both ways.
 
-    The framing is that of multiprocessing's Connection, which the worker uses. Two pipes,
-    as a small message through a socket costs three times as much.
+    The framing is that of multiprocessing's Connection, which the worker uses; what comes
+    from there comes in pieces. Two pipes, as a small message through a socket costs three
+    times as much.
     """
 
     takes_back = True  # With permits: see _WorkerHandle.take_back.
 
     def __init__(self, incoming: Any, outgoing: Any) -> None:
         self._incoming, self.outgoing = incoming, outgoing
-        self._received = bytearray()
+        self._received, self._pieces = bytearray(), bytearray()
         self._unsent: collections.deque[memoryview] = collections.deque()
         self.ended = False  # The worker has closed its end, and all was read.
 
@@ -5160,7 +5261,9 @@ class _Channel:
             self._unsent.clear()
 
     def receive(self) -> Iterator[bytearray]:
-        """The messages that have arrived; of a flood, a part, so that others get a turn."""
+        """The messages that have arrived; of a flood, a part, so that others get a turn.
+
+        Raises _Nonsense."""
         try:
             for _ in range(16):
                 chunk = self._incoming.read(_READ_BYTES)
@@ -5173,16 +5276,16 @@ class _Channel:
         start, view = 0, self._received
         while len(view) - start >= 4:
             (size,) = struct.unpack_from("!i", view, start)
+            if not 0 <= size <= _PIECE_BYTES:
+                raise _Nonsense(f"a message of {size} bytes")
             body = start + 4
-            if size == -1:
-                if len(view) - body < 8:
-                    break
-                (size,) = struct.unpack_from("!Q", view, body)
-                body += 8
             if len(view) - body < size:
                 break
-            yield view[body : body + size]
+            self._pieces += view[body : body + size]
             start = body + size
+            if size < _PIECE_BYTES:
+                message, self._pieces = self._pieces, bytearray()
+                yield message
         del self._received[:start]
 
     def close(self) -> None:
@@ -5221,10 +5324,15 @@ class _ThreadedChannel:
         pass
 
     def _read(self) -> None:
+        pieces: list[bytes] = []
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._received.append(self._incoming.recv_bytes())
-                self._wake()
+                piece = self._incoming.recv_bytes(_PIECE_BYTES)  # Raises for a longer one.
+                pieces.append(piece)
+                if len(piece) < _PIECE_BYTES:
+                    self._received.append(b"".join(pieces))
+                    pieces.clear()
+                    self._wake()
         self._hung_up = True
         self._wake()
 
@@ -5245,13 +5353,12 @@ class _Run:
 
     __slots__ = (
         *("row", "cost", "future", "number", "deadline", "asks", "verdict"),
-        *("outcome", "event", "packed", "error"),
+        *("outcome", "event", "left"),
     )
     # Set when it has ended:
     outcome: Outcome
     event: str | None  # done, error; None: given back or cancelled.
-    packed: bytes | None  # The pickled result; None = None.
-    error: Exception | _Failure | None
+    left: _Left
 
     def __init__(self, row: Row, cost: float, future: _TaskFuture | None) -> None:
         self.row, self.cost, self.future = row, cost, future
@@ -5260,25 +5367,13 @@ class _Run:
         self.asks: dict[int, Any] | None = None  # Conversations that wait for an answer.
         self.verdict: str | None = None  # Why its worker was killed: timeout, cancel.
 
-    def end(
-        self,
-        outcome: Outcome,
-        event: str | None = None,
-        packed: bytes | None = None,
-        error: Exception | _Failure | None = None,
-    ) -> None:
-        self.outcome, self.event, self.packed, self.error = outcome, event, packed, error
+    def end(self, outcome: Outcome, event: str | None = None, left: _Left = None) -> None:
+        self.outcome, self.event, self.left = outcome, event, left
 
     def value(self) -> Any:
-        """The result, or the exception. May take its time, and never raises."""
-        if self.error is not None:
-            return _rebuilt(self.error) if isinstance(self.error, _Failure) else self.error
-        try:
-            return None if self.packed is None else pickle.loads(self.packed)
-        except BaseException as error:
-            failure = _failure(error)
-            text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
-            return RemoteError(failure.type_name, text, failure.traceback)
+        """The result, or the exception."""
+        result, error = _unpacked(self.left)
+        return result if error is None else error
 
 
 def _start_process(process: Any) -> None:
@@ -5391,6 +5486,9 @@ class _WorkerHandle:
         if not self.channel.takes_back:
             return []
         packed = self._unread_permits.read(8 * 4 * AHEAD_TASKS) or b""
+        if len(packed) % 8:  # Its task has read of them.
+            self.end()
+            return []
         numbers = {number for (number,) in struct.iter_unpack("!Q", packed)}
         taken = [run for run in self.runs if run.number in numbers]
         for run in taken:
@@ -5433,7 +5531,6 @@ class _WorkerHandle:
 
 
 _load = operator.attrgetter("load")
-_OF_ITS_HEAD = frozenset({"start", "done", "fail", "progress"})  # What a worker says of that.
 
 
 class _Look(threading.Condition):
@@ -5443,15 +5540,20 @@ class _Look(threading.Condition):
         super().__init__()
         self.waiters: list[Any] = []
         self.callbacks: list[Any] = []
+        self.left: Any = None  # By its task: packed, then the result and the exception.
 
 
-class _Nobody:
-    """The same of a Future that ended before anybody looked: nothing changes any more."""
+class _Ended:
+    """In place of that, if nobody had looked before the end: nothing changes any more."""
 
+    __slots__ = ("left",)
     callbacks = ()
 
+    def __init__(self, left: _Left) -> None:
+        self.left: Any = left
+
     @property
-    def waiters(self) -> _Nobody:
+    def waiters(self) -> _Ended:
         return self
 
     def _do_nothing(self, *_: object) -> None:
@@ -5460,12 +5562,34 @@ class _Nobody:
     append = remove = acquire = release = __enter__ = __exit__ = _do_nothing
 
 
-_NOBODY = _Nobody()
-_first_looks: dict[_TaskFuture, _Look | _Nobody] = {}  # For a moment: see _TaskFuture._look.
+_first_looks: dict[_TaskFuture, _Look | _Ended] = {}  # For a moment: see _TaskFuture._look.
+_unpacking = threading.RLock()  # Held for a moment, by who has unpacked a result.
+_CANCELLED, _FINISHED = "CANCELLED_AND_NOTIFIED", "FINISHED"  # As concurrent.futures says.
+
+
+def _call_all(calls: Iterable[Callable[[], Any]]) -> None:
+    """Call the callbacks of a Future, all of them. The first that raises what is no Exception
+    has that raised in the end; other errors are logged."""
+    raised: BaseException | None = None
+    for call in calls:
+        try:
+            call()
+        except BaseException as error:
+            if raised is not None or isinstance(error, Exception):
+                _log.exception("error in a callback of a Future")
+            else:
+                raised = error
+    if raised is not None:
+        raise raised
 
 
 class _TaskFuture(Future[Any]):
-    """The Future of a submitted task. `task` is the Task as it was added."""
+    """The Future of a submitted task. `task` is the Task as it was added.
+
+    What its task left is kept as it came, until somebody asks: only who asks waits for the
+    imports and the code of its classes. No thread of the cluster calls a callback but the
+    one that is there for them.
+    """
 
     # Its base stays in the state PENDING until the end, as only then cancel() works at
     # any time; whether the task runs is kept apart.
@@ -5473,21 +5597,20 @@ class _TaskFuture(Future[Any]):
     # One object where its base makes a dozen: less to look through for the garbage
     # collector, for each of what may be a million Futures.
     __slots__ = (
-        *("_state", "_result", "_exception", "_inside", "_row", "_cluster"),
+        *("_state", "_inside", "_row", "_cluster"),
         *("_runs", "_stored", "_foreign", "_before"),
     )
 
     def __init__(self, cluster: Cluster, row: Row) -> None:
         self._state = "PENDING"
-        self._result = self._exception = None
-        self._inside: _Look | _Nobody | None = None
+        self._inside: Any = None  # A _Look or an _Ended.
         self._row, self._cluster = row, cluster
         self._runs = False
         self._stored = False  # add() has returned.
         self._foreign = ""  # In _elsewhere: its task was "kept", or its claim "lost".
         self._before: _TaskFuture | None = None  # That of the task which this one replaces.
 
-    def _look(self, made: _Look | _Nobody) -> _Look | _Nobody:
+    def _look(self, made: _Look | _Ended) -> Any:
         """Have an `_inside`: *made*, or what another thread has made."""
         # In one step. All who come before there is one get the same, as the entry is taken
         # away after that.
@@ -5500,8 +5623,8 @@ class _TaskFuture(Future[Any]):
     @property
     def _condition(self) -> Any:  # type: ignore[override]
         inside = self._inside or self._look(_Look())
-        if inside is _NOBODY:
-            self._state = "FINISHED"  # As set_result() is about to say.
+        if type(inside) is _Ended:
+            self._state = _FINISHED  # As _end_unseen() is about to say.
         return inside
 
     @property
@@ -5512,23 +5635,97 @@ class _TaskFuture(Future[Any]):
     def _done_callbacks(self) -> Any:
         return self._condition.callbacks
 
-    def set_result(self, result: Any) -> None:
-        """As Future.set_result."""
+    @property
+    def _result(self) -> Any:  # type: ignore[override]
+        return self._unpack()[0]
+
+    @property
+    def _exception(self) -> Any:  # type: ignore[override]
+        return self._unpack()[1]
+
+    def _unpack(self) -> tuple[Any, Exception | None]:
+        """The result and the exception: made in the thread of who asks first."""
         if self._state == "PENDING":
-            self._result = result
-            if self._inside is None and self._look(_NOBODY) is _NOBODY:
-                self._state = "FINISHED"
+            return None, None
+        inside = self._inside
+        if type(inside.left) is not tuple:
+            made = _unpacked(inside.left)
+            with _unpacking:  # Of two who ask at once, both get the same.
+                if type(inside.left) is not tuple:
+                    inside.left = made
+        return cast("tuple[Any, Exception | None]", inside.left)
+
+    def _end_unseen(self, left: _Left) -> bool:
+        """End, if nobody has looked so far: without a lock, for threads that must not wait."""
+        if self._inside is None:
+            ended = _Ended(left)
+            if self._look(ended) is ended:
+                self._state = _FINISHED
+                self._cluster._pending.discard(self)
+                return True
+        return False
+
+    def _end(
+        self, state: str, left: Any = None, call: Callable[[list[Any]], None] | None = None
+    ) -> None:
+        """End, unless it has. Who waits is told before any callback is called, by *call*."""
+        with self._condition:
+            if self._state != "PENDING":
                 return
-        super().set_result(result)
+            inside = self._inside
+            inside.left, self._state = left, state
+            failed = isinstance(left, (Exception, _Failure))
+            for waiter in inside.waiters:
+                if state == _CANCELLED:
+                    waiter.add_cancelled(self)
+                else:
+                    waiter.add_exception(self) if failed else waiter.add_result(self)
+            inside.notify_all()
+        self._cluster._pending.discard(self)
+        calls: list[Any] = [functools.partial(callback, self) for callback in inside.callbacks]
+        if calls:
+            (call or self._cluster._call_back)(calls)
+
+    def set_result(self, result: Any) -> None:
+        """As Future.set_result; not for you."""
+        self._end(_FINISHED, (result, None))
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """As Future.set_exception; not for you."""
+        self._end(_FINISHED, exception)
+
+    def _wait(self, timeout: float | None) -> None:
+        """Until it has ended; raises unless by a result or exception."""
+        inside = self._condition
+        if self._state == "PENDING" and self._cluster._is_at_work():
+            raise RuntimeError("a log handler or finalizer waits in a thread of the cluster")
+        with inside:
+            if self._state == "PENDING":
+                inside.wait(timeout)
+        state = self._state
+        del self, inside  # As in Future.result: the error does not keep it alive.
+        if state == "PENDING":
+            raise concurrent.futures.TimeoutError
+        if state != _FINISHED:
+            raise concurrent.futures.CancelledError
 
     def result(self, timeout: float | None = None) -> Any:
         """As Future.result."""
-        if self._state == "FINISHED" and self._exception is None:
-            return self._result  # In a fifth of the time; most have ended when asked.
+        if self._state != _FINISHED:  # Most have ended when asked.
+            self._wait(timeout)
+        result, error = self._unpack()
+        if error is None:
+            return result
         try:
-            return super().result(timeout)
+            raise error
         finally:
-            del self  # As there: the error that it raised does not keep it alive.
+            del self, error
+
+    def exception(self, timeout: float | None = None) -> Any:
+        """As Future.exception."""
+        if self._state != _FINISHED:
+            self._wait(timeout)
+        return self._unpack()[1]
 
     @property
     def task(self) -> Task:
@@ -5540,32 +5737,13 @@ class _TaskFuture(Future[Any]):
 
     def cancel(self) -> bool:
         """Remove the task if it waits. False if it runs or is over."""
+        return self._remove(_call_all)
+
+    def _remove(self, call: Callable[[list[Any]], None]) -> bool:
+        """The same; *call* calls the callbacks."""
         if not self.done() and not self._foreign and self._cluster._remove_waiting(self._row):
-            self._end_cancelled()
+            self._end(_CANCELLED, call=call)
         return self.cancelled()
-
-    def _end_cancelled(self) -> None:
-        with self._condition:
-            if self._state != "PENDING":
-                return
-            self._state = "CANCELLED"
-            self._condition.notify_all()  # Those who wait are told before any callback.
-            self.set_running_or_notify_cancel()
-        self._invoke_callbacks()  # type: ignore[attr-defined]
-
-
-def _resolve_futures(runs: list[_Run]) -> None:
-    """In the thread of Futures, as unpickling and callbacks may take their time."""
-    for run in runs:
-        future: Any = run.future
-        if run.event is None:
-            future._end_cancelled()
-            continue
-        value = run.value()
-        if run.event == "error" or (run.packed is not None and isinstance(value, RemoteError)):
-            _resolve(future, error=value)
-        else:
-            _resolve(future, value)
 
 
 def _checked_keep_alive(keep_alive: Any) -> float | str | None:
@@ -5794,6 +5972,7 @@ class Cluster(concurrent.futures.Executor):
         self._inbox: collections.deque[Callable[[], Any]] = collections.deque()  # Any thread.
         self._futures: dict[str, _TaskFuture] = {}  # Of waiting tasks. Any thread adds.
         self._elsewhere: set[_TaskFuture] = set()  # Whose tasks others may run. Any thread adds.
+        self._pending: set[_TaskFuture] = set()  # That have not ended. Any thread.
         self._ids_lock = threading.RLock()  # Held while a task of a given id is submitted.
         self._chain_lock = threading.RLock()  # Protects Futures of one id. For a moment only.
         self._ids_are_given = False  # Some task was submitted under an id of the caller's.
@@ -5811,8 +5990,10 @@ class Cluster(concurrent.futures.Executor):
         self._last_available = 0.0
         self._worker_numbers = itertools.count(1)
         self._boot_after, self._failed_boots = 0.0, 0  # Back-off of dying starts.
-        self._boot_error: Exception | None = None
+        self._boot_error: Exception | _Failure | None = None
         self._failure: TaskPoolError | None = None  # Of the dispatcher.
+        self._renewed = 0.0  # Monotonic: when observers last heard of this cluster.
+        self._opened = 0  # Others may have taken tasks that were added here until then.
         self._look = True  # Something may be claimable in the store. Any thread sets it.
         self._added = False  # Something was added since the last look: claim first.
         self._look_again = math.inf  # Monotonic: a second look after the bell.
@@ -5853,6 +6034,7 @@ class Cluster(concurrent.futures.Executor):
         """Start dispatching, if it has not started. Does nothing in a worker."""
         if not _is_master():
             return
+        self._raise_failure()
         with self._start_lock, contextlib.ExitStack() as undo:
             if self._started:
                 return
@@ -5864,7 +6046,7 @@ class Cluster(concurrent.futures.Executor):
 
             if not self._in_memory_only:
                 self._store_thread = calls("store")
-            self._future_thread = calls("futures")
+            self._future_thread, self._callback_thread = calls("futures"), calls("callbacks")
             self._listener_thread, self._broker_thread = calls("listener"), calls("broker")
             wake = self._take_name()
             self._context = multiprocessing.get_context(self._start_method)
@@ -5893,7 +6075,7 @@ class Cluster(concurrent.futures.Executor):
     def _take_name(self) -> _WakeUp:
         """Have an `_owner`, which says where to ring."""
         if self._wake is None:
-            self._wake = _WakeUp()
+            self._wake, self._renewed = _WakeUp(), time.monotonic()
             self._owner = _new_owner(self._wake.port)
         return self._wake
 
@@ -5924,6 +6106,7 @@ class Cluster(concurrent.futures.Executor):
                 with self._start_lock:
                     self._take_name()  # So that no other cluster runs the task.
         if self._mode != "running":
+            self._raise_failure()
             raise RuntimeError("cannot submit after shutdown")
         if self._in_memory_only:
             options.setdefault("in_memory", True)
@@ -5945,17 +6128,17 @@ class Cluster(concurrent.futures.Executor):
         with self._ids_lock:  # What is stored last is the last in _futures.
             future, replaced = self._submit(task_type, data, options)
         if replaced is not None:
-            replaced._end_cancelled()
+            replaced._end(_CANCELLED)
         if options.get("if_exists") == "replace":
             self._end_elsewhere(future._row.id)
         return future
 
     def _end_elsewhere(self, task_id: str) -> None:
-        """Cancel the Futures of that id whose tasks wait no more, and do not run."""
+        """End the Futures of that id whose tasks wait no more, and do not run."""
         for future in [other for other in list(self._elsewhere) if other._row.id == task_id]:
             if not self._is_running(future._row):
                 self._elsewhere.discard(future)
-                future._end_cancelled()
+                future._end(*self._unknown_end(future))
 
     def _submit(
         self, task_type: str, data: Any, options: dict[str, Any]
@@ -5963,6 +6146,7 @@ class Cluster(concurrent.futures.Executor):
         """The Future of a new task, or of the one that is kept; and that of a replaced one."""
         row, if_exists = _make_row(self.queue._now(), task_type, data, lane=self._owner, **options)
         future = _TaskFuture(self, row)
+        self._pending.add(future)
         before = None
         if options.get("task_id") is None:
             self._futures[row.id] = future  # First: it may start before _add returns.
@@ -5980,10 +6164,11 @@ class Cluster(concurrent.futures.Executor):
             if before is not None:
                 return before, None
             future._row, future._foreign = stored, "kept"
+            self._pending.add(future)
             self._elsewhere.add(future)
         future._stored = True  # Last: from here on it is compared with the store.
         if self._mode == "closed":  # Meanwhile; the task stays waiting, as others do.
-            future._end_cancelled()
+            future._end(*self._unknown_end(future))
         if stored is row and before is not None and not self._is_running(before._row):
             if future._before is before:  # Replaced; else it was claimed, and is over.
                 future._before = before._before
@@ -5992,6 +6177,7 @@ class Cluster(concurrent.futures.Executor):
 
     def _withdraw(self, future: _TaskFuture) -> None:
         """Undo the entry of a Future whose task was not stored."""
+        self._pending.discard(future)
         with self._chain_lock:
             if self._futures.get(future._row.id) is future:
                 del self._futures[future._row.id]
@@ -6020,16 +6206,6 @@ class Cluster(concurrent.futures.Executor):
                 self._futures.setdefault(row.id, latest)
             return future
 
-    def _join(self, run: _Run, kept: list[_TaskFuture]) -> None:
-        """Have Futures that found its task there (if_exists="keep") share in its end."""
-        for future in kept:
-            if future._row.created_at == run.row.created_at:
-                self._elsewhere.discard(future)
-                if run.future is None:
-                    run.future = future
-                else:
-                    _follow(future, run.future)
-
     def map(  # type: ignore[override]
         self, task_type: str, data: Iterable[Any], timeout: float | timedelta | None = None
     ) -> Iterator[Any]:
@@ -6049,16 +6225,20 @@ class Cluster(concurrent.futures.Executor):
         if any(store.remove(query, self.queue._now()) for store in stores):
             future = self._futures.pop(task_id, None)
             if future is not None:
-                future._end_cancelled()
+                future._end(_CANCELLED)
             self._end_elsewhere(task_id)
             return True
         if not self._started:
             return False
-        answer: Future[bool] = Future()
-        self._post(lambda: self._cancel_run(task_id, answer))
+        answer: _queues.SimpleQueue[tuple[bool, _TaskFuture | None]] = _queues.SimpleQueue()
+        self._post(lambda: self._cancel_run(task_id, answer.put))
         while not self._closed.is_set() and not self._is_at_work():
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                return answer.result(0.1)
+            with contextlib.suppress(_queues.Empty):
+                found, future = answer.get(timeout=0.1)
+                if future is not None:
+                    future._end(_CANCELLED)
+                return found
+        self._raise_failure()
         return False
 
     def drain(self, timeout: float | timedelta | None = None) -> bool:
@@ -6072,7 +6252,7 @@ class Cluster(concurrent.futures.Executor):
         deadline, until = time.monotonic() + seconds, self.queue._now()
         while not self._closed.is_set():
             if self._boot_error and not any(worker.ready for worker in self._workers):
-                raise self._boot_error
+                raise cast(Exception, _unpacked(self._boot_error)[1])
             if self._idle.is_set() and not self._is_pending(until):
                 break
             left = deadline - time.monotonic()
@@ -6105,7 +6285,7 @@ class Cluster(concurrent.futures.Executor):
             while not self._closed.wait(0.5):
                 if self._boot_error and not any(worker.ready for worker in self._workers):
                     self._begin_stop(0.0)
-                    raise self._boot_error
+                    raise cast(Exception, _unpacked(self._boot_error)[1])
         for thread in self._event_threads():
             thread.flush(self._shutdown_timeout)
         self._raise_failure()
@@ -6141,8 +6321,7 @@ class Cluster(concurrent.futures.Executor):
         if not self._started:
             self._mode = "closed"
             self._closed.set()
-            for future in self._unresolved():
-                future._end_cancelled()  # The tasks stay waiting.
+            self._end_pending()  # The tasks stay waiting.
             wake, self._wake = self._wake, None
             if wake is not None:
                 wake.close()
@@ -6151,7 +6330,7 @@ class Cluster(concurrent.futures.Executor):
             return
         if cancel_futures:
             for future in list(self._futures.values()):
-                future.cancel()
+                future._remove(self._call_back)
         if not wait:
             self._begin_stop(self._shutdown_timeout)
             return
@@ -6167,6 +6346,7 @@ class Cluster(concurrent.futures.Executor):
             raise
         for thread in self._event_threads():
             thread.flush(self._shutdown_timeout)
+        self._raise_failure()
 
     def __enter__(self) -> Cluster:
         self._use("with")
@@ -6178,6 +6358,7 @@ class Cluster(concurrent.futures.Executor):
         _refuse_rerun(f"Cluster.{what}")
         if _worker is not None:
             raise RuntimeError(f"Cluster.{what} was called in a worker; only the master can")
+        self._raise_failure()
 
     def _wake_up(self) -> None:
         wake = self._wake  # Read once: the cluster may be closing.
@@ -6243,7 +6424,8 @@ class Cluster(concurrent.futures.Executor):
     def _event_threads(self) -> list[_Calls]:
         if not self._started:
             return []
-        return [self._future_thread, self._listener_thread, self._broker_thread]
+        threads = [self._future_thread, self._callback_thread]  # The first posts to the second.
+        return [*threads, self._listener_thread, self._broker_thread]
 
     def _is_at_work(self) -> bool:
         """Whether this is a thread that others wait for: a finalizer can call us there."""
@@ -6262,6 +6444,50 @@ class Cluster(concurrent.futures.Executor):
             if future is not None and future._row is row:
                 del self._futures[row.id]
         return True
+
+    # ---- Ends of Futures
+
+    def _call_back(self, calls: list[Callable[[], Any]]) -> None:
+        """Call callbacks in their thread; here if the cluster never started."""
+        if self._started:
+            self._callback_thread.post(functools.partial(_call_all, calls))
+            return
+        try:
+            _call_all(calls)
+        except BaseException:
+            _log.exception("error in a callback of a Future")
+
+    def _end_future(self, future: _TaskFuture, state: str, left: _Left = None) -> None:
+        """End a Future from any thread, which does not wait for the Future's lock."""
+        if state == _FINISHED and future._end_unseen(left):
+            return
+        if self._started:
+            self._future_thread.post(functools.partial(future._end, state, left))
+        else:
+            future._end(state, left)
+
+    def _may_be_elsewhere(self, row: Row) -> bool:
+        """Whether other clusters could take a task that was submitted here, and waited."""
+        return row.created_at <= self._opened and not row.in_memory
+
+    def _unknown_end(self, future: _TaskFuture) -> tuple[str, _Left]:
+        """How a Future ends if the end of its task is never told here: cancelled, unless its
+        task may have run."""
+        if self._failure is not None:
+            return _FINISHED, self._failure
+        if future._foreign == "lost":
+            why = "its claim was lost"
+        elif not future._foreign and self._may_be_elsewhere(future._row):
+            why = "this cluster had stood still for longer than a lease"
+        else:
+            return _CANCELLED, None
+        known = "another cluster may have run it, and no result is known here"
+        return _FINISHED, TaskPoolError(f"task {future._row.id!r}: {why}; {known}")
+
+    def _end_pending(self) -> None:
+        """End all Futures, as the cluster ends."""
+        for future in list(self._pending):
+            self._end_future(future, *self._unknown_end(future))
 
     def _is_pending(self, until: int) -> bool:
         """Whether a task due by *until* waits or runs. Asks the stores, in this thread."""
@@ -6291,7 +6517,7 @@ class Cluster(concurrent.futures.Executor):
         except BaseException as error:
             _log.exception("the dispatcher failed; its tasks start again in another cluster")
             self._failure = TaskPoolError(f"the dispatcher failed: {error!r}")
-            self._fail_futures(self._failure)
+            self._end_pending()
         finally:
             try:
                 self._close()
@@ -6364,38 +6590,51 @@ class Cluster(concurrent.futures.Executor):
         self._look_again = time.monotonic() + 2 * KNOCK_SECONDS
 
     def _hear(self, worker: _WorkerHandle) -> None:
-        """Take in what a worker has sent."""
+        """Take in what a worker has sent. One that sends nonsense is killed."""
+        if worker.ended_at < math.inf:
+            return
         now = time.monotonic()
-        for packed in worker.channel.receive():
-            message = pickle.loads(packed)
-            kind = message[0]
-            if kind in _OF_ITS_HEAD and not worker.is_head(message[1]):
-                worker.end()  # Somebody else speaks in its place: a process that it made.
-            elif kind == "done":
-                self._on_done(worker, now, message)
-            elif kind == "fail":
-                _, _, seconds, failure, may_retry = message
-                run = self._ended(worker, now, seconds)
-                self._fail(run, failure, _error_text(failure), may_retry)
-            elif kind == "start":
-                run = worker.runs[0]
-                run.deadline = time.monotonic() + cast(float, run.row.timeout)
-            elif kind == "ask":
-                self._on_ask(worker, *message[1:])
-            elif kind == "progress":
-                self._on_progress(worker, message[2])
-            elif kind == "changed":
-                self._look = True
-            elif kind == "ready":
-                self._on_ready(worker)
-            elif kind == "boot error":
-                worker.stopping = True  # Its end will be no second failure.
-                self._on_failed_boot()
-                self._on_boot_error(_rebuilt(message[1]), message[1])
-        if worker.channel.ended and worker.ended_at == math.inf:
+        try:
+            for packed in worker.channel.receive():
+                self._take_in(worker, now, _read_message(packed))
+        except _Nonsense as error:
+            what = "worker process %d is killed: its pipe brought what no worker sends (%s)"
+            _log.warning(what, worker.pid, error)
+            worker.end()
+            worker.channel.ended = True
+        if worker.channel.ended:
             worker.ended_at = time.monotonic()
             if worker.channel.takes_back:
                 self._selector.unregister(worker.channel)
+
+    def _take_in(self, worker: _WorkerHandle, now: float, message: tuple[Any, ...]) -> None:
+        kind = message[0]
+        if kind in _OF_ITS_HEAD and not worker.is_head(message[1]):
+            raise _Nonsense(f"{kind!r} of a task that it does not run")
+        if worker.ready and kind in ("ready", "boot error"):
+            raise _Nonsense(f"a second {kind!r}")
+        if kind == "done":
+            self._on_done(worker, now, message)
+        elif kind == "fail":
+            _, _, seconds, failure, may_retry = message
+            run = self._ended(worker, now, seconds)
+            self._fail(run, failure, _error_text(failure), may_retry)
+        elif kind == "start":
+            run = worker.runs[0]
+            if run.row.timeout is not None:
+                run.deadline = time.monotonic() + run.row.timeout
+        elif kind == "ask":
+            self._on_ask(worker, *message[1:])
+        elif kind == "progress":
+            self._on_progress(worker, message[2])
+        elif kind == "changed":
+            self._look = True
+        elif kind == "ready":
+            self._on_ready(worker)
+        elif kind == "boot error":
+            worker.stopping = True  # Its end will be no second failure.
+            self._on_failed_boot()
+            self._on_boot_error(message[1])
 
     def _on_ready(self, worker: _WorkerHandle) -> None:
         worker.ready, worker.since = True, time.monotonic()
@@ -6478,7 +6717,7 @@ class Cluster(concurrent.futures.Executor):
             _log.warning("cluster:%s:%s:\t%s: %s", row.task_type, row.id, what, first_line)
         else:
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
-        run.end(outcome, "error", error=error)
+        run.end(outcome, "error", error)
         self._settle(run)
 
     # ---- Conversations
@@ -6493,7 +6732,8 @@ class Cluster(concurrent.futures.Executor):
 
         def answer(ok: bool, value: Any) -> None:
             if answered.acquire(blocking=False):
-                self._post(lambda: self._answer(worker, run, conversation, ok, value))
+                packed = _dumps(("answer", conversation, ok, value))
+                self._post(lambda: self._answer(worker, run, conversation, packed))
 
         run.asks = run.asks or {}
         run.asks[conversation] = answer
@@ -6520,11 +6760,9 @@ class Cluster(concurrent.futures.Executor):
 
         self._broker_thread.post(consult)
 
-    def _answer(
-        self, worker: _WorkerHandle, run: _Run, conversation: int, ok: bool, value: Any
-    ) -> None:
+    def _answer(self, worker: _WorkerHandle, run: _Run, conversation: int, packed: bytes) -> None:
         if run in worker.runs and run.asks and run.asks.pop(conversation, None):
-            worker.channel.send(_dumps(("answer", conversation, ok, value)))
+            worker.channel.send(packed)
 
     # ---- Outcomes
 
@@ -6550,15 +6788,12 @@ class Cluster(concurrent.futures.Executor):
 
     def _settled(self, runs: list[_Run], held: list[bool]) -> None:
         """The store has recorded how these ended, if their claims were still held."""
-        resolvable, listeners = [], self.queue._listeners
+        listeners = self.queue._listeners
         kept: dict[str, list[_TaskFuture]] = {}
         for found in list(self._elsewhere):
             kept.setdefault(found._row.id, []).append(found)
         for run, was_held in zip(runs, held):
-            row = run.row
-            if row.id in kept and was_held and run.outcome.state not in ("running", "ready"):
-                self._join(run, kept[row.id])
-            future = run.future
+            row, future = run.row, run.future
             if not was_held:
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
                 _log.warning(text, row.task_type, row.id)
@@ -6566,16 +6801,25 @@ class Cluster(concurrent.futures.Executor):
                     future._foreign = "lost"
                     self._elsewhere.add(future)
                 continue
+            if row.id in kept and run.outcome.state not in ("running", "ready"):
+                for found in kept[row.id]:  # Those that found it there share in its end.
+                    if found._row.created_at == row.created_at:
+                        self._elsewhere.discard(found)
+                        self._end_by(found, run)
             if future is not None:
                 future._runs = False
                 waits = run.outcome.state == "ready"
                 if not waits or self._futures.setdefault(row.id, future) is not future:
-                    resolvable.append(run)
+                    self._end_by(future, run)
             listener = listeners.get(run.event) if run.event and listeners else None
             if listener is not None:
                 self._call_listener(listener, run)
-        if resolvable:
-            self._future_thread.post(lambda: _resolve_futures(resolvable))
+
+    def _end_by(self, future: _TaskFuture, run: _Run) -> None:
+        if run.event is None or run.verdict == "cancel":
+            self._end_future(future, _CANCELLED)
+        else:
+            self._end_future(future, _FINISHED, run.left)
 
     def _call_listener(self, listener: Listener, run: _Run) -> None:
         task = Task(as_told(run.row, run.outcome, self.queue._now()))
@@ -6623,7 +6867,7 @@ class Cluster(concurrent.futures.Executor):
             ending = worker.stopping or worker.ended_at < math.inf
             self._wake_at(now + (0.002 if ending else 0.5))
             return
-        self._hear(worker) if worker.ended_at == math.inf else None
+        self._hear(worker)
         if code == -signal.SIGTERM and worker.runs and self._mode == "running":
             # Sent to all of a group, as service managers do? Then run() is about to hear of it.
             worker.stopping, worker.told_to_end_at = True, min(worker.told_to_end_at, now)
@@ -6638,6 +6882,8 @@ class Cluster(concurrent.futures.Executor):
         self._watch_outgoing(worker, False)
         self._workers.remove(worker)
         self._give_back(worker.take_back())
+        stopped = code == -signal.SIGTERM and self._mode == "stopping"
+        head = worker.runs[0] if worker.runs else None  # No other one can have started.
         while worker.runs:
             run = worker.end_head(time.monotonic())
             row = run.row
@@ -6646,7 +6892,7 @@ class Cluster(concurrent.futures.Executor):
             elif run.verdict == "timeout":
                 late = TaskTimeout(f"{row.task_type!r} task {row.id!r} ran over {row.timeout:g} s")
                 self._fail(run, late, f"TaskTimeout: {late}")
-            elif worker.killed or (code == -signal.SIGTERM and self._mode == "stopping"):
+            elif worker.killed or run is not head or stopped:
                 self._give_back([run])
             else:
                 died = WorkerDied(code, worker.pid, row.task_type, row.id)
@@ -6670,27 +6916,29 @@ class Cluster(concurrent.futures.Executor):
         elif self._failed_boots >= BOOT_TRIES:
             self._on_boot_error(TaskPoolError(f"{died}, {BOOT_TRIES} times in a row"))
 
-    def _on_boot_error(self, error: Exception, failure: _Failure | None = None) -> None:
+    def _on_boot_error(self, error: Exception | _Failure) -> None:
         """The entry file raised in a worker: say so once; fail the Futures that wait."""
         if self._boot_error is None:
-            text = failure.traceback if failure else str(error)
+            text = error.traceback if isinstance(error, _Failure) else str(error)
             _log.error(f"a worker could not start; stored tasks stay waiting: {text}")  # Lines.
         self._boot_error = error
         self._fail_futures(error)
 
-    def _fail_futures(self, error: Exception) -> None:
+    def _fail_futures(self, error: Exception | _Failure) -> None:
         for task_id, future in list(self._futures.items()):
             self._futures.pop(task_id, None)
 
             def fail(future: _TaskFuture = future) -> None:
-                with contextlib.suppress(StoreError):
+                try:
                     self._remove_waiting(future._row)
-                _resolve(future, error=error)
+                except StoreError:
+                    pass
+                finally:
+                    future._end(_FINISHED, error)
 
             self._future_thread.post(fail)
         while self._elsewhere:  # Their tasks are not ours to remove.
-            found = self._elsewhere.pop()
-            self._future_thread.post(functools.partial(_resolve, found, error=error))
+            self._end_future(self._elsewhere.pop(), _FINISHED, error)
 
     def _scale(self, now: float) -> None:
         """Start the workers that are needed, close those that are not."""
@@ -6756,6 +7004,9 @@ class Cluster(concurrent.futures.Executor):
         return room - sum(run.cost for run in self._hand)
 
     def _claimable(self) -> Mapping[str, float]:
+        """How much room a task of each type takes."""
+        if self._workers and not self._workers[0].channel.takes_back:
+            return dict.fromkeys(self._shares, 1.0)  # What cannot be taken back goes singly.
         if self._max_tasks is None:
             return self._shares
         most = self._max_tasks
@@ -6790,7 +7041,7 @@ class Cluster(concurrent.futures.Executor):
         """Tell of the end of a task that this cluster did not run."""
         _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, error)
         run = _Run(row, 1.0, self._take_future(row))
-        run.end(Outcome(row.id, row.claim, row.state, error=str(error)), "error", error=error)
+        run.end(Outcome(row.id, row.claim, row.state, error=str(error)), "error", error)
         self._settled([run], [True])
 
     def _use_store(self, now: float) -> None:
@@ -6924,6 +7175,8 @@ class Cluster(concurrent.futures.Executor):
 
     def _keep_house(self, now: float) -> None:
         """What is done every so often."""
+        if self._renewed + LEASE_SECONDS <= now and not self._in_memory_only:
+            self._opened = self.queue._now()
         for worker in self._workers:
             if worker.channel.is_full != worker.watched:
                 self._watch_outgoing(worker, worker.channel.is_full)
@@ -6973,6 +7226,7 @@ class Cluster(concurrent.futures.Executor):
                 except Exception as error:
                     self._post(functools.partial(self._on_watch_failure, error))
                 else:
+                    self._renewed = now if renew else self._renewed
                     self._post(lambda: self._on_watched(ended, foreign))
 
             self._store_thread.post(work)
@@ -7016,30 +7270,33 @@ class Cluster(concurrent.futures.Executor):
             self._store_thread.post(work)
 
     def _compare(self, future: _TaskFuture, row: Row | None) -> None:
-        foreign = future in self._elsewhere
+        foreign, added = future in self._elsewhere, future._row.created_at
         if not foreign and self._futures.get(future._row.id) is not future:
             return  # It was claimed in between.
-        if row is not None and foreign and row.created_at != future._row.created_at:
+        if row is not None and foreign and row.created_at != added:
             row = None  # Another task has its id by now.
         if row is not None and row.state != "done":
-            if not (foreign and (row.state == "failed" or has_run(row, future._row))):
+            left = self._may_be_elsewhere(row) and row.created_at == added
+            ended = row.state == "failed" or has_run(row, future._row)
+            if not ((foreign or left) and ended):
                 return
         if foreign:
             self._elsewhere.discard(future)
         else:
             self._futures.pop(future._row.id, None)
-        if row is None and future._foreign == "lost":
-            text = "its claim was lost; it has ended elsewhere, and no result was kept"
-            _resolve(future, error=TaskPoolError(f"task {future._row.id!r}: {text}"))
+        if row is None and future._foreign == "kept":
+            self._end_future(future, _FINISHED)
         elif row is None:
-            _resolve(future) if foreign else future._end_cancelled()
+            self._end_future(future, *self._unknown_end(future))
         elif row.state == "done" or row.error is None:
-            _resolve(future, Task(row).result)
+            self._end_future(future, _FINISHED, _dumps(Task(row).result))
         else:
             name, _, text = row.error.partition("\n")[0].partition(": ")
-            _resolve(future, error=RemoteError(name, text, row.error))
+            self._end_future(future, _FINISHED, RemoteError(name, text, row.error))
 
-    def _cancel_run(self, task_id: str, answer: Future[bool]) -> None:
+    def _cancel_run(
+        self, task_id: str, answer: Callable[[tuple[bool, _TaskFuture | None]], None]
+    ) -> None:
         """cancel() of a task that did not wait when it looked."""
         if self._store_busy:  # The claim may be on its way.
             self._store_thread.post(lambda: self._post(lambda: self._cancel_run(task_id, answer)))
@@ -7048,7 +7305,7 @@ class Cluster(concurrent.futures.Executor):
             if held.row.id == task_id:
                 self._hand.remove(held)
                 self._end_cancelled(held)
-                answer.set_result(True)
+                answer((True, held.future))
                 return
         for worker in self._workers:
             run = next((run for run in worker.runs if run.row.id == task_id), None)
@@ -7060,17 +7317,13 @@ class Cluster(concurrent.futures.Executor):
                 self._end_cancelled(run)
             else:
                 run.verdict = "cancel"
-                if run.future is not None:
-                    run.future._end_cancelled()
                 worker.kill()
             self._give_back(taken)
-            answer.set_result(True)
+            answer((True, run.future))
             return
-        answer.set_result(False)
+        answer((False, None))
 
     def _end_cancelled(self, run: _Run) -> None:
-        if run.future is not None:
-            run.future._end_cancelled()
         run.end(Outcome(run.row.id, run.row.claim, "removed"))
         self._settle(run)
 
@@ -7156,7 +7409,7 @@ class Cluster(concurrent.futures.Executor):
             _log.error(text, len(self._unsettled))
             error = StoreError("the store did not come back: the outcome is lost")
             for future in [run.future for run in self._unsettled if run.future is not None]:
-                self._future_thread.post(functools.partial(_resolve, future, error=error))
+                self._end_future(future, _FINISHED, error)
         for worker in self._workers:
             worker.kill()
             worker.close()
@@ -7168,9 +7421,9 @@ class Cluster(concurrent.futures.Executor):
         left = self.queue.in_memory.count(task_type=list(self.task_map), state="waiting")
         if left:
             _log.warning("%d in-memory tasks had not started at shutdown; they end here", left)
-        for future in self._unresolved():
-            self._future_thread.post(future._end_cancelled)
-        for thread in self._event_threads():
+        self._end_pending()
+        self._future_thread.post(self._callback_thread.stop)  # After what it posts itself.
+        for thread in (self._future_thread, self._listener_thread, self._broker_thread):
             thread.stop()
         _disown(self._selector)
         wake, self._wake = self._wake, None

@@ -142,7 +142,8 @@ class InFolder(unittest.TestCase):
     @staticmethod
     def end(cluster):
         """Stop it at once, and wait: what it logs as it ends belongs to this test."""
-        cluster.shutdown(wait=False)
+        if cluster._failure is None:
+            cluster.shutdown(wait=False)
         if cluster._started:
             cluster._begin_stop(0.0)
             cluster._closed.wait(PATIENCE)
@@ -317,6 +318,38 @@ def explode():
 class ExitsOnLoad:
     def __reduce__(self):
         return (sys.exit, (4,))
+
+
+class Known:
+    """Tells in which threads it was unpickled, and waits there until it may go on."""
+
+    threads, go = [], threading.Event()
+
+    def __init__(self, how):
+        self.how = how
+
+    def __setstate__(self, state):
+        if taskpool._worker is None:
+            Known.threads.append(threading.current_thread().name)
+            if state["how"] == "wait":
+                Known.go.wait(PATIENCE)
+
+
+class KnownError(Known, Exception):
+    def __reduce__(self):
+        return KnownError, (self.how,), {"how": self.how}
+
+    def __setattr__(self, name, value):
+        raise SystemExit if name == "__cause__" else AttributeError(name)
+
+    def __init__(self, how):
+        self.__dict__["how"] = how
+
+
+def known(job):
+    if job.data == "raise":
+        raise KnownError("raise")
+    return Known(job.data)
 
 
 def raise_kind(job):
@@ -3690,7 +3723,8 @@ class TestExecutor(WithCluster):
         for ends_first in (True, False):
             for moment in itertools.count():
                 future, called = taskpool._TaskFuture(self.shared, row), []
-                calls = [lambda: future.set_result(moment), lambda: future.add_done_callback(called.append)]
+                packed = pickle.dumps(moment)
+                calls = [lambda: future._end_unseen(packed) or future._end("FINISHED", packed), lambda: future.add_done_callback(called.append)]
                 other = threading.Thread(target=calls.pop(ends_first))
                 left = moment
 
@@ -3710,6 +3744,7 @@ class TestExecutor(WithCluster):
                 if other.ident is None:  # That were all.
                     break
                 other.join(PATIENCE)
+                self.shared._callback_thread.flush(PATIENCE)
                 self.assertEqual((future.result(0), called), (moment, [future]), (ends_first, moment))
                 self.assertEqual(vars(future), {})  # Not in use: two threads may find two, with Python 3.11.
             self.assertGreater(moment, 10)
@@ -3935,6 +3970,144 @@ class TestExecutor(WithCluster):
         self.assertLess(abs(datetime.now(timezone.utc) - busy[0]["since"]), timedelta(seconds=PATIENCE))
         Path(path + ".end").touch()
         future.result(PATIENCE)
+
+
+class Outside(BaseException):
+    """As what pytest.fail() raises."""
+
+
+KILLERS = [asyncio.CancelledError, SystemExit, KeyboardInterrupt, Outside, ValueError]
+
+
+class TestCodeOfUsers(WithCluster):
+    """It runs in no thread that others wait for, and whatever it raises is its own affair."""
+
+    @classmethod
+    def setUpClass(cls):
+        EVERYTHING["known"] = known
+        super().setUpClass()
+
+    def test_callbacks_have_a_thread_of_their_own_and_may_wait_for_other_tasks_there(self):
+        """However the Future ends, and whoever ends it."""
+        for in_memory, how in itertools.product((False, True), ("done", "cancel waiting", "cancel running", "remove", "replace")):
+            with self.subTest(how=how, in_memory=in_memory):
+                path, called = str(self.folder / f"{how} {in_memory}"), queues.SimpleQueue()
+                waits = {"due_date": timedelta(hours=how in ("cancel waiting", "remove", "replace")), "in_memory": in_memory}
+                future = self.submit("hold", path, task_id=path, **waits)
+
+                def call_back(future, called=called, in_memory=in_memory):
+                    result = self.result("echo", 2, in_memory=in_memory)
+                    called.put((threading.current_thread().name, future.done(), result))
+
+                future.add_done_callback(call_back)
+                if "waiting" in how or how in ("remove", "replace"):
+                    self.assertFalse(future.running())
+                else:
+                    eventually(lambda path=path: os.path.exists(path + ".started"))
+                if "cancel" in how:
+                    self.assertTrue(self.shared.cancel(path))
+                    self.assertTrue(future.cancelled())
+                elif how == "replace":
+                    self.assertEqual(self.result("echo", 3, task_id=path, if_exists="replace", in_memory=in_memory), 3)
+                elif how == "remove":
+                    (self.shared_queue.in_memory if in_memory else self.shared_queue).remove(task_id=path)
+                Path(path + ".end").touch()
+                self.assertEqual(called.get(timeout=PATIENCE), ("taskpool-callbacks", True, 2))
+
+    def test_a_callback_of_ones_own_cancel_is_called_at_once(self):
+        future, called = self.submit("echo", due_date=timedelta(hours=1)), []
+        for error in KILLERS:
+            future.add_done_callback(lambda _, error=error: called.append(error) or (_ for _ in ()).throw(error))
+        with self.assertLogs("taskpool", "ERROR") as logs, self.assertRaises(asyncio.CancelledError):
+            future.cancel()
+        self.assertEqual((called, len(logs.output)), (KILLERS, 4))
+
+    def test_a_callback_that_raises_keeps_no_other_future_from_its_end(self):
+        for how in ("end", "shut down", "never start", "cancel"):
+            with self.subTest(how=how), self.assertLogs("taskpool", "ERROR") as logs:
+                starts = how != "never start"
+                cluster = self.cluster({"echo": echo}, self.queue(f"{how}.db"), auto_initialize=starts)
+                due_date, called = timedelta(hours=how != "end"), queues.SimpleQueue()
+                options = {"due_date": due_date, "in_memory": starts}
+                futures = [cluster.submit("echo", i, **options) for i in range(60)]
+                for i, future in enumerate(futures):
+                    future.add_done_callback(lambda _, i=i: (_ for _ in ()).throw(KILLERS[i % 5]))
+                    future.add_done_callback(called.put)
+                if how == "cancel":
+                    for future in futures:
+                        cluster.cancel(future.task.id)
+                if how != "end":
+                    cluster.shutdown(cancel_futures=how == "shut down")
+                self.assertEqual(concurrent.futures.wait(futures, PATIENCE).done, set(futures))
+                self.assertEqual({called.get(timeout=PATIENCE) for _ in futures}, set(futures))
+                cluster.shutdown()
+                for error in KILLERS:
+                    self.assertIn(error.__name__, "".join(logs.output))
+
+    def test_a_result_is_unpickled_by_who_asks_for_it_and_holds_up_nobody_else(self):
+        Known.threads.clear(), Known.go.clear()
+        slow, called = self.submit("known", "wait"), threading.Event()
+        slow.add_done_callback(lambda _: called.set())
+        self.assertTrue(called.wait(PATIENCE))
+        self.assertEqual(Known.threads, [])
+        with concurrent.futures.ThreadPoolExecutor(2, "asker") as askers:
+            asked = [askers.submit(slow.result, PATIENCE) for _ in range(2)]
+            eventually(lambda: Known.threads)
+            others = [self.submit("echo", i) for i in range(20)]
+            self.assertEqual(len(concurrent.futures.wait([*others, slow], PATIENCE).done), 21)
+            self.assertEqual([future.result() for future in others], list(range(20)))
+            Known.go.set()
+            self.assertIs(asked[0].result(PATIENCE), asked[1].result(PATIENCE))
+        self.assertIs(slow.result(), asked[0].result())
+        self.assertEqual({name.partition("_")[0] for name in Known.threads}, {"asker"})
+
+    def test_an_exception_is_rebuilt_by_who_asks_for_it(self):
+        Known.threads.clear()
+        future = self.submit("known", "raise")
+        self.assertEqual(concurrent.futures.wait([future], PATIENCE).done, {future})
+        self.assertEqual(Known.threads, [])
+        error = future.exception()
+        self.assertEqual((type(error), error.how), (KnownError, "raise"))
+        self.assertIn("in known", str(error.__cause__))
+        self.assertIs(future.exception(), error)
+        self.assertEqual(Known.threads, ["MainThread"])
+        with self.assertRaises(KnownError):
+            future.result()
+
+    def test_a_log_handler_that_raises_whatever_ends_no_thread_of_the_cluster(self):
+        class Raises(logging.Handler):
+            def emit(self, record):
+                if threading.current_thread() is not threading.main_thread():
+                    raised.append(threading.current_thread().name)
+                    raise KILLERS[len(raised) % 5]
+
+        raised, logger, handler = [], logging.getLogger("taskpool"), Raises()
+        logger.addHandler(handler)
+        self.addCleanup(logger.removeHandler, handler)
+        self.addCleanup(logger.setLevel, logger.level)
+        logger.setLevel(logging.INFO)
+        with contextlib.redirect_stderr(io.StringIO()) as shown:
+            futures = [self.submit("fail", i, retries=1, retry_delay=0) for i in range(20)]
+            for future in futures:
+                future.add_done_callback(lambda _: 1 / 0)
+            self.assertEqual({type(future.exception(PATIENCE)) for future in futures}, {ValueError})
+            self.shared._callback_thread.flush(PATIENCE)
+            logger.removeHandler(handler)
+        self.assertEqual(set(raised), {"taskpool-dispatcher", "taskpool-callbacks"})
+        self.assertIn("Outside", shown.getvalue())
+
+    def test_to_wait_in_a_thread_of_the_cluster_is_an_error(self):
+        future, said = self.submit("echo", due_date=timedelta(hours=1)), queues.SimpleQueue()
+
+        def wait():
+            try:
+                future.result()
+            except RuntimeError as error:
+                said.put(str(error))
+
+        self.shared._post(wait)
+        self.assertIn("thread of the cluster", said.get(timeout=PATIENCE))
+        self.assertTrue(future.cancel())
 
 
 class TestFailures(WithCluster):
