@@ -238,9 +238,19 @@ def hold(job):
     return "held"
 
 
+def hold_perhaps(job):
+    return hold(job) if job.data else None
+
+
 def hold_and_fail(job):
     hold(job)
     raise OSError("late")
+
+
+def leave_a_thread(job):
+    """Leave a thread that keeps the process from its end."""
+    threading.Thread(target=time.sleep, args=(2 * PATIENCE,)).start()
+    return os.getpid()
 
 
 def hold_the_gil(job):
@@ -4654,7 +4664,7 @@ class TestClusterOptions(InFolder):
 
         with mock.patch.object(taskpool, "_Calls", slow):
             cluster.initialize()
-        self.assertEqual(names, [False] * 4)
+        self.assertEqual(names, [False] * 5)
         self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
 
     def test_an_initialize_that_fails_can_be_tried_again_and_leaves_nothing(self):
@@ -4715,6 +4725,12 @@ class TestClusterOptions(InFolder):
         futures = [cluster.submit("large", "large") for _ in range(3)]
         cluster.shutdown()  # At once: what is due is finished first.
         self.assertEqual([len(f.result(0)) for f in futures], [3_000_000] * 3)
+
+    def test_a_worker_that_retires_and_does_not_end_is_killed(self):
+        cluster = self.cluster({"stay": leave_a_thread, "pid": pid_of_worker}, max_tasks_per_worker=1, max_available_workers=1)
+        pid = cluster.submit("stay", in_memory=True).result(PATIENCE)
+        self.assertNotEqual(cluster.submit("pid", in_memory=True).result(PATIENCE), pid)
+        self.assertFalse(is_alive(pid))
 
     def test_the_last_task_of_a_retiring_worker_times_out_and_is_charged(self):
         """RT-03: as any other task."""
@@ -5097,6 +5113,33 @@ class TestP2OnceAndOnlyOnce(InFolder):
         with self.assertRaisesRegex(taskpool.TaskPoolError, "'lost': its claim was lost"):
             future.result(PATIENCE)
 
+    def test_a_future_whose_task_others_could_take_is_not_cancelled_as_if_it_had_not_run(self):
+        """Its master had stood still, and its waiting tasks became everybody's."""
+        cluster = self.cluster({"echo": echo}, auto_initialize=False)
+        futures = [cluster.submit("echo", i, keep_result=60 if i == 1 else None) for i in range(5)]
+        with contextlib.closing(SQLiteStore(self.folder / "tasks.db")) as other:
+            now = cluster.queue._now()
+            other.recover("other|", 0.0, now), other.recover("other|", 1e6, now)  # A lease later.
+            claimed = other.claim("other|", ["echo"], 4, now)
+            self.assertEqual([row.id for row in claimed], [future.task.id for future in futures[:4]])
+            ends = [
+                Outcome(row.id, row.claim, "failed", error="LookupError: there\n\ntrace") if i == 2
+                else Outcome(row.id, row.claim, "done", result='"kept"' if i == 1 else None) for i, row in enumerate(claimed[:3])
+            ]
+            self.assertEqual(other.settle("other|", ends, now), [True] * 3)
+            cluster._renewed -= taskpool.LEASE_SECONDS
+            cluster.initialize()
+            with self.assertRaisesRegex(taskpool.TaskPoolError, "stood still for longer than a lease.*may have run it"):
+                futures[0].result(PATIENCE)
+            self.assertEqual(futures[1].result(PATIENCE), "kept")
+            error = futures[2].exception(PATIENCE)
+            self.assertEqual((type(error), error.type_name, error.text), (RemoteError, "LookupError", "there"))
+            self.assertEqual(futures[4].result(PATIENCE), 4)  # Nobody had taken that.
+            self.assertFalse(futures[3].done())  # It runs there.
+            cluster.shutdown()
+        with self.assertRaisesRegex(taskpool.TaskPoolError, "may have run it"):
+            futures[3].result(PATIENCE)
+
 
 class TestP3MasterDead(InFolder):
     """P3 The running tasks of a dead master start again, uncharged."""
@@ -5216,6 +5259,138 @@ class TestP4WorkerDead(WithCluster):
         self.assertIsInstance(error, TaskTimeout)
         self.assertIsInstance(error, TimeoutError)
         self.assertIn("0.2 s", str(error))
+
+
+def framed(*message):
+    packed = pickle.dumps(message)
+    return len(packed).to_bytes(4, "big") + packed
+
+
+FAILURE = ("ValueError", "text", "trace", None)
+NONSENSE = {  # What a task may write to its worker's pipe, given the number of its run.
+    "odd bytes": lambda number: b"hello",
+    "zeros": lambda number: bytes(7),
+    "a bad pickle": lambda number: b"\0\0\0\5hello",
+    "a huge length": lambda number: b"\x7f\xff\xff\xff",
+    "a huger length": lambda number: b"\xff\xff\xff\xff" + b"\x7f" * 8,
+    "no tuple": lambda number: framed()[:3] + b"\4" + pickle.dumps(1)[:4],
+    "nothing": lambda number: framed(),
+    "an unknown kind": lambda number: framed("hello", number),
+    "a kind that is none": lambda number: framed(["done"], number),
+    "too short": lambda number: framed("done", number),
+    "too long": lambda number: framed("done", number, 0.1, None, None, None, 0, 0),
+    "a wrong type": lambda number: framed("done", str(number), 0.1, None, None, None, 0),
+    "an unknown task": lambda number: framed("done", number + 1000, 0.1, None, None, None, 0),
+    "an earlier task": lambda number: framed("fail", -1, 0.1, FAILURE, True),
+    "seconds of no number": lambda number: framed("done", number, math.nan, None, None, None, 0),
+    "seconds for ever": lambda number: framed("fail", number, math.inf, FAILURE, True),
+    "negative seconds": lambda number: framed("done", number, -1.0, None, None, None, 0),
+    "a lone surrogate": lambda number: framed("done", number, 0.1, None, None, "\ud800", 0),
+    "a failure of three": lambda number: framed("fail", number, 0.1, FAILURE[:3], True),
+    "progress of nonsense": lambda number: framed("progress", number, "nonsense"),
+    "progress of text": lambda number: framed("progress", number, '["a", null, null]'),
+    "progress without end": lambda number: framed("progress", number, "[NaN]"),
+    "a second start": lambda number: framed("ready"),
+    "a failed start": lambda number: framed("boot error", FAILURE),
+    "code": lambda number: framed("ask", number, 1, Known("code")),
+}
+
+NO_NONSENSE_IN_ITSELF = ("an unknown task", "an earlier task", "a second start", "a failed start")
+
+
+def write_nonsense(job):
+    """Write to the pipe of this worker; the task then ends well."""
+    worker = taskpool._worker
+    if job.data == "a second outcome":
+        worker.send(("done", worker._current, 0.0, taskpool._dumps("first"), None, None, 0))
+    elif job.data == "half a message":
+        os.write(worker._outgoing.fileno(), framed("ready")[:-3])
+        os._exit(0)
+    elif job.data == "half a permit":
+        time.sleep(0.01)  # There are more by now.
+        os.read(worker._permits, 3)
+    elif job.data is not None:
+        os.write(worker._outgoing.fileno(), NONSENSE[job.data](worker._current))
+    return job.data
+
+
+class TestNonsenseFromAWorker(InFolder):
+    """P4 Whatever a task writes to its worker's pipe, that worker ends and the others do not."""
+
+    def test_no_message_but_what_workers_send_is_taken_in_and_no_code_runs(self):
+        Known.threads.clear()
+        for what, make in NONSENSE.items():
+            with self.subTest(what=what):
+                piped = make(5)
+                try:
+                    size = int.from_bytes(piped[:4], "big", signed=True)
+                    self.assertTrue(0 <= size <= 1 << 20)
+                    message = taskpool._read_message(piped[4 : 4 + size])
+                except (AssertionError, taskpool._Nonsense):
+                    continue
+                self.assertIn(what, NO_NONSENSE_IN_ITSELF, message)
+        self.assertEqual(Known.threads, [])
+        for message in [("ready",), ("start", 0), ("progress", 0, "[1, 2.5, null]"), ("ask", 0, 1, b""), ("changed",),
+                        ("done", 0, 0.0, None, "1", None, 0), ("done", 0, 0.0, b"", None, "why", 1)]:
+            self.assertEqual(taskpool._read_message(pickle.dumps(message)), message)
+        self.assertEqual(taskpool._read_message(pickle.dumps(("fail", 0, 0.0, FAILURE, True)))[3], taskpool._Failure(*FAILURE))
+
+    def test_the_task_that_writes_it_is_charged_and_its_worker_replaced(self):
+        cluster = self.cluster({"write": write_nonsense, "hold": hold, "echo": echo}, in_memory_only=True, keep_alive="always")
+        path = str(self.folder / "hold")
+        held, waits = cluster.submit("hold", path), cluster.submit("echo", due_date=timedelta(hours=1))
+        eventually(lambda: os.path.exists(path + ".started"))
+        for what in ("odd bytes", "a huge length", "progress of nonsense", "half a message", "a second outcome", *NO_NONSENSE_IN_ITSELF):
+            with self.subTest(what=what):
+                self.assertEqual(cluster.submit("write").result(PATIENCE), None)  # In the worker that is free.
+                before = {worker["pid"] for worker in cluster.workers()}
+                future = cluster.submit("write", what)
+                if what == "a second outcome":
+                    self.assertEqual(future.result(PATIENCE), "first")
+                else:
+                    self.assertIsInstance(future.exception(PATIENCE), WorkerDied)
+                eventually(lambda before=before: before - {worker["pid"] for worker in cluster.workers()})
+                self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(3)], [0, 1, 2])
+        self.assertFalse(held.done() or waits.done())
+        Path(path + ".end").touch()
+        self.assertEqual(held.result(PATIENCE), "held")
+
+    @unittest.skipUnless(LINUX, "reads pipes")
+    def test_who_takes_permits_of_others_ends_only_its_own_worker(self):
+        cluster = self.cluster({"write": write_nonsense}, in_memory_only=True, keep_alive="always", max_available_workers=1)
+        for _ in range(30):  # Teaches the cluster that these are quick: then they go in batches.
+            cluster.submit("write").result(PATIENCE)
+        cluster.queue.add_tasks([
+            {"task_type": "write", "data": None if i else "half a permit", "in_memory": True, "task_id": str(i), "keep_result": 600}
+            for i in range(50)
+        ])
+        eventually(lambda: cluster.queue.in_memory.count(state="done") >= 49, seconds=20)
+        self.assertEqual(cluster.queue.in_memory.count(state=["waiting", "running"]), 0)
+
+    def test_what_a_worker_sends_arrives_whole_however_the_pipe_cuts_it(self):
+        """Also what fills several pieces, or exactly one."""
+        piece = taskpool._PIECE_BYTES
+        theirs, ours = multiprocessing.Pipe(duplex=False)
+        channel = taskpool._Channel(taskpool._own(theirs), io.BytesIO())
+        self.addCleanup(channel.close)
+        self.addCleanup(ours.close)
+        sizes = [0, 1, 3, piece - 1, piece, piece + 1, 2 * piece, 3 * piece + 7]
+        worker = taskpool._WorkerProcess(None, ours, None)
+        thread = threading.Thread(target=lambda: [worker._put(bytes([i]) * size) for i, size in enumerate(sizes)])
+        thread.start()
+        messages = []
+        eventually(lambda: messages.extend(map(bytes, channel.receive())) or len(messages) == len(sizes))
+        thread.join(PATIENCE)
+        self.assertEqual([len(message) for message in messages], sizes)
+        self.assertTrue(all(set(message) <= {i} for i, message in enumerate(messages)))
+        for cut in range(1, 12):
+            os.write(ours.fileno(), framed("cut")[:cut])
+            self.assertEqual(list(channel.receive()), [])
+            os.write(ours.fileno(), framed("cut")[cut:])
+            self.assertEqual([pickle.loads(message) for message in channel.receive()], [("cut",)])
+        os.write(ours.fileno(), (piece + 1).to_bytes(4, "big"))
+        with self.assertRaises(taskpool._Nonsense):
+            list(channel.receive())
 
 
 class TestP5Order(InFolder):
@@ -6069,17 +6244,47 @@ class TestEnds(InFolder):
         self.assertEqual(out, "ValueError()\nleft\n")
         self.assertIn("the log server is away", self.stderr)
 
-    def test_a_dispatcher_that_failed_is_an_error_of_run_and_drain(self):
-        cluster = self.cluster({"hold": hold}, keep_alive="always")
-        cluster.queue.add_task("hold", str(self.folder / "hold"))
-        future = cluster.submit("hold", due_date=timedelta(hours=1))
-        with self.assertLogs("taskpool", "ERROR"):
-            cluster._post(lambda: 1 / 0)
-            with self.assertRaisesRegex(taskpool.TaskPoolError, "the dispatcher failed: ZeroDivisionError"):
-                cluster.run()
-        for call in (cluster.drain, functools.partial(future.result, PATIENCE)):
-            with self.assertRaisesRegex(taskpool.TaskPoolError, "ZeroDivisionError"):
-                call()
+    def test_whatever_ends_the_dispatcher_ends_every_future_and_every_call_says_so(self):
+        for where in ("_turn", "_settled", "_assign", "_on_store_answer", "_claim_in_memory"):
+            with self.subTest(where=where):
+                cluster = self.cluster({"hold": hold, "echo": echo}, self.queue(f"{where}.db"), keep_alive="always")
+                path = str(self.folder / where)
+                held = [cluster.submit("hold", f"{path} {i}", task_id=str(i), in_memory=bool(i)) for i in range(2)]
+                eventually(lambda path=path: all(os.path.exists(f"{path} {i}.started") for i in range(2)))
+                cluster.queue._store.add([(row("k", "hold", lane="another|"), "raise")], NOW)
+                cluster.queue._store.claim("another|", ["hold"], 1, NOW)
+                futures = [
+                    *held, cluster.submit("echo", due_date=timedelta(hours=1)), cluster.submit("echo", task_id="0", if_exists="replace"),
+                    cluster.submit("hold", task_id="k", if_exists="keep"), cluster.submit("echo"), cluster.submit("echo", in_memory=True),
+                ]
+                drains = threading.Thread(target=lambda cluster=cluster: raised.append(self.raised_by(cluster.drain)))
+                raised, called = [], queues.SimpleQueue()
+                drains.start()
+                for future in futures:
+                    future.add_done_callback(called.put)
+                with self.assertLogs("taskpool", "ERROR") as logs, mock.patch.object(cluster, where, side_effect=ZeroDivisionError):
+                    Path(f"{path} 0.end").touch(), Path(f"{path} 1.end").touch()
+                    cluster._wake_up()
+                    raised += [self.raised_by(future.result, PATIENCE) for future in futures]
+                    drains.join(PATIENCE)
+                    self.assertTrue(cluster._closed.wait(PATIENCE))
+                self.assertIn("the dispatcher failed; its tasks start again in another cluster", logs.output[0])
+                self.assertEqual({called.get(timeout=PATIENCE) for _ in futures}, set(futures))
+                calls = [
+                    cluster.drain, cluster.run, cluster.shutdown, cluster.workers, cluster.initialize, cluster.__enter__,
+                    functools.partial(cluster.submit, "echo"), functools.partial(cluster.cancel, "0"),
+                    functools.partial(cluster.shutdown, wait=False), functools.partial(cluster.map, "echo", [1]),
+                ]
+                raised += [self.raised_by(call) for call in calls]
+                self.assertEqual({(type(error), str(error)) for error in raised if error}, {(taskpool.TaskPoolError, "the dispatcher failed: ZeroDivisionError()")})
+                self.assertNotIn(None, raised)
+
+    @staticmethod
+    def raised_by(call, *arguments):
+        try:
+            call(*arguments)
+        except taskpool.TaskPoolError as error:
+            return error
 
     def test_an_entry_file_that_raises_in_the_worker_is_a_boot_error(self):
         """TT-04, ENGINE 7, 34, 35."""
@@ -8303,6 +8508,20 @@ class TestWithoutSelectablePipes(InFolder):
         self.assertEqual(sorted(map(int, (line.split()[0] for line in lines_of(self.folder / "lines")))), list(range(50)))
         self.assertEqual(heard[-1], (1, 2, None))
         self.assertEqual((queue.count(state=["waiting", "running"]), multiprocessing.active_children()), (0, []))
+
+    def test_no_quick_task_waits_behind_a_slow_one(self):
+        cluster = self.cluster({"write": write_nonsense, "perhaps": hold_perhaps}, keep_alive="always")
+        for in_memory in (False, True):
+            for _ in range(30):  # Teaches the cluster that these are quick.
+                cluster.submit("perhaps", in_memory=in_memory).result(PATIENCE)
+            path = str(self.folder / f"hold {in_memory}")
+            slow, *quick = [cluster.submit("perhaps", None if i else path, in_memory=in_memory) for i in range(60)]
+            self.assertEqual([future.result(PATIENCE) for future in quick], [None] * 59)
+            self.assertFalse(slow.done())
+            Path(path + ".end").touch()
+            self.assertEqual(slow.result(PATIENCE), "held")
+        for what in ("odd bytes", "a huge length", "a wrong type"):
+            self.assertIsInstance(cluster.submit("write", what).exception(PATIENCE), WorkerDied)
 
     def test_shutdown_gives_back_and_a_dead_worker_is_replaced(self):
         queue, flag = self.queue(), str(self.folder / "flag")
