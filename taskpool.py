@@ -4666,7 +4666,7 @@ def _rebuilt(failure: _Failure) -> Exception:
     return cast(Exception, error)
 
 
-_Left = Union[bytes, _Failure, Exception, None]  # What a run left: a pickled result, or None.
+_Left = Union[bytes, _Failure, Exception, None]  # Of a run: a pickled result (None = None).
 
 
 def _unpacked(left: _Left) -> tuple[Any, Exception | None]:
@@ -7276,9 +7276,8 @@ class Cluster(concurrent.futures.Executor):
         if row is not None and foreign and row.created_at != added:
             row = None  # Another task has its id by now.
         if row is not None and row.state != "done":
-            left = self._may_be_elsewhere(row) and row.created_at == added
-            ended = row.state == "failed" or has_run(row, future._row)
-            if not ((foreign or left) and ended):
+            taken = foreign or (self._may_be_elsewhere(row) and row.created_at == added)
+            if not (taken and (row.state == "failed" or has_run(row, future._row))):
                 return
         if foreign:
             self._elsewhere.discard(future)
@@ -7289,7 +7288,11 @@ class Cluster(concurrent.futures.Executor):
         elif row is None:
             self._end_future(future, *self._unknown_end(future))
         elif row.state == "done" or row.error is None:
-            self._end_future(future, _FINISHED, _dumps(Task(row).result))
+            try:
+                left: _Left = _dumps(Task(row).result)
+            except Exception as error:  # Written by others; the next ones are to be seen.
+                left = StoreError(f"the stored result cannot be decoded: {error!r}")
+            self._end_future(future, _FINISHED, left)
         else:
             name, _, text = row.error.partition("\n")[0].partition(": ")
             self._end_future(future, _FINISHED, RemoteError(name, text, row.error))
