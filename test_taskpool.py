@@ -6263,8 +6263,7 @@ class TestEnds(InFolder):
                 for future in futures:
                     future.add_done_callback(called.put)
                 with self.assertLogs("taskpool", "ERROR") as logs, mock.patch.object(cluster, where, side_effect=ZeroDivisionError):
-                    Path(f"{path} 0.end").touch(), Path(f"{path} 1.end").touch()
-                    cluster._wake_up()
+                    Path(f"{path} 0.end").touch() if where == "_settled" else cluster.queue.add_task("echo")
                     raised += [self.raised_by(future.result, PATIENCE) for future in futures]
                     drains.join(PATIENCE)
                     self.assertTrue(cluster._closed.wait(PATIENCE))
