@@ -27,6 +27,7 @@ import pickle
 import queue as queues
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -3825,6 +3826,20 @@ class TestExecutor(WithCluster):
                 self.assertTrue(self.shared.cancel(waits.task.id))
                 self.assertTrue(waits.cancelled())
         self.assertFalse(self.shared.cancel("none"))
+
+    @unittest.skipIf(sys.platform == "win32", "looks into pipes")
+    def test_a_future_is_cancelled_if_cancel_says_so_although_its_task_has_just_ended(self):
+        path, block = str(self.folder / "hold"), threading.Event()
+        future = self.submit("hold", path, in_memory=True)
+        eventually(lambda: os.path.exists(path + ".started"))
+        (worker,) = [worker for worker in self.shared._workers if worker.runs]
+        self.shared._post(lambda: block.wait(PATIENCE))
+        Path(path + ".end").touch()
+        eventually(lambda: select.select([worker.channel], [], [], 0)[0])  # It has said so.
+        threading.Timer(0.05, block.set).start()  # After the call that follows.
+        if self.shared.cancel(future.task.id):
+            self.shared._future_thread.flush(PATIENCE)
+            self.assertTrue(future.cancelled())
 
     def test_the_future_of_a_removed_task_is_cancelled(self):
         for in_memory in (False, True):
