@@ -84,10 +84,10 @@ import concurrent.futures
 import contextlib
 import functools
 import heapq
-import io
 import itertools
 import json
 import logging
+import marshal
 import math
 import multiprocessing
 import multiprocessing.process
@@ -4610,7 +4610,9 @@ _ADD_PARAMETERS = frozenset({"task_type", "data", *(TaskQueue.add_task.__kwdefau
 
 
 # --- Messages ------------------------------------------------------------------------
-# All that crosses a pipe: tuples, pickled. The first item says which.
+# All that crosses a pipe: tuples. The first item says which. Those to the worker are pickled.
+# Those to the master are packed by marshal, which knows no classes: nothing that a task writes
+# to its worker's pipe can run here.
 #
 #   to the worker   ("boot", _Boot)                      first of all
 #                   ("run", number, rows)                numbered from `number` on
@@ -4839,7 +4841,7 @@ class _WorkerProcess:
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Send to the master; called by any thread."""
-        packed = _dumps(message)
+        packed = marshal.dumps(message)
         with self._send_lock:
             self._late.append(packed)
             if self._sending:  # We are in a signal handler or finalizer within what follows.
@@ -5050,60 +5052,47 @@ class _Nonsense(Exception):
     """A worker's pipe has brought what no worker sends: some task has written to it."""
 
 
-class _Plain(pickle.Unpickler):
-    """Unpickles what is made of text, numbers and tuples, so that nothing runs that was sent."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        """Refuse all classes and functions."""
-        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
-
-
 _NONE: type = type(None)
 _TEXTS: tuple[type, ...] = (str, _NONE)
-_FAILURES = {(str, str, str, bytes), (str, str, str, _NONE)}
-_SHAPES: dict[str, set[tuple[type, ...]]] = {  # Of the messages of a worker.
-    "ready": {(str,)},
-    "boot error": {(str, tuple)},
-    "changed": {(str,)},
-    "start": {(str, int)},
-    "progress": {(str, int, str)},
-    "ask": {(str, int, int, bytes)},
-    "done": {
-        (str, int, float, packed, kept, problem, int)
-        for packed, kept, problem in itertools.product((bytes, _NONE), _TEXTS, _TEXTS)
-    },
-    "fail": {(str, int, float, tuple, bool)},
+_SHAPES = {  # Of the messages of a worker: the kind, and the types of what follows.
+    ("ready",),
+    ("boot error", tuple),
+    ("changed",),
+    ("start", int),
+    ("progress", int, str),
+    ("ask", int, int, bytes),
+    ("fail", int, float, tuple, bool),
+    *itertools.product(["done"], [int], [float], [bytes, _NONE], _TEXTS, _TEXTS, [int]),
 }
+_FAILURES = {(str, str, str, bytes), (str, str, str, _NONE)}
 _OF_ITS_HEAD = frozenset({"start", "done", "fail", "progress"})  # What is said of a run.
 
 
 def _read_message(packed: bytes | bytearray) -> tuple[Any, ...]:
     """A message from a worker. Raises _Nonsense."""
     try:
-        message: Any = _Plain(io.BytesIO(packed)).load()
-        kind = message[0]
-        texts: Iterable[str] = ()
-        if tuple(map(type, message)) not in _SHAPES[kind]:
-            raise TypeError(f"a wrong shape of {kind!r}")
+        message: Any = marshal.loads(packed)
+        if (message[0], *map(type, message[1:])) not in _SHAPES:
+            raise TypeError("a wrong shape")
+        kind, texts = message[0], ()
         if kind in ("done", "fail") and not 0 <= message[2] < math.inf:
             raise ValueError(f"{message[2]} seconds")
         if kind == "done":
-            texts = filter(None, message[4:6])
+            texts = message[4:6]
         elif kind == "progress":
             texts = message[2:]
             _checked_progress(*_decode(message[2]))
         elif kind in ("fail", "boot error"):
-            place = 3 if kind == "fail" else 1
-            failure = message[place]
+            failure = next(part for part in message if type(part) is tuple)
             if tuple(map(type, failure)) not in _FAILURES:
                 raise TypeError("a wrong shape of a failure")
-            message, texts = list(message), failure[:3]
-            message[place] = _Failure(*failure)
-        if not all(map(_is_unicode, texts)):
+            texts = failure[:3]
+            message = tuple(_Failure(*p) if p is failure else p for p in message)
+        if texts and not all(text is None or _is_unicode(text) for text in texts):
             raise ValueError("a lone surrogate")
     except Exception as error:
         raise _Nonsense(f"{type(error).__name__}: {error}") from error
-    return tuple(message)
+    return cast("tuple[Any, ...]", message)
 
 
 class _Calls:
