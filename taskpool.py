@@ -5637,6 +5637,8 @@ class _TaskFuture(Future[Any]):
         if self._state == "PENDING":
             return None, None
         inside = self._inside
+        if inside.left is None:
+            return None, None
         if type(inside.left) is not tuple:
             made = _unpacked(inside.left)
             with _unpacking:  # Of two who ask at once, both get the same.
