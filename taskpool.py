@@ -82,6 +82,7 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import heapq
 import itertools
@@ -1530,6 +1531,31 @@ def _is_master() -> bool:
     return _worker is None and not _is_rerun()
 
 
+_CallPlace = tuple[str, tuple[int, ...]]
+
+
+def _place_of(frame: Any) -> _CallPlace:
+    """Where the code of *frame* runs: its module, and the lines of the calls that led there
+    from the top level. Both are the same in a worker that runs the file again."""
+    name, lines = frame.f_globals.get("__name__", "__main__"), [frame.f_lineno]
+    while frame.f_code.co_name != "<module>" and frame.f_back is not None:
+        frame = frame.f_back
+        lines.append(frame.f_lineno)
+    return "__main__" if name == "__mp_main__" else name, tuple(lines)
+
+
+def _absolute(path: str) -> str:
+    """os.path.abspath, with an error that names the current folder if that was deleted."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError as error:
+        folder = os.environ.get("PWD", "unknown")
+        with contextlib.suppress(OSError):
+            folder = os.readlink("/proc/self/cwd")
+        text = "the current folder was deleted; os.chdir() to one that exists"
+        raise FileNotFoundError(error.errno, text, folder) from None
+
+
 def _read_text(path: str) -> str:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -2353,6 +2379,56 @@ def _new_seq(row: Row) -> int | None:
 _T = TypeVar("_T")  # What is read or written.
 
 
+class _Made(NamedTuple):
+    """A SQLiteStore of the master."""
+
+    place: _CallPlace
+    given: str
+    path: str
+
+
+class _Known(NamedTuple):
+    """The master's files, as a worker must know them."""
+
+    made: list[_Made]
+    folders: set[str]  # That a relative path may be relative to.
+
+
+_stores: weakref.WeakValueDictionary[int, SQLiteStore] = weakref.WeakValueDictionary()
+_folders: set[str] = set()  # The current ones when a queue, a Cluster or a worker was made.
+_known: _Known | None = None  # In a worker that has run the file again.
+
+
+def _living_stores() -> list[SQLiteStore]:
+    # valuerefs() copies at once: other threads may make stores meanwhile.
+    return [store for ref in _stores.valuerefs() if (store := ref()) is not None]
+
+
+def _masters_path(store: SQLiteStore, known: _Known) -> str:
+    """The file that *store*, made in a worker, is in the master; "" if it cannot be known.
+
+    The store that the master made in the same place has it, whatever path was computed
+    there anew. Elsewhere a relative path means what it means in the master.
+    """
+    here = {other._given for other in _living_stores() if other._place == store._place}
+    there = [made for made in known.made if made.place == store._place]
+    mine, theirs = here - {made.given for made in there}, {made.given for made in there} - here
+    given = store._given
+    if given not in mine:
+        paths = {made.path for made in there if made.given == given}
+    elif theirs:  # Paths differ from process to process: which is which?
+        single = len(mine) == len(theirs) == 1
+        paths = {made.path for made in there if made.given in theirs and single}
+    elif os.path.isabs(given):
+        paths = {given}
+    else:
+        paths = {made.path for made in known.made if made.given == given}
+        if not paths:
+            folders = known.folders | {_absolute(".")}
+            paths = {os.path.normpath(os.path.join(folder, given)) for folder in folders}
+    return paths.pop() if len(paths) == 1 else ""
+
+
 class SQLiteStore(Store):
     """Tasks in one SQLite file (WAL), shared by any number of processes of one machine.
 
@@ -2371,10 +2447,20 @@ class SQLiteStore(Store):
         if not isinstance(name, str) or not name or "\0" in name or name == ":memory:":
             raise _wrong_value("path", path, 'a file name (for tasks in memory: "in_memory=True")')
         self._synchronous = _checked_choice("synchronous", synchronous, ("NORMAL", "FULL"))
-        self.path = os.path.abspath(name)  # Now: a task may change the directory.
+        frame = sys._getframe(1)
+        while frame.f_globals is globals() and frame.f_back is not None:
+            frame = frame.f_back
+        self._given, self._place = os.path.normpath(name), _place_of(frame)
         self._connections: list[sqlite3.Connection] = []
         self._reset_after_fork()
         _reset_in_forks.add(self)
+        _stores[id(self)] = self
+        if _known is not None:
+            self.path = _masters_path(self, _known)
+            return
+        self.path = _absolute(name)  # Now: a task may change the directory.
+        if not os.path.isabs(name):
+            _folders.add(_absolute("."))
 
     def __repr__(self) -> str:
         return f"SQLiteStore({self.path!r})"
@@ -2420,6 +2506,30 @@ class SQLiteStore(Store):
             return 0, 0
         return found.st_dev, found.st_ino
 
+    def _move(self, path: str) -> None:
+        """In a worker: be the file of the master."""
+        if path != self.path:
+            self.close()
+            self.path = path
+
+    def _check_path(self) -> None:
+        """Raise StoreError where this may be another file than in the master."""
+        what = f"{self._given}: in a worker process it cannot be known which file this is"
+        if not self.path:
+            raise StoreError(
+                f"{what}: the master's current folder changed, or the line that makes the "
+                "queue computes paths that differ from process to process. Give an absolute "
+                "path that is the same in every process"
+            )
+        if _is_rerun():
+            start = getattr(multiprocessing.process, "ORIGINAL_DIR", None)  # The master's.
+            same = os.path.normpath(os.path.join(start or "", self._given)) == self.path
+            if not same or not os.path.exists(self.path):
+                raise StoreError(
+                    f"{what} while it runs your file again; use the queue under `if "
+                    'Cluster.is_master():`, `if __name__ == "__main__":`, or in a task'
+                )
+
     def _hint(self) -> str:
         """What is wrong with the file, where SQLite knows only that it cannot use it.
 
@@ -2452,6 +2562,7 @@ class SQLiteStore(Store):
         return ""
 
     def _open(self, uri: str | None = None) -> sqlite3.Connection:
+        self._check_path()
         db = sqlite3.connect(
             uri or self.path, uri=uri is not None,
             timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False,
@@ -2641,6 +2752,7 @@ class SQLiteStore(Store):
 
         Begins one where sqlite3 would; neither commits nor rolls it back.
         """
+        self._check_path()
         started, factory = time.monotonic(), connection.text_factory
         with self._errors():
             db = sqlite3.Cursor(connection)  # Without the connection's row_factory.
@@ -4637,10 +4749,15 @@ class _Boot(NamedTuple):
 
     key: _Key
     types: tuple[str, ...]
-    path: str | None  # Of its queue's file.
-    entry: tuple[str, str] | None  # ("path", file) or ("module", name) of __main__.
-    home_file: str | None
+    path: str | None  # Of its queue's file, ...
+    synchronous: str  # ... and how that is written; "" for another kind of store.
+    entry: tuple[str, str, str] | None  # Of __main__: "path" or "module", its name, the file.
+    files: dict[str, str]  # Of the modules of the Cluster and of its functions.
     pickled_map: bytes | None
+    # What holds as the worker starts:
+    inherits: bool = False  # It is a fork of the master.
+    alone: bool = True  # No other Cluster was made in the same place.
+    known: _Known = _Known([], set())
 
 
 def _loaded(packed: bytes) -> tuple[Any, BaseException | None]:
@@ -4699,12 +4816,46 @@ def _path_of(cluster: Any) -> str | None:
     return getattr(cluster.queue._store, "path", None)
 
 
-def _made_here(boot: _Boot) -> Any:
-    """The Cluster of this process that was made as the master's was, or None."""
+def _made_here(boot: _Boot) -> list[Any]:
+    """The Clusters of this process that may be the one for which the worker was started."""
+    if boot.inherits:
+        return [cluster for key, cluster in list(_registry.items()) if key == boot.key]
+    made = [
+        cluster
+        for key, cluster in list(_registry.items())
+        if key[:2] == boot.key[:2] and set(cluster.task_map) >= set(boot.types)
+    ]
     # Those of a loop have different files, and perhaps another order here (that of a set).
-    made = [c for key, c in list(_registry.items()) if key[:2] == boot.key[:2]]
-    on_file = [cluster for cluster in made if _path_of(cluster) == boot.path]
-    return on_file[0] if len(on_file) == 1 else _registry.get(boot.key)
+    return [cluster for cluster in made if _path_of(cluster) == boot.path] or made
+
+
+def _only(boot: _Boot, made: list[Any]) -> Any:
+    """The one for which the worker was started, or None: never a guess."""
+    if len(made) == 1 and not boot.alone and _path_of(made[0]) != boot.path:
+        return None
+    parts = ("__code__", "__defaults__", "__closure__")
+    functions = [[cluster.task_map[name] for name in boot.types] for cluster in made]
+    kinds = [[getattr(f, part, f) for f in fs for part in parts] for fs in functions]
+    return made[0] if made and all(kind == kinds[0] for kind in kinds) else None
+
+
+def _use_masters_files(boot: _Boot) -> None:
+    """Have the queues that this process made mean the files that they are in the master."""
+    global _known
+    _known = boot.known
+    if boot.inherits:
+        return
+    for store in _living_stores():
+        store._move(_masters_path(store, boot.known))
+    cluster = _only(boot, _made_here(boot))
+    if cluster is None:
+        return
+    store = cluster.queue._store
+    if isinstance(store, SQLiteStore):
+        store._move(boot.path or "" if boot.synchronous else "")
+        store._synchronous = boot.synchronous or store._synchronous
+    elif boot.synchronous:
+        cluster.queue._store = SQLiteStore(boot.path or "", synchronous=boot.synchronous)
 
 
 def _die_with_master(life: Connection) -> None:
@@ -4736,23 +4887,50 @@ def _rerun() -> Iterator[None]:
         _rerunning = False
 
 
-def _import_home(name: str, file: str | None) -> None:
-    """Import the module that made the Cluster; by its file where its name does not do."""
+def _is_importable(name: str) -> bool:
+    import importlib
+
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def _load_file(name: str, file: str) -> None:
+    """Import a module by its file, and the packages that its name has by their folders."""
     import importlib.util
+    import types
 
+    folder = os.path.dirname(file)
+    if os.path.basename(file) == "__init__.py":
+        folder = os.path.dirname(folder)
+    parent, _, child = name.rpartition(".")
+    if parent and not _is_importable(parent):
+        package = os.path.join(folder, "__init__.py")
+        if os.path.exists(package):
+            _load_file(parent, package)
+        else:
+            sys.modules[parent] = types.ModuleType(parent)
+            sys.modules[parent].__path__ = [folder]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is not None and spec.loader is not None:
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if parent:
+            setattr(sys.modules[parent], child, module)
+
+
+def _import(boot: _Boot) -> None:
+    """Import the modules that the master's functions and Cluster are of; by their files
+    where their names do not do."""
     with _rerun():
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            if file is None or not os.path.exists(file):
-                return
-            spec = importlib.util.spec_from_file_location(name, file)
-            if spec is not None and spec.loader is not None:
-                sys.modules[name] = module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
+        for name, file in boot.files.items():
+            if not _is_importable(name) and os.path.exists(file):
+                _load_file(name, file)
 
 
-def _has_run_again(file: str | None) -> bool:
+def _has_run_again(file: str) -> bool:
     """Whether multiprocessing has run that entry file again in this process. It has not
     if the main script had ended, for `python -m package`, and under a profiler."""
     entry: Any = sys.modules["__main__"]
@@ -4765,47 +4943,60 @@ def _run_entry(kind: str, name: str) -> None:
     import runpy
     import types
 
-    entry = types.ModuleType("__mp_main__")
+    entry, argv = types.ModuleType("__mp_main__"), sys.argv
+    sys.argv = argv or [name]  # runpy needs one.
     with _rerun():
         if kind == "module":
             entry.__dict__.update(runpy.run_module(name, run_name="__mp_main__", alter_sys=True))
         else:
             entry.__dict__.update(runpy.run_path(name, run_name="__mp_main__"))
+    sys.argv = argv
     sys.modules["__main__"] = sys.modules["__mp_main__"] = entry
+
+
+def _unpickled(boot: _Boot) -> Mapping[str, TaskFunction] | None:
+    """The task map that was sent; None if there is none, or it cannot be rebuilt yet."""
+    if boot.pickled_map is None:
+        return None
+    if boot.entry is not None and b"__main__" in boot.pickled_map:
+        if not _has_run_again(boot.entry[2]):
+            return None  # Functions of that name may be those of another __main__.
+    try:
+        return cast(Mapping[str, TaskFunction], pickle.loads(boot.pickled_map))
+    except Exception:
+        return None
 
 
 def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
     """The task map of the Cluster for which this worker was started.
 
-    It is the Cluster's that the entry file, run again or inherited, or the module that
-    made it, registers here; else the pickled one.
+    It is the one that was sent, where it can be pickled; else that of the Cluster that the
+    entry file, run again, or the module that made it, registers here.
     """
-    home = boot.key[0]
-    if not _made_here(boot) and home not in ("__main__", "__mp_main__"):
-        _import_home(home, boot.home_file)
-    unpickled: Any = None
-    if not _made_here(boot) and boot.pickled_map is not None:
-        with contextlib.suppress(Exception):
-            unpickled = pickle.loads(boot.pickled_map)
-            if boot.entry is not None and not _has_run_again(boot.home_file):
-                if any(f.__module__ in ("__main__", "__mp_main__") for f in unpickled.values()):
-                    unpickled = None  # Those of another __main__.
-    if not _made_here(boot) and unpickled is None and boot.entry is not None:
-        if not _has_run_again(boot.home_file):
-            _run_entry(*boot.entry)
-    cluster = _made_here(boot)
-    if cluster is not None and set(cluster.task_map) >= set(boot.types):
+    if boot.inherits:
+        _use_masters_files(boot)
+        return cast(Mapping[str, TaskFunction], _made_here(boot)[0].task_map)
+    _import(boot)
+    sent = _unpickled(boot)
+    if sent is None and not _made_here(boot) and boot.entry is not None:
+        if not _has_run_again(boot.entry[2]):
+            _run_entry(*boot.entry[:2])
+    _use_masters_files(boot)
+    sent = sent or _unpickled(boot)
+    cluster = _only(boot, _made_here(boot))
+    if sent is None and cluster is not None:
         return cast(Mapping[str, TaskFunction], cluster.task_map)
-    if unpickled is None and boot.pickled_map is not None:
-        unpickled = pickle.loads(boot.pickled_map)  # Raises what is wrong.
-    if unpickled is None:
+    if sent is None and boot.pickled_map is not None:
+        pickle.loads(boot.pickled_map)  # Raises what is wrong.
+    if sent is None:
         raise RuntimeError(
             f"a worker process cannot find the functions of {', '.join(map(repr, boot.types))}: "
-            "the Cluster was not made at the top level of a file, and its task map cannot be "
-            "pickled. Use functions defined at the top level of a module (no lambdas or inner "
-            'functions), or make the Cluster there, or use start_method="fork"'
+            "the Cluster was not made at the top level of a file, or several that look alike "
+            "were made in one line, and its task map cannot be pickled. Use functions defined "
+            "at the top level of a module (no lambdas or inner functions), or make the Cluster "
+            'there, in a line of its own, or use start_method="fork"'
         )
-    return cast(Mapping[str, TaskFunction], unpickled)
+    return sent
 
 
 # What a pipe takes in one piece, less the head of a message. Windows' pipes do not say.
@@ -5365,11 +5556,45 @@ class _Run:
         return result if error is None else error
 
 
-def _start_process(process: Any) -> None:
+@contextlib.contextmanager
+def _startable() -> Iterator[None]:
+    """Have multiprocessing leave alone a __main__ that it cannot run again: one that is
+    missing, from standard input, of a debugger, or without sys.argv. A worker that needs it
+    runs it itself. Raises what would keep the new process from starting without a word."""
+    import types
+    from importlib.machinery import ModuleSpec
+    from multiprocessing import process, spawn
+
+    folder = _absolute(".")
+    program = os.fsdecode(spawn.get_executable() or "")
+    if not os.path.isfile(program) or not os.access(program, os.X_OK):
+        text = "sys.executable is no program; call multiprocessing.set_executable()"
+        raise FileNotFoundError(errno.ENOENT, text, program)
+    main = sys.modules.get("__main__")
+    file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    start = getattr(process, "ORIGINAL_DIR", None) or folder
+    runs = spec is not None or file is None or os.path.isfile(os.path.join(start, file))
+    if runs and hasattr(main, "__spec__") and getattr(sys, "argv", None):
+        yield
+        return
+    space = vars(sys.modules.setdefault("__main__", types.ModuleType("__main__")))
+    before = {name: space[name] for name in ["__spec__"] if name in space}
+    space["__spec__"] = ModuleSpec("__main__", None)  # A name that is never run again.
+    try:
+        yield
+    finally:
+        del space["__spec__"]
+        space.update(before)
+        if main is None:
+            del sys.modules["__main__"]
+
+
+def _start_process(process: Any, method: str) -> None:
     """Start it without side effects on the program's own use of multiprocessing."""
     unset = multiprocessing.get_start_method(allow_none=True) is None
     try:
-        process.start()
+        with contextlib.nullcontext() if method == "fork" else _startable():
+            process.start()
     finally:
         if unset:  # spawn and forkserver fix the default method as they start.
             multiprocessing.set_start_method(None, force=True)
@@ -5420,7 +5645,7 @@ class _WorkerHandle:
                 name=f"taskpool-worker-{number}",
                 daemon=False,  # So that tasks may start processes.
             )
-            _start_process(self.process)
+            _start_process(self.process, context.get_start_method())
             undo.pop_all()
         self.pid: int = self.process.pid
         self.ready = False
@@ -5786,14 +6011,56 @@ def _as_main(home: Mapping[str, Any]) -> Iterator[None]:
     """Have pickle find what a script defined, where __main__ is another: its profiler."""
     import types
 
-    main = sys.modules["__main__"]
-    if home.get("__name__") == "__main__" and vars(main) is not home:
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        vars(sys.modules["__main__"]).update(home)
+    main = sys.modules.get("__main__")
+    if home.get("__name__") != "__main__" or (main is not None and vars(main) is home):
+        yield
+        return
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    vars(sys.modules["__main__"]).update(home)
     try:
         yield
     finally:
-        sys.modules["__main__"] = main
+        del sys.modules["__main__"]
+        if main is not None:
+            sys.modules["__main__"] = main
+
+
+def _needs_main(home: Mapping[str, Any], function: TaskFunction) -> bool:
+    """Whether a worker finds the function only by running __main__ again."""
+    try:
+        with _as_main(home):
+            return b"__main__" in _dumps(function)
+    except Exception:
+        return home.get("__name__") == "__main__"
+
+
+def _entry_of(main: Mapping[str, Any], code_file: str = "") -> tuple[str, str, str] | None:
+    """How to run __main__ again; None if it is in no file. *code_file* is that of its code:
+    __file__ is gone when the script has ended."""
+    file = _absolute(str(main.get("__file__") or code_file))
+    # What is not there may be in an archive: that is run as Python runs it.
+    path = file if os.path.exists(file) else os.path.dirname(file)
+    if not os.path.isfile(path):
+        return None
+    spec = main.get("__spec__")
+    if spec is not None and spec.name not in ("__main__", "__mp_main__"):
+        return "module", spec.name, file
+    return "path", path, file
+
+
+def _files_of(home: Mapping[str, Any], functions: Iterable[Any]) -> dict[str, str]:
+    """The modules of a Cluster and its functions, but __main__, and their files."""
+    spaces = {home.get("__name__"): home}
+    for function in functions:
+        while isinstance(function, functools.partial):
+            function = function.func
+        name = getattr(function, "__module__", None)
+        spaces.setdefault(name, vars(sys.modules.get(name or "", object)))
+    return {
+        name: _absolute(file) if isinstance(file := space.get("__file__"), str) else ""
+        for name, space in spaces.items()
+        if isinstance(name, str) and name not in ("__main__", "__mp_main__")
+    }
 
 
 def _register(cluster: Cluster, frame: Any) -> _Boot:
@@ -5802,45 +6069,38 @@ def _register(cluster: Cluster, frame: Any) -> _Boot:
     From the globals of the code that makes it, in *frame*, now: later __main__ forgets its
     file, and under a profiler sys.modules["__main__"] is another.
     """
-    home, lines = frame.f_globals, [frame.f_lineno]
-    while frame.f_code.co_name != "<module>" and frame.f_back is not None:
-        frame = frame.f_back
-        lines.append(frame.f_lineno)
-    name = home.get("__name__", "__main__")
-    name = "__main__" if name == "__mp_main__" else name
-    place = name, tuple(lines)
+    home, place = frame.f_globals, _place_of(frame)
     number = next(n for n in itertools.count() if (*place, n) not in _registry)
     key = (*place, number)
     _registry[key] = cluster
     if not _is_master():
         _registered.append(cluster)
-    file = home.get("__file__")
-    file = os.path.abspath(file) if isinstance(file, str) else None
-    spec = home.get("__spec__")
-    entry = None
-    # What is not there may be in an archive: that is run as Python runs it.
-    path = file if file is None or os.path.exists(file) else os.path.dirname(file)
-    if name == "__main__" and path is not None and os.path.isfile(path):
-        entry = ("path", path)
-        if spec is not None and spec.name not in ("__main__", "__mp_main__"):
-            entry = ("module", spec.name)
+    store = cluster.queue._store
+    synchronous = store._synchronous if isinstance(store, SQLiteStore) else ""
+    boot = _Boot(key, tuple(cluster.task_map), _path_of(cluster), synchronous, None, {}, None)
+    if cluster._start_method == "fork":
+        return boot._replace(inherits=True)
+    functions = cluster.task_map.values()
     try:
         with _as_main(home):
-            pickled: bytes | None = _dumps(cluster.task_map)
+            boot = boot._replace(pickled_map=_dumps(cluster.task_map))
     except Exception:
-        pickled = None
-    in_main = [
-        task_type
-        for task_type, function in cluster.task_map.items()
-        if getattr(function, "__module__", None) == "__main__" or pickled is None
-    ]
-    if cluster._start_method != "fork" and name == "__main__" and entry is None and in_main:
-        raise RuntimeError(
-            f"the function of {in_main[0]!r} was defined where a worker process cannot find it "
-            "(python -c, standard input, or an interactive session): put it into a file, or "
-            'use start_method="fork"'
-        )
-    return _Boot(key, tuple(cluster.task_map), _path_of(cluster), entry, file, pickled)
+        pass  # As most lambdas.
+    if place[0] == "__main__":
+        boot = boot._replace(entry=_entry_of(home, frame.f_code.co_filename))
+    elif b"__main__" in (boot.pickled_map or b""):
+        boot = boot._replace(entry=_entry_of(vars(sys.modules.get("__main__", object))))
+    if boot.entry is None:
+        for task_type, function in cluster.task_map.items():
+            if _needs_main(home, function):
+                raise RuntimeError(
+                    f"the function of {task_type!r} was defined where a worker process cannot "
+                    "find it (python -c, standard input, an interactive session, or a script "
+                    'that has ended): put it into a file, or use start_method="fork"'
+                )
+    with contextlib.suppress(FileNotFoundError):
+        _folders.add(_absolute("."))
+    return boot._replace(files=_files_of(home, functions))
 
 
 @contextlib.contextmanager
@@ -6055,6 +6315,8 @@ class Cluster(concurrent.futures.Executor):
             atexit.register(_at_exit)
             name = "taskpool-dispatcher"
             self._dispatcher = threading.Thread(target=self._dispatch, name=name, daemon=True)
+            if self._log_all and not self._in_memory_only:
+                _log.info("cluster:\tworks on %r", self.queue._store)
             self._started = True  # From here on others do not come through this lock.
             self._dispatcher.start()
             undo.pop_all()  # It has begun.
@@ -6902,8 +7164,8 @@ class Cluster(concurrent.futures.Executor):
         self._on_failed_boot()
         died = WorkerDied(code, worker.pid)
         if code == 1:  # Python ended by an exception, of which it told on standard error.
-            why = "your file raised an exception there, shown on standard error"
-            self._on_boot_error(TaskPoolError(f"{died}: {why}"))
+            why = "as it started; what Python raised there is on standard error"
+            self._on_boot_error(TaskPoolError(f"{died} {why}"))
         elif self._failed_boots >= BOOT_TRIES:
             self._on_boot_error(TaskPoolError(f"{died}, {BOOT_TRIES} times in a row"))
 
@@ -6966,11 +7228,12 @@ class Cluster(concurrent.futures.Executor):
         wake = cast(_WakeUp, self._wake)
         number = next(self._worker_numbers)
         try:
-            worker = _WorkerHandle(self._context, number, _dumps(("boot", self._boot)), wake)
+            worker = _WorkerHandle(self._context, number, _dumps(("boot", self._boot_now())), wake)
         except Exception as error:
             # No more processes for now; or the interpreter is going down.
             self._on_failed_boot()
-            _log.error("a worker process could not be started: %r", error)
+            text = f"{type(error).__name__}: {error}"
+            _log.error("a worker process could not be started: %s", text)
             if self._failed_boots >= BOOT_TRIES:
                 self._on_boot_error(error)
             return False
@@ -6978,6 +7241,14 @@ class Cluster(concurrent.futures.Executor):
         if worker.channel.takes_back:
             self._selector.register(worker.channel, selectors.EVENT_READ, worker)
         return True
+
+    def _boot_now(self) -> _Boot:
+        with contextlib.suppress(FileNotFoundError):
+            _folders.add(_absolute("."))
+        made = [_Made(s._place, s._given, s.path) for s in _living_stores()]
+        place = self._boot.key[:2]
+        there = sum(ref.key[:2] == place for ref in _registry.valuerefs())
+        return self._boot._replace(alone=there == 1, known=_Known(made, set(_folders)))
 
     def _retire_idle(self, now: float) -> None:
         for worker in self._workers:
@@ -8181,7 +8452,9 @@ def _serve(options: Any) -> int:
     with TaskQueue(options.db) as queue:
         queue.count(task_id="")  # Raises if the file can't be used.
         cluster = Cluster(task_map, queue, max_available_workers=workers, auto_initialize=False)
-        cluster._boot = cluster._boot._replace(pickled_map=_dumps(_NamedTaskMap(name)))
+        cluster._boot = cluster._boot._replace(
+            pickled_map=_dumps(_NamedTaskMap(name)), files={}
+        )
         types = ", ".join(map(repr, task_map))
         _log.info("serving %s of %s until Ctrl-C or SIGTERM", types, options.db)
         cluster.run()

@@ -6003,6 +6003,75 @@ class TestIsomorphic(InFolder):
                     self.assertIn(text, done.stdout + done.stderr)
 
 
+class TestWhatAWorkerRunsAgain(InFolder):
+    """What a worker computes as it runs the entry file again equals what the master has."""
+
+    JOBS = """
+        import os, sys, tempfile
+        from taskpool import Cluster, SQLiteStore, TaskQueue
+        queues = {
+            "relative": TaskQueue("tasks.db"),
+            "pid": TaskQueue(f"t-{os.getpid()}.db"),
+            "temporary": TaskQueue(os.path.join(tempfile.mkdtemp(dir="."), "temporary.db")),
+            "absolute": TaskQueue(SQLiteStore(os.path.abspath("absolute.db"))),
+            "variable": TaskQueue(os.environ.get("VARIABLE", "variable.db")),
+        }
+        for name in ("a", "b"):
+            queues[name] = TaskQueue(f"{name}.db")
+        def add(job):
+            queues[job.data].add_task("other", task_id="added")
+            return queues[job.data]._store.path
+        def by_path(job):
+            return TaskQueue(job.data).add_task("other", task_id="added", if_exists="replace").id
+        def move(folder):
+            os.makedirs(folder)
+            os.chdir(folder)
+        def make(function):
+            task_map = {"add": add, "by path": by_path, "function": function}
+            return Cluster(task_map, queues[sys.argv[2]], max_available_workers=1, start_method=sys.argv[1], max_tasks_per_worker=1)
+        def use(cluster):
+            os.environ["VARIABLE"] = "changed.db"
+            paths = {name: queue._store.path for name, queue in queues.items()}
+            for name, queue in queues.items():
+                move(name)
+                assert cluster.submit("add", name).result() == paths[name], name
+                assert queue.remove(task_id="added"), name
+            assert cluster.submit("by path", "a.db").result() and queues["a"].remove(task_id="added")
+            print(cluster.submit("function").result(), cluster.submit("by path", "new.db").exception())
+    """
+    GUARDED = """
+        if __name__ == "__main__":
+            move("before")
+            with make(str) as cluster:
+                use(cluster)
+    """
+    UNGUARDED = """
+        cluster = make(lambda job: factor * 7)
+        factor = 6
+        if Cluster.is_master():
+            use(cluster)
+    """
+
+    def check(self, entry, method, own, jobs=""):
+        with self.subTest(method=method, own=own):
+            source = textwrap.dedent(self.JOBS)
+            if jobs:
+                self.script(source + textwrap.dedent(jobs), "jobs.py")
+            out = self.run_script(entry if jobs else source + textwrap.dedent(entry), method, own)
+            self.assertIn("new.db: in a worker process it cannot be known which file this is", out)
+            files = sorted(re.sub(r"\d+", "PID", path.name) for path in self.folder.rglob("*.db"))
+            made = {"tasks.db", "t-PID.db", "temporary.db", "absolute.db", "variable.db", "a.db", "b.db"}
+            self.assertEqual(files, sorted(made))
+            for path in self.folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def test_each_queue_is_the_masters_file_wherever_the_master_went_since(self):
+        for method in METHODS:
+            self.check(self.GUARDED, method, "pid")
+            self.check(self.UNGUARDED, method, "temporary")
+        self.check("import jobs", METHODS[0], "relative", self.UNGUARDED)
+
+
 ORIGINAL_PROGRAM = """
     import os, sys, time
     from datetime import timedelta
