@@ -1537,7 +1537,7 @@ _CallPlace = tuple[str, tuple[int, ...]]
 def _place_of(frame: Any) -> _CallPlace:
     """Where the code of *frame* runs: its module, and the lines of the calls that led there
     from the top level. Both are the same in a worker that runs the file again."""
-    name, lines = frame.f_globals.get("__name__", "__main__"), [frame.f_lineno]
+    name, lines = str(frame.f_globals.get("__name__", "__main__")), [frame.f_lineno]
     while frame.f_code.co_name != "<module>" and frame.f_back is not None:
         frame = frame.f_back
         lines.append(frame.f_lineno)
@@ -5556,6 +5556,13 @@ class _Run:
         return result if error is None else error
 
 
+def _program() -> str:
+    """What a worker process runs: Python."""
+    from multiprocessing import spawn
+
+    return os.fsdecode(spawn.get_executable() or "")
+
+
 @contextlib.contextmanager
 def _startable() -> Iterator[None]:
     """Have multiprocessing leave alone a __main__ that it cannot run again: one that is
@@ -5563,17 +5570,20 @@ def _startable() -> Iterator[None]:
     runs it itself. Raises what would keep the new process from starting without a word."""
     import types
     from importlib.machinery import ModuleSpec
-    from multiprocessing import process, spawn
+    from multiprocessing import process
 
-    folder = _absolute(".")
-    program = os.fsdecode(spawn.get_executable() or "")
-    if not os.path.isfile(program) or not os.access(program, os.X_OK):
+    folder, program = _absolute("."), _program()
+    able = os.path.isfile(program) and os.access(program, os.X_OK)
+    if not able and os.name == "posix":  # Windows says so itself.
         text = "sys.executable is no program; call multiprocessing.set_executable()"
         raise FileNotFoundError(errno.ENOENT, text, program)
     main = sys.modules.get("__main__")
     file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
     start = getattr(process, "ORIGINAL_DIR", None) or folder
-    runs = spec is not None or file is None or os.path.isfile(os.path.join(start, file))
+    if spec is not None:
+        runs = type(spec.name) is str
+    else:
+        runs = file is None or os.path.isfile(os.path.join(start, file))
     if runs and hasattr(main, "__spec__") and getattr(sys, "argv", None):
         yield
         return
@@ -5595,6 +5605,8 @@ def _start_process(process: Any, method: str) -> None:
     try:
         with contextlib.nullcontext() if method == "fork" else _startable():
             process.start()
+    except (EOFError, ConnectionError) as error:  # The forkserver did not come up.
+        raise TaskPoolError(f"{_program()} started no worker process: {error!r}") from error
     finally:
         if unset:  # spawn and forkserver fix the default method as they start.
             multiprocessing.set_start_method(None, force=True)
@@ -6044,7 +6056,7 @@ def _entry_of(main: Mapping[str, Any], code_file: str = "") -> tuple[str, str, s
         return None
     spec = main.get("__spec__")
     if spec is not None and spec.name not in ("__main__", "__mp_main__"):
-        return "module", spec.name, file
+        return "module", str(spec.name), file  # A debugger has a subclass of str.
     return "path", path, file
 
 
@@ -7164,10 +7176,11 @@ class Cluster(concurrent.futures.Executor):
         self._on_failed_boot()
         died = WorkerDied(code, worker.pid)
         if code == 1:  # Python ended by an exception, of which it told on standard error.
-            why = "as it started; what Python raised there is on standard error"
-            self._on_boot_error(TaskPoolError(f"{died} {why}"))
+            why = f"standard error has what {_program()} said"
+            self._on_boot_error(TaskPoolError(f"{died}: {why}"))
         elif self._failed_boots >= BOOT_TRIES:
-            self._on_boot_error(TaskPoolError(f"{died}, {BOOT_TRIES} times in a row"))
+            text = f"{died}, {BOOT_TRIES} times in a row, by {_program()}"
+            self._on_boot_error(TaskPoolError(text))
 
     def _on_boot_error(self, error: Exception | _Failure) -> None:
         """The entry file raised in a worker: say so once; fail the Futures that wait."""
