@@ -114,7 +114,7 @@ from concurrent.futures import Future
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from functools import lru_cache
 from multiprocessing.connection import Connection
-from types import CoroutineType
+from types import BuiltinFunctionType, CoroutineType
 from typing import Any, Callable, Final, NamedTuple, TypeVar, Union, cast
 
 __version__ = "0.1.0"
@@ -3948,24 +3948,56 @@ def _error_text(failure: _Failure) -> str:
     return f"{head}\n\n{failure.traceback}" if failure.traceback else head
 
 
-def _wants_toggle_ipc(function: TaskFunction) -> str | None:
-    """How to pass toggle_ipc: "name", "position", or None for not at all."""
+_IPC = ("toggleIPC", "ipc")  # Other names that a second parameter may have.
+
+
+def _signature(function: TaskFunction) -> list[Any] | None:
+    """The parameters of a function; None for builtins, of which only some have them."""
     import inspect
 
-    try:
-        parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
-    except (TypeError, ValueError):  # Some builtins have no signature.
+    if isinstance(function, BuiltinFunctionType):
         return None
-    inner = getattr(function, "__wrapped__", None)
-    if inner and any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        return _wants_toggle_ipc(inner)  # A decorator that passes on what it is given.
-    for named in parameters:
-        if named.name == "toggle_ipc":
-            return "position" if named.kind is named.POSITIONAL_ONLY else "name"
+    options: dict[str, Any] = {}
+    if sys.version_info >= (3, 14):  # Annotations may name what is not there.
+        import annotationlib
+
+        options["annotation_format"] = annotationlib.Format.FORWARDREF
+    try:
+        signature = inspect.signature(function, follow_wrapped=False, **options)
+    except (TypeError, ValueError):
+        return None
+    return list(signature.parameters.values())
+
+
+def _wants_toggle_ipc(function: TaskFunction) -> str | None:
+    """How to pass toggle_ipc: "name", "position", or None for not at all.
+
+    Raises TypeError for what can be called neither as function(job) nor with toggle_ipc. A
+    decorator that takes anything is trusted to know what the function inside needs.
+    """
+    parameters = _signature(function)
+    if parameters is None:
+        return None
+    anything = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) > 1 and positional[1].default is positional[1].empty:
-        return "position"
-    return None
+    if not positional and not any(p.kind is p.VAR_POSITIONAL for p in anything):
+        raise TypeError("takes no positional argument")
+    style = None
+    for p in parameters:
+        second, required = p in positional[1:2], p.default is p.empty
+        if p in positional[:1] or p in anything:
+            continue
+        if p.name == "toggle_ipc" and p.kind is not p.POSITIONAL_ONLY:
+            style = "name"
+        elif second and (p.name == "toggle_ipc" or (required and p.name in _IPC)):
+            style = "position"
+        elif required or p.name == "toggle_ipc":
+            raise TypeError(f"has {p.name!r}, for which there is no value")
+    inner = getattr(function, "__wrapped__", None)
+    if style is None and inner is not None and anything:
+        with contextlib.suppress(TypeError):
+            style = _wants_toggle_ipc(inner)
+    return style
 
 
 def _checked_message(message: Any) -> Any:
@@ -3986,6 +4018,14 @@ def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
         _checked_text("a key of task_map", task_type)
         if not callable(function):
             raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
+        try:
+            _wants_toggle_ipc(function)
+        except TypeError as error:
+            allowed = (
+                "what can be called as function(job) or function(job, toggle_ipc), where a second "
+                f"parameter is named toggle_ipc, toggleIPC or ipc, or has a default: this {error}"
+            )
+            raise _wrong_type(f"task_map[{task_type!r}]", function, allowed) from None
     return dict(task_map)
 
 

@@ -470,8 +470,8 @@ def ping(job, toggle_ipc):
     return toggle_ipc(lambda answer: answer, lambda send: send({"status": 4, "data": job.data}))
 
 
-def ping_by_position(job, talk):
-    return ping(job, talk)
+def ping_by_position(job, ipc):
+    return ping(job, ipc)
 
 
 def ping_three_deep(job, toggle_ipc):
@@ -3627,8 +3627,8 @@ class TestExecutor(WithCluster):
 
     def test_a_decorated_function_gets_what_its_decorator_takes(self):
         def decorated(*, passes_on):
-            def inner(job, second):
-                return second
+            def inner(job, ipc):
+                return ipc
 
             @functools.wraps(inner)
             def supplies(job):
@@ -4565,6 +4565,48 @@ class TestClusterOptions(InFolder):
                 Cluster(**{"task_map": {"x": echo}, "queue": queue, **options})
         with self.assertRaisesRegex(ValueError, "refresh_rate"):
             self.cluster({"x": echo}).set_refresh_rate(-1)
+
+    def test_a_function_that_cannot_be_called_as_a_task_is_refused(self):
+        """Its type and what is allowed are named; nothing is stored or charged."""
+
+        class Callable:
+            def __call__(self, job): pass
+            def without(self): pass
+            def method(self, job, toggle_ipc): pass
+
+        class OfTwo:
+            def __init__(self, a, b): pass
+
+        def anything(inner):
+            return functools.wraps(inner)(lambda *arguments, **options: inner(*arguments, **options))
+
+        def mail(to, subject): pass
+        named, bound = (lambda job, toggle_ipc: 0), Callable()
+        bad_text = eval("lambda job: 0")
+        bad_text.__signature__ = "no signature"
+        for function, style in [
+            (echo, None), (lambda job=1: 0, None), (lambda job, n=3: 0, None), (lambda *a: 0, None), (lambda job, *a, **o: 0, None),
+            (lambda job, *, n=1: 0, None), (named, "name"), (lambda job, n=1, toggle_ipc=None: 0, "name"),
+            (lambda *a, toggle_ipc: 0, "name"), (lambda job, *, toggle_ipc=None: 0, "name"), (lambda job, ipc=None: 0, None),
+            (lambda job, ipc: 0, "position"), (lambda job, toggleIPC, n=1: 0, "position"), (eval("lambda job, toggle_ipc, /: 0"), "position"),
+            (functools.partial(mail, "me"), None), (functools.partial(mail, subject="hi"), None), (functools.partial(named, toggle_ipc=1), "name"),
+            (bound, None), (bound.method, "name"), (Callable.without, None), (len, None), (os.getcwd, None), (print, None), (int, None), (dict, None), (max, None),
+            (unittest.mock.Mock(), None), (bad_text, None), (anything(echo), None), (anything(named), "name"), (anything(mail), None),
+        ]:
+            with self.subTest(function=function):
+                self.assertEqual(taskpool._wants_toggle_ipc(function), style)
+                Cluster({"x": function}, auto_initialize=False, start_method=METHODS[-1])
+        for function, reason in [
+            (lambda: 0, "takes no"), (lambda **o: 0, "takes no"), (lambda *, job: 0, "takes no"), (lambda a, b, c: 0, "'b'"), (mail, "'subject'"),
+            (lambda job, ipc, more: 0, "'more'"), (lambda job, *, key: 0, "'key'"), (lambda job, *, ipc: 0, "'ipc'"),
+            (eval("lambda job, n, toggle_ipc, /: 0"), "'n'"), (eval("lambda job, n=1, toggle_ipc=None, /: 0"), "'toggle_ipc'"),
+            (functools.partial(mail, "me", "hi"), "takes no"), (functools.partial(mail, to="me"), "takes no"), (bound.without, "takes no"),
+            (Callable.method, "'job'"), (OfTwo, "'b'"), (functools.wraps(echo)(lambda: 0), "takes no"),
+        ]:
+            with self.subTest(function=function):
+                for use in (Cluster, self.queue().run_due):
+                    with self.assertRaisesRegex(TypeError, rf"task_map\['x'\].*function\(job, toggle_ipc\).*toggleIPC or ipc.*{reason}"):
+                        use({"x": function})
 
     def test_workers_are_clamped_with_warnings(self):
         most = Cluster.max_workers()
@@ -6070,6 +6112,109 @@ class TestWhatAWorkerRunsAgain(InFolder):
             self.check(self.GUARDED, method, "pid")
             self.check(self.UNGUARDED, method, "temporary")
         self.check("import jobs", METHODS[0], "relative", self.UNGUARDED)
+
+
+    def test_a_read_while_the_file_runs_again_is_of_the_masters_file_or_an_error(self):
+        """And makes no file."""
+        source = """
+            import os, sys
+            from taskpool import Cluster, TaskQueue
+            queue = TaskQueue("tasks.db")
+            cluster = Cluster({"count": lambda job: count}, queue, max_available_workers=1, start_method=sys.argv[1])
+            count = queue.count()
+            if Cluster.is_master():
+                queue.add_task("another program's")
+                os.mkdir(sys.argv[2])
+                if sys.argv[2] == "away": os.chdir("away")
+                future = cluster.submit("count")
+                print(future.exception() or future.result())
+        """
+        for method in METHODS[:2]:
+            for folder, said in (("stay", "1\n"), ("away", "it cannot be known which file this is while it runs your file again")):
+                with self.subTest(method=method, folder=folder):
+                    out = self.run_script(source, method, folder)
+                    self.assertIn(said, out + self.stderr)
+                    self.assertEqual([path.name for path in self.folder.rglob("*.db")], ["tasks.db"])
+                    shutil.rmtree(self.folder / folder)
+                    os.remove(self.folder / "tasks.db")
+
+    def test_of_clusters_that_look_alike_a_worker_never_guesses(self):
+        """Types and files tell; so do functions that are the same."""
+        out = self.run_script(
+            """
+            from taskpool import Cluster, TaskQueue
+            options = {"queue": TaskQueue("tasks.db"), "max_available_workers": 1}
+            by_type = {n: Cluster({n: lambda job, n=n: n}, **options) for n in {"a", "b"}}
+            same = [Cluster({"same": lambda job: "same"}, in_memory_only=True, max_available_workers=1) for _ in range(2)]
+            alike = [Cluster({"alike": lambda job, n=n: n}, **options) for n in {"a", "b"}]
+            fewer = [Cluster({"fewer": lambda job, n=n: n}, TaskQueue(f"{n}.db"), max_available_workers=1)
+                     for n in ("c", "d")[not Cluster.is_master():]]
+            if Cluster.is_master():
+                print([by_type[n].submit(n).result() for n in "ab"], [cluster.submit("same").result() for cluster in same])
+                print([type(cluster.submit(name).exception()).__name__ for name in ("alike", "fewer") for cluster in globals()[name][:1]])
+            """
+        )
+        self.assertEqual(out, "['a', 'b'] ['same', 'same']\n['RuntimeError', 'RuntimeError']\n", self.stderr)
+
+    def test_of_queues_made_in_one_line_a_worker_takes_the_masters_or_none(self):
+        folders = [str(self.folder / "a"), str(self.folder / "b")]
+        place, other = ("jobs", (1,)), ("jobs", (2,))
+
+        def path(given, made, living, folders=folders, place=place):
+            store = SQLiteStore(given)
+            store._place = place
+            here = {1: store}
+            for number, name in enumerate(living):
+                here[number + 2] = SQLiteStore(name)
+                here[number + 2]._place = place
+            with unittest.mock.patch.object(taskpool, "_living_stores", lambda: list(here.values())):
+                return taskpool._masters_path(store, taskpool._Known([taskpool._Made(*one) for one in made], set(folders)))
+
+        for given, made, living, expected in [
+            ("x.db", [(place, "x.db", "/m/x.db")], [], "/m/x.db"),
+            ("9.db", [(place, "1.db", "/m/1.db")], [], "/m/1.db"),  # Computed anew.
+            ("/t9/x.db", [(place, "/t1/x.db", "/t1/x.db")], [], "/t1/x.db"),
+            ("new.db", [(place, "x.db", "/m/x.db")], ["x.db"], ""),  # That one is taken.
+            ("9.db", [(place, "1.db", "/m/1.db")], ["8.db"], ""), ("9.db", [(place, "1.db", "/m/1.db"), (place, "2.db", "/m/2.db")], [], ""),
+            ("x.db", [(place, "x.db", "/m/x.db"), (place, "x.db", "/n/x.db")], [], ""),
+            ("x.db", [(other, "x.db", "/m/x.db")], [], "/m/x.db"), ("/t/x.db", [(other, "/n/x.db", "/n/x.db")], [], "/t/x.db"),
+            ("x.db", [(other, "x.db", "/m/x.db"), (other, "x.db", "/n/x.db")], [], ""), ("x.db", [], [], ""),
+        ]:
+            with self.subTest(given=given, made=made, living=living):
+                self.assertEqual(path(given, made, living), expected)
+        self.assertEqual(path("x.db", [], [], [os.getcwd()]), os.path.abspath("x.db"))
+
+    def test_the_log_says_once_which_store_a_cluster_works_on(self):
+        for options, level, lines in (({}, "INFO", 1), ({"logs": "error"}, "DEBUG", 0), ({"in_memory_only": True}, "DEBUG", 0)):
+            with self.subTest(options=options), self.assertLogs("taskpool", level) as logs:
+                logging.getLogger("taskpool").info("begins")
+                with self.cluster({"echo": echo}, **options) as cluster:
+                    cluster.submit("echo").result(PATIENCE)
+                told = [line for line in logs.output if "works on" in line]
+                self.assertEqual(len(told), lines)
+                self.assertIn(str(self.folder / "tasks.db") if lines else "", "".join(told))
+
+    @unittest.skipUnless(LINUX, "a folder that is in use cannot be deleted, or its name is not told")
+    def test_a_deleted_current_folder_is_named(self):
+        out = self.run_script(
+            """
+            import os, sys
+            from taskpool import Cluster, TaskQueue
+            if __name__ == "__main__":
+                queue = TaskQueue("tasks.db")
+                for number, method in enumerate(sys.argv[1:]):
+                    os.mkdir(f"/{os.path.dirname(queue._store.path)}/gone{number}")
+                    os.chdir(f"/{os.path.dirname(queue._store.path)}/gone{number}")
+                    os.rmdir(os.getcwd())
+                    with Cluster({"x": print}, queue, max_available_workers=1, start_method=method) as cluster:
+                        print(cluster.submit("x").exception())
+                    try: TaskQueue("relative.db")
+                    except FileNotFoundError as error: print(error)
+            """,
+            *METHODS,
+        )
+        for number, method in enumerate(METHODS):
+            self.assertEqual(out.count(str(self.folder / f"gone{number}")), 1 if method == "fork" else 2, out + self.stderr)
 
 
 ORIGINAL_PROGRAM = """
