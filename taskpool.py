@@ -6141,7 +6141,10 @@ def _register(cluster: Cluster, frame: Any) -> _Boot:
     if place[0] == "__main__":
         boot = boot._replace(entry=_entry_of(home, frame.f_code.co_filename))
     elif b"__main__" in (boot.pickled_map or b""):
-        boot = boot._replace(entry=_entry_of(vars(sys.modules.get("__main__", object))))
+        own = [f for f in functions if getattr(f, "__module__", "") == "__main__"]
+        code_file = next((f.__code__.co_filename for f in own if hasattr(f, "__code__")), "")
+        main = vars(sys.modules.get("__main__", object))
+        boot = boot._replace(entry=_entry_of(main, code_file))
     if boot.entry is None:
         for task_type, function in cluster.task_map.items():
             if _needs_main(home, function):

@@ -6045,6 +6045,116 @@ class TestIsomorphic(InFolder):
                     self.assertIn(text, done.stdout + done.stderr)
 
 
+    ODD = """
+        import sys, threading, time
+        import lib
+        from taskpool import Cluster, TaskQueue
+        def own(job):
+            return "own"
+        def main(*types):
+            for method in METHODS:
+                with Cluster({name: {"own": own, "lib": lib.function}[name] for name in types}, TaskQueue("x.db"),
+                             max_available_workers=1, start_method=method) as cluster:
+                    print(*[cluster.submit(name).result() for name in types])
+                with lib.make({name: {"own": own, "lib": lib.function}[name] for name in types}, method) as cluster:
+                    print(*[cluster.submit(name).result() for name in types])
+        def late():
+            threading.main_thread().join()
+            main("own", "lib")
+    """.replace("METHODS", repr(METHODS[:2]))
+
+    def test_workers_start_where_the_main_module_cannot_be_run_again(self):
+        """Of standard input, missing, without argv, under a debugger, or when its script has ended."""
+        self.script(
+            """
+            from taskpool import Cluster, TaskQueue
+            def function(job):
+                return "lib"
+            def make(task_map, method):
+                return Cluster(task_map, TaskQueue("y.db"), max_available_workers=1, start_method=method)
+            """,
+            "lib.py",
+        )
+        debug = "break\ncontinue\nquit\n"
+        guarded = "if __name__ == '__main__': "
+        for ending, flags, stdin, expected in [
+            ("main('lib')", ["-"], None, "lib\n"),
+            ("lib.module = sys.modules.pop('__main__'); main('lib')", [], "", "lib\n"),
+            ("del sys.argv[:]; main('own', 'lib')", [], "", "own lib\n"),
+            ("main('own', 'lib')", ["-m", "pdb"], debug, "own lib\n"),
+            ("main('own', 'lib')", ["-m", "pdb", "-m"], debug, "own lib\n"),
+            ("del sys.argv[:]; main('own', 'lib')", ["-m"], "", "own lib\n"),
+            ("threading.Thread(target=late).start()", [], "", "own lib\n"),
+        ]:
+            with self.subTest(ending=ending, flags=flags):
+                source = textwrap.dedent(self.ODD) + guarded + ending
+                name = "script" if flags[-1:] == ["-m"] else str(self.script(source))
+                self.script(source)
+                done = subprocess.run(
+                    [sys.executable, *flags, *[name] * (stdin is not None)], input=source if stdin is None else stdin, text=True,
+                    cwd=self.folder, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, timeout=PATIENCE,
+                )
+                self.assertEqual(done.stdout.count(expected), 2 * len(METHODS[:2]), done.stdout + done.stderr)
+
+    def test_a_late_cluster_of_functions_in_no_file_is_told_so(self):
+        source = "from lib import make\ndef f(job): pass\nmake({'f': f}, 'spawn')"
+        self.script("from taskpool import *\ndef make(task_map, method): return Cluster(task_map, TaskQueue('x.db'), start_method=method)", "lib.py")
+        done = subprocess.run(
+            [sys.executable, "-"], input=source, capture_output=True, text=True, timeout=PATIENCE, cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(HERE)},
+        )
+        self.assertIn("RuntimeError: the function of 'f' was defined where a worker process cannot find it (python -c, standard input", done.stderr)
+
+    def test_a_program_that_is_not_python_is_named(self):
+        source = """
+            import os, sys
+            from taskpool import Cluster, TaskQueue
+            if __name__ == "__main__":
+                sys.executable = sys.argv[1]
+                with Cluster({"x": print}, TaskQueue("x.db"), max_available_workers=1, start_method=sys.argv[2]) as cluster:
+                    print(cluster.submit("x").exception())
+        """
+        for program in ("/no/such/python", shutil.which("false"), shutil.which("true")):
+            for method in METHODS[:2]:
+                with self.subTest(program=program, method=method):
+                    out = self.run_script(source, program, method)
+                    self.assertIn(program, out)
+                    self.assertNotIn("your file", out + self.stderr)
+
+    def test_functions_of_a_package_that_was_loaded_by_its_file_are_found(self):
+        """As pytest --import-mode=importlib does: the names of the packages can be imported nowhere."""
+        unit = self.folder / "hidden" / "tests" / "unit"
+        unit.mkdir(parents=True)
+        (unit / "__init__.py").write_text("here = True")
+        (unit / "helper.py").write_text("def helps(job): return 'helps'")
+        (unit / "test_x.py").write_text("def function(job): return __name__")
+        (unit.parent / "conftest.py").write_text(
+            "from taskpool import *\ndef make(task_map, method): return Cluster(task_map, TaskQueue('x.db'), max_available_workers=1, start_method=method)"
+        )
+        self.script(
+            """
+            import importlib.util, sys, types
+            def load(name, file):
+                spec = importlib.util.spec_from_file_location(name, file)
+                sys.modules[name] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(sys.modules[name])
+                return sys.modules[name]
+            if __name__ == "__main__":
+                for name in ("tests", "tests.unit"):
+                    sys.modules[name] = types.ModuleType(name)
+                make = load("tests.conftest", "hidden/tests/conftest.py").make
+                task_map = {"x": load("tests.unit.test_x", "hidden/tests/unit/test_x.py").function,
+                            "helper": load("tests.unit.helper", "hidden/tests/unit/helper.py").helps}
+                for method in sys.argv[1:]:
+                    with make(task_map, method) as cluster:
+                        print(cluster.submit("x").result(), cluster.submit("helper").result())
+            """,
+            "runner.py",
+        )
+        out, err = self.start("runner.py", *METHODS).communicate(timeout=PATIENCE)
+        self.assertEqual(out, "tests.unit.test_x helps\n" * len(METHODS), err)
+
+
 class TestWhatAWorkerRunsAgain(InFolder):
     """What a worker computes as it runs the entry file again equals what the master has."""
 
@@ -6130,7 +6240,7 @@ class TestWhatAWorkerRunsAgain(InFolder):
                 print(future.exception() or future.result())
         """
         for method in METHODS[:2]:
-            for folder, said in (("stay", "1\n"), ("away", "it cannot be known which file this is while it runs your file again")):
+            for folder, said in (("stay", "2\n"), ("away", "it cannot be known which file this is while it runs your file again")):
                 with self.subTest(method=method, folder=folder):
                     out = self.run_script(source, method, folder)
                     self.assertIn(said, out + self.stderr)
