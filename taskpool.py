@@ -3958,10 +3958,9 @@ def _signature(function: TaskFunction) -> list[Any] | None:
     if isinstance(function, BuiltinFunctionType):
         return None
     options: dict[str, Any] = {}
-    if sys.version_info >= (3, 14):  # Annotations may name what is not there.
-        import annotationlib
-
-        options["annotation_format"] = annotationlib.Format.FORWARDREF
+    default = (inspect.signature.__kwdefaults__ or {}).get("annotation_format")
+    if default is not None:  # Python 3.14: annotations may name what is not there.
+        options["annotation_format"] = type(default).FORWARDREF
     try:
         signature = inspect.signature(function, follow_wrapped=False, **options)
     except (TypeError, ValueError):
@@ -4943,22 +4942,21 @@ def _load_file(name: str, file: str) -> None:
     import types
 
     folder = os.path.dirname(file)
-    if os.path.basename(file) == "__init__.py":
-        folder = os.path.dirname(folder)
     parent, _, child = name.rpartition(".")
-    if parent and not _is_importable(parent):
-        package = os.path.join(folder, "__init__.py")
-        if os.path.exists(package):
-            _load_file(parent, package)
-        else:
-            sys.modules[parent] = types.ModuleType(parent)
-            sys.modules[parent].__path__ = [folder]
+    if parent:
+        above = os.path.dirname(folder) if os.path.basename(file) == "__init__.py" else folder
+        if not _is_importable(parent):
+            _load_file(parent, os.path.join(above, "__init__.py"))
     spec = importlib.util.spec_from_file_location(name, file)
-    if spec is not None and spec.loader is not None:
+    if not os.path.exists(file):  # A package without code.
+        module = types.ModuleType(name)
+        module.__path__ = [folder]
+        sys.modules[name] = module
+    elif spec is not None and spec.loader is not None:
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        if parent:
-            setattr(sys.modules[parent], child, module)
+    if parent:
+        setattr(sys.modules[parent], child, sys.modules[name])
 
 
 def _import(boot: _Boot) -> None:

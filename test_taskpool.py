@@ -6125,12 +6125,11 @@ class TestIsomorphic(InFolder):
         """As pytest --import-mode=importlib does: the names of the packages can be imported nowhere."""
         unit = self.folder / "hidden" / "tests" / "unit"
         unit.mkdir(parents=True)
-        (unit / "__init__.py").write_text("here = True")
         (unit / "helper.py").write_text("def helps(job): return 'helps'")
-        (unit / "test_x.py").write_text("def function(job): return __name__")
-        (unit.parent / "conftest.py").write_text(
-            "from taskpool import *\ndef make(task_map, method): return Cluster(task_map, TaskQueue('x.db'), max_available_workers=1, start_method=method)"
-        )
+        make = "from taskpool import *\ndef make(task_map, method): return Cluster(task_map, TaskQueue('x.db'), max_available_workers=1, start_method=method)\n"
+        (unit / "test_x.py").write_text(make + "def function(job): return __name__")
+        (unit.parent / "conftest.py").write_text(make)
+        (unit.parent / "__init__.py").write_text("here = True")
         self.script(
             """
             import importlib.util, sys, types
@@ -6142,17 +6141,18 @@ class TestIsomorphic(InFolder):
             if __name__ == "__main__":
                 for name in ("tests", "tests.unit"):
                     sys.modules[name] = types.ModuleType(name)
-                make = load("tests.conftest", "hidden/tests/conftest.py").make
+                load("tests.conftest", "hidden/tests/conftest.py")
                 task_map = {"x": load("tests.unit.test_x", "hidden/tests/unit/test_x.py").function,
                             "helper": load("tests.unit.helper", "hidden/tests/unit/helper.py").helps}
                 for method in sys.argv[1:]:
-                    with make(task_map, method) as cluster:
-                        print(cluster.submit("x").result(), cluster.submit("helper").result())
+                    for make in (sys.modules["tests.unit.test_x"].make, sys.modules["tests.conftest"].make):
+                        with make(task_map, method) as cluster:
+                            print(cluster.submit("x").result(), cluster.submit("helper").result())
             """,
             "runner.py",
         )
         out, err = self.start("runner.py", *METHODS).communicate(timeout=PATIENCE)
-        self.assertEqual(out, "tests.unit.test_x helps\n" * len(METHODS), err)
+        self.assertEqual(out, "tests.unit.test_x helps\n" * 2 * len(METHODS), err)
 
 
 class TestWhatAWorkerRunsAgain(InFolder):
