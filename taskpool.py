@@ -958,11 +958,13 @@ def _checked_progress(done: Any, total: Any = None, note: Any = None) -> Progres
 
 def _checked_milliseconds(name: str, value: Any) -> float:
     """Milliseconds (an int or a timedelta) as seconds."""
-    if isinstance(value, timedelta) and value > timedelta():
+    allowed = "a whole number of milliseconds, 1 or more, or a timedelta of at least 1 ms"
+    if isinstance(value, timedelta):
+        if value < timedelta(milliseconds=1):
+            raise _wrong_value(name, value, allowed)
         return value.total_seconds()
     if type(value) is not int or not 0 < value <= MAX_INT:
-        allowed = "a whole number of milliseconds over 0, or a timedelta over 0"
-        raise _wrong(name, value, allowed, int, timedelta)
+        raise _wrong(name, value, allowed, int)
     return value / 1000
 
 

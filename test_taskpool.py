@@ -4611,6 +4611,14 @@ class TestClusterOptions(InFolder):
                     with self.assertRaisesRegex(TypeError, rf"task_map\['x'\].*function\(job, toggle_ipc\).*toggleIPC or ipc.*{reason}"):
                         use({"x": function})
 
+    def test_milliseconds_are_at_least_one_however_they_are_given(self):
+        for name in ("refresh_rate", "keep_alive"):
+            for value in (1, timedelta(milliseconds=1)):
+                self.assertEqual(taskpool._checked_milliseconds(name, value), 0.001)
+            for value in (timedelta(microseconds=999), timedelta(microseconds=1), timedelta(0), -timedelta(days=1), 0):
+                with self.subTest(value=value), self.assertRaisesRegex(ValueError, f"^{name} is .*1 ms"):
+                    Cluster({"x": echo}, self.queue(), auto_initialize=False, **{name: value})
+
     def test_workers_are_clamped_with_warnings(self):
         most = Cluster.max_workers()
         for given, used, text in [(0, 1, "using 1"), (-5, 1, "using 1"), (most + 3, most, f"using {most}")]:
