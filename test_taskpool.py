@@ -5099,7 +5099,9 @@ class TestP1NothingIsLost(InFolder):
 
                     def interrupt(frame, event, argument, events=events):
                         ours = frame.f_code.co_filename.endswith(("taskpool.py", "contextlib.py"))
-                        if ours and event in ("call", "c_return") and next(events, None) is None:
+                        # Not after the __enter__ of a lock, where only 3.14 looks, by mistake (python/cpython#148874).
+                        looks = event == "call" or (event == "c_return" and argument.__name__ != "__enter__")
+                        if ours and looks and next(events, None) is None:
                             raise KeyboardInterrupt
 
                     sys.setprofile(interrupt)  # Where CPython looks for signals.
@@ -9639,7 +9641,8 @@ class TestReadme(InFolder):
                 with self.subTest(block=number, starts=program[:60]):
                     self.assertEqual(done.returncode, 0, done.stderr)
                     self.assertEqual(done.stdout, output)
-                    self.assertNotIn("Warning", done.stderr)  # Such as ResourceWarning, with -X dev.
+                    # Such as ResourceWarning, with -X dev. Of a spawned __main__, Python 3.15 gives one of its own.
+                    self.assertNotIn("Warning", done.stderr.replace("DeprecationWarning: Module globals is missing a __spec__", ""))
 
     def test_every_python_block_runs_and_prints_what_the_manual_says(self):
         self.check_blocks(self.blocks())
