@@ -117,6 +117,10 @@ from multiprocessing.connection import Connection
 from types import BuiltinFunctionType, CoroutineType
 from typing import Any, Callable, Final, NamedTuple, TypeVar, Union, cast
 
+if sys.version_info < (3, 9):  # noqa: UP036 - Who has an older one is to know.
+    _text = "taskpool needs Python 3.9 or later; this is " + sys.version.split()[0]
+    raise SystemExit(_text) if __name__ == "__main__" else ImportError(_text)
+
 __version__ = "0.1.0"
 __all__ = [
     "Cluster", "Cron", "DuplicateTask", "MongoStore", "RemoteError", "SQLiteStore", "Store",
@@ -5039,6 +5043,47 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
     return sent
 
 
+_WORKER_NAME = "taskpool-worker-"
+
+
+def _keep_pipes(*ours: Connection) -> None:
+    """Have programs that tasks start get no pipe of this worker: spawn and forkserver leave
+    all that they hand over inheritable, and one of the pipes is multiprocessing's own."""
+    numbers = {pipe.fileno() for pipe in ours}
+    with contextlib.suppress(OSError):
+        numbers.update(map(int, os.listdir("/dev/fd")))
+    for number in numbers:
+        with contextlib.suppress(OSError):  # The listing has closed its own.
+            if number > 2 and stat.S_ISFIFO(os.fstat(number).st_mode):
+                os.set_inheritable(number, False)
+
+
+def _keep_signals() -> None:
+    """Ctrl-C reaches the whole process group; only the master answers to it. Signals that
+    were ignored from the start, as under nohup or in `script &`, stay ignored."""
+    # A program that a task starts would inherit SIG_IGN and a blocked signal, a handler not.
+    handlers: dict[str, Any] = {"SIGINT": lambda *_: None}
+    handlers.update(SIGTERM=signal.SIG_DFL, SIGHUP=signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)  # Under fork it is that of the master's asyncio loop.
+    for name, handler in handlers.items():
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    if os.name == "nt":  # A handler would end the wait for a pipe, and SIG_IGN is not inherited.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    else:
+        signal.siginterrupt(signal.SIGINT, False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+if _is_rerun() and multiprocessing.process.current_process().name.startswith(_WORKER_NAME):
+    # The entry file, which is run again now, may start programs, too.
+    with contextlib.suppress(ValueError):  # It is imported by another thread.
+        _keep_signals()
+    if os.name != "nt":
+        _keep_pipes()
+
+
 # What a pipe takes in one piece, less the head of a message. Windows' pipes do not say.
 _WHOLE_BYTES = getattr(select, "PIPE_BUF", 4) - 4
 # What a worker says at once. A piece of just that size is continued by the next one, so that
@@ -5248,14 +5293,9 @@ def _worker_main(
 ) -> None:
     """The life of a worker process, from its first line to its exit."""
     global _worker
-    # Ctrl-C reaches the whole process group; only the master answers to it. Under fork
-    # the master's handlers are inherited.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Else it is to be ignored: nohup.
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    _keep_signals()
+    if os.name != "nt" and os.get_inheritable(life.fileno()):  # Not under fork.
+        _keep_pipes(*filter(None, (incoming, outgoing, permits, life)))
     _worker = worker = _WorkerProcess(incoming, outgoing, permits)
     _die_with_master(life)
     with contextlib.suppress(Exception):
@@ -5694,7 +5734,7 @@ class _WorkerHandle:
             self.process = context.Process(
                 target=_worker_main,
                 args=ends,
-                name=f"taskpool-worker-{number}",
+                name=f"{_WORKER_NAME}{number}",
                 daemon=False,  # So that tasks may start processes.
             )
             _start_process(self.process, context.get_start_method())
@@ -6160,12 +6200,17 @@ def _register(cluster: Cluster, frame: Any) -> _Boot:
 
 @contextlib.contextmanager
 def _signals(act: Callable[[], None]) -> Iterator[None]:
-    """Have SIGINT and SIGTERM call *act*: in the main thread, for elsewhere they cannot."""
+    """Have SIGINT and SIGTERM call *act*: in the main thread, for elsewhere they cannot.
+    Not those that are ignored, as SIGINT is in `script &` of a shell script."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     # A handler may interrupt anything: *act* takes no lock, does no I/O but one byte.
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
     previous = {number: signal.signal(number, lambda *_: act()) for number in numbers}
     try:
         yield

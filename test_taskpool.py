@@ -231,6 +231,27 @@ def pid_of_worker(job):
     return os.getpid()
 
 
+def what_programs_get(job=None):
+    """The pipes that a program started here gets, and the signals that are blocked and ignored there."""
+    program = (
+        "import os\n"
+        "for fd in os.listdir('/proc/self/fd'):\n"
+        "    if int(fd) > 2 and os.path.exists(f'/proc/self/fd/{fd}'): print(os.readlink(f'/proc/self/fd/{fd}'))\n"
+        "for line in open('/proc/self/status'):\n"
+        "    if line[:6] in ('SigBlk', 'SigIgn'): print(''.join(line.split()))"
+    )
+    command = [sys.executable, "-S", "-c", program]
+    return subprocess.run(command, close_fds=False, stdout=subprocess.PIPE, text=True).stdout.split()
+
+
+def become_another_program(job):
+    os.execv("/bin/sleep", ["sleep", str(PATIENCE)])
+
+
+def send_ctrl_c_to_itself(job):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def hold(job):
     """Say that the task runs, then run until told to end."""
     Path(job.data + ".started").write_text(str(os.getpid()))
@@ -6558,6 +6579,22 @@ class TestEnds(InFolder):
         self.assertNotIn("WorkerDied", self.log.read_text())
 
     @unittest.skipUnless(LINUX, "sends signals")
+    def test_a_signal_that_is_ignored_from_the_start_stays_so(self):
+        """As SIGINT is in `script &` of a shell script."""
+        for ignored, other in ((signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
+            ignore = functools.partial(signal.signal, ignored, signal.SIG_IGN)
+            queue, process = self.serve(PATIENCE, preexec_fn=ignore)
+            for pid in (process.pid, *children(process.pid)):
+                os.kill(pid, ignored)
+            (self.folder / "end").touch()
+            eventually(lambda queue=queue: queue.count() == 0)
+            process.send_signal(other)
+            self.assertEqual(process.communicate(timeout=PATIENCE)[0], "stopped\n")
+            self.assertEqual(process.returncode, 0)
+            for name in ("started0", "started1", "end"):
+                os.remove(self.folder / name)
+
+    @unittest.skipUnless(LINUX, "sends signals")
     def test_a_second_ctrl_c_at_the_end_of_the_script_gives_tasks_back(self):
         queue, log = self.queue(), self.folder / "log"
         queue.add_task("hold", task_id="0")
@@ -6758,7 +6795,8 @@ class TestEnds(InFolder):
             def hold(job): time.sleep(60)
             if __name__ == "__main__":
                 logging.basicConfig(level=logging.DEBUG, filename="log")
-                for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+                def before(*_): pass
+                for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, before)
                 def storm():
                     while not any(w["state"] == "busy" for w in cluster.workers()): time.sleep(0.005)
                     for i in range(400):
@@ -6774,7 +6812,7 @@ class TestEnds(InFolder):
                 thread.start()
                 cluster.run()
                 thread.join()
-                print("stopped", signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+                print("stopped", signal.getsignal(signal.SIGINT) is before)
             """
         )
         self.assertEqual((out, self.stderr), ("stopped True\n", ""))
@@ -7183,6 +7221,74 @@ def misbehave(job):
 
 
 @unittest.skipUnless(LINUX, "uses POSIX signals and /proc")
+@unittest.skipUnless(LINUX, "looks into /proc")
+class TestNothingIsGivenAway(InFolder):
+    """What a task starts gets what a program started by the master gets, and nothing of ours."""
+
+    def test_programs_get_no_pipe_and_no_blocked_or_ignored_signal(self):
+        for method in METHODS:
+            with self.subTest(method), self.cluster({"get": what_programs_get}, start_method=method) as cluster:
+                here = what_programs_get()
+                self.assertLessEqual({*cluster.submit("get").result(PATIENCE)}, {*here})
+
+    def test_nor_do_those_that_the_entry_file_starts_as_it_runs_again(self):
+        source = """
+            import sys
+            from taskpool import Cluster
+            from test_taskpool import echo, what_programs_get
+            if not Cluster.is_master():
+                print({*what_programs_get()} <= {*sys.argv}, flush=True)
+            elif len(sys.argv) == 2:
+                sys.argv += what_programs_get()
+            cluster = Cluster({"echo": echo}, in_memory_only=True, max_available_workers=1, start_method=sys.argv[1])
+            if Cluster.is_master():
+                cluster.submit("echo").result()
+                cluster.shutdown()
+        """
+        for method in METHODS:
+            if method != "fork":
+                self.assertEqual(self.run_script(source, method), "True\n")
+
+    def test_signals_that_the_master_blocks_are_not_blocked_in_workers(self):
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGIO, signal.SIGUSR1})
+        self.addCleanup(signal.pthread_sigmask, signal.SIG_SETMASK, blocked)
+        for method in METHODS:
+            with self.cluster({"get": what_programs_get}, start_method=method) as cluster:
+                self.assertIn("SigBlk:" + "0" * 16, cluster.submit("get").result(PATIENCE))
+
+    def test_a_task_that_becomes_another_program_has_died(self):
+        for method in METHODS:
+            with self.subTest(method), self.cluster({"exec": become_another_program, "echo": echo}, start_method=method) as cluster:
+                died = cluster.submit("exec").exception(PATIENCE / 2)
+                self.assertIsInstance(died, WorkerDied)
+                eventually(lambda pid=died.pid: not is_alive(pid))
+                self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
+
+    def test_a_program_in_the_background_keeps_nobody_waiting(self):
+        source = """
+            import os
+            from taskpool import Cluster
+            def start(job): os.system("sleep 60 < /dev/null > /dev/null 2>&1 & echo $! > pid")
+            if __name__ == "__main__":
+                with Cluster({"start": start}, in_memory_only=True, max_available_workers=1) as cluster:
+                    cluster.submit("start").result()
+        """
+        self.run_script(source)  # Reads to the end of output, which all that are left must have closed.
+        pid = int((self.folder / "pid").read_text())
+        self.assertTrue(is_alive(pid))
+        os.kill(pid, signal.SIGKILL)
+
+    def test_a_ctrl_c_in_a_forked_worker_is_not_told_to_the_masters_event_loop(self):
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setblocking(False)
+            self.addCleanup(end.close)
+        self.addCleanup(signal.set_wakeup_fd, signal.set_wakeup_fd(theirs.fileno()))
+        with self.cluster({"send": send_ctrl_c_to_itself}, start_method="fork") as cluster:
+            self.assertIsNone(cluster.submit("send").result(PATIENCE))
+        self.assertRaises(BlockingIOError, ours.recv, 1)
+
+
 class TestHostileTasks(WithCluster):
     """P4: whatever a task does to its process, the pool goes on."""
 
@@ -9128,6 +9234,14 @@ class TestTheFile(unittest.TestCase):
         readme = (HERE / "README.md").read_text(encoding="utf-8")
         self.assertEqual(set(re.findall(r"\*\*(P\d)\*\*", readme)), numbers)
 
+    def test_an_older_python_is_told_which_one_it_needs(self):
+        for how, text in (("import taskpool", "ImportError: "), ("runpy.run_path('taskpool.py', run_name='__main__')", "")):
+            code = f"import runpy, sys; sys.version_info, sys.version = (3, 8, 18), '3.8.18 (main)'; {how}"
+            done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.PIPE, text=True)
+            lines = done.stderr.splitlines()
+            self.assertEqual((done.returncode, lines[-1]), (1, text + "taskpool needs Python 3.9 or later; this is 3.8.18"))
+            self.assertTrue(text or len(lines) == 1, lines)
+
     def test_importing_it_starts_nothing_and_imports_nothing_heavy(self):
         # traceback, which logging needs, brings inspect from Python 3.14 on.
         code = (
@@ -9766,6 +9880,8 @@ def run_all(flags):
 def main():
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
     flags = [name for name in sys.argv[1:] if name.startswith("-")]
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # As in `... &` of a shell script.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     passed, failed, skipped = run_here(names, flags) if names else run_all(flags)
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed else 0
