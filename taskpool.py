@@ -4165,9 +4165,11 @@ def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
 class _Reports:
     """Reports of job.progress on their way out: at most ten a second, and the last one."""
 
-    def __init__(self, send: Callable[[int, str], None]) -> None:
+    def __init__(self, send: Callable[[int, str], None], lock: Any = None) -> None:
         self._send = send  # Given the number of the run and the JSON of a Progress.
-        self._lock = threading.RLock()  # Protects all below, from the timer.
+        # Protects all below, from the timer. The lock of send(), if it has one: with two, the
+        # timer and a signal handler within send() could wait for each other.
+        self._lock = lock or threading.RLock()
         self._number = -1  # Of the running task, or -1.
         self._unsent: Progress | None = None
         self._next = 0.0  # Monotonic: when the next one may go.
@@ -5113,7 +5115,7 @@ class _WorkerProcess:
         self._conversations: dict[int, tuple[_Hear, Future[Any]]] = {}
         self._current = -1  # The number of the running task, or -1.
         self._pid = os.getpid()
-        self._reports = _Reports(functools.partial(self.tell, "progress"))
+        self._reports = _Reports(functools.partial(self.tell, "progress"), self._send_lock)
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Send to the master; called by any thread."""

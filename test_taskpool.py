@@ -254,7 +254,8 @@ def send_ctrl_c_to_itself(job):
 
 def hold(job):
     """Say that the task runs, then run until told to end."""
-    Path(job.data + ".started").write_text(str(os.getpid()))
+    Path(job.data + ".starting").write_text(str(os.getpid()))
+    os.replace(job.data + ".starting", job.data + ".started")  # Whoever sees it can read it.
     deadline = time.monotonic() + PATIENCE
     while not os.path.exists(job.data + ".end") and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -4389,6 +4390,27 @@ class TestListeners(InFolder):
 
 class TestProgress(InFolder):
     """job.progress(done, total=None, note=None) shows how far a task is."""
+
+    def test_the_timer_and_a_handler_in_the_midst_of_a_send_do_not_wait_for_each_other(self):
+        incoming, outgoing = multiprocessing.Pipe(duplex=False)
+        self.addCleanup(incoming.close)
+        self.addCleanup(outgoing.close)
+        worker = taskpool._WorkerProcess(incoming, outgoing, None)
+        progress = worker._reports.begin(1)
+        progress(1)
+        timer = threading.Thread(target=worker._reports._on_timer, daemon=True)
+
+        def handler():
+            with worker._send_lock:
+                progress(2)
+                timer.start()
+                timer.join(0.1)  # It is waiting, or will.
+                progress(3)
+
+        thread = threading.Thread(target=handler, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive())
 
     def test_it_is_seen_by_find_and_the_listener_and_the_last_one_is_kept(self):
         for in_memory in (False, True):
