@@ -14,15 +14,21 @@ import time
 
 CI = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(CI)
-MINORS = ("3.11", "3.9", "3.10", "3.12", "3.13", "3.14")  # In the order of their runs.
+MINORS = ("3.11", "3.9", "3.10", "3.12", "3.13", "3.14", "3.15")  # In the order of their runs.
+FROM_DEBIAN = ("3.14", "3.15")  # Those of Debian unstable stand in where these are not here.
 TEST_SECONDS = 600
 TOOL_SECONDS = 300
-PIP_PAUSES = (5, 15, 45, None)  # Seconds after a failed try; None: it was the last.
+PAUSES = (5, 15, 45, None)  # Seconds after a failed download; None: it was the last.
 # What speaks MongoDB's protocol for the tests. Later versions come without the program, and
 # what it asks pip for, it does not need.
 SERVER = ["--no-deps", "--only-binary=:all:", "secantusdb==0.6.0b17"]
 WHICH = "import platform, sys; print(platform.python_version(), sys.executable)"
 COUNTS = re.compile(r"(\d+) passed, (\d+) failed, (\d+) skipped")
+# A command with mounts of its own: they end with its last process, however that ends.
+PRIVATE = ["unshare", "--mount", "--propagation", "private"]
+ENTER = """root=$1; shift
+for folder in proc sys dev; do mount --rbind "/$folder" "$root/$folder"; done
+exec env -u TMPDIR chroot "$root" env --chdir=/project "$@" """
 
 
 def run(command: list[str], seconds: float) -> tuple[int | None, str]:
@@ -44,6 +50,17 @@ def run(command: list[str], seconds: float) -> tuple[int | None, str]:
             code = None
         log.seek(0)
         return code, log.read().decode("utf-8", "replace")
+
+
+def download(command: list[str]) -> tuple[int | None, str]:
+    """As run(), but tried again where the servers are away."""
+    for pause in PAUSES:
+        code, output = run(command, TOOL_SECONDS)
+        if code == 0 or pause is None:
+            break
+        print(f"a download failed; the next try is in {pause} s", flush=True)
+        time.sleep(pause)
+    return code, output or "it was not over in time"
 
 
 def pythons() -> list[tuple[str, str, str]]:
@@ -85,10 +102,10 @@ class Report:
         if output:
             print("\n".join(f"    {line}" for line in output.rstrip().splitlines()), flush=True)
 
-    def tests(self, what: str, python: str, *patterns: str) -> None:
+    def tests(self, what: str, python: list[str], *patterns: str) -> None:
         """The README's test command, with one Python; with *patterns* none may be skipped."""
         started = time.monotonic()
-        code, output = run([python, "test_taskpool.py", *patterns], TEST_SECONDS)
+        code, output = run([*python, "test_taskpool.py", *patterns], TEST_SECONDS)
         seconds = time.monotonic() - started
         last = output.rstrip().rpartition("\n")[2].strip()
         counts = COUNTS.fullmatch(last)
@@ -133,24 +150,75 @@ def install(folder: str, found: list[tuple[str, str, str]]) -> tuple[str, str]:
         return "", output
     pip = [environment, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     for what in (["-r", os.path.join(CI, "requirements.txt")], SERVER):
-        for pause in PIP_PAUSES:
-            code, output = run([*pip, *what], TOOL_SECONDS)
-            if code == 0:
-                break
-            if pause is None:
-                return "", output or "pip was not over in time"
-            print(f"pip failed; the next try is in {pause} s", flush=True)
-            time.sleep(pause)
+        code, output = download([*pip, *what])
+        if code != 0:
+            return "", output
     return environment, ""
 
 
+def debian(folder: str, minors: list[str]) -> str:
+    """Make *folder* the root of a Debian unstable with these Pythons and the project, from the
+    mirror that apt uses here. Returns what went wrong, or ""."""
+    download(["apt-get", "update"])  # Perhaps of a source that is not needed.
+    if shutil.which("mmdebstrap") is None:
+        install = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y"]
+        code, output = download([*install, "mmdebstrap"])
+        if code != 0:
+            return output
+    index = ["apt-get", "indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)"]
+    mirrors = re.findall(r"^Debian Debian (\S+)$", run(index, TOOL_SECONDS)[1], re.M)
+    if not mirrors:
+        return "apt's configuration names no mirror of Debian"
+    packages = ",".join(["tzdata", *(f"python{minor}" for minor in minors)])
+    make = ["sh", "-c", 'rm -rf "$0" && exec "$@"', folder]  # What a failed try has left.
+    make += ["mmdebstrap", "--mode=root", "--variant=apt", f"--include={packages}"]
+    make.append('--aptopt=Acquire::Check-Valid-Until "false"')  # The mirror may be a snapshot.
+    code, output = download([*PRIVATE, *make, "sid", folder, mirrors[0]])
+    if code != 0:
+        return output
+    leave_out = shutil.ignore_patterns(".git", "__pycache__")
+    shutil.copytree(ROOT, os.path.join(folder, "project"), ignore=leave_out)
+    return ""
+
+
+def debian_tests(report: Report, minors: list[str]) -> None:
+    """The tests with these Pythons of Debian unstable, which takes root and apt."""
+    names = " and ".join(minors)
+    needed = ("apt-get", "unshare", "chroot")
+    if os.name == "nt" or os.geteuid() != 0 or not all(map(shutil.which, needed)):
+        print(f"\n*** NOT TESTED: Python {names}. They are not here, and only root on a Debian "
+              "with apt can get them. ***\n", flush=True)  # fmt: skip
+        if os.environ.get("CI"):
+            report.failed += len(minors)
+        else:
+            report.skipped += len(minors)
+        return
+    with tempfile.TemporaryDirectory(prefix="taskpool-sid-") as root:
+        started = time.monotonic()
+        problem = debian(root, minors)
+        seconds = time.monotonic() - started
+        report.step(f"get Python {names}", "FAILED" if problem else "done", seconds, problem)
+        if problem:
+            report.failed += len(minors)
+            return
+        for minor in minors:
+            python = [*PRIVATE, "sh", "-ec", ENTER, "sh", root, f"python{minor}"]
+            version = run([*python, "-c", WHICH], TOOL_SECONDS)[1].partition(" ")[0]
+            report.tests(f"tests, Python {version}", python)
+
+
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # So that nothing is left behind.
     report = Report()
     found = pythons()
     if not found or found[0][0] != "3.11":
         print("Python 3.11 is not here; the tests run on the others", flush=True)
     for _, version, python in found:
-        report.tests(f"tests, Python {version}", python)
+        report.tests(f"tests, Python {version}", [python])
+    here = [minor for minor, _, _ in found]
+    missing = [minor for minor in FROM_DEBIAN if minor not in here]
+    if missing:
+        debian_tests(report, missing)
     with tempfile.TemporaryDirectory(prefix="taskpool-ci-") as folder:
         started = time.monotonic()
         python, problem = install(os.path.join(folder, "venv"), found)
@@ -165,7 +233,7 @@ def main() -> int:
             report.tool("mypy --strict taskpool.py", mypy)
             speed = [python, "-B", os.path.join(CI, "cron_speed.py")]
             report.tool("Cron faster than cronsim", speed, shown=True)
-            report.tests("tests, MongoDB", python, "TestMongo")
+            report.tests("tests, MongoDB", [python], "TestMongo")
         else:
             report.failed += 4  # None of them was run.
     if not found:
