@@ -51,9 +51,9 @@ What is promised (the tests and the README carry the same numbers)
         a process was killed or a lease was lost before the end was recorded. No two live
         clusters run the same claim; a late outcome of a lost claim is discarded.
     P3  Master dead: its running tasks start again, at once where the new master can see
-        that the old one is dead (same machine), else when its lease of 30 s ran out. Not
-        charged to `retries`. A task found so is from then on claimed singly, and the
-        fifth interruption of such a claim fails it.
+        that the old one is dead (same machine), else when its lease of 30 s ran out,
+        by an observer that looked all the time. Not charged to `retries`. A task found so
+        is from then on claimed singly, and the fifth interruption of such a claim fails it.
     P4  Worker dead or over `timeout`: only the task that it was running is charged one
         attempt. Tasks queued behind it start elsewhere uncharged; finished ones are not
         run again. No zombie, no orphan, no leaked file descriptor.
@@ -1697,7 +1697,10 @@ class Store:
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
         """running -> what after_interruption() says, for tasks of dead owners.
 
-        *seconds* is the observer's monotonic clock. Returns the Rows that ended.
+        A living owner that did not renew for LEASE_SECONDS counts as dead. *seconds* is the
+        observer's own clock, which runs only while the observer looks: where two calls of
+        one observer have the same *seconds*, it has missed something, and its patience
+        with all others starts anew. Returns the Rows that ended.
         """
         raise NotImplementedError
 
@@ -1750,18 +1753,41 @@ class Store:
         """Let go of files and connections. A later call opens them again."""
 
 
-def _dead_owners(
-    beats: Mapping[str, Any], seen: dict[str, tuple[Any, float]], seconds: float
-) -> list[str]:
-    """Which owners are dead: one can see it, or their beats stood still for a lease. (P3)
+class _ObserverClock:
+    """The *seconds* of recover(): a clock that runs only while its observer looks. (P3)
 
-    *seen* is the observer's memory: beats, and since when (*seconds*) they are so.
+    Who was stopped, blocked or cut off cannot tell silence from not having listened; the
+    others may have been stopped with it, and are to renew first.
     """
+
+    def __init__(self) -> None:
+        self._seconds, self._looked_at = time.monotonic(), -math.inf
+
+    def look(self, now: float) -> float:
+        """The time of a look at *now* (monotonic): that of the last one if it is late."""
+        gap, self._looked_at = now - self._looked_at, now
+        if gap <= LEASE_SECONDS / 3:  # Else all may have missed a renewal.
+            self._seconds += min(gap, 3 * WATCH_SECONDS)
+        return self._seconds
+
+    def miss(self) -> None:
+        """A look has failed: the next one is late."""
+        self._looked_at = -math.inf
+
+
+# What an observer remembers of each owner: its beat, since when that stood still, and
+# when it was last looked at, all by the observer's clock.
+_Seen = dict[str, tuple[Any, float, float]]
+
+
+def _dead_owners(beats: Mapping[str, Any], seen: _Seen, seconds: float) -> list[str]:
+    """Which owners are dead: one can see it, or their beats stood still for a lease. (P3)"""
     for owner in set(seen) - set(beats):
         del seen[owner]
     for owner, beat in beats.items():
-        if owner not in seen or seen[owner][0] != beat:
-            seen[owner] = beat, seconds
+        before, since, looked_at = seen.get(owner, (beat, seconds, seconds))
+        listened = before == beat and looked_at < seconds
+        seen[owner] = beat, since if listened else seconds, seconds
     return [o for o in beats if seconds - seen[o][1] >= LEASE_SECONDS or owner_is_dead(o)]
 
 
@@ -2487,7 +2513,7 @@ class SQLiteStore(Store):
         self._stale = False  # Open again before the next write.
         self._grouping = 0  # The thread in transaction(), which holds the write lock.
         self._writing = False  # The holder of the write lock is in the midst of a write.
-        self._seen: dict[str, tuple[int, float]] = {}  # owner -> beat, and since when.
+        self._seen: dict[str, _Seen] = collections.defaultdict(dict)  # By observer.
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -2970,7 +2996,7 @@ class SQLiteStore(Store):
 
         beats = self._read(look)
         beats.pop(owner, None)
-        dead = list(_dead_owners(beats, self._seen, seconds))
+        dead = _dead_owners(beats, self._seen[owner], seconds)
 
         def work(db: sqlite3.Connection) -> list[Row]:
             # Looked at again, under the lock: some may have renewed in between.
@@ -2983,6 +3009,7 @@ class SQLiteStore(Store):
         return self._write(work) if dead else []
 
     def leave(self, owner: str, now: int) -> None:
+        self._seen.pop(owner, None)
         self._write(lambda db: self._give_back(db, owner, now, given_back))
 
     def owners(self) -> list[str]:
@@ -3328,7 +3355,7 @@ class MongoStore(Store):
         self._lock = threading.RLock()
         self._claims: dict[str, _Claims] = collections.defaultdict(_Claims)
         self._telling: list[tuple[_Claims, Any, bool]] | None = None
-        self._seen: dict[str, tuple[Any, float]] = {}  # owner -> beat, and since when.
+        self._seen: dict[str, _Seen] = collections.defaultdict(dict)  # By observer.
 
     def _find_models(self) -> tuple[Any, Any] | None:
         """What bulk_write() takes, from the package of the collection's own class."""
@@ -3765,7 +3792,7 @@ class MongoStore(Store):
             masters = self._masters.find(_MASTER, {"beat": 1})
             beats.update((master["_id"], master.get("beat")) for master in masters)
             beats.pop(owner, None)
-            for other in _dead_owners(beats, self._seen, seconds):
+            for other in _dead_owners(beats, self._seen[owner], seconds):
                 # Claims of later than this are those of a living master.
                 rows = self._rows(_held_by(other), now)
                 same = {"_id": other, "beat": beats[other]}
@@ -3792,6 +3819,7 @@ class MongoStore(Store):
             self._open_lane(owner)
             self._masters.delete_one({"_id": owner})
             self._claims.pop(owner, None)
+            self._seen.pop(owner, None)
 
     # ---- Looking and changing
 
@@ -4221,9 +4249,12 @@ class _Reports:
 
 
 def _still_there(store: Store, rows: Iterable[Row], now: int) -> set[str]:
-    """The ids of those that were neither removed nor replaced."""
+    """The ids of those that were neither removed nor replaced, as far as the store says."""
     ids = {row.id: row.created_at for row in rows}
-    found = store.find(Query(ids=list(ids)), now) if ids else []
+    try:
+        found = store.find(Query(ids=list(ids)), now) if ids else []
+    except StoreError:  # What settle() did counts, and must not be done again.
+        return set(ids)
     return {row.id for row in found if row.created_at == ids[row.id]}
 
 
@@ -6339,6 +6370,7 @@ class Cluster(concurrent.futures.Executor):
         self._logs_runs = False
         self._alarm = math.inf  # Monotonic: when the next wait ends at the latest.
         self._next_refresh = self._next_watch = self._next_renew = self._next_foreign = 0.0
+        self._observer_clock = _ObserverClock()  # Of the store thread.
         self._next_failure_log = 0.0  # 0: the store has not failed since it last wrote.
         self._last_available = 0.0
         self._worker_numbers = itertools.count(1)
@@ -6361,7 +6393,8 @@ class Cluster(concurrent.futures.Executor):
         self._reported, self._next_report = False, 0.0  # Some worker has; when it is stored.
         self._store_busy = False  # A call is under way in the store thread...
         self._in_flight = 0  # ... with so many outcomes.
-        self._store_retry, self._store_failures, self._failing_since = 0.0, 0, 0.0
+        # Failed calls in a row; since when; until when the next one waits.
+        self._store_failures, self._failing_since, self._store_retry = 0, 0.0, 0.0
         self._check_futures = False
         self._until = NEVER  # While finishing: the due date up to which tasks are run.
         self._mode = "running"  # -> finishing | stopping -> closing -> closed
@@ -6605,11 +6638,18 @@ class Cluster(concurrent.futures.Executor):
         self._use("drain")
         seconds = math.inf if timeout is None else _checked_seconds("timeout", timeout, zero=True)
         deadline, until = time.monotonic() + seconds, self.queue._now()
+        patience = math.inf  # Monotonic: when that with a store that fails ends.
         while not self._closed.is_set():
             if self._boot_error and not any(worker.ready for worker in self._workers):
                 raise cast(Exception, _unpacked(self._boot_error)[1])
-            if self._idle.is_set() and not self._is_pending(until):
-                break
+            try:
+                if self._idle.is_set() and not self._is_pending(until):
+                    break
+                patience = math.inf
+            except StoreError:
+                patience = min(patience, time.monotonic() + self._shutdown_timeout)
+                if time.monotonic() >= min(patience, deadline):
+                    raise
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
@@ -6894,6 +6934,7 @@ class Cluster(concurrent.futures.Executor):
         self._claim_in_memory()
         self._assign(now)
         self._use_store(now)
+        self._look_after_futures(now)
         self._scale(now)
         self._progress(now)
         if self._mode != "closed":
@@ -7409,6 +7450,28 @@ class Cluster(concurrent.futures.Executor):
         run.end(Outcome(row.id, row.claim, row.state, error=str(error)), "error", error)
         self._settled([run], [True])
 
+    def _ask_store(self, work: Callable[[], Any], answer: Callable[[Any], None]) -> None:
+        """Have the store thread make a call: one at a time, so that none waits behind others.
+        *answer* gets the result or, in the back-off after it, the exception."""
+        self._store_busy = True
+        if not self._store_failures:
+            self._failing_since = time.monotonic()  # If this call fails.
+
+        def call() -> None:
+            try:
+                result: Any = work()
+            except BaseException as error:
+                result = error
+            self._post(functools.partial(end, result))
+
+        def end(result: Any) -> None:
+            self._store_busy = False
+            if isinstance(result, BaseException):
+                self._on_store_failure(result)
+            answer(result)
+
+        self._store_thread.post(call)
+
     def _use_store(self, now: float) -> None:
         """Send the store what ended, and for what can be claimed: one transaction."""
         if self._in_memory_only or self._store_busy:
@@ -7427,18 +7490,13 @@ class Cluster(concurrent.futures.Executor):
             return
         runs, self._unsettled = self._unsettled, []
         added, self._look, self._added = self._added, False, False
-        self._store_busy, self._in_flight = True, len(runs)
+        self._in_flight = len(runs)
         owner, types, until = self._owner, dict(self._claimable()), self._until
         most = self._max_workers if claiming else 0
-
-        def work() -> None:
-            try:
-                answer: Any = self._store_turn(owner, runs, types, room, most, until, added)
-            except BaseException as error:
-                answer = error
-            self._post(lambda: self._on_store_answer(runs, answer))
-
-        self._store_thread.post(work)
+        self._ask_store(
+            lambda: self._store_turn(owner, runs, types, room, most, until, added),
+            lambda answer: self._on_store_answer(runs, answer),
+        )
 
     def _store_turn(
         self, owner: str, runs: list[_Run], types: Mapping[str, float], room: float,
@@ -7465,11 +7523,10 @@ class Cluster(concurrent.futures.Executor):
         return held, rows, upcoming, now
 
     def _on_store_answer(self, runs: list[_Run], answer: Any) -> None:
-        self._store_busy, self._in_flight = False, 0
+        self._in_flight = 0
         if isinstance(answer, BaseException):
             self._unsettled = runs + self._unsettled
             self._look = True
-            self._on_store_failure(answer)
             return
         self._store_failures = 0
         held, rows, self._upcoming, looked = answer
@@ -7482,13 +7539,13 @@ class Cluster(concurrent.futures.Executor):
         self._settled(runs, held)
         self._take_in_hand(rows)
         self._look = self._look or self._upcoming is None
+        # Now, as the next turn with the store would go first.
+        self._look_after_futures(time.monotonic())
 
     def _on_store_failure(self, error: BaseException) -> None:
         self._store_failures += 1
         now = time.monotonic()
         self._store_retry = now + back_off(STORE_SECONDS, self._store_failures, STORE_CAP_SECONDS)
-        if self._store_failures == 1:
-            self._failing_since = now
         if self._next_failure_log <= now:
             self._next_failure_log = now + WARN_SECONDS
             _log.error("the store failed; nothing is lost, trying again: %s", error)
@@ -7556,9 +7613,6 @@ class Cluster(concurrent.futures.Executor):
         self._wake_at(self._next_refresh)
         if self._reported:
             self._store_reports(now)
-        if self._check_futures and (self._futures or self._elsewhere) and not self._store_busy:
-            self._check_futures = False
-            self._look_after_futures()
         if not self._in_memory_only and self._mode != "closing":
             self._watch_masters(now)
 
@@ -7571,38 +7625,40 @@ class Cluster(concurrent.futures.Executor):
                 self._selector.unregister(worker.channel.outgoing)
 
     def _watch_masters(self, now: float) -> None:
-        store = self.queue._store
-        if self._next_watch <= now:
-            self._next_watch = now + WATCH_SECONDS
-            renew = self._next_renew <= now
-            if renew:
-                self._next_renew = now + RENEW_SECONDS
-            warn = self._next_foreign <= now
-            if warn:
-                self._next_foreign = now + WARN_SECONDS
+        """Tell the others that this master lives, then look for those that died."""
+        if self._store_busy:
+            return
+        if self._next_watch > now:
+            self._wake_at(self._next_watch)
+            return
+        store, clock, owner = self.queue._store, self._observer_clock, self._owner
+        renew, warn = self._next_renew <= now, self._next_foreign <= now
+        if renew:
+            self._next_renew = now + RENEW_SECONDS
+        if warn:
+            self._next_foreign = now + WARN_SECONDS
 
-            def work() -> None:
-                wall = self.queue._now()
-                try:
-                    if renew:
-                        store.renew(self._owner, wall)
-                    ended = store.recover(self._owner, time.monotonic(), wall)
-                    foreign = store.foreign(self.task_map, wall) if warn else []
-                except Exception as error:
-                    self._post(functools.partial(self._on_watch_failure, error))
-                else:
-                    self._renewed = now if renew else self._renewed
-                    self._post(lambda: self._on_watched(ended, foreign))
+        def work() -> tuple[list[Row], list[str]]:
+            wall = self.queue._now()
+            try:
+                if renew:
+                    store.renew(owner, wall)
+                    self._renewed = now
+                foreign = store.foreign(self.task_map, wall) if warn else []
+                return store.recover(owner, clock.look(time.monotonic()), wall), foreign
+            except BaseException:
+                clock.miss()
+                raise
 
-            self._store_thread.post(work)
-        self._wake_at(self._next_watch)
+        self._ask_store(work, self._on_watched)
 
-    def _on_watch_failure(self, error: Exception) -> None:
-        self._next_renew = 0.0
-        if not self._store_failures:
-            self._on_store_failure(error)
-
-    def _on_watched(self, ended: list[Row], foreign: list[str]) -> None:
+    def _on_watched(self, answer: Any) -> None:
+        # From now: else a slow store would have no time for anything else.
+        self._next_watch = time.monotonic() + WATCH_SECONDS
+        if isinstance(answer, BaseException):
+            self._next_renew = 0.0
+            return
+        ended, foreign = answer
         self._look = True  # Tasks of a dead master may wait again.
         for row in ended:
             self._on_failed_in_store(row, TaskPoolError(row.error))
@@ -7614,8 +7670,13 @@ class Cluster(concurrent.futures.Executor):
         """The Futures of tasks that do not run here."""
         return [*list(self._futures.values()), *list(self._elsewhere)]
 
-    def _look_after_futures(self) -> None:
+    def _look_after_futures(self, now: float) -> None:
         """Resolve Futures whose tasks were removed, or ended in another cluster."""
+        if not self._check_futures or self._store_busy or self._store_retry > now:
+            return
+        if not (self._futures or self._elsewhere):
+            return
+        self._check_futures = False
         futures = [future for future in self._unresolved() if future._stored]
 
         def work() -> None:
@@ -7629,10 +7690,13 @@ class Cluster(concurrent.futures.Executor):
                     for future in part:
                         self._compare(future, rows.get(future._row.id))
 
+        def answer(result: Any) -> None:
+            self._check_futures = self._check_futures or isinstance(result, BaseException)
+
         if self._in_memory_only:
             work()
         else:
-            self._store_thread.post(work)
+            self._ask_store(work, answer)
 
     def _compare(self, future: _TaskFuture, row: Row | None) -> None:
         foreign, added = future in self._elsewhere, future._row.created_at
@@ -7698,11 +7762,12 @@ class Cluster(concurrent.futures.Executor):
     def _begin_finish(self, until: int) -> None:
         if self._mode == "running":
             self._mode, self._until, self._look = "finishing", until, True
+            self._failing_since = time.monotonic()  # A store that is away has its time, too.
             self._upcoming = None if not self._in_memory_only else []
 
     def _stop(self, at: float) -> None:
         if self._mode in ("running", "finishing"):
-            self._mode = "stopping"
+            self._mode, self._failing_since = "stopping", time.monotonic()
             _log.info("stopping: running tasks get %.1f s", max(0.0, at - time.monotonic()))
         self._stop_at = min(self._stop_at, at)
 
@@ -7713,8 +7778,11 @@ class Cluster(concurrent.futures.Executor):
                 worker.kill_at = now + EXIT_SECONDS
                 self._wake_at(worker.kill_at)
         working = self._hand or any(worker.runs for worker in self._workers)
+        # Only in the back-off after a failed call: the next one may go well.
         give_up_at = self._failing_since + self._shutdown_timeout
-        given_up = self._store_failures > 0 and give_up_at <= now and not working
+        given_up = give_up_at <= now < self._store_retry and not working
+        if now < give_up_at <= self._store_retry:
+            self._wake_at(give_up_at)
         busy = working or ((self._unsettled or self._in_flight) and not given_up)
         if busy or self._store_busy:
             self._idle.clear()
@@ -7725,15 +7793,12 @@ class Cluster(concurrent.futures.Executor):
         if self._mode == "finishing":
             self._end_stuck_conversations(now)
             memory, wall = self.queue.in_memory._memory, self.queue._now()
-            waiting = (
-                self._upcoming is None
-                or self._upcoming
-                or memory.next_due(self._owner, self._shares, 1, wall, self._until)
-            )
+            here = memory.next_due(self._owner, self._shares, 1, wall, self._until)
+            stored = self._upcoming is None or self._upcoming
             cannot = self._boot_error is not None and not self._accepting()
             to_look = self._look and not self._in_memory_only
-            unknown = self._store_busy or to_look or (waiting and not cannot)
-            if busy or (unknown and not self._store_failures):
+            unknown = self._store_busy or to_look or (stored and not cannot)
+            if busy or (here and not cannot) or (unknown and not given_up):
                 return
             self._mode = "closing"
         elif self._mode == "stopping":
@@ -7784,11 +7849,15 @@ class Cluster(concurrent.futures.Executor):
         self._workers.clear()
         if not self._in_memory_only:
             self._store_thread.post(lambda: self._leave())
-            self._store_thread.flush(BUSY_SECONDS)
+            # A store that has just failed was waited for already.
+            self._store_thread.flush(0.0 if self._store_failures else BUSY_SECONDS)
             self._store_thread.stop()
         left = self.queue.in_memory.count(task_type=list(self.task_map), state="waiting")
         if left:
             _log.warning("%d in-memory tasks had not started at shutdown; they end here", left)
+        waiting = sum(not future._row.in_memory for future in self._unresolved())
+        if waiting and self._store_failures:
+            _log.error("the store did not come back: %d submitted task(s) stay waiting", waiting)
         self._end_pending()
         self._future_thread.post(self._callback_thread.stop)  # After what it posts itself.
         for thread in (self._future_thread, self._listener_thread, self._broker_thread):
