@@ -133,6 +133,7 @@ AHEAD_TASKS = 256  # The same as a number of tasks: what a crash can give back.
 LEAST_SHARE = 1 / AHEAD_TASKS  # Of a worker's room: quicker tasks are no different (P5).
 LEAST_SECONDS = AHEAD_SECONDS * LEAST_SHARE
 SLOW_SECONDS = 0.020  # A task that runs longer lets go of those queued behind it.
+LATE_SECONDS = 0.1  # A dispatcher that wakes so much late may have been stopped.
 LEASE_SECONDS = 30.0  # A master that has not renewed for this long is given up (P3).
 RENEW_SECONDS = 10.0  # Three chances to renew within one lease.
 WARN_SECONDS = 60.0  # The same warning is not given more often.
@@ -6923,11 +6924,12 @@ class Cluster(concurrent.futures.Executor):
     def _turn(self) -> None:
         """One pass of the loop: look, decide, hand out, wait."""
         self._offers.clear()
+        now = time.monotonic()  # Once: what comes later than this is late in the next turn.
+        self._excuse(now - self._alarm)
         self._alarm, self._news = math.inf, False
         self._logs_runs = self._log_all and _log.isEnabledFor(logging.INFO)
         while self._inbox:
             self._inbox.popleft()()
-        now = time.monotonic()
         self._watch_workers(now)
         self._keep_house(now)
         self._settle_in_memory()
@@ -6937,8 +6939,21 @@ class Cluster(concurrent.futures.Executor):
         self._look_after_futures(now)
         self._scale(now)
         self._progress(now)
+        self._alarm = max(self._alarm, now)
         if self._mode != "closed":
             self._receive()
+
+    def _excuse(self, late: float) -> None:
+        """The turn is *late*: perhaps all of us were stopped. No deadline counts that time."""
+        if late < LATE_SECONDS:
+            return
+        for worker in self._workers:
+            worker.kill_at += late
+            for run in worker.runs:
+                run.deadline += late
+        self._stop_at += late
+        self._stuck_since += late
+        self._failing_since += late
 
     def _wake_at(self, instant: float) -> None:
         """Do not wait beyond *instant* (monotonic)."""

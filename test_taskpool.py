@@ -1821,10 +1821,18 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         self.store.recover("me", 161.0, NOW)
         self.assertEqual((self.look().state, self.look().interrupted), ("ready", 1))
         self.assertFalse(self.settle(first, "done", owner=far))
+        self.claim(owner="missed")  # Silent: it never renews.
+        for seconds in (170.0, 199.9, 199.9, 229.8):  # The clock stood still: a look was missed.
+            self.store.recover("me", seconds, NOW)
+            self.store.recover("you", 0.0, NOW)  # Another observer, with a clock of its own.
+        self.assertEqual(self.look().state, "running")
+        self.store.recover("me", 229.9, NOW)
+        self.assertEqual(self.look().state, "ready")
+        self.store.leave(far, NOW)
         self.add(row("lane", lane=far))  # As it left.
-        self.store.recover("me", 200.0, NOW)
+        self.store.recover("me", 300.0, NOW)
         self.assertEqual(self.look("lane").lane, far)
-        self.store.recover("me", 230.0, NOW)
+        self.store.recover("me", 330.0, NOW)
         self.assertEqual(self.look("lane").lane, "")
 
     def test_an_interrupted_task_is_claimed_singly_and_the_fifth_time_fails(self):
@@ -3415,6 +3423,26 @@ class TestMongoManyMachines(WithMongo):
         self.assertEqual((self.folder / "second.log").read_text(), "")
         first.kill()
         second.kill()
+
+    def test_masters_that_were_cut_off_together_lose_nothing_to_each_other(self):
+        proxy = Proxy(self.server.port)
+        self.addCleanup(proxy.close)
+        uri = f"mongodb://127.0.0.1:{proxy.port}/?directConnection=true&serverSelectionTimeoutMS=300"
+        self.queue().add_task("hold", task_id="t")
+        script = self.script(self.MASTER)
+        for number, name in enumerate(("first", "second"), 1):
+            self.start(script, uri, self.collection.name, name, 0.0)
+            eventually(lambda number=number: self.lines() and self.collection["masters"].count_documents({}) == number)
+        for _ in range(3):
+            proxy.refuse = True
+            proxy.cut()
+            time.sleep(2.0)
+            proxy.refuse, before = False, list(self.collection["masters"].find())
+            eventually(lambda: all(master not in before for master in self.collection["masters"].find()))
+        (self.folder / "first.end").touch()
+        (self.folder / "second.end").touch()
+        eventually(lambda: self.queue().count() == 0)
+        self.assertEqual(len(self.lines()), 1)
 
     def test_the_three_lines_of_the_manual_work(self):
         readme = (HERE / "README.md").read_text(encoding="utf-8")
@@ -5315,6 +5343,109 @@ class TestP3MasterDead(InFolder):
         self.assertEqual({line.split()[0] for line in lines}, {"0", "1", "2", "3"})
         self.assertEqual({line.split()[1] for line in lines}, {"1"})  # Not charged.
         self.assertEqual(queue.add_task("note", task_id="0").attempt, 0)  # Its id is free again.
+
+
+class TestSilence(InFolder):
+    """P3: a lease runs out, and a timeout, only while somebody could listen."""
+
+    def dead_at(self, looks, beat=lambda now: 1):
+        """At which of these looks (None: the look fails) the other counts as dead."""
+        clock, seen, now = taskpool._ObserverClock(), {}, 0.0
+        for now in looks:
+            if now is None:
+                clock.miss()
+            elif taskpool._dead_owners({"elsewhere": beat(now)}, seen, clock.look(now)):
+                return now
+        return None
+
+    def test_a_lease_runs_out_by_observed_silence(self):
+        def every(second, start, end):
+            return range(start, end, second)
+
+        self.assertEqual(self.dead_at(every(1, 100, 900)), 130)  # An observer that came late.
+        self.assertEqual(self.dead_at(every(3, 0, 900)), 30)
+        self.assertEqual(self.dead_at(every(10, 0, 900)), 100)  # A look counts three intervals.
+        self.assertIsNone(self.dead_at(every(11, 0, 9000)))  # All may have missed a renewal.
+        stopped = [*every(1, 0, 29), *every(1, 70, 900)]
+        self.assertEqual(self.dead_at(stopped), 100)
+        self.assertEqual(self.dead_at([*every(1, 0, 29), None, *every(1, 29, 900)]), 59)
+        self.assertEqual(self.dead_at(stopped, beat=lambda now: now >= 95), 125)
+        flapping = [now for start in range(0, 900, 20) for now in (*every(1, start, start + 19), None)]
+        self.assertIsNone(self.dead_at(flapping))
+
+    MASTER = """
+        import logging, os, sys, time, taskpool
+        from taskpool import Cluster, TaskQueue
+        taskpool.LEASE_SECONDS, taskpool.RENEW_SECONDS, taskpool.WATCH_SECONDS = 3.0, 1.0, 0.1
+        taskpool.BUSY_SECONDS = taskpool.STORE_CAP_SECONDS = 0.5
+        logging.basicConfig(filename=sys.argv[1] + ".log", format="%(message)s")
+        def hold(job):
+            fd = os.open("lines", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(fd, f"{job.id} {job.attempt}\\n".encode())
+            while not os.path.exists("end"):
+                time.sleep(0.005)
+            return "held"
+        if __name__ == "__main__":
+            with Cluster({"hold": hold}, TaskQueue("tasks.db"), max_available_workers=1, keep_alive="always") as cluster:
+                if sys.argv[1] == "timeout":
+                    print(repr(cluster.submit("hold", timeout=2.0, task_id="t").exception()))
+                cluster.run()
+    """
+
+    def masters(self):
+        """Two masters, one of which runs a task."""
+        queue, masters, script = self.queue(), [], self.script(self.MASTER)
+        queue.add_task("hold", task_id="t")
+        for name in ("first", "second"):
+            masters.append(self.start(script, name, start_new_session=True))
+            eventually(lambda: len(self.beats()) == len(masters) and lines_of(self.folder / "lines"))
+        return queue, masters
+
+    def beats(self):
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            return dict(db.execute("SELECT owner, beat FROM taskpool_master"))
+
+    def check_that_it_runs_once(self, queue, first):
+        """Although the second master looks before the first, which is stopped, can renew."""
+        before = self.beats()
+        eventually(lambda: before != self.beats())
+        os.killpg(first.pid, signal.SIGCONT)
+        eventually(lambda: all(before.get(owner) != beat for owner, beat in self.beats().items()))
+        (self.folder / "end").touch()
+        eventually(lambda: queue.count() == 0)
+        self.assertEqual(lines_of(self.folder / "lines"), ["t 1"])
+        self.assertNotIn("claim was lost", (self.folder / "first.log").read_text())
+
+    @unittest.skipUnless(LINUX, "stops groups of processes")
+    def test_masters_that_were_stopped_together_lose_nothing_to_each_other(self):
+        queue, masters = self.masters()
+        for master in masters:
+            os.killpg(master.pid, signal.SIGSTOP)
+        time.sleep(3.5)
+        os.killpg(masters[1].pid, signal.SIGCONT)
+        self.check_that_it_runs_once(queue, masters[0])
+
+    @unittest.skipUnless(LINUX, "stops a group of processes")
+    def test_masters_that_a_lock_kept_from_writing_lose_nothing_to_each_other(self):
+        queue, masters = self.masters()
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db", isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            time.sleep(3.5)
+            os.killpg(masters[0].pid, signal.SIGSTOP)
+            db.execute("ROLLBACK")
+        self.check_that_it_runs_once(queue, masters[0])
+
+    @unittest.skipUnless(LINUX, "stops a group of processes")
+    def test_time_in_which_the_master_was_stopped_counts_for_no_timeout(self):
+        master = self.start(self.script(self.MASTER), "timeout", start_new_session=True)
+        for _ in range(2):
+            eventually(lambda: lines_of(self.folder / "lines"))
+            os.killpg(master.pid, signal.SIGSTOP)
+            time.sleep(2.5)
+            os.killpg(master.pid, signal.SIGCONT)
+        (self.folder / "end").touch()
+        self.assertEqual(master.stdout.readline(), "None\n")
+        self.assertEqual(lines_of(self.folder / "lines"), ["t 1"])
 
 
 class TestP4WorkerDead(WithCluster):
