@@ -151,6 +151,8 @@ BOOT_CAP_SECONDS = 30.0  # ... up to this.
 STORE_SECONDS = 0.1  # The same for a store that fails...
 STORE_CAP_SECONDS = 5.0  # ... up to this.
 BOOT_TRIES = 5  # Silent deaths of starting workers, in a row, that count as an error.
+BOOT_WARN_SECONDS = 10.0  # A worker that is not ready after this long is told of, and ...
+BOOT_LIMIT_SECONDS = 120.0  # ... killed after this long: an error, too.
 WAIT_SECONDS = 3600.0  # Longest wait of a dispatcher: selectors overflow at 24 days.
 REPORT_SECONDS = 0.1  # Between two reports of job.progress that leave a worker...
 REPORT_STORE_SECONDS = 1.0  # ... and between two that a master stores.
@@ -7048,7 +7050,7 @@ class Cluster(concurrent.futures.Executor):
             self._on_boot_error(message[1])
 
     def _on_ready(self, worker: _WorkerHandle) -> None:
-        worker.ready, worker.since = True, time.monotonic()
+        worker.ready, worker.since, worker.kill_at = True, time.monotonic(), math.inf
         self._boot_error, self._failed_boots, self._boot_after = None, 0, 0.0
         self._look = True
 
@@ -7259,13 +7261,30 @@ class Cluster(concurrent.futures.Executor):
                     slow = head.row.task_type
                     self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.since))
                     head.cost = worker.load = 1.0
-            if worker.kill_at <= now:
+            if not (worker.ready or worker.stopping):
+                self._watch_boot(worker, now)
+            elif worker.kill_at <= now:
                 worker.kill()
             self._look_at_exit(worker, now)
             if len(worker.runs) > 1:
                 self._wake_at(worker.since + SLOW_SECONDS)
-            if head is not None:
-                self._wake_at(head.deadline)
+            if head is not None and head.deadline < math.inf:  # Often, to know when we are late.
+                self._wake_at(min(head.deadline, now + LATE_SECONDS))
+
+    def _watch_boot(self, worker: _WorkerHandle, now: float) -> None:
+        """Warn of a file that does not come to its end in the worker, then give it up."""
+        seconds = now - worker.since
+        text = (
+            f"the worker {worker.pid} is still running your file after {seconds:.0f} s; what is "
+            "for the master alone belongs under `if Cluster.is_master():`"
+        )
+        if worker.kill_at <= now:
+            worker.kill()
+            self._on_failed_boot()
+            self._on_boot_error(TaskPoolError(text))
+        elif seconds >= BOOT_WARN_SECONDS and worker.kill_at == math.inf:
+            worker.kill_at = worker.since + BOOT_LIMIT_SECONDS
+            _log.warning("%s; it is killed after %.0f s", text, BOOT_LIMIT_SECONDS)
 
     def _look_at_exit(self, worker: _WorkerHandle, now: float) -> None:
         """Bury the worker if it ended: by its exit code, as a grandchild may keep its
@@ -7329,9 +7348,14 @@ class Cluster(concurrent.futures.Executor):
             self._on_boot_error(TaskPoolError(text))
 
     def _on_boot_error(self, error: Exception | _Failure) -> None:
-        """The entry file raised in a worker: say so once; fail the Futures that wait."""
+        """A worker could not start: the others go on. If there is none, say so once, and fail
+        the Futures that wait."""
+        text = error.traceback if isinstance(error, _Failure) else str(error)
+        if not all(worker.stopping for worker in self._workers):
+            if self._failed_boots == 1:
+                _log.warning(f"a worker could not start; others go on, or still start: {text}")
+            return
         if self._boot_error is None:
-            text = error.traceback if isinstance(error, _Failure) else str(error)
             _log.error(f"a worker could not start; stored tasks stay waiting: {text}")  # Lines.
         self._boot_error = error
         self._fail_futures(error)
@@ -7374,6 +7398,9 @@ class Cluster(concurrent.futures.Executor):
             if self._boot_after > now:
                 self._wake_at(self._boot_after)
                 break
+            there = [worker for worker in self._workers if not worker.stopping]
+            if self._failed_boots and there and not any(worker.ready for worker in there):
+                break  # Another is starting: if that fails, too, there is none.
             if not self._start_worker():
                 break
             wanted -= 1
