@@ -6733,7 +6733,8 @@ class Cluster(concurrent.futures.Executor):
             self._begin_stop(self._shutdown_timeout)
             return
         now = self.queue._now()
-        self._post(lambda: self._begin_finish(now))
+        interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)  # Inside `with`, say.
+        self._post(lambda: self._begin_finish(now, interrupted))
         if self._is_at_work() or any(thread.is_current() for thread in self._event_threads()):
             return
         try:
@@ -7801,8 +7802,16 @@ class Cluster(concurrent.futures.Executor):
         run.end(Outcome(run.row.id, run.row.claim, "removed"))
         self._settle(run)
 
-    def _begin_finish(self, until: int) -> None:
+    def _begin_finish(self, until: int, interrupted: bool = False) -> None:
         if self._mode == "running":
+            runs = sum(len(worker.runs) for worker in self._workers)
+            if runs or self._futures or self._upcoming != []:
+                # Who pressed Ctrl-C inside `with` is to see why nothing happens.
+                (_log.warning if interrupted else _log.info)(
+                    "shutting down: %d task(s) run, and what is due by now is still done; "
+                    "Ctrl-C (again) starts nothing more and gives running tasks %.1f s",
+                    *(runs, self._shutdown_timeout),
+                )
             self._mode, self._until, self._look = "finishing", until, True
             self._failing_since = time.monotonic()  # A store that is away has its time, too.
             self._upcoming = None if not self._in_memory_only else []

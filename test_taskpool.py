@@ -7052,6 +7052,146 @@ def chaos(job):
 
 
 @unittest.skipUnless(LINUX, "finds the victims in /proc")
+class Failing(SQLiteStore):
+    """A store of which the next call of the method *fails* fails; or, while `away`, every call."""
+
+    fails, away = "", None
+
+    def __getattribute__(self, name):
+        method = super().__getattribute__(name)
+        if name not in ("claim", "find", "foreign", "next_due", "recover", "renew", "settle", "leave"):
+            return method
+
+        def call(*arguments):
+            if self.fails == name:
+                self.fails = ""
+                raise StoreError(f"{name} failed")
+            if self.away is not None:
+                self.away.append(name)
+                time.sleep(0.2)
+                raise StoreError("away")
+            return method(*arguments)
+
+        return call
+
+
+class TestPassingFailures(InFolder):
+    """A failure that passes is not the end, and a wait ends, or says what it is for."""
+
+    def failing(self, transactions=True):
+        store = Failing(self.folder / "tasks.db")
+        if not transactions:
+            store.transaction = contextlib.nullcontext  # As a store of the user's own.
+        return store, TaskQueue(store)
+
+    def test_one_failure_of_the_store_while_it_shuts_down_or_drains_changes_nothing(self):
+        for how in ("shutdown", "drain"):
+            for method in ("claim", "find", "next_due", "recover", "renew", "foreign"):
+                with self.subTest(f"{method} fails in {how}"):
+                    store, queue = self.failing()
+                    cluster = self.cluster({"echo": echo}, queue)
+                    futures = [cluster.submit("echo", i) for i in range(5)]
+                    cluster._next_watch = cluster._next_renew = cluster._next_foreign = 0.0
+                    cluster._check_futures, store.fails = True, method
+                    self.assertTrue(getattr(cluster, how)() in (None, True))
+                    self.assertEqual([future.result(0) for future in futures], list(range(5)))
+                    self.end(cluster)
+
+    def test_a_failure_after_the_end_of_a_run_was_recorded_does_not_undo_that(self):
+        """Where the store has no transactions."""
+        store, queue = self.failing(transactions=False)
+        cluster = self.cluster({"hold": hold_and_fail}, queue)
+        future = cluster.submit("hold", str(self.folder / "hold"), retries=1, retry_delay=0.0)
+        eventually((self.folder / "hold.started").exists)
+        with self.assertLogs("taskpool", "WARNING") as logs:
+            store.fails = "find"
+            (self.folder / "hold.end").touch()
+            self.assertIsInstance(future.exception(PATIENCE), OSError)
+        self.assertNotIn("claim was lost", "".join(logs.output))
+
+    def test_a_store_that_is_away_is_asked_once_at_a_time_and_given_up_at_shutdown(self):
+        store, queue = self.failing()
+        with mock.patch.multiple(taskpool, WATCH_SECONDS=0.01, RENEW_SECONDS=0.01):
+            cluster = self.cluster({"hold": hold}, queue, refresh_rate=1, shutdown_timeout=0.1, max_available_workers=1)
+            run, waits = (cluster.submit("hold", str(self.folder / "hold"), priority=i) for i in (2, 1))
+            other = cluster.submit("hold", due_date=timedelta(hours=1))
+            eventually((self.folder / "hold.started").exists)
+            with self.assertLogs("taskpool", "ERROR") as logs:
+                store.away = []
+                (self.folder / "hold.end").touch()
+                for _ in range(3):
+                    asked = len(store.away)
+                    eventually(lambda asked=asked: len(store.away) > asked)
+                    self.assertLessEqual(cluster._store_thread._calls.qsize(), 1)
+                del store.away[:]
+                cluster.shutdown()
+                calls = [name for name in store.away if name != "leave"]
+        self.assertLessEqual(len(calls), 1)
+        self.assertRegex(str(run.exception(PATIENCE)), "did not come back")
+        eventually(lambda: waits.done() and other.done())
+        self.assertIn("did not come back: 2 submitted task(s) stay waiting", "".join(logs.output))
+        store.away = None
+        self.assertEqual(queue.count(), 3)
+
+    BOOT = """
+        import logging, os, signal, sys, time, taskpool
+        from taskpool import Cluster, TaskQueue
+        logging.basicConfig(format="%(message)s")
+        def nap(job):
+            time.sleep(0.02)
+            return job.data
+        if not Cluster.is_master():
+            try:
+                os.close(os.open("first", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                {second}
+        if __name__ == "__main__":
+            taskpool.BOOT_WARN_SECONDS, taskpool.BOOT_LIMIT_SECONDS = 0.2, 0.6
+            with Cluster({{"nap": nap}}, TaskQueue("tasks.db"), max_available_workers=2, oversubscribe=True) as cluster:
+                futures = [cluster.submit("nap", i) for i in range(50)]
+                while len(cluster.workers()) < 2 and not futures[-1].done(): time.sleep(0.001)
+            print(*[future.exception() or future.result() for future in futures])
+    """
+
+    def test_workers_go_on_where_another_cannot_start(self):
+        for second in ("raise ImportError('no')", "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(3600)"):
+            with self.subTest(second):
+                out = self.run_script(self.BOOT.format(second=second))
+                self.assertEqual(out.split(), [str(i) for i in range(50)], self.stderr)
+                os.remove(self.folder / "first")
+        cluster = self.cluster({"hold": hold, "echo": echo})
+        held = cluster.submit("hold", str(self.folder / "hold"))
+        eventually(lambda: (self.folder / "hold.started").exists() and len(cluster.workers()) == 1)
+        with mock.patch("taskpool._start_process", side_effect=OSError(24, "Too many open files")):
+            futures = [cluster.submit("echo", i) for i in range(5)]
+            eventually(lambda: cluster._failed_boots > taskpool.BOOT_TRIES)
+            (self.folder / "hold.end").touch()
+            self.assertEqual([future.result(PATIENCE) for future in futures], list(range(5)))
+        self.assertEqual(held.result(), "held")
+
+    def test_a_file_that_does_not_come_to_its_end_in_a_worker_is_told_of_and_given_up(self):
+        (self.folder / "first").touch()
+        out = self.run_script(self.BOOT.format(second="time.sleep(3600)"))
+        self.assertEqual(out.count("is still running your file after"), 50)
+        self.assertIn("it is killed after 1 s", self.stderr)
+        self.assertEqual(self.queue().count(), 0)
+
+    @unittest.skipUnless(LINUX, "sends signals")
+    def test_ctrl_c_inside_with_says_what_is_waited_for(self):
+        source = TestEnds.SERVER.replace("level=logging.INFO", "level=logging.WARNING").replace(
+            "cluster.run()", 'f = cluster.submit("hold", task_id="0")\n            with cluster: f.result()')
+        log = self.folder / "log"
+        with open(log, "w") as file:
+            process = self.start(self.script(source), 5, stderr=file)
+        eventually((self.folder / "started0").exists)
+        process.send_signal(signal.SIGINT)
+        eventually(lambda: "1 task(s) run" in log.read_text())
+        self.assertIn("Ctrl-C (again) starts nothing more and gives running tasks 5.0 s", log.read_text())
+        (self.folder / "end").touch()
+        process.communicate(timeout=PATIENCE)
+        self.assertEqual(self.queue().count(), 0)
+
+
 class TestKillAnythingAnyTime(InFolder):
     """P1-P4: random workers and masters get SIGKILL, and every task ends as promised.
 
