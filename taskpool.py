@@ -7669,7 +7669,7 @@ class Cluster(concurrent.futures.Executor):
 
     def _watch_masters(self, now: float) -> None:
         """Tell the others that this master lives, then look for those that died."""
-        if self._store_busy:
+        if self._store_busy or self._store_retry > now:
             return
         if self._next_watch > now:
             self._wake_at(self._next_watch)

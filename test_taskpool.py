@@ -7146,7 +7146,7 @@ class TestPassingFailures(InFolder):
             except FileExistsError:
                 {second}
         if __name__ == "__main__":
-            taskpool.BOOT_WARN_SECONDS, taskpool.BOOT_LIMIT_SECONDS = 0.2, 0.6
+            taskpool.BOOT_WARN_SECONDS, taskpool.BOOT_LIMIT_SECONDS = 0.2, float(sys.argv[1])
             with Cluster({{"nap": nap}}, TaskQueue("tasks.db"), max_available_workers=2, oversubscribe=True) as cluster:
                 futures = [cluster.submit("nap", i) for i in range(50)]
                 while len(cluster.workers()) < 2 and not futures[-1].done(): time.sleep(0.001)
@@ -7156,13 +7156,19 @@ class TestPassingFailures(InFolder):
     def test_workers_go_on_where_another_cannot_start(self):
         for second in ("raise ImportError('no')", "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(3600)"):
             with self.subTest(second):
-                out = self.run_script(self.BOOT.format(second=second))
+                out = self.run_script(self.BOOT.format(second=second), PATIENCE)
                 self.assertEqual(out.split(), [str(i) for i in range(50)], self.stderr)
                 os.remove(self.folder / "first")
-        cluster = self.cluster({"hold": hold, "echo": echo})
-        held = cluster.submit("hold", str(self.folder / "hold"))
-        eventually(lambda: (self.folder / "hold.started").exists() and len(cluster.workers()) == 1)
-        with mock.patch("taskpool._start_process", side_effect=OSError(24, "Too many open files")):
+        start, starts = taskpool._start_process, itertools.count()
+
+        def start_one(process):
+            if next(starts):
+                raise OSError(24, "Too many open files")
+            start(process)
+
+        with mock.patch("taskpool._start_process", start_one):
+            cluster = self.cluster({"hold": hold, "echo": echo})
+            held = cluster.submit("hold", str(self.folder / "hold"))
             futures = [cluster.submit("echo", i) for i in range(5)]
             eventually(lambda: cluster._failed_boots > taskpool.BOOT_TRIES)
             (self.folder / "hold.end").touch()
@@ -7171,7 +7177,7 @@ class TestPassingFailures(InFolder):
 
     def test_a_file_that_does_not_come_to_its_end_in_a_worker_is_told_of_and_given_up(self):
         (self.folder / "first").touch()
-        out = self.run_script(self.BOOT.format(second="time.sleep(3600)"))
+        out = self.run_script(self.BOOT.format(second="time.sleep(3600)"), 0.6)
         self.assertEqual(out.count("is still running your file after"), 50)
         self.assertIn("it is killed after 1 s", self.stderr)
         self.assertEqual(self.queue().count(), 0)
