@@ -8305,7 +8305,7 @@ class TestStoresUnderPressure(InFolder):
             for _ in range(20):
                 acknowledged.append(process.stdout.readline().strip())
             process.send_signal(number)
-            acknowledged += process.communicate()[0].split()
+            acknowledged += process.communicate(timeout=PATIENCE)[0].split()
         stored = {task.id: task.data for task in self.queue().find()}
         self.assertLessEqual(set(acknowledged), set(stored))
         self.assertTrue(all(data == ["y" * 2000, int(i)] for i, data in stored.items()))
