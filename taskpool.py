@@ -7929,32 +7929,28 @@ OK, FAILURE, USAGE = 0, 1, 2  # Exit codes; argparse exits with 2 itself.
 
 
 # --- Demo ----------------------------------------------------------------------------
-# `python taskpool.py --demo`: the promises on real work, each part with its own code.
+# `python taskpool.py --demo`: the promises on real work.
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 def _demo_files() -> list[str]:
     """The .py files of this Python's standard library, the largest first."""
-    library = os.path.dirname(os.__file__)
     files = []
-    for folder, folders, names in os.walk(library):
+    for folder, folders, names in os.walk(os.path.dirname(os.__file__)):
         folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
         files += [os.path.join(folder, name) for name in names if name.endswith(".py")]
     return sorted(files, key=lambda file: (-os.path.getsize(file), file))
 
 
-def _demo_parse(job: Task) -> dict[str, Any]:
-    """Parse one file: its lines, functions, and longest function."""
+def _demo_parse(job: Task) -> list[int]:
+    """Parse one file, and count its lines and functions."""
     import ast
 
     with open(job.data, "rb") as file:
         source = file.read()
-    nodes = ast.walk(ast.parse(source))
-    functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    sizes = [(cast(int, n.end_lineno) - n.lineno + 1, n.name) for n in functions]
-    longest = list(max(sizes, default=(0, "")))
-    return {"lines": source.count(b"\n"), "functions": len(sizes), "longest": longest}
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [source.count(b"\n"), sum(isinstance(n, kinds) for n in ast.walk(ast.parse(source)))]
 
 
 async def _demo_sleep(job: Task) -> list[int]:
@@ -7974,10 +7970,6 @@ def _demo_talk(job: Task, toggle_ipc: Callable[..., Future[Any]]) -> Future[Any]
         ),
         lambda send: send({"status": 2, "data": "master, do you hear me?"}),
     )
-
-
-def _demo_broker(respond: Callable[[Any], None], message: dict[str, Any]) -> None:
-    respond(f"{message['data']} yes")
 
 
 def _demo_flaky(job: Task) -> int:
@@ -8018,154 +8010,81 @@ def _demo_doomed_master(path: str) -> None:
         cluster.drain()
 
 
-class _Demo:
-    """One run of the demo: its queue and cluster, and what went wrong."""
+# The parts of the demo. Each returns whether it came out as promised, and what happened.
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.broken: list[str] = []
-        self.ended: collections.Counter[str] = collections.Counter()
-        self.parsed: dict[str, dict[str, Any]] = {}
-        self.order: list[str] = []
-        self.seconds = 0.0
-        self.files = _demo_files()
-        self.urgent = self.files[-6:]
-        self.queue = TaskQueue(os.path.join(folder, "demo.db"))
-        for event in ("done", "error"):
-            self.queue.add_event_listener(event, self.listen)
-        self.cluster = Cluster(
-            _DEMO_MAP, self.queue, keep_alive="always", message_broker=_demo_broker,
-            auto_initialize=False,
-        )  # fmt: skip
 
-    def part(self, play: Callable[[], tuple[bool, str]]) -> None:
-        """Show the code of one part, run it, and show what came of it."""
-        import inspect
-        import textwrap
+def _part_parse(cluster: Cluster, folder: str) -> tuple[bool, str]:
+    """1. Parse the standard library: stored tasks, and urgent ones in memory first"""
+    files, started, parsed = _demo_files(), time.monotonic(), list[tuple[str, list[int]]]()
+    cluster.queue.add_event_listener("done", lambda counts, task: parsed.append((task.data, counts)))
+    cluster.queue.add_tasks({"task_type": "parse", "data": file} for file in files[:-6])
+    for rank, file in enumerate(files[-6:]):
+        cluster.queue.add_task("parse", file, priority=rank, in_memory=True)
+    cluster.initialize()
+    for quarter in (1, 2, 3, 4):
+        while len(parsed) * 4 < len(files) * quarter:
+            time.sleep(0.02)
+        print(f"  {len(parsed):,} of {len(files):,} files", flush=True)
+    cluster.drain()
+    cluster.queue.remove_event_listener("done")
+    seconds = time.monotonic() - started
+    lines, functions = map(sum, zip(*(counts for _, counts in parsed)))
+    urgent = {file for file, _ in parsed[:6]} == set(files[-6:])
+    good = urgent and len(parsed) == len(files) and not cluster.queue.count()
+    return good, f"{lines:,} lines, {functions:,} functions in {seconds:.1f} s; urgent first: {urgent}"
 
-        lines = textwrap.dedent(inspect.getsource(play)).splitlines()
-        print(f"\n{play.__doc__}\n")
-        print("\n".join(f"    {line[4:]}" for line in lines[2:]), flush=True)
-        try:
-            good, result = play()
-        except Exception as error:
-            good, result = False, f"{type(error).__name__}: {error}"
-        print(f"\n  {'->' if good else 'BROKEN:'} {result}", flush=True)
-        if not good:
-            self.broken.append(cast(str, play.__doc__))
 
-    def listen(self, value: Any, task: Task) -> None:
-        self.ended["failed" if isinstance(value, Exception) else "done"] += 1
-        if task.task_type == "parse":
-            self.order.append(task.data)
-            if isinstance(value, dict):
-                self.parsed[task.data] = value
+def _part_clock(cluster: Cluster, folder: str) -> tuple[bool, str]:
+    """2. A task due in a second starts on time; an asyncio task runs meanwhile"""
+    clock = cluster.submit("clock", due_date=timedelta(seconds=1))
+    numbers = cluster.submit("sleep", 5).result()
+    late = clock.result() - clock.task.due_date.timestamp()
+    return 0 <= late < 0.5 and numbers == [0, 1, 2, 3, 4], f"{numbers}, {late * 1000:.1f} ms late"
 
-    def watch(self, total: int) -> None:
-        """Progress, until so many files are parsed: one line on a terminal, else a few."""
-        live, shown = sys.stdout.isatty(), 0
-        while len(self.order) < total:
-            time.sleep(0.05)
-            count = len(self.order)
-            if live:
-                bar = "#" * (30 * count // total)
-                print(f"\r  [{bar:<30}] {count} of {total} files", end="", flush=True)
-            elif count * 4 // total > shown:
-                shown = count * 4 // total
-                print(f"  {count} of {total} files", flush=True)
-        if live:
-            print("\r" + " " * 60 + "\r", end="")
 
-    def play(self) -> None:
-        """All parts. The methods below are printed as they run."""
-        for play in (self.parse, self.sleep, self.talk, self.flaky, self.kill, self.restart):
-            self.part(play)
-        self.cluster.shutdown()
-        self.queue.close()
+def _part_talk(cluster: Cluster, folder: str) -> tuple[bool, str]:
+    """3. A conversation: the task asks the master, and asks again in the answer"""
+    answers = cluster.submit("talk").result()
+    return answers[1] == "and nested? yes", repr(answers)
 
-    def parse(self) -> tuple[bool, str]:
-        """1. Parse the standard library: stored tasks, and urgent ones in memory first"""
-        self.queue.add_tasks({"task_type": "parse", "data": file} for file in self.files[:-6])
-        for rank, file in enumerate(self.urgent):
-            self.queue.add_task("parse", file, priority=rank, in_memory=True)
-        started = time.monotonic()
-        self.cluster.initialize()
-        self.watch(len(self.files))
-        self.cluster.drain()
-        self.seconds = time.monotonic() - started
-        first = sorted(self.order[:6]) == sorted(self.urgent)
-        good = first and len(self.parsed) == len(self.files) and not self.queue.count()
-        return good, f"{len(self.parsed)} files; urgent first: {first}"
 
-    def sleep(self) -> tuple[bool, str]:
-        """2. A task due in a second starts on time; an asyncio task runs meanwhile"""
-        clock = self.cluster.submit("clock", due_date=timedelta(seconds=1))
-        numbers = self.cluster.submit("sleep", 5).result()
-        due = clock.task.due_date.timestamp()
-        late = clock.result() - due
-        good = 0 <= late < 0.5 and numbers == [0, 1, 2, 3, 4]
-        return good, f"{numbers}, {late * 1000:.1f} ms late"
+def _part_flaky(cluster: Cluster, folder: str) -> tuple[bool, str]:
+    """4. A task that fails twice and then succeeds"""
+    attempt = cluster.submit("flaky", retries=2, retry_delay=0.1).result()
+    return attempt == 3, f"attempt {attempt} succeeded"
 
-    def talk(self) -> tuple[bool, str]:
-        """3. A conversation: the task asks the master, and asks again in the answer"""
-        answers = self.cluster.submit("talk").result()
-        return answers[1] == "and nested? yes", repr(answers)
 
-    def flaky(self) -> tuple[bool, str]:
-        """4. A task that fails twice and then succeeds"""
-        attempt = self.cluster.submit("flaky", retries=2, retry_delay=0.1).result()
-        return attempt == 3, f"attempt {attempt} succeeded"
+def _part_kill(cluster: Cluster, folder: str) -> tuple[bool, str]:
+    """5. A task over its timeout is killed; one kills its own worker; others go on"""
+    spin, suicide = cluster.submit("spin", timeout=0.5), cluster.submit("suicide")
+    neighbours = list(cluster.map("parse", _demo_files()[-20:]))
+    errors = spin.exception(), suicide.exception()
+    good = isinstance(errors[0], TaskTimeout) and isinstance(errors[1], WorkerDied)
+    return good and len(neighbours) == 20, f"{errors[0]}; {errors[1]}; 20 neighbours done"
 
-    def kill(self) -> tuple[bool, str]:
-        """5. A task over its timeout is killed; one kills its own worker; others go on"""
-        spin = self.cluster.submit("spin", timeout=0.5)
-        suicide = self.cluster.submit("suicide")
-        neighbours = list(self.cluster.map("parse", self.files[-20:]))
-        errors = spin.exception(), suicide.exception()
-        good = isinstance(errors[0], TaskTimeout) and isinstance(errors[1], WorkerDied)
-        return good and len(neighbours) == 20, f"{errors[0]}; {errors[1]}; 20 neighbours done"
 
-    def restart(self) -> tuple[bool, str]:
-        """6. A second master is killed with SIGKILL in mid-work; a third finishes its tasks"""
-        path = os.path.join(self.folder, "restart.db")
-        notes = os.path.join(self.folder, "notes")
-        with TaskQueue(path) as second:
-            tasks = second.add_tasks({"task_type": "note", "data": notes} for _ in range(40))
-            doomed = multiprocessing.get_context("spawn").Process(
-                target=_demo_doomed_master, args=(path,)
-            )
-            doomed.start()
-            while doomed.is_alive() and len(_read_text(notes).split()) < 10:
-                time.sleep(0.005)
-            doomed.kill()
-            doomed.join()
-            left = second.count()
-            with Cluster(_DEMO_MAP, second) as third:
-                third.drain()
-            ran = _read_text(notes).split()
-            twice = len(ran) - len(set(ran))
-            good = set(ran) == {task.id for task in tasks} and left > 0 and not second.count()
-            good = good and twice <= 2
-            return good, f"{left} of 40 were left, all ran in the end, {twice} of them twice"
+def _part_restart(cluster: Cluster, folder: str) -> tuple[bool, str]:
+    """6. A second master is killed with SIGKILL in mid-work; a third finishes its tasks"""
+    path, notes = os.path.join(folder, "restart.db"), os.path.join(folder, "notes")
+    spawn = multiprocessing.get_context("spawn")
+    with TaskQueue(path) as queue:
+        tasks = queue.add_tasks({"task_type": "note", "data": notes} for _ in range(40))
+        doomed = spawn.Process(target=_demo_doomed_master, args=(path,))
+        doomed.start()
+        while doomed.is_alive() and len(_read_text(notes).split()) < 10:
+            time.sleep(0.005)
+        doomed.kill()
+        doomed.join()
+        left = queue.count()
+        with Cluster(_DEMO_MAP, queue) as third:
+            third.drain()
+        ran = _read_text(notes).split()
+        good = set(ran) == {task.id for task in tasks} and left > 0 and not queue.count()
+    twice = len(ran) - len(set(ran))
+    return good and twice <= 2, f"{left} of 40 were left, all ran in the end, {twice} of them twice"
 
-    def table(self) -> None:
-        """What it came to."""
-        lines = {file: parsed["lines"] for file, parsed in self.parsed.items()}
-        largest = max(lines, key=lambda file: lines[file], default="")
-        sizes = [(*parsed["longest"], file) for file, parsed in self.parsed.items()]
-        size, function, file = max(sizes, default=(0, "", ""))
-        rows = [
-            ("tasks done", f"{self.ended['done']:,}"),
-            ("failed attempts (all intended)", f"{self.ended['failed']:,}"),
-            ("files parsed", f"{len(lines):,}, {sum(lines.values()):,} lines"),
-            ("functions", f"{sum(p['functions'] for p in self.parsed.values()):,}"),
-            ("parsed per second", f"{len(lines) / max(self.seconds, 1e-9):,.0f} files"),
-            ("largest file", f"{os.path.basename(largest)}, {lines.get(largest, 0):,} lines"),
-            ("longest function", f"{function} in {os.path.basename(file)}, {size:,} lines"),
-        ]
-        print()
-        for name, value in rows:
-            print(f"  {name:<32} {value}")
+
+_PARTS = (_part_parse, _part_clock, _part_talk, _part_flaky, _part_kill, _part_restart)
 
 
 def _demo() -> int:
@@ -8173,19 +8092,31 @@ def _demo() -> int:
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="  log: %(message)s")
     print(f"taskpool {__version__}, Python {sys.version.split()[0]}, {_usable_cpus()} CPUs")
+    broken = []
     with tempfile.TemporaryDirectory(prefix="taskpool-demo-") as folder:
-        demo = _Demo(folder)
-        demo.play()
-        demo.table()
-    if demo.broken:
-        print("\nNOT as promised:", *demo.broken, sep="\n  ")
+        queue = TaskQueue(os.path.join(folder, "demo.db"))
+        with queue, Cluster(
+            _DEMO_MAP, queue, keep_alive="always", auto_initialize=False,
+            message_broker=lambda respond, message: respond(f"{message['data']} yes"),
+        ) as cluster:  # fmt: skip
+            for part in _PARTS:
+                print(f"\n{part.__doc__}", flush=True)
+                try:
+                    good, result = part(cluster, folder)
+                except Exception as error:
+                    good, result = False, f"{type(error).__name__}: {error}"
+                print(f"  {'->' if good else 'BROKEN:'} {result}", flush=True)
+                broken += [] if good else [part.__doc__]
+    if broken:
+        print("\nNOT as promised:", *broken, sep="\n  ")
         return FAILURE
     print("\nAll parts came out as promised.")
     return OK
 
 
 # --- Bench ---------------------------------------------------------------------------
-# `python taskpool.py bench`: what this machine does. .ci/bench.py runs peers beside it.
+# `python taskpool.py bench`: what this machine does. .ci/bench.py runs peers beside it,
+# and measures memory and long queues.
 
 
 def _bench_nothing(job: Task) -> None:
@@ -8200,95 +8131,44 @@ def _bench_late(job: Task) -> float:
 _BENCH_MAP: dict[str, TaskFunction] = {"nothing": _bench_nothing, "late": _bench_late}
 
 
-def _seconds(work: Callable[[], Any]) -> float:
+def _rate(count: int, work: Callable[[], Any]) -> str:
     started = time.perf_counter()
     work()
-    return time.perf_counter() - started
+    return f"{count / (time.perf_counter() - started):,.0f} a second"
 
 
-def _median(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
-
-
-def _resident_bytes() -> int:
-    """The memory of this process; 0 where /proc does not tell."""
-    pages = _read_text("/proc/self/statm").split()
-    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
-
-
-def _bench_claims(path: str, waiting: int) -> float:
-    """Seconds for claim and settle of one task while so many others wait. (Median)"""
-    store, now = SQLiteStore(path), time.time_ns() // 1000
-
-    def add(count: int, task_type: str) -> None:
-        for start in range(0, count, 10_000):
-            part = range(start, min(start + 10_000, count))
-            store.add([_make_row(now, task_type) for _ in part], now)
-
-    def claim_and_settle() -> None:
-        (row,) = store.claim("bench", ["nothing"], 1, now)
-        store.settle("bench", [Outcome(row.id, row.claim, "done")], now)
-
-    for task_type in ("nothing", "foreign"):
-        add(waiting // 2, task_type)
-    add(1000, "nothing")
-    seconds = _median(_seconds(claim_and_settle) for _ in range(1000))
-    store.close()
-    return seconds
-
-
-def _bench_latency(cluster: Cluster, in_memory: bool) -> float:
-    def once() -> float:
-        time.sleep(0.002)  # An idle cluster, not a busy one.
-        return cast(float, cluster.submit("late", time.time(), in_memory=in_memory).result())
-
-    return _median(once() for _ in range(200))
-
-
-def _bench_lines(folder: str, scale: float = 1.0) -> Iterator[tuple[str, str]]:
-    """What was measured, and the number, as they come. *scale*: of the numbers of tasks."""
-    queue = TaskQueue(os.path.join(folder, "bench.db"))
+def _bench_lines(folder: str, count: int = 50_000) -> Iterator[tuple[str, str]]:
+    """What was measured, and the number, as they come; *count*: of tasks."""
+    queue, few = TaskQueue(os.path.join(folder, "bench.db")), count // 10
     cluster = Cluster(_BENCH_MAP, queue, keep_alive="always", auto_initialize=False)
-    few, many, most = (int(count * scale) for count in (5_000, 50_000, 200_000))
 
-    def add(count: int, in_memory: bool) -> None:
-        for _ in range(count):
+    def add(number: int, in_memory: bool) -> None:
+        for _ in range(number):
             queue.add_task("nothing", in_memory=in_memory)
 
     def submit() -> None:
-        for future in [cluster.submit("nothing", in_memory=True) for _ in range(many // 2)]:
+        for future in [cluster.submit("nothing", in_memory=True) for _ in range(count)]:
             future.result()
 
-    def begin() -> None:
-        with Cluster(_BENCH_MAP, queue, in_memory_only=True) as fresh:
-            fresh.submit("nothing").result()
+    def late(in_memory: bool) -> float:
+        time.sleep(0.002)  # An idle cluster, not a busy one.
+        return cast(float, cluster.submit("late", time.time(), in_memory=in_memory).result())
 
-    before = _resident_bytes()
-    yield "add_task in memory", f"{most / _seconds(lambda: add(most, True)):,.0f} a second"
-    if before:
-        yield "a waiting task in memory", f"{(_resident_bytes() - before) / most:,.0f} bytes"
+    yield "add_task in memory", _rate(count, lambda: add(count, True))
     queue.in_memory.remove(state="waiting")
-    yield "add_task", f"{few / _seconds(lambda: add(few, False)):,.0f} a second"
-    dicts = [{"task_type": "nothing"}] * many
-    yield "add_tasks", f"{many / _seconds(lambda: queue.add_tasks(dicts)):,.0f} a second"
+    yield "add_task", _rate(few, lambda: add(few, False))
+    dicts = [{"task_type": "nothing"}] * count
+    yield "add_tasks", _rate(count, lambda: queue.add_tasks(dicts))
     cluster.initialize()
-    left = few + many
-    while left > 0.98 * (few + many):  # Workers start first.
-        begun, before, left = time.perf_counter(), left, queue.count()
-    cluster.drain()
-    yield "stored tasks run", f"{before / (time.perf_counter() - begun):,.0f} a second"
-    rate = _median(many // 2 / _seconds(submit) for _ in range(3))
-    yield "submit to result, in memory", f"{rate:,.0f} a second"
+    while queue.count() == count + few:  # Workers start first.
+        time.sleep(0.001)
+    yield "stored tasks run", _rate(queue.count(), cluster.drain)
+    yield "submit to result, in memory", _rate(count, submit)
     for in_memory, what in ((False, "stored"), (True, "in memory")):
-        ms = _bench_latency(cluster, in_memory) * 1000
-        yield f"until an idle worker starts, {what}", f"{ms:.2f} ms"
+        median = sorted(late(in_memory) for _ in range(200))[100]
+        yield f"until an idle worker starts, {what}", f"{median * 1000:.2f} ms"
     cluster.shutdown()
-    yield "start and end of a cluster", f"{_seconds(begin) * 1000:,.0f} ms"
     queue.close()
-    for waiting in (int(count * scale) for count in (1_000, 100_000, 1_000_000)):
-        us = _bench_claims(os.path.join(folder, f"{waiting}.db"), waiting) * 1e6
-        yield f"claim and settle, {waiting:,} waiting", f"{us:,.0f} us"
 
 
 def _bench() -> int:

@@ -142,6 +142,38 @@ def measure_taskpool() -> dict[str, float]:
     return found
 
 
+def claims(path: str, waiting: int) -> float:
+    """Microseconds for claim and settle of one task while so many others wait. (Median)"""
+    from taskpool import Outcome, SQLiteStore, _make_row
+
+    store, now, found = SQLiteStore(path), time.time_ns() // 1000, []
+    for task_type, count in (("nothing", waiting // 2), ("foreign", waiting // 2), ("nothing", 1000)):
+        for start in range(0, count, 10_000):
+            part = range(start, min(start + 10_000, count))
+            store.add([_make_row(now, task_type) for _ in part], now)
+    for _ in range(1000):
+        started = time.perf_counter()
+        (row,) = store.claim("bench", ["nothing"], 1, now)
+        store.settle("bench", [Outcome(row.id, row.claim, "done")], now)
+        found.append(1e6 * (time.perf_counter() - started))
+    store.close()
+    return statistics.median(found)
+
+
+def measure_depth() -> dict[str, float]:
+    """What many waiting tasks cost."""
+    from taskpool import TaskQueue
+
+    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096  # noqa: E731, SIM115
+    queue, before = TaskQueue("memory.db"), resident()
+    for _ in range(MANY * 4):
+        queue.add_task("nothing", in_memory=True)
+    found = {"bytes": (resident() - before) / (MANY * 4)}
+    for waiting in (1_000, 100_000, 1_000_000):
+        found[f"{waiting} waiting"] = claims(f"{waiting}.db", waiting)
+    return found
+
+
 def measure_store(source: str, name: str) -> dict[str, float]:
     """A peer with a SQLite file and a worker program of its own."""
     with open(f"{name}_app.py", "w") as file:
@@ -184,6 +216,7 @@ MEASURES: dict[str, Callable[[], dict[str, float]]] = {
     "ProcessPoolExecutor": measure_executor,
     "SqliteHuey, fsync off": lambda: measure_store(HUEY, "huey"),
     "tinyjobs": lambda: measure_store(TINYJOBS, "tinyjobs"),
+    "taskpool, many waiting": measure_depth,
 }
 WHAT = {
     "memory": "in memory, submit to result, tasks/s",
@@ -193,6 +226,10 @@ WHAT = {
     "add many": "added by add_tasks (by the others one by one), tasks/s",
     "latency in memory": "until an idle worker starts, in memory, ms",
     "latency stored": "until an idle worker starts, stored (by the other in memory), ms",
+    "bytes": "memory of a waiting task in memory, bytes",
+    "1000 waiting": "claim and settle one of 1,000 waiting, us",
+    "100000 waiting": "claim and settle one of 100,000 waiting, us",
+    "1000000 waiting": "claim and settle one of 1,000,000 waiting, us",
 }
 
 
@@ -226,10 +263,10 @@ def main(rounds: int) -> None:
         for name, all_ in found.items():
             theirs = [one.get(key) for one in all_]
             ratios = [a / b for a, b in zip(ours, theirs) if a and b]
-            if ratios:
+            if any(theirs):
                 median = statistics.median(value for value in theirs if value)
-                ratio = statistics.median(ratios)
-                print(f"  {name:<24} {median:>12,.2f}   taskpool / this {ratio:.2f}")
+                ratio = f"   taskpool / this {statistics.median(ratios):.2f}" if ratios else ""
+                print(f"  {name:<24} {median:>12,.2f}{ratio}")
 
 
 if __name__ == "__main__":
