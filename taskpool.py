@@ -870,19 +870,10 @@ _id_numbers = itertools.count()
 
 
 def _new_id(now: int) -> str:
-    """A fresh id. It begins with a number, even, that grows: _id_number() reads it."""
+    """A fresh id; ids grow with time, which keeps an index on them compact."""
     # Nothing random here: a system call lets go of the GIL, which costs more than all
     # the rest of submit() while the dispatcher is busy.
-    count = next(_id_numbers)
-    return "%016xt%s%x" % ((now << 11) + 2 * count, _nonce, count)  # noqa: UP031 - Faster.
-
-
-def _id_number(task_id: str) -> int:
-    """The number in an id that _new_id drew; 0 for others."""
-    try:
-        return int(task_id[:16], 16) & MAX_INT if task_id[16:17] == "t" else 0
-    except ValueError:
-        return 0
+    return "%014x%s%x" % (now, _nonce, next(_id_numbers))  # noqa: UP031 - Faster.
 
 
 def _shown(value: Any) -> str:
@@ -1090,7 +1081,6 @@ def _make_row(
         task_id = f"inMemory_{_new_id(now)}" if in_memory else _new_id(now)
     else:
         _checked_text("task_id", task_id)
-        next(_id_numbers)  # So that its seq comes before that of the next fresh id.
     if if_exists not in _IF_EXISTS:
         _checked_choice("if_exists", if_exists, _IF_EXISTS)
     if retries != 0 or type(retries) is not int:
@@ -2107,27 +2097,18 @@ _LIST = ", ".join(_COLUMNS)
 _ATTEMPT, _CLAIM_NUMBER = _COLUMNS.index("attempt"), _COLUMNS.index("claim")
 _IGNORED = "SQLite ignored the change; does the table have a trigger?"
 
-SCHEMA_VERSION = 2  # Counts changes of what follows; see SQLiteStore._make_schema.
-# An index on all ids would cost a quarter of add(). A fresh id tells its row: seq is its
-# _id_number(). The others have odd ones, and an index. Both grow in order of insertion.
-_TASK_TABLE = """
+SCHEMA_VERSION = 3  # Counts changes of what follows; see SQLiteStore._make_schema.
+_SCHEMA = """
 CREATE TABLE IF NOT EXISTS taskpool_task (
-    seq INTEGER PRIMARY KEY,
-    id TEXT NOT NULL, task_type TEXT NOT NULL, data TEXT NOT NULL,
+    seq INTEGER PRIMARY KEY,  -- Grows in the order of insertion.
+    id TEXT NOT NULL UNIQUE, task_type TEXT NOT NULL, data TEXT NOT NULL,
     priority INTEGER NOT NULL, created_at INTEGER NOT NULL,
     due_at INTEGER NOT NULL, ready_at INTEGER NOT NULL,
     retries INTEGER NOT NULL, retry_delay REAL NOT NULL, timeout REAL,
     keep_result REAL, lane TEXT NOT NULL, state TEXT NOT NULL,
     attempt INTEGER NOT NULL, claim INTEGER NOT NULL, owner TEXT NOT NULL,
     interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
-    removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT,
-    -- Refuses what a program that still has version 1 adds in its way.
-    CHECK (seq & 1 OR substr(id, 17, 1) = 't'))
-"""
-_SCHEMA = f"""
-{_TASK_TABLE};
--- For _THIS and _where.
-CREATE UNIQUE INDEX IF NOT EXISTS taskpool_named ON taskpool_task (id) WHERE seq & 1;
+    removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT);
 -- For _READY and _STARTABLE: what can be claimed, in order.
 CREATE INDEX IF NOT EXISTS taskpool_ready
 ON taskpool_task (lane, task_type, priority DESC, created_at) WHERE state = 'ready';
@@ -2146,35 +2127,9 @@ CREATE TABLE IF NOT EXISTS taskpool_master (owner TEXT PRIMARY KEY, beat INTEGER
 CREATE TABLE IF NOT EXISTS taskpool_version (version INTEGER NOT NULL)
 """
 
-# What leads from version n to n + 1. Never changed once released: it states old names.
-_SUCCESSOR_0 = (
-    "id task_type data priority created_at due_at ready_at retries retry_delay timeout "
-    "keep_result lane state attempt claim owner interrupted result error expires_at removed "
-    "successor in_memory".split()
-)
-_UPGRADES = (
-    (
-        "ALTER TABLE taskpool_task ADD COLUMN repeat TEXT",
-        "ALTER TABLE taskpool_task ADD COLUMN progress TEXT",
-        "UPDATE taskpool_task SET successor = json_object({}) WHERE successor IS NOT NULL".format(
-            ", ".join(
-                f"'{name}', json_extract(successor, '$[{index}]')"
-                for index, name in enumerate(_SUCCESSOR_0)
-            )
-        ),
-    ),
-    (
-        "PRAGMA legacy_alter_table = ON",  # Views of yours go on meaning taskpool_task.
-        "ALTER TABLE taskpool_task RENAME TO taskpool_task_1",
-        _TASK_TABLE,  # As it was in version 2.
-        "INSERT INTO taskpool_task (seq, {0}) SELECT 2 * seq + 1, {0} FROM taskpool_task_1".format(
-            ", ".join([*_SUCCESSOR_0[:-1], "repeat", "progress"])
-        ),
-        "DROP TABLE taskpool_task_1",
-        "PRAGMA legacy_alter_table = OFF",
-    ),
-)
-_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+# From each older version that is still read, the statements that lead to the next one.
+_UPGRADES: dict[int, tuple[str, ...]] = {}
+_TABLES = "SELECT name FROM sqlite_master WHERE name IN ('taskpool_task', 'taskpool_version')"
 _FILES = "PRAGMA database_list"  # Rows of number, name, file.
 # Does nothing, but as a write: it waits for the lock, where a transaction that has only
 # read fails at once if another process wrote meanwhile.
@@ -2188,29 +2143,23 @@ _HAS_READ = (
     "file of its own"
 )
 
-# -> waiting, without a history but for claim. seq is the number given, or the next odd one.
-_NEW_SEQ = "coalesce(?, (SELECT coalesce(max(seq), 0) + 1 | 1 FROM taskpool_task))"
+# -> waiting, without a history but for claim.
 _INTO = f"""
-INSERT INTO taskpool_task (seq, {", ".join(_COLUMNS[:_ATTEMPT])}, claim, repeat,
+INSERT INTO taskpool_task ({", ".join(_COLUMNS[:_ATTEMPT])}, claim, repeat,
     attempt, owner, interrupted, removed) VALUES
 """
-_FIRST = f"{', '.join('?' * _ATTEMPT)}, ?, ?, 0, '', 0, 0"
-_ADD = f"{_INTO} ({_NEW_SEQ}, {_FIRST})"
-_ADD_TEN = f"{_INTO} {', '.join([f'(?, {_FIRST})'] * 10)}"
+_FIRST = f"({', '.join('?' * _ATTEMPT)}, ?, ?, 0, '', 0, 0)"
+_ADD = f"{_INTO} {_FIRST}"
+_ADD_TEN = f"{_INTO} {', '.join([_FIRST] * 10)}"
 # -> running, in one step.
 _ADD_RUNNING = f"""
-INSERT INTO taskpool_task (seq, {_LIST}) SELECT {_NEW_SEQ}, {", ".join("?" * len(_COLUMNS))}
+INSERT INTO taskpool_task ({_LIST}) SELECT {", ".join("?" * len(_COLUMNS))}
 WHERE NOT EXISTS (SELECT 1 FROM taskpool_task INDEXED BY taskpool_ready WHERE state = 'ready')
 """
-# The task of an id; the values are its _key().
-_THIS = """
-seq IN (SELECT seq FROM taskpool_task WHERE seq = ? AND id = ?
-        UNION ALL SELECT seq FROM taskpool_task WHERE id = ? AND seq & 1)
-"""
-_BY_ID = f"SELECT {_LIST} FROM taskpool_task WHERE {_THIS}"
-_ERASE = f"DELETE FROM taskpool_task WHERE {_THIS}"
+_BY_ID = f"SELECT {_LIST} FROM taskpool_task WHERE id = ?"
+_ERASE = "DELETE FROM taskpool_task WHERE id = ?"
 # Any state -> any other: writes a whole Row back.
-_WRITE = f"UPDATE taskpool_task SET ({_LIST}) = ({', '.join('?' * len(_COLUMNS))}) WHERE {_THIS}"
+_WRITE = f"UPDATE taskpool_task SET ({_LIST}) = ({', '.join('?' * len(_COLUMNS))}) WHERE id = ?"
 
 # The lanes and task types that a cluster may claim of. (CROSS JOIN: SQLite keeps the order.)
 _PLACES = """
@@ -2270,12 +2219,12 @@ SELECT count(*) FROM (
 # True only for the claim that the caller was given: an ended claim is not 'running', and
 # a later one has another number. (+: an owner holds hundreds; look at the one row.)
 _HELD = "claim = ? AND +owner = ? AND state = 'running'"
-# running -> (removed), the common end of a run: of tasks whose id we drew.
+# running -> (removed), the common end of a run.
 _FINISH = f"""
 DELETE FROM taskpool_task
-WHERE seq = ? AND id = ? AND {_HELD} AND successor IS NULL AND repeat IS NULL
+WHERE id = ? AND {_HELD} AND successor IS NULL AND repeat IS NULL
 """
-_HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE {_THIS} AND {_HELD}"
+_HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE id = ? AND {_HELD}"
 # Bytes are the name of an owner that is not UTF-8.
 _OWNER = "(:owner, CAST(:owner AS TEXT))"
 _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner IN {_OWNER}"
@@ -2368,10 +2317,7 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
         return f"{column} IN (SELECT value FROM json_each(?))"
 
     if query.ids is not None:
-        numbered = (
-            among("seq", list(map(_id_number, query.ids))) + " AND " + among("id", query.ids)
-        )
-        terms.append(f"({numbered} OR {among('id', query.ids)} AND seq & 1)")
+        terms.append(among("id", query.ids))
     if query.types is not None:
         terms.append(among("task_type", query.types))
     if query.states is not None:
@@ -2391,24 +2337,8 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     return " AND ".join(terms), values
 
 
-def _key(task_id: str) -> tuple[int, str, str]:
-    return _id_number(task_id), task_id, task_id
-
-
-def _addition(row: Row, seq: int | None = None) -> tuple[Any, ...]:
-    return (seq, *row[:_ATTEMPT], row.claim, row.repeat)
-
-
-_UNSURE = -1
-
-
-def _new_seq(row: Row) -> int | None:
-    """Where to add a task: at its number, if its id was drawn for it; None, behind all, if
-    its id was given. _UNSURE: also behind all, but its id may be there under its number."""
-    number, least = _id_number(row.id), row.created_at << 11
-    if not number:
-        return None
-    return number if least <= number < least + (1 << 40) else _UNSURE
+def _addition(row: Row) -> tuple[Any, ...]:
+    return (*row[:_ATTEMPT], row.claim, row.repeat)
 
 
 _T = TypeVar("_T")  # What is read or written.
@@ -2622,41 +2552,31 @@ class SQLiteStore(Store):
             db.execute("COMMIT")
 
     def _version(self, db: sqlite3.Connection | sqlite3.Cursor) -> int | None:
-        """The version of our tables, None if there are none. Raises StoreError if newer.
-
-        In a file of ours it is `user_version`, where other tools see it. In one that is
-        shared with an application that number is the application's: ours is in a table.
-        """
-        tables = {name for (name,) in db.execute(_TABLES)}
-        alone = all(name.startswith("taskpool_") for name in tables)
+        """The version of our tables, None if there are none. Raises StoreError if newer, or
+        so old that nothing leads from it to ours."""
+        tables, version = {name for (name,) in db.execute(_TABLES)}, 0
         if "taskpool_task" not in tables:
-            version = None
-        elif alone:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-        elif "taskpool_version" in tables:
+            return None
+        if "taskpool_version" in tables:
             (version,) = db.execute("SELECT max(version) FROM taskpool_version").fetchone()
-        else:
-            version = 0
-        if (version or 0) > SCHEMA_VERSION:
+        if version != SCHEMA_VERSION and version not in _UPGRADES:
+            age = "a newer" if version > SCHEMA_VERSION else "an unreleased"
             raise StoreError(
-                f"{self.path}: made by a newer taskpool (schema {version}; this is "
-                f"{__version__}, schema {SCHEMA_VERSION}): update your taskpool.py"
+                f"{self.path}: made by {age} taskpool (schema {version}; this is {__version__}, "
+                f"schema {SCHEMA_VERSION}): update your taskpool.py, or give another file"
             )
         return version
 
     def _make_schema(self, db: sqlite3.Connection | sqlite3.Cursor) -> None:
         """Make the tables, or bring those of an older version up to date: in a transaction."""
         version = self._version(db)  # Again: another process may have been quicker.
-        if version is not None:
-            for statements in _UPGRADES[version:]:
-                for statement in statements:
-                    db.execute(statement)
+        for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
+            for statement in _UPGRADES[older]:
+                db.execute(statement)
         for statement in _SCHEMA.split(";"):
             db.execute(statement)
         db.execute("DELETE FROM taskpool_version")
         db.execute("INSERT INTO taskpool_version VALUES (?)", (SCHEMA_VERSION,))
-        if all(name.startswith("taskpool_") for (name,) in db.execute(_TABLES)):
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _use_wal(self, db: sqlite3.Connection) -> None:
         # The switch needs the file for itself and fails at once, whatever the timeout.
@@ -2764,8 +2684,8 @@ class SQLiteStore(Store):
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         if len(additions) == 1:
-            new, seq = additions[0][0], _new_seq(additions[0][0])
-            if seq != _UNSURE and self._write_alone(_ADD, _addition(new, seq)):
+            new = additions[0][0]
+            if self._write_alone(_ADD, _addition(new)):
                 return [new]
 
         def work(db: sqlite3.Connection) -> list[Row]:
@@ -2777,8 +2697,7 @@ class SQLiteStore(Store):
         return self._write(work)
 
     def add_running(self, row: Row) -> bool:
-        seq = _new_seq(row)
-        return seq != _UNSURE and self._write_alone(_ADD_RUNNING, (seq, *row[:-1]))
+        return self._write_alone(_ADD_RUNNING, row[:-1])
 
     def add_through(
         self, connection: sqlite3.Connection, additions: Sequence[tuple[Row, str]]
@@ -2851,15 +2770,12 @@ class SQLiteStore(Store):
     @staticmethod
     def _add_together(db: sqlite3.Connection, rows: Sequence[Row]) -> bool:
         """The same for many: in a third of the time."""
-        seqs = list(map(_new_seq, rows))
-        if _UNSURE in seqs:
-            return False
-        tens = 0 if None in seqs else len(rows) // 10 * 10
-        values = itertools.chain.from_iterable(map(_addition, rows[:tens], seqs))
+        tens = len(rows) // 10 * 10
+        values = itertools.chain.from_iterable(map(_addition, rows[:tens]))
         db.execute("SAVEPOINT taskpool")
         try:
-            count = db.executemany(_ADD_TEN, zip(*[values] * (10 * (_ATTEMPT + 3)))).rowcount
-            count += db.executemany(_ADD, map(_addition, rows[tens:], seqs[tens:])).rowcount
+            count = db.executemany(_ADD_TEN, zip(*[values] * (10 * (_ATTEMPT + 2)))).rowcount
+            count += db.executemany(_ADD, map(_addition, rows[tens:])).rowcount
             done = count == len(rows)
         except sqlite3.IntegrityError:
             done = False
@@ -2878,7 +2794,7 @@ class SQLiteStore(Store):
 
     @staticmethod
     def _row(db: sqlite3.Connection | sqlite3.Cursor, task_id: str) -> Row | None:
-        found = _fetch(db, _BY_ID, _key(task_id))
+        found = _fetch(db, _BY_ID, (task_id,))
         return _readable(found[0]) if found else None
 
     @staticmethod
@@ -2888,17 +2804,10 @@ class SQLiteStore(Store):
         """Write *new* in the place of *old*; a new task goes to the end of the line. Returns
         whether that was done: a trigger can make SQLite ignore it."""
         if new is not None and old is not None and new.created_at == old.created_at:
-            return db.execute(_WRITE, (*new[:-1], *_key(old.id))).rowcount == 1
-        if old is not None and db.execute(_ERASE, _key(old.id)).rowcount != 1:
+            return db.execute(_WRITE, (*new[:-1], old.id)).rowcount == 1
+        if old is not None and db.execute(_ERASE, (old.id,)).rowcount != 1:
             return False
-        if new is None:
-            return True
-        seq = _new_seq(new)
-        try:
-            added = db.execute(_ADD, _addition(new, None if seq == _UNSURE else seq))
-        except sqlite3.IntegrityError:  # Another task has its number.
-            added = db.execute(_ADD, _addition(new))
-        return added.rowcount == 1
+        return new is None or db.execute(_ADD, _addition(new)).rowcount == 1
 
     def claim(
         self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
@@ -2975,11 +2884,11 @@ class SQLiteStore(Store):
         return self._write(lambda db: [self._settle(db, owner, o, now) for o in outcomes])
 
     def _settle(self, db: sqlite3.Connection, owner: str, outcome: Outcome, now: int) -> bool:
-        key, claim = _key(outcome.id), (outcome.claim, owner)
+        claim = outcome.id, outcome.claim, owner
         if outcome.state == "done" and outcome.result is None and outcome.error is None:
-            if db.execute(_FINISH, (*key[:2], *claim)).rowcount:
+            if db.execute(_FINISH, claim).rowcount:
                 return True
-        found = _fetch(db, _HELD_ROW, (*key, *claim))
+        found = _fetch(db, _HELD_ROW, claim)
         if not found:
             return False
         row = Row(*found[0])
@@ -3082,7 +2991,7 @@ class SQLiteStore(Store):
 
     def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
         def work(db: sqlite3.Connection) -> Row:
-            found = _fetch(db, _BY_ID, _key(task_id))
+            found = _fetch(db, _BY_ID, (task_id,))
             new = after_update(Row(*found[0]) if found else None, task_id, changes, now)
             if not self._replace(db, new, new):
                 raise StoreError(f"{self.path}: {_shown(task_id)} was not changed: {_IGNORED}")
@@ -8016,7 +7925,8 @@ def _demo_doomed_master(path: str) -> None:
 def _part_parse(cluster: Cluster, folder: str) -> tuple[bool, str]:
     """1. Parse the standard library: stored tasks, and urgent ones in memory first"""
     files, started, parsed = _demo_files(), time.monotonic(), list[tuple[str, list[int]]]()
-    cluster.queue.add_event_listener("done", lambda counts, task: parsed.append((task.data, counts)))
+    listener: Listener = lambda counts, task: parsed.append((task.data, counts))  # noqa: E731
+    cluster.queue.add_event_listener("done", listener)
     cluster.queue.add_tasks({"task_type": "parse", "data": file} for file in files[:-6])
     for rank, file in enumerate(files[-6:]):
         cluster.queue.add_task("parse", file, priority=rank, in_memory=True)
@@ -8031,7 +7941,8 @@ def _part_parse(cluster: Cluster, folder: str) -> tuple[bool, str]:
     lines, functions = map(sum, zip(*(counts for _, counts in parsed)))
     urgent = {file for file, _ in parsed[:6]} == set(files[-6:])
     good = urgent and len(parsed) == len(files) and not cluster.queue.count()
-    return good, f"{lines:,} lines, {functions:,} functions in {seconds:.1f} s; urgent first: {urgent}"
+    counted = f"{lines:,} lines, {functions:,} functions in {seconds:.1f} s"
+    return good, f"{counted}; urgent first: {urgent}"
 
 
 def _part_clock(cluster: Cluster, folder: str) -> tuple[bool, str]:
@@ -8081,7 +7992,8 @@ def _part_restart(cluster: Cluster, folder: str) -> tuple[bool, str]:
         ran = _read_text(notes).split()
         good = set(ran) == {task.id for task in tasks} and left > 0 and not queue.count()
     twice = len(ran) - len(set(ran))
-    return good and twice <= 2, f"{left} of 40 were left, all ran in the end, {twice} of them twice"
+    result = f"{left} of 40 were left; all ran in the end, {twice} of them twice"
+    return good and twice <= 2, result
 
 
 _PARTS = (_part_parse, _part_clock, _part_talk, _part_flaky, _part_kill, _part_restart)
@@ -8254,16 +8166,8 @@ class _ViewOfFile(SQLiteStore):
         return super()._open(f"{pathlib.Path(self.path).as_uri()}?{mode}")
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        version = self._version(db)
-        if version is None:
+        if self._version(db) is None:
             raise StoreError(f"{self.path}: holds no tasks; give the file of your TaskQueue")
-        if version < SCHEMA_VERSION:  # Seen as it would be now, by a view in memory.
-            there = {name for _, name, *_ in db.execute("PRAGMA table_info(taskpool_task)")}
-            columns = [name if name in there else f"NULL AS {name}" for name in _COLUMNS]
-            columns.append("2 * seq + 1 AS seq")
-            db.execute("PRAGMA temp_store = MEMORY")
-            view = f"SELECT {', '.join(columns)} FROM main.taskpool_task"
-            db.execute(f"CREATE TEMP VIEW taskpool_task AS {view}")
         db.execute("PRAGMA query_only = 1")
 
     def status(self, now: int) -> dict[str, Any]:

@@ -1488,11 +1488,11 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         self.add(row())
         db = sqlite3.connect(self.folder / "store.db")
         self.addCleanup(db.close)
-        by_id = "PRIMARY KEY .*PRIMARY KEY .*taskpool_named "
+        by_id = "sqlite_autoindex_taskpool_task_1"
         served = {
             "_BY_ID": by_id, "_ERASE": by_id, "_WRITE": by_id, "_HELD_ROW": by_id,
-            "_REMOVE": "PRIMARY KEY .*taskpool_named ", "_MARK": "PRIMARY KEY .*taskpool_named ",
-            "_CLAIM": "PRIMARY KEY", "_SET_ASIDE": "PRIMARY KEY", "_FINISH": "PRIMARY KEY",
+            "_REMOVE": by_id, "_MARK": by_id, "_FINISH": by_id,
+            "_CLAIM": "PRIMARY KEY", "_SET_ASIDE": "PRIMARY KEY",
             "_READY": "taskpool_ready", "_COUNT_READY": "taskpool_ready", "_HEADS": "PRIMARY KEY .*taskpool_ready",
             "_PROMOTE": "PRIMARY KEY .*taskpool_scheduled", "_NEXT_DUE": "PRIMARY KEY .*taskpool_scheduled",
             "_STARTABLE": "taskpool_ready .*taskpool_scheduled .*taskpool_scheduled ",
@@ -1922,35 +1922,6 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         self.assertEqual([r.id for r in self.claim(1)], ["good"])
         self.assertEqual([r.id for r in self.claim(1, owner="other")], ["suspect1"])
 
-    def test_an_id_stands_for_one_task_however_it_came_about(self):
-        """Drawn ids are found by the number in them, given ones by an index: no id is both."""
-        drawn = taskpool._make_row(NOW, "x")[0]
-        stale = drawn._replace(id=taskpool._new_id(NOW - 10**9), created_at=NOW + 1)  # Drawn long ago.
-        twin = drawn._replace(id=drawn.id[:16] + "t", created_at=NOW)  # Has the same number.
-        odd = row("7fffffffffffffffta", now=NOW + 2)
-        for kinds in ([drawn, stale, twin, odd], [odd, twin, stale, drawn]):
-            for together in (True, False):
-                with self.subTest(kinds=[kind.id for kind in kinds], together=together):
-                    for part in [kinds] if together else [[kind] for kind in kinds]:
-                        self.assertEqual(self.add(*part), part)
-                    for kind in kinds:
-                        with self.assertRaises(DuplicateTask):
-                            self.add(kind)
-                        with self.assertRaises(DuplicateTask):
-                            self.add(row("free"), kind._replace(created_at=NOW + 9))
-                        self.assertEqual(self.add(kind._replace(priority=5), if_exists="keep"), [kind])
-                    for kind in kinds:
-                        later = kind._replace(created_at=kind.created_at + 5)
-                        self.assertEqual(self.add(later, if_exists="replace"), [later])
-                        self.assertEqual(self.look(kind.id), later)
-                    self.assertEqual(self.store.count(Query(), NOW), 4)
-                    claimed = self.claim()
-                    self.assertEqual({r.id for r in claimed}, {r.id for r in kinds})
-                    outcomes = [Outcome(r.id, r.claim, "done") for r in claimed]
-                    self.assertEqual(self.store.settle(self.OWNER, outcomes, NOW), [True] * 4)
-                    self.assertEqual(self.store.settle(self.OWNER, outcomes, NOW), [False] * 4)
-                    self.assertEqual(self.store.count(Query(), NOW), 0)
-
     def test_a_full_disk_is_called_so_however_many_tasks_are_added(self):
         """SQLite undoes the whole transaction then, and what was begun in it."""
         self.add(row())
@@ -2198,26 +2169,6 @@ class TestOwnTransaction(InFolder):
             with self.assertRaisesRegex(error, text):
                 call()
         self.assertEqual(self.ids(), [])
-
-
-SCHEMA_0 = """
-    CREATE TABLE taskpool_task (
-        seq INTEGER PRIMARY KEY,
-        id TEXT NOT NULL UNIQUE, task_type TEXT NOT NULL, data TEXT NOT NULL,
-        priority INTEGER NOT NULL, created_at INTEGER NOT NULL,
-        due_at INTEGER NOT NULL, ready_at INTEGER NOT NULL,
-        retries INTEGER NOT NULL, retry_delay REAL NOT NULL, timeout REAL,
-        keep_result REAL, lane TEXT NOT NULL, state TEXT NOT NULL,
-        attempt INTEGER NOT NULL, claim INTEGER NOT NULL, owner TEXT NOT NULL,
-        interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
-        removed INTEGER NOT NULL, successor TEXT);
-    CREATE TABLE taskpool_master (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL);
-    INSERT INTO taskpool_task (id, task_type, data, priority, created_at, due_at, ready_at, retries,
-        retry_delay, lane, state, attempt, claim, owner, interrupted, removed, successor)
-    VALUES ('old', 'x', '{"n":1.0}', 1, 1, 1, 1, 0, 1.0, '', 'ready', 0, 0, '', 0, 0, NULL),
-        ('busy', 'x', '{}', 1, 2, 2, 2, 0, 1.0, '', 'running', 1, 1, 'me', 0, 0,
-        '["busy", "x", "[2.0]", 5, 3, 3, 3, 0, 1.0, null, null, "", "ready", 0, 0, "", 0, null, null, null, 0, null, false]');
-"""
 
 
 class TestTheManualsOwnStore(StoreContract, unittest.TestCase):
@@ -3494,106 +3445,50 @@ class TestMongoWithoutPymongo(InFolder):
 class TestSchemaVersions(InFolder):
     """Older files are brought up to date, newer ones are refused."""
 
-    def make(self, script, name="tasks.db"):
-        path = self.folder / name
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            db.executescript(script)
-        return path
+    def setUp(self):
+        super().setUp()
+        with self.queue() as queue:
+            queue.add_task("x", task_id="old")
+        self.path = self.folder / "tasks.db"
 
-    def value(self, path, query):
-        with contextlib.closing(sqlite3.connect(path)) as db:
+    def change(self, script):
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            return db.executescript(script)
+
+    def value(self, query):
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
             return db.execute(query).fetchone()[0]
 
     def test_an_older_file_keeps_its_tasks_and_gets_what_is_new(self):
         """SM-03."""
-        path = self.make(SCHEMA_0)
-        with contextlib.closing(SQLiteStore(path)) as store:
-            self.assertEqual([r.id for r in store.find(Query(), NOW)], ["old", "busy"])
-            (got,) = store.claim("me", ["x"], 1, NOW)
-            self.assertEqual((got.id, got.data, got.repeat), ("old", '{"n":1.0}', None))
-            self.assertEqual(store.settle("me", [Outcome("busy", 1, "done")], NOW), [True])
-            (successor,) = store.find(Query(ids=["busy"]), NOW)
-            expected = ("[2.0]", 5, "ready", 1, False, None)
-            self.assertEqual(
-                (successor.data, successor.priority, successor.state, successor.claim,
-                 successor.in_memory, successor.timeout), expected,
-            )
-        self.assertEqual(self.value(path, "PRAGMA user_version"), taskpool.SCHEMA_VERSION)
-        fresh = self.queue("fresh.db")
-        fresh.count()
-        shape = "SELECT group_concat(name) FROM (SELECT name FROM pragma_table_info('taskpool_task') ORDER BY name)"
-        self.assertEqual(self.value(path, shape), self.value(self.folder / "fresh.db", shape))
+        upgrade = {taskpool.SCHEMA_VERSION: ("ALTER TABLE taskpool_task ADD COLUMN new TEXT",)}
+        with mock.patch.multiple(taskpool, _UPGRADES=upgrade, SCHEMA_VERSION=taskpool.SCHEMA_VERSION + 1):
+            for _ in range(2):  # Once only.
+                with self.queue() as queue:
+                    self.assertEqual([task.id for task in queue.find()], ["old"])
+            self.assertEqual(self.value("SELECT version FROM taskpool_version"), taskpool.SCHEMA_VERSION)
+        self.assertIsNone(self.value("SELECT new FROM taskpool_task"))
 
-    def test_tasks_of_version_1_are_found_by_their_ids_and_keep_their_order(self):
-        old = taskpool._TASK_TABLE.replace("id TEXT NOT NULL,", "id TEXT NOT NULL UNIQUE,")
-        old = re.sub(r",\s*--.*\n\s*CHECK .*", ")", old)
-        self.assertRegex(old, r"(?s)UNIQUE.*progress TEXT\)\s*$")
-        ids = [f"0606{i:010x}{'a' * 16}{i:x}" for i in range(9)] + ["b", "a"]
-        values = "'x', '{}', 1, 5, 5, 5, 0, 1.0, '', 'ready', 0, 0, '', 0, 0"
-        path = self.make(old + ";\n" + f"""
-            INSERT INTO taskpool_task (id, task_type, data, priority, created_at, due_at, ready_at, retries,
-                retry_delay, lane, state, attempt, claim, owner, interrupted, removed)
-            VALUES {", ".join(f"('{task_id}', {values})" for task_id in ids)};
-            CREATE VIEW mine AS SELECT id FROM taskpool_task;
-            CREATE TABLE application (id);
-            CREATE TABLE taskpool_version (version INTEGER NOT NULL); INSERT INTO taskpool_version VALUES (1);""")
-        with contextlib.closing(taskpool._ViewOfFile(path)) as view:
-            self.assertEqual([view.find(Query(ids=[i]), NOW)[0].id for i in ids], ids)
-        self.assertEqual(self.value(path, "SELECT version FROM taskpool_version"), 1)
-        with contextlib.closing(SQLiteStore(path)) as store:
-            self.assertEqual([store.find(Query(ids=[i]), NOW)[0].id for i in ids], ids)
-            with self.assertRaises(DuplicateTask):
-                store.add([(row(ids[0]), "raise")], NOW)
-            store.add([(row("c", now=5), "raise")], NOW)
-            got = store.claim("me", ["x"], 99, NOW)
-            self.assertEqual([r.id for r in got], [*ids, "c"])
-            self.assertEqual(self.value(path, "SELECT count(*) FROM mine"), len(got))
-            self.assertTrue(all(store.settle("me", [Outcome(r.id, 1, "done") for r in got], NOW)))
-        self.assertEqual(self.value(path, "SELECT version FROM taskpool_version"), taskpool.SCHEMA_VERSION)
-        self.assertEqual(self.value(path, "SELECT count(*) FROM taskpool_task"), 0)
-
-    def test_a_program_that_still_has_version_1_cannot_add_what_nobody_finds(self):
-        path = self.make(SCHEMA_0)
-        columns = ", ".join(taskpool._COLUMNS)
-        with contextlib.closing(SQLiteStore(path)) as store, contextlib.closing(sqlite3.connect(path)) as old:
-            store.find(Query(), NOW)
-            refused = 0
-            for i in range(6):
-                task = row(f"{NOW:014x}{'b' * 16}{i:x}")
-                try:
-                    with old:
-                        old.execute(f"INSERT INTO taskpool_task ({columns}) VALUES ({', '.join('?' * 24)})", task[:-1])
-                except sqlite3.IntegrityError:
-                    refused += 1
-                else:
-                    self.assertEqual(store.find(Query(ids=[task.id]), NOW), [task])
-                with contextlib.suppress(DuplicateTask):
-                    store.add([(task, "raise")], NOW)
-            self.assertGreater(refused, 0)
-            self.assertEqual(store.count(Query(), NOW), 8)
-
-    def test_a_newer_file_is_refused_and_not_touched(self):
+    def test_files_that_are_newer_or_were_never_released_are_refused_and_not_touched(self):
         """SM-04, TT-05."""
-        with self.queue("newer.db") as queue:
-            queue.add_task("x")
-        path = self.make("PRAGMA journal_mode = DELETE; PRAGMA user_version = 77", "newer.db")
-        before = path.read_bytes()
-        for call in (lambda: queue.add_task("y"), queue.find, queue.count):
-            with self.assertRaisesRegex(StoreError, r"newer\.db: made by a newer taskpool \(schema 77"):
-                call()
-        self.assertEqual(path.read_bytes(), before)
-        self.assertEqual([f.name for f in self.folder.iterdir()], ["newer.db"])
+        for script, text in (
+            ("UPDATE taskpool_version SET version = 77", r"tasks\.db: made by a newer taskpool \(schema 77"),
+            ("UPDATE taskpool_version SET version = 2", r"tasks\.db: made by an unreleased taskpool \(schema 2"),
+            ("DROP TABLE taskpool_version", r"unreleased taskpool \(schema 0"),
+        ):
+            self.change(f"PRAGMA journal_mode = DELETE; {script}")
+            before, queue = self.path.read_bytes(), self.queue()
+            for call in (lambda queue=queue: queue.add_task("y"), queue.find, queue.count):
+                with self.assertRaisesRegex(StoreError, text):
+                    call()
+            self.assertEqual(self.path.read_bytes(), before)
+            self.assertEqual([f.name for f in self.folder.iterdir()], ["tasks.db"])
 
-    def test_the_version_of_an_applications_own_file_is_left_to_it(self):
-        path = self.make("CREATE TABLE mine (id); PRAGMA user_version = 77")
-        with TaskQueue(path) as queue:
-            queue.add_task("x")
-        self.assertEqual(self.value(path, "PRAGMA user_version"), 77)
-        with TaskQueue(path) as queue:
-            self.assertEqual(queue.count(), 1)
-        self.make("UPDATE taskpool_version SET version = 78")
-        with self.assertRaisesRegex(StoreError, "schema 78"):
-            queue.count()
+    def test_user_version_is_left_to_the_application(self):
+        self.assertEqual(self.value("PRAGMA user_version"), 0)
+        self.change("PRAGMA user_version = 77")
+        self.queue().add_task("x")
+        self.assertEqual(self.value("PRAGMA user_version"), 77)
 
 
 # --- Running tasks -------------------------------------------------------------------
@@ -8218,8 +8113,8 @@ class TestStoresUnderPressure(InFolder):
         finally:
             logging.getLogger("taskpool").removeHandler(handler)
 
-    def test_ten_processes_open_a_fresh_or_older_file_at_once(self):
-        """SQ-07, SM-01, SM-03. The files of odd turns are of version 0, with two tasks."""
+    def test_ten_processes_open_a_fresh_file_at_once(self):
+        """SQ-07, SM-01, SM-03."""
         script = self.script(
             """
             import os, sys, time
@@ -8237,12 +8132,9 @@ class TestStoresUnderPressure(InFolder):
         for process in processes:
             self.assertEqual(process.stdout.readline(), "ready\n")
         for turn in range(20):
-            if turn % 2:
-                with contextlib.closing(sqlite3.connect(self.folder / f"fresh{turn}.db")) as db:
-                    db.executescript(SCHEMA_0)
             (self.folder / f"go{turn}").touch()
             eventually(lambda: all((self.folder / f"done{turn}.{i}").exists() or processes[i].poll() for i in range(10)))
-            self.assertEqual(self.queue(f"fresh{turn}.db").count(), 12 if turn % 2 else 10)
+            self.assertEqual(self.queue(f"fresh{turn}.db").count(), 10)
         for process in processes:
             _out, err = process.communicate(timeout=PATIENCE)
             self.assertEqual((process.returncode, err), (0, ""))
@@ -9718,20 +9610,19 @@ class TestOperators(InFolder):
         self.assertIn("(unknown: of another machine", self.out("status", "tasks.db"))
 
     def test_looking_makes_upgrades_and_changes_nothing(self):
-        old = self.folder / "old.db"
-        with contextlib.closing(sqlite3.connect(old)) as db:
-            db.executescript(SCHEMA_0)
-        newer, foreign = self.folder / "newer.db", self.folder / "foreign.db"
-        for path, script in (
-            (newer, SCHEMA_0 + ";PRAGMA user_version = 77"), (foreign, "CREATE TABLE mine (id)"),
+        for name in ("old.db", "newer.db"):
+            with self.queue(name) as queue:
+                queue.add_task("x", task_id="one")
+        for name, script in (
+            ("newer.db", "UPDATE taskpool_version SET version = 77"), ("foreign.db", "CREATE TABLE mine (id)"),
         ):
-            with contextlib.closing(sqlite3.connect(path)) as db:
+            with contextlib.closing(sqlite3.connect(self.folder / name)) as db:
                 db.executescript(script)
         (self.folder / "text.db").write_text("no database, but long enough to be looked at" * 20)
         before = {path.name: path.read_bytes() for path in self.folder.iterdir()}
-        self.assertRegex(self.out("list", "old.db"), r"\nx     old   waiting        0  \d+ d ago")
-        self.assertEqual(json.loads(self.out("show", "old.db", "busy", "--json"))["progress"], None)
-        self.assertRegex(self.out("status", "old.db"), r"\nx +1 +1 +1 +0 +0 ")
+        self.assertRegex(self.out("list", "old.db"), r"\nx     one  waiting        0  ")
+        self.assertEqual(json.loads(self.out("show", "old.db", "one", "--json"))["progress"], None)
+        self.assertRegex(self.out("status", "old.db"), r"\nx +1 +1 +0 +0 +0 ")
         for command in (("status",), ("list",), ("show", "x"), ("retry", "x"), ("remove", "x")):
             for name, text in (
                 ("none.db", "no such file"), ("newer.db", "made by a newer taskpool"),
