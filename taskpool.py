@@ -133,7 +133,7 @@ AHEAD_TASKS = 256  # The same as a number of tasks: what a crash can give back.
 LEAST_SHARE = 1 / AHEAD_TASKS  # Of a worker's room: quicker tasks are no different (P5).
 LEAST_SECONDS = AHEAD_SECONDS * LEAST_SHARE
 SLOW_SECONDS = 0.020  # A task that runs longer lets go of those queued behind it.
-LATE_SECONDS = 0.1  # A dispatcher that wakes so much late may have been stopped.
+LATE_SECONDS = 1.0  # A dispatcher that wakes so much late may have been stopped.
 LEASE_SECONDS = 30.0  # A master that has not renewed for this long is given up (P3).
 RENEW_SECONDS = 10.0  # Three chances to renew within one lease.
 WARN_SECONDS = 60.0  # The same warning is not given more often.
@@ -3945,6 +3945,20 @@ def _wants_toggle_ipc(function: TaskFunction) -> str | None:
     return style
 
 
+def _check_broker(broker: Any) -> None:
+    import inspect
+
+    allowed = "None or a function of (respond, message)"
+    if broker is not None and not callable(broker):
+        raise _wrong_type("message_broker", broker, allowed)
+    try:
+        inspect.signature(broker).bind(None, None) if broker is not None else None
+    except ValueError:
+        pass  # It has no signature, as some builtins.
+    except TypeError as error:
+        raise TypeError(f"message_broker is {_shown(broker)}: {error}; give {allowed}") from None
+
+
 def _checked_message(message: Any) -> Any:
     allowed = 'a dict {"status": int > 1, "data": any}'
     if type(message) is not dict or not {"status"} <= set(message) <= {"status", "data"}:
@@ -4098,7 +4112,7 @@ def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
         _check_json(value, "result", 0)
         return _encode(value), None
     except (TypeError, ValueError) as error:
-        problem = f"the result is kept as None: {error}"
+        problem = _cut(f"the result is kept as None: {error}", ERROR_CHARS)
         return None, None if row.keep_result is None else problem
 
 
@@ -4683,8 +4697,7 @@ class TaskQueue(_Tasks):
         functions = _checked_task_map(task_map)
         last = None if until is None else _instant(until, self._now(), "until")
         _checked_bool("raise_errors", raise_errors)
-        if message_broker is not None and not callable(message_broker):
-            raise _wrong_type("message_broker", message_broker, "a function or None")
+        _check_broker(message_broker)
         return _RunHere(self, functions, raise_errors, message_broker).run(last)
 
     def add_event_listener(self, event: str, callback: Listener) -> None:
@@ -4826,7 +4839,10 @@ def _only(boot: _Boot, made: list[Any]) -> Any:
     parts = ("__code__", "__defaults__", "__closure__")
     functions = [[cluster.task_map[name] for name in boot.types] for cluster in made]
     kinds = [[getattr(f, part, f) for f in fs for part in parts] for fs in functions]
-    return made[0] if made and all(kind == kinds[0] for kind in kinds) else None
+    try:
+        return made[0] if made and all(kind == kinds[0] for kind in kinds) else None
+    except Exception:  # Some values, as those of NumPy, cannot be compared so.
+        return None
 
 
 def _use_masters_files(boot: _Boot) -> None:
@@ -5036,6 +5052,17 @@ _WHOLE_BYTES = getattr(select, "PIPE_BUF", 4) - 4
 _PIECE_BYTES = 1 << 20
 
 
+_MARSHAL_BYTES = 1 << 30  # marshal takes no bytes of 2 GiB.
+
+
+def _pieces(packed: bytes) -> bytes | tuple[bytes, ...]:
+    """A packed result as marshal takes it, however long it is."""
+    if len(packed) <= _MARSHAL_BYTES:
+        return packed
+    starts = range(0, len(packed), _MARSHAL_BYTES)
+    return tuple(packed[start : start + _MARSHAL_BYTES] for start in starts)
+
+
 class _WorkerProcess:
     """This process, while it is a worker: it runs tasks one after another.
 
@@ -5148,15 +5175,15 @@ class _WorkerProcess:
                 report = ("fail", number, 0.0, tuple(_failure(wrong)), False)
             else:
                 value = self._call(task)
-                packed = None if value is None else _packed(value)
+                packed = None if value is None else _pieces(_packed(value))
                 kept, problem = _kept(row, value)
-                seconds = time.perf_counter() - started
+                seconds = max(time.perf_counter() - started, 0.0)  # A task may patch the clock.
                 report = ("done", number, seconds, packed, kept, problem)
                 del value
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: they end the task, not the worker.
             self._end_fork(error)
-            seconds = time.perf_counter() - started
+            seconds = max(time.perf_counter() - started, 0.0)
             report = ("fail", number, seconds, tuple(_failure(error)), True)
             traceback.clear_frames(error.__traceback__)  # Frees what they hold.
         self._end_fork()
@@ -5278,7 +5305,7 @@ _SHAPES = {  # Of the messages of a worker: the kind, and the types of what foll
     ("progress", int, str),
     ("ask", int, int, bytes),
     ("fail", int, float, tuple, bool),
-    *itertools.product(["done"], [int], [float], [bytes, _NONE], _TEXTS, _TEXTS, [int]),
+    *itertools.product(["done"], [int], [float], [bytes, tuple, _NONE], _TEXTS, _TEXTS, [int]),
 }
 _FAILURES = {(str, str, str, bytes), (str, str, str, _NONE)}
 _OF_ITS_HEAD = frozenset({"start", "done", "fail", "progress"})  # What is said of a run.
@@ -5295,6 +5322,8 @@ def _read_message(packed: bytes | bytearray) -> tuple[Any, ...]:
             raise ValueError(f"{message[2]} seconds")
         if kind == "done":
             texts = message[4:6]
+            if type(message[3]) is tuple:
+                message = (*message[:3], b"".join(message[3]), *message[4:])
         elif kind == "progress":
             texts = message[2:]
             _checked_progress(*_decode(message[2]))
@@ -6232,8 +6261,7 @@ class Cluster(concurrent.futures.Executor):
         self.task_map = _checked_task_map(task_map)
         if queue is not None and not isinstance(queue, TaskQueue):
             raise _wrong_type("queue", queue, "a TaskQueue or None")
-        if message_broker is not None and not callable(message_broker):
-            raise _wrong_type("message_broker", message_broker, "a function or None")
+        _check_broker(message_broker)
         self.queue = TaskQueue() if queue is None else queue
         _checked_bool("oversubscribe", oversubscribe)
         self._max_workers = _allowed_workers(max_available_workers, oversubscribe)
@@ -7179,7 +7207,7 @@ class Cluster(concurrent.futures.Executor):
             if len(worker.runs) > 1:
                 self._wake_at(worker.since + SLOW_SECONDS)
             if head is not None and head.deadline < math.inf:  # Often, to know when we are late.
-                self._wake_at(min(head.deadline, now + LATE_SECONDS))
+                self._wake_at(min(head.deadline, now + LATE_SECONDS / 10))
 
     def _watch_boot(self, worker: _WorkerHandle, now: float) -> None:
         """Warn of a file that does not come to its end in the worker, then give it up."""
@@ -7261,7 +7289,7 @@ class Cluster(concurrent.futures.Executor):
         """A worker could not start: the others go on. If there is none, say so once, and fail
         the Futures that wait."""
         text = error.traceback if isinstance(error, _Failure) else str(error)
-        if not all(worker.stopping for worker in self._workers):
+        if any(worker.runs or not worker.stopping for worker in self._workers):
             if self._failed_boots == 1:
                 _log.warning(f"a worker could not start; others go on, or still start: {text}")
             return
@@ -7428,8 +7456,8 @@ class Cluster(concurrent.futures.Executor):
         """Send the store what ended, and for what can be claimed: one transaction."""
         if self._in_memory_only or self._store_busy:
             return
-        if self._store_retry > now:
-            self._wake_at(self._store_retry)
+        if self._store_retry > now or (self._store_failures and self._mode == "closing"):
+            self._wake_at(max(self._store_retry, now + STORE_SECONDS))
             return
         claiming = self._mode in ("running", "finishing")
         room = self._room() if claiming else 0.0
@@ -8455,8 +8483,8 @@ class _NamedTaskMap:
 def _serve(options: Any) -> int:
     """The command run: a Cluster on its own."""
     name, workers = options.task_map, options.workers
-    task_map = _served(name)
-    with TaskQueue(options.db) as queue:
+    with TaskQueue(options.db) as queue:  # First: the module may change the folder.
+        task_map = _served(name)
         queue.count(task_id="")  # Raises if the file can't be used.
         cluster = Cluster(task_map, queue, max_available_workers=workers, auto_initialize=False)
         cluster._boot = cluster._boot._replace(

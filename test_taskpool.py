@@ -3298,6 +3298,7 @@ class TestMongoManyMachines(WithMongo):
         import logging, os, sys, time, pymongo, taskpool
         from taskpool import Cluster, MongoStore, TaskQueue
         taskpool.LEASE_SECONDS, taskpool.RENEW_SECONDS, taskpool.WATCH_SECONDS = 1.5, 0.3, 0.1
+        taskpool.STORE_CAP_SECONDS = 0.2  # As much less than a lease as it is.
         taskpool._here = lambda: ""  # Another machine: nobody's death can be seen from here.
         logging.basicConfig(filename=sys.argv[3] + ".log", level=logging.WARNING)
         logging.getLogger("taskpool").addFilter(lambda record: "CPUs" not in record.getMessage())
@@ -4521,7 +4522,8 @@ class TestClusterOptions(InFolder):
             ({"queue": "tasks.db"}, TypeError, "queue"), ({"max_available_workers": "2"}, TypeError, "max_available"),
             ({"max_available_workers": True}, TypeError, "max_available"), ({"refresh_rate": 0}, ValueError, "refresh_rate"),
             ({"refresh_rate": 1.5}, TypeError, "refresh_rate"), ({"in_memory_only": 1}, TypeError, "in_memory_only"),
-            ({"message_broker": 5}, TypeError, "message_broker"), ({"logs": "none"}, ValueError, "logs"),
+            ({"message_broker": 5}, TypeError, "message_broker"), ({"message_broker": lambda: 0}, TypeError, "message_broker.*respond"),
+            ({"message_broker": lambda a, b, c: 0}, TypeError, "message_broker.*missing"), ({"logs": "none"}, ValueError, "logs"),
             ({"keep_alive": "sometimes"}, ValueError, "keep_alive"), ({"keep_alive": 0}, ValueError, "keep_alive"),
             ({"keep_alive": True}, TypeError, "keep_alive"), ({"auto_initialize": None}, TypeError, "auto_initialize"),
             ({"start_method": "thread"}, ValueError, "start_method"), ({"start_method": None}, TypeError, "start_method"),
@@ -5475,6 +5477,12 @@ class TestNonsenseFromAWorker(InFolder):
                         ("done", 0, 0.0, None, "1", None, 0), ("done", 0, 0.0, b"", None, "why", 1)]:
             self.assertEqual(taskpool._read_message(marshal.dumps(message)), message)
         self.assertEqual(taskpool._read_message(marshal.dumps(("fail", 0, 0.0, FAILURE, True)))[3], taskpool._Failure(*FAILURE))
+        problem = taskpool._kept(row(keep_result=1), type("Odd", (), {"__repr__": lambda self: "\udcff"})())[1]
+        self.assertTrue(taskpool._is_unicode(problem), ascii(problem))  # That of a healthy worker.
+        with mock.patch("taskpool._MARSHAL_BYTES", 4):  # It is 1 GiB.
+            for result in (b"", b"four", b"longer than that"):
+                message = "done", 0, 0.0, taskpool._pieces(result), None, None, 0
+                self.assertEqual(taskpool._read_message(marshal.dumps(message))[3], result)
 
     def test_the_task_that_writes_it_is_charged_and_its_worker_replaced(self):
         cluster = self.cluster({"write": write_nonsense, "hold": hold, "echo": echo}, in_memory_only=True, keep_alive="always")
@@ -7075,6 +7083,16 @@ class TestPassingFailures(InFolder):
             (self.folder / "hold.end").touch()
             self.assertEqual([future.result(PATIENCE) for future in futures], list(range(5)))
         self.assertEqual(held.result(), "held")
+
+    def test_a_worker_that_runs_its_last_task_is_there(self):
+        start, starts = taskpool._start_process, itertools.count()
+        with mock.patch("taskpool._start_process", lambda *p: 1 / 0 if next(starts) else start(*p)):
+            cluster = self.cluster({"hold": hold, "echo": echo}, max_tasks_per_worker=1)
+            cluster.submit("hold", str(self.folder / "hold"))
+            futures = [cluster.submit("echo", i) for i in range(3)]
+            eventually(lambda: cluster._failed_boots > taskpool.BOOT_TRIES)
+        (self.folder / "hold.end").touch()
+        self.assertEqual([future.result(PATIENCE) for future in futures], [0, 1, 2])
 
     def test_a_file_that_does_not_come_to_its_end_in_a_worker_is_told_of_and_given_up(self):
         (self.folder / "first").touch()
@@ -9851,6 +9869,8 @@ class TestOperators(InFolder):
         from taskpool import Cluster, TaskQueue
 
         cluster = Cluster({"x": print}, TaskQueue("other.db"), auto_initialize=False)
+        os.makedirs("elsewhere", exist_ok=True)
+        os.chdir("elsewhere")  # DB means the folder of who types the command.
         if os.environ.get("ADD") and not cluster.is_master():
             cluster.queue.add_task("x")
 
