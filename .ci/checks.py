@@ -233,7 +233,7 @@ def main() -> int:
             report.tool("mypy --strict taskpool.py", mypy)
             speed = [python, "-B", os.path.join(CI, "cron_speed.py")]
             report.tool("Cron faster than cronsim", speed, shown=True)
-            report.tests("tests, MongoDB", [python], "TestMongo")
+            report.tests("tests, MongoDB, recipes", [python], "TestMongo", "own_transactions")
         else:
             report.failed += 4  # None of them was run.
     if not found:
