@@ -4587,6 +4587,13 @@ class TestClusterOptions(InFolder):
                 with self.subTest(value=value), self.assertRaisesRegex(ValueError, f"^{name} is .*1 ms"):
                     Cluster({"x": echo}, self.queue(), auto_initialize=False, **{name: value})
 
+    def test_no_worker_is_closed_while_tasks_wait_for_it(self):
+        queue = self.queue()
+        queue.add_tasks({"task_type": "pid", "keep_result": 600} for _ in range(300))
+        cluster = self.cluster({"pid": pid_of_worker}, queue, max_available_workers=1, refresh_rate=1)
+        self.assertTrue(cluster.drain(PATIENCE))
+        self.assertEqual(len({task.result for task in queue.find(state="done")}), 1)
+
     def test_workers_are_clamped_with_warnings(self):
         most = Cluster.max_workers()
         for given, used, text in [(0, 1, "using 1"), (-5, 1, "using 1"), (most + 3, most, f"using {most}")]:
