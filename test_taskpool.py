@@ -3779,11 +3779,12 @@ class TestExecutor(WithCluster):
 
     @unittest.skipIf(sys.platform == "win32", "looks into pipes")
     def test_a_future_is_cancelled_if_cancel_says_so_although_its_task_has_just_ended(self):
-        path, block = str(self.folder / "hold"), threading.Event()
+        path, begun, block = str(self.folder / "hold"), threading.Event(), threading.Event()
         future = self.submit("hold", path, in_memory=True)
         eventually(lambda: os.path.exists(path + ".started"))
         (worker,) = [worker for worker in self.shared._workers if worker.runs]
-        self.shared._post(lambda: block.wait(PATIENCE))
+        self.shared._post(lambda: begun.set() or block.wait(PATIENCE))
+        self.assertTrue(begun.wait(PATIENCE))  # From here on the dispatcher hears nothing.
         Path(path + ".end").touch()
         eventually(lambda: select.select([worker.channel], [], [], 0)[0])  # It has said so.
         threading.Timer(0.05, block.set).start()  # After the call that follows.
