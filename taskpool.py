@@ -3018,7 +3018,7 @@ _READ_SHORT = dict.fromkeys([_TOP.get(n, f"taskpool.{n}") for n in _SHORT], 1)
 _RANK = [("priority", -1), ("taskpool.created_at", 1), ("taskpool.seq", 1)]
 _PLACE = [("taskpool.state", 1), ("taskpool.lane", 1), ("taskType", 1)]
 _MONGO_INDEXES: tuple[tuple[str, list[tuple[str, int]], dict[str, bool]], ...] = (
-    # Of an `_id` of any type this is the text. Two of them can have the same: 5 and "5".
+    # Of an `_id` of any type this is the text. Two `_id`s can have one text: 5 and "5".
     ("taskpool_id", [("taskpool.id", 1)], {"unique": True, "sparse": True}),
     # What can be claimed, in order; also finds documents that have no state yet.
     ("taskpool_ready", [*_PLACE, *_RANK], {}),
@@ -5932,7 +5932,7 @@ class _TaskFuture(Future[Any]):
             return None, None
         if type(inside.left) is not tuple:
             made = _unpacked(inside.left)
-            with _unpacking:  # Of two who ask at once, both get the same.
+            with _unpacking:  # Two who ask at once get one and the same object.
                 if type(inside.left) is not tuple:
                     inside.left = made
         return cast("tuple[Any, Exception | None]", inside.left)
@@ -7456,7 +7456,8 @@ class Cluster(concurrent.futures.Executor):
         """Send the store what ended, and for what can be claimed: one transaction."""
         if self._in_memory_only or self._store_busy:
             return
-        if self._store_retry > now or (self._store_failures and self._mode == "closing"):
+        given_up = self._store_failures and self._mode == "closing"  # It had its time.
+        if self._store_retry > now or given_up:
             self._wake_at(max(self._store_retry, now + STORE_SECONDS))
             return
         claiming = self._mode in ("running", "finishing")
