@@ -82,6 +82,7 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import errno
 import functools
 import heapq
@@ -148,6 +149,7 @@ CHECKPOINT_PAGES = 4000  # Of SQLite's write-ahead log (8 MB): fewer and cheaper
 RETRY_CAP_SECONDS = 3600.0  # Longest wait before a retry.
 BOOT_SECONDS = 0.04  # First wait after a worker died as it started; then doubled...
 BOOT_CAP_SECONDS = 30.0  # ... up to this.
+TRIES = 20  # How often a change is begun anew when other writers were quicker.
 STORE_SECONDS = 0.1  # The same for a store that fails...
 STORE_CAP_SECONDS = 5.0  # ... up to this.
 BOOT_TRIES = 5  # Silent deaths of starting workers, in a row, that count as an error.
@@ -1222,6 +1224,11 @@ def _readable(columns: Sequence[Any], reason: str = "") -> Row:
     return row._replace(error=reason) if reason and not is_told else row
 
 
+def readable(row: Row) -> Row:
+    """A stored Row, for those who look at it."""
+    return row if row.in_memory else _readable(row)
+
+
 # --- Policies ------------------------------------------------------------------------
 # Decisions as pure functions: no I/O, no clock. Stores and the master carry them out.
 
@@ -1232,7 +1239,7 @@ class Outcome(NamedTuple):
     id: str
     claim: int
     state: str  # done, failed, ready (start again at ready_at), removed; running: a report.
-    charged: bool = True  # False: given back; the start does not count.
+    charged: bool = True  # False: requeued; the start does not count.
     ready_at: int = 0
     result: str | None = None  # JSON text.
     error: str | None = None
@@ -1261,16 +1268,12 @@ def learned(expected: float | None, seconds: float) -> float:
 
 
 def share(expected: float | None) -> float:
-    """The part of a worker's room that a task takes: 1 = a worker for itself.
-
-    A type without history takes all. (P5: 10 ms of expected work, 256 tasks.)
+    """The part of a worker's room that a task takes: all without history. (P5)
 
     >>> share(None), share(1.0), share(0.005), share(0.0) == LEAST_SHARE
     (1.0, 1.0, 0.5, True)
     """
-    if expected is None:
-        return 1.0
-    return min(max(expected / AHEAD_SECONDS, LEAST_SHARE), 1.0)
+    return 1.0 if expected is None else min(max(expected / AHEAD_SECONDS, LEAST_SHARE), 1.0)
 
 
 def next_slot(repeat: str, due_at: int, now: int) -> int | None:
@@ -1284,7 +1287,7 @@ def next_slot(repeat: str, due_at: int, now: int) -> int | None:
     try:
         rule = _read_repeat(repeat)
     except ValueError:
-        return now  # So that the next claim() sets the task aside, and says why.
+        return now  # The next claim() fails the task, and says why.
     try:
         if isinstance(rule, Cron):
             return _instant(rule.next(_datetime(max(now, due_at))), now)
@@ -1294,143 +1297,6 @@ def next_slot(repeat: str, due_at: int, now: int) -> int | None:
         return None
 
 
-def _succeeding(row: Row, successor: str) -> Row:
-    """The Row that follows *row* under its id. It was created when it was added."""
-    return _unpacked_row(successor)._replace(claim=row.claim)
-
-
-def claimed(row: Row, owner: str, now: int) -> Row:
-    """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
-    # In two fifths of the time of _replace, as it is done for every task.
-    values: list[Any] = list(row)
-    values[6], values[12], values[15] = now, "running", owner
-    values[13] += 1
-    values[14] += 1
-    return tuple.__new__(Row, values)
-
-
-def after_end(row: Row, now: int) -> Row | None:
-    """done, failed -> waiting for its next slot, if it has one; else kept, or None."""
-    slot = None if row.repeat is None else next_slot(row.repeat, row.due_at, now)
-    if slot is not None:
-        row = row._replace(state="scheduled", attempt=0, due_at=slot, ready_at=slot)
-        return row._replace(progress=None)
-    if row.state == "failed":
-        return row
-    if row.keep_result is None:
-        return None
-    kept = int(min(row.keep_result * 1e6, NEVER - now - 1))  # Fits in a store.
-    return row._replace(expires_at=now + kept)
-
-
-def failed_start(row: Row, error: str, now: int, may_retry: bool = True) -> Outcome:
-    """What becomes of a charged start that failed: a retry, or the end."""
-    if may_retry and row.attempt <= row.retries:
-        delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
-        ready_at = now + int(delay * 1e6)
-        return Outcome(row.id, row.claim, "ready", ready_at=ready_at, error=error)
-    return Outcome(row.id, row.claim, "failed", error=error, progress=row.progress)
-
-
-def as_told(row: Row, outcome: Outcome, now: int) -> Row:
-    """The Row of a run that has ended, for listeners."""
-    state = outcome.state
-    if row.repeat and row.state == "running" and next_slot(row.repeat, row.due_at, now):
-        state = "scheduled"
-    return row._replace(state=state, owner="", result=outcome.result, error=outcome.error)
-
-
-def goes_on(row: Row, outcome: Outcome) -> bool:
-    """Whether the task waits again after that end, unless it was removed or replaced."""
-    again = outcome.state == "ready" or (row.repeat is not None and outcome.state != "running")
-    return outcome.charged and again
-
-
-def cut_short(row: Row, outcome: Outcome) -> tuple[Row, Outcome]:
-    """The two for those who are told, if it was removed or replaced during the run."""
-    state = "failed" if outcome.state == "ready" else outcome.state
-    return row._replace(repeat=None), outcome._replace(state=state)
-
-
-def is_held(row: Row, owner: str, outcome: Outcome) -> bool:
-    """Whether *owner* still holds the claim that *outcome* ends."""
-    return (row.state, row.owner, row.claim) == ("running", owner, outcome.claim)
-
-
-def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
-    """running -> the Row that follows, or None if the task is over and gone."""
-    if outcome.progress is not None:
-        row = row._replace(progress=outcome.progress)
-    if outcome.state == "running":
-        return row
-    if row.removed or outcome.state == "removed":
-        return None
-    if not outcome.charged:
-        attempt = max(row.attempt - 1, 0)
-        row = row._replace(state="ready", attempt=attempt, owner="", progress=None)
-        return row._replace(ready_at=outcome.ready_at)
-    if row.successor is not None:
-        return _succeeding(row, row.successor)
-    if outcome.state == "done" and row.keep_result is None and row.repeat is None:
-        return None
-    row = row._replace(
-        state=outcome.state, owner="", interrupted=0, result=outcome.result, error=outcome.error
-    )
-    if outcome.state == "ready":
-        state = "ready" if outcome.ready_at <= now else "scheduled"
-        return row._replace(state=state, ready_at=outcome.ready_at, progress=None)
-    return after_end(row, now)
-
-
-def has_run(row: Row, before: Row) -> bool:
-    """Whether a run of a repeating task has ended since it was *before*: perhaps in it."""
-    claims = before.claim - (before.state == "running")
-    # Its due date is that of another slot. An update may have moved it there, and back.
-    moved = row.due_at > before.due_at or (row.due_at < before.due_at and row.attempt == 0)
-    return row.repeat is not None and row.claim > claims and moved
-
-
-def given_back(row: Row, now: int) -> Row | None:
-    """running -> waiting, uncharged: its run was not to its end."""
-    return after_run(row, Outcome(row.id, row.claim, "ready", charged=False), now)
-
-
-def after_interruption(row: Row, now: int) -> Row | None:
-    """running, its master dead -> the Row that follows, or None. (P3)
-
-    The first interruption only marks the task, as its neighbours may be to blame; from
-    then on it is claimed singly and each interruption of such a claim counts.
-    """
-    if row.removed:
-        return None
-    interrupted = row.interrupted + 1
-    if interrupted > INTERRUPTIONS:
-        if row.successor is not None:
-            return _succeeding(row, row.successor)
-        times = f"{INTERRUPTIONS} times in a row"
-        error = f"Interrupted: its master died {times} while it ran this task alone"
-        row = row._replace(state="failed", owner="", interrupted=0)
-        return after_end(row._replace(result=None, error=error), now)
-    row = row._replace(state="ready", attempt=max(row.attempt - 1, 0), owner="", progress=None)
-    return row._replace(interrupted=interrupted, lane="")
-
-
-def set_aside(row: Row, reason: str) -> Row:
-    """any -> failed, for a row that cannot be read. All that it holds stays as it is."""
-    return row._replace(state="failed", owner="", interrupted=0, error=reason)
-
-
-def checked(row: Row, policy: Callable[[Row], Row | None]) -> Row | None:
-    """What follows a stored row: what *policy* says, or `failed` if it cannot be read."""
-    reason = _unusable(row[:-1])
-    return set_aside(row, reason) if reason else policy(row)
-
-
-def after_retry(row: Row, now: int) -> Row:
-    """failed -> waiting, with a fresh set of attempts."""
-    return row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="", progress=None)
-
-
 def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Row]:
     """What add() stores where *old* has the id, and the Row that it returns.
 
@@ -1438,6 +1304,8 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
     """
     if old is None:
         return new, new
+    if new.created_at <= old.created_at:  # Id and created_at together name an incarnation.
+        new = new._replace(created_at=old.created_at + 1)
     replacing = new._replace(claim=old.claim)  # The fencing token is never reset.
     if old.state in ("failed", "done"):
         return replacing, new
@@ -1453,6 +1321,197 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
     return replacing, new
 
 
+_READY_AT, _STATE, _ATTEMPT, _CLAIM_NUMBER, _HOLDER = map(
+    Row._fields.index, ("ready_at", "state", "attempt", "claim", "owner")
+)
+
+
+def claimed(row: Row, owner: str, now: int) -> Row:
+    """waiting -> running, claimed by *owner*: one more claim, one more charged start."""
+    # In two fifths of the time of _replace, as it is done for every task.
+    values: list[Any] = list(row)
+    values[_READY_AT], values[_STATE], values[_HOLDER] = now, "running", owner
+    values[_ATTEMPT] += 1
+    values[_CLAIM_NUMBER] += 1
+    return tuple.__new__(Row, values)
+
+
+def choose(
+    candidates: Iterable[Row], costs: Mapping[str, float], limit: float
+) -> tuple[list[Row], list[tuple[Row, str]]]:
+    """What a claim takes of *candidates*, which come in order; and those before the last of
+    them that cannot be run, with the reasons.
+
+    Each task takes its type's cost of *limit*; the first that does not fit ends the claim. A
+    task that was interrupted is taken alone, and takes 1. (P3)
+    """
+    taken: list[Row] = []
+    broken: list[tuple[Row, str]] = []
+    for row in candidates:
+        if not row.in_memory and (reason := _unusable(row)):
+            broken.append((row, reason))
+            continue
+        is_suspect = row.interrupted > 0
+        cost = 1.0 if is_suspect else costs[row.task_type]
+        if cost > limit + 1e-9 or (is_suspect and taken):
+            break
+        limit -= cost
+        taken.append(row)
+        if is_suspect:
+            break
+    return taken, broken
+
+
+def failed_start(row: Row, error: str, now: int, may_retry: bool = True) -> Outcome:
+    """What becomes of a charged start that failed: a retry, or the end."""
+    if may_retry and row.attempt <= row.retries:
+        delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
+        return Outcome(row.id, row.claim, "ready", ready_at=now + int(delay * 1e6), error=error)
+    return Outcome(row.id, row.claim, "failed", error=error, progress=row.progress)
+
+
+def is_held(row: Row, owner: str, outcome: Outcome) -> bool:
+    """Whether *owner* still holds the claim that *outcome* ends."""
+    return (row.state, row.owner, row.claim) == ("running", owner, outcome.claim)
+
+
+def _waiting_again(row: Row) -> Row:
+    attempt = max(row.attempt - 1, 0)
+    return row._replace(state="ready", attempt=attempt, owner="", progress=None)
+
+
+def _succeeding(row: Row, successor: str) -> Row:
+    """The Row that follows *row* under its id. It was created when it was added."""
+    return _unpacked_row(successor)._replace(claim=row.claim)
+
+
+def _after_end(row: Row, now: int) -> Row | None:
+    """done, failed -> waiting for its next slot, if it has one; else kept, or None."""
+    slot = None if row.repeat is None else next_slot(row.repeat, row.due_at, now)
+    if slot is not None:
+        waiting = row._replace(state="scheduled", attempt=0, progress=None)
+        return waiting._replace(due_at=slot, ready_at=slot)
+    if row.state == "failed":
+        return row
+    if row.keep_result is None:
+        return None
+    kept = int(min(row.keep_result * 1e6, NEVER - now - 1))  # Fits in a store.
+    return row._replace(expires_at=now + kept)
+
+
+def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
+    """running -> the Row that follows, or None if the task is over and gone."""
+    if outcome.progress is not None:
+        row = row._replace(progress=outcome.progress)
+    if outcome.state == "running":
+        return row
+    if row.removed or outcome.state == "removed":
+        return None
+    if not outcome.charged:
+        return _waiting_again(row)._replace(ready_at=outcome.ready_at)
+    if row.successor is not None:
+        return _succeeding(row, row.successor)
+    if outcome.state == "done" and row.keep_result is None and row.repeat is None:
+        return None
+    row = row._replace(
+        state=outcome.state, owner="", interrupted=0, result=outcome.result, error=outcome.error
+    )
+    if outcome.state == "ready":
+        state = "ready" if outcome.ready_at <= now else "scheduled"
+        return row._replace(state=state, ready_at=outcome.ready_at, progress=None)
+    return _after_end(row, now)
+
+
+def requeued(row: Row, now: int) -> Row | None:
+    """running -> waiting, uncharged: its run was not to its end."""
+    return after_run(row, Outcome(row.id, row.claim, "ready", charged=False), now)
+
+
+def after_interruption(row: Row, now: int) -> Row | None:
+    """running, its master dead -> the Row that follows, or None. (P3)
+
+    The first interruption only marks the task, as its neighbours may be to blame; from
+    then on it is claimed singly and each interruption of such a claim counts.
+    """
+    if row.removed:
+        return None
+    if row.interrupted < INTERRUPTIONS:
+        return _waiting_again(row)._replace(interrupted=row.interrupted + 1, lane="")
+    if row.successor is not None:
+        return _succeeding(row, row.successor)
+    times = f"{INTERRUPTIONS} times in a row"
+    error = f"Interrupted: its master died {times} while it ran this task alone"
+    row = row._replace(state="failed", owner="", interrupted=0, result=None, error=error)
+    return _after_end(row, now)
+
+
+def led_to(row: Row, following: Row | None, outcome: Outcome) -> str:
+    """What a run made of the very task that it was a run of: not of what follows it under its id.
+
+    `running` (it was a report), `waits` (for a retry, or it was requeued), `repeats`, `done`,
+    `failed` or `removed`.
+    """
+    if outcome.state in ("running", "removed"):
+        return outcome.state
+    if following is not None and following.created_at == row.created_at:
+        if following.state in ("scheduled", "ready"):
+            return "waits" if outcome.state == "ready" else "repeats"
+    if not outcome.charged:
+        return "removed"
+    return "done" if outcome.state == "done" else "failed"
+
+
+def as_told(row: Row, led: str, outcome: Outcome) -> Row:
+    """The Row of a run that has ended, for listeners: *led* is what led_to() said."""
+    state = "scheduled" if led in ("waits", "repeats") else led
+    return row._replace(state=state, owner="", result=outcome.result, error=outcome.error)
+
+
+def what_became(before: Row, found: Row | None) -> str:
+    """What became of a task that was *before*, where *found* is stored under its id now.
+
+    "": it waits or runs, or waits to succeed *found*. `gone`: it was removed, or is done and
+    kept no result. `replaced`: another task has its id. `repeated`: a run has ended since, and
+    it waits again. `done` or `failed`.
+    """
+    if found is None:
+        return "gone"
+    if found.created_at != before.created_at:
+        with contextlib.suppress(ValueError):
+            successor = _unpacked_row(found.successor) if found.successor else found
+            if successor.created_at == before.created_at:
+                return ""
+        return "replaced"
+    if found.state in ("done", "failed"):
+        return found.state
+    was_claimed = found.claim > before.claim - (before.state == "running")
+    # Its due date is that of another slot. An update may have moved it there, and back.
+    came, went = found.due_at > before.due_at, found.due_at < before.due_at
+    has_repeated = was_claimed and (came or (went and found.attempt == 0))
+    return "repeated" if found.repeat is not None and has_repeated else ""
+
+
+def quarantined(row: Row, reason: str) -> Row:
+    """any -> failed, for a row that cannot be read. All that it holds stays as it is."""
+    return row._replace(state="failed", owner="", interrupted=0, error=reason)
+
+
+def checked(policy: Callable[..., Row | None], row: Row, *arguments: Any) -> Row | None:
+    """What follows a stored row: what *policy* says, or `failed` if it cannot be read."""
+    reason = "" if row.in_memory else _unusable(row)  # What is in memory was made here.
+    return quarantined(row, reason) if reason else policy(row, *arguments)
+
+
+def after_remove(row: Row) -> Row | None:
+    """any -> (removed); a running task is marked, as its run goes on."""
+    return row._replace(removed=1, successor=None) if row.state == "running" else None
+
+
+def after_retry(row: Row, now: int) -> Row:
+    """failed -> waiting, with a fresh set of attempts."""
+    return row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="", progress=None)
+
+
 def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
     """waiting -> waiting with other values. Raises ValueError if it is not waiting."""
     if row is None or row.state not in ("scheduled", "ready"):
@@ -1460,7 +1519,7 @@ def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now:
         text = "only waiting tasks can be updated"
         raise ValueError(f"task_id {_shown(task_id)} is {state}; {text}")
     row = row._replace(**changes)
-    reason = _unusable(row[:-1])
+    reason = _unusable(row)
     if reason:
         raise ValueError(f"task_id {_shown(task_id)} cannot be run, with these changes: {reason}")
     return row._replace(state="ready" if row.ready_at <= now else "scheduled")
@@ -1632,165 +1691,7 @@ class Query(NamedTuple):
     until: int = NEVER  # Due date at most this.
     limit: int | None = None
     offset: int = 0
-    created_at: int | None = None  # That one, and not another which has its id now.
-
-
-class Store:
-    """Where tasks live. Subclass it, and TaskQueue takes your store.
-
-    All methods may be called from any thread. Each is atomic, and raises StoreError,
-    having changed nothing, if the store fails. `now` is microseconds since 1970. An
-    `owner` is the text that a running cluster calls itself by.
-    """
-
-    in_memory = False
-
-    def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
-        """-> waiting, for (row, if_exists) in *additions*: all, or none if one raises.
-
-        after_add() decides what a taken id means. Returns the Rows that stand for the
-        additions: new ones, or those kept.
-        """
-        raise NotImplementedError
-
-    def claim(
-        self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
-    ) -> list[Row]:
-        """waiting -> running: take what is due, highest priority first, then oldest.
-
-        *limit* is how much to take: each task uses up `types[task_type]` of it, or 1
-        where *types* is not a mapping; the first that does not fit ends the claim.
-        Takes only tasks with a due date of at most *until*, and of other owners' lanes
-        none. Each Row returned has its attempt and claim counted up. A task that was
-        interrupted is taken alone, and only if *owner* holds no other such task. A row
-        that cannot be read becomes `failed`, and is returned so.
-        """
-        raise NotImplementedError
-
-    def add_running(self, row: Row) -> bool:
-        """-> running: what add() and claim() of a new task would do, if it is first in line.
-
-        Changes nothing and returns False if its id is taken, or another task is ready, or
-        this store cannot do it in one step. (Default)
-        """
-        return False
-
-    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
-        """running -> what after_run() says, for each outcome whose claim is still held.
-
-        Returns for each whether it was; the others change nothing. An outcome "running"
-        is no end: it records the progress of the run.
-        """
-        raise NotImplementedError
-
-    def renew(self, owner: str, now: int) -> None:
-        """Tell observers that *owner* lives; also removes `done` rows that expired."""
-        raise NotImplementedError
-
-    def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
-        """running -> what after_interruption() says, for tasks of dead owners.
-
-        A living owner that did not renew for LEASE_SECONDS counts as dead. *seconds* is the
-        observer's own clock, which runs only while the observer looks: where two calls of
-        one observer have the same *seconds*, it has missed something, and its patience
-        with all others starts anew. Returns the Rows that ended.
-        """
-        raise NotImplementedError
-
-    def leave(self, owner: str, now: int) -> None:
-        """Give back, uncharged, all that *owner* still holds, and forget it."""
-        raise NotImplementedError
-
-    def owners(self) -> list[str]:
-        """Who renewed and did not leave, to be woken by producers. Default: nobody is."""
-        return []
-
-    def next_due(
-        self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
-    ) -> list[int]:
-        """When waiting tasks that claim() would take can start, the first *limit*.
-
-        Those that can start now come as some instant of at most *now*.
-        """
-        raise NotImplementedError
-
-    def foreign(self, types: Iterable[str], now: int) -> list[str]:
-        """Task types outside *types* of which a task is due."""
-        raise NotImplementedError
-
-    def find(self, query: Query, now: int) -> list[Row]:
-        """The Rows that fit *query*, oldest first."""
-        raise NotImplementedError
-
-    def count(self, query: Query, now: int) -> int:
-        """How many Rows fit *query*."""
-        raise NotImplementedError
-
-    def remove(self, query: Query, now: int) -> int:
-        """-> (removed). A running task is marked: after its run nothing follows."""
-        raise NotImplementedError
-
-    def retry(self, query: Query, now: int) -> int:
-        """failed -> waiting, with a fresh set of attempts. Returns how many."""
-        raise NotImplementedError
-
-    def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
-        """waiting -> waiting with *changes* to its columns, as after_update() says."""
-        raise NotImplementedError
-
-    def transaction(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the calls inside one write, and yield anything but None, if the store can."""
-        return contextlib.nullcontext()
-
-    def close(self) -> None:
-        """Let go of files and connections. A later call opens them again."""
-
-
-class _ObserverClock:
-    """The *seconds* of recover(): a clock that runs only while its observer looks. (P3)
-
-    Who was stopped, blocked or cut off cannot tell silence from not having listened; the
-    others may have been stopped with it, and are to renew first.
-    """
-
-    def __init__(self) -> None:
-        self._seconds, self._looked_at = time.monotonic(), -math.inf
-
-    def look(self, now: float) -> float:
-        """The time of a look at *now* (monotonic): that of the last one if it is late."""
-        gap, self._looked_at = now - self._looked_at, now
-        if gap <= LEASE_SECONDS / 3:  # Else all may have missed a renewal.
-            self._seconds += min(gap, 3 * WATCH_SECONDS)
-        return self._seconds
-
-    def miss(self) -> None:
-        """A look has failed: the next one is late."""
-        self._looked_at = -math.inf
-
-
-# What an observer remembers of each owner: its beat, since when that stood still, and
-# when it was last looked at, all by the observer's clock.
-_Seen = dict[str, tuple[Any, float, float]]
-
-
-def _dead_owners(beats: Mapping[str, Any], seen: _Seen, seconds: float) -> list[str]:
-    """Which owners are dead: one can see it, or their beats stood still for a lease. (P3)"""
-    for owner in set(seen) - set(beats):
-        del seen[owner]
-    for owner, beat in beats.items():
-        before, since, looked_at = seen.get(owner, (beat, seconds, seconds))
-        listened = before == beat and looked_at < seconds
-        seen[owner] = beat, since if listened else seconds, seconds
-    return [o for o in beats if seconds - seen[o][1] >= LEASE_SECONDS or owner_is_dead(o)]
-
-
-def _shares(types: Types) -> Mapping[str, float]:
-    return types if isinstance(types, Mapping) else dict.fromkeys(types, 1.0)
-
-
-_Place = tuple[str, str]  # (lane, task_type)
-_RankedRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
-_DatedRow = tuple[int, int, Row]  # (ready_at, insertion, row)
+    created_at: int | None = None  # Of these ids only the task created at this instant.
 
 
 def fits(row: Row, query: Query, now: int) -> bool:
@@ -1806,6 +1707,389 @@ def fits(row: Row, query: Query, now: int) -> bool:
     )
 
 
+class _ObserverClock:
+    """The *seconds* of recover(): a clock that runs only while its observer looks. (P3)
+
+    An observer that was stopped, blocked or cut off cannot tell silence from not having
+    listened. Other masters may have been stopped with it, and need time for a heartbeat.
+    """
+
+    def __init__(self) -> None:
+        self._seconds, self._looked_at = time.monotonic(), -math.inf
+
+    def look(self, now: float) -> float:
+        """The time of a look at *now* (monotonic): that of the last one if it is late."""
+        gap, self._looked_at = now - self._looked_at, now
+        if gap <= LEASE_SECONDS / 3:  # Else every heartbeat may have been missed.
+            self._seconds += min(gap, 3 * WATCH_SECONDS)
+        return self._seconds
+
+    def miss(self) -> None:
+        """A look has failed: the next one is late."""
+        self._looked_at = -math.inf
+
+
+# What an observer remembers of each owner: its heartbeat, since when that stood still, and
+# when it was last looked at, both by the observer's clock.
+_Seen = dict[str, tuple[Any, float, float]]
+
+
+def _dead_owners(beats: Mapping[str, Any], seen: _Seen, seconds: float) -> list[str]:
+    """Which owners are seen to be dead, or had no new heartbeat for a lease. (P3)"""
+    for owner in set(seen) - set(beats):
+        del seen[owner]
+    for owner, beat in beats.items():
+        before, since, looked_at = seen.get(owner, (beat, seconds, seconds))
+        listened = before == beat and looked_at < seconds
+        seen[owner] = beat, since if listened else seconds, seconds
+    return [o for o in beats if seconds - seen[o][1] >= LEASE_SECONDS or owner_is_dead(o)]
+
+
+_T = TypeVar("_T")  # What is read or written.
+_Pair = tuple[Union[Row, None], Union[Row, None]]  # What is stored, and what shall be.
+
+
+class _Raced(Exception):
+    """What was read had been changed by another writer when it was to be written."""
+
+
+class Turn(NamedTuple):
+    """The answer of Store.turn."""
+
+    led: list[str]  # For each outcome; "" = the claim was lost.
+    rows: list[Row]  # Claimed, or found to be unreadable (those are `failed`).
+    due: list[int]  # When further tasks can start: see Store.next_due.
+
+
+class Store:
+    """Where tasks live. Subclass it, and TaskQueue takes your store.
+
+    The verbs, each an arrow of the drawing above, are written once, here: read rows, ask a
+    policy, write rows, in one transaction. A backend has primitives: it must have
+    transaction(), rows() and write(); all others are written with these, for backends that
+    have no quicker way.
+
+    All methods may be called from any thread. Each verb is atomic, and raises StoreError,
+    having changed nothing, if the store fails. `now` is microseconds since 1970. An `owner`
+    is the text that a running cluster calls itself by.
+    """
+
+    in_memory = False
+
+    # ---- Primitives that every backend has
+
+    def transaction(self) -> contextlib.AbstractContextManager[Any]:
+        """What is read and written in it happens at once for others, or not at all. turn()
+        enters it again within itself. A backend without transactions gives a lock, and its
+        write() says False after a race."""
+        raise NotImplementedError
+
+    def rows(self, query: Query, now: int) -> list[Row]:
+        """The Rows that fit *query* as they are stored, oldest first."""
+        raise NotImplementedError
+
+    def write(self, old: Row | None, new: Row | None) -> bool:
+        """Put *new* in the place of *old*; None: nothing is there, or shall be. Another
+        `created_at` than before means another task: it goes to the end of its line.
+
+        False, and nothing is changed, if another writer has changed what *old* was.
+        """
+        raise NotImplementedError
+
+    # ---- Primitives of backends that several processes use
+
+    def heartbeat(self, owner: str) -> None:
+        """Tell observers that *owner* lives."""
+
+    def heartbeats(self) -> dict[str, Any]:
+        """The last heartbeat of each owner that lives, holds a claim, or has reserved a task:
+        a value that each heartbeat() changes; None for an owner without one."""
+        return {}
+
+    def forget(self, owner: str) -> None:
+        """*owner* is dead, or leaves: it has no heartbeat any more."""
+
+    def owners(self) -> list[str]:
+        """Who has a heartbeat, to be woken by producers."""
+        return []
+
+    def close(self) -> None:
+        """Let go of files and connections. A later call opens them again."""
+
+    # ---- Primitives that a backend may have a quicker way for
+
+    def write_all(self, pairs: Sequence[_Pair]) -> list[bool]:
+        """write() for each pair."""
+        return [self.write(old, new) for old, new in pairs]
+
+    def candidates(
+        self, owner: str, types: Iterable[str], most: int, now: int, until: int
+    ) -> Iterable[Row]:
+        """What *owner* could claim, in order: at least the first *most* of them. No task that
+        was interrupted while *owner* holds another such one."""
+        query = Query(types=list(types), due=True, until=until)
+        mine = [row for row in self.rows(query, now) if row.lane in ("", owner)]
+        if any(row.interrupted for row in self.held_by(owner)):
+            mine = [row for row in mine if not row.interrupted]
+        return sorted(mine, key=lambda row: (-row.priority, row.created_at))
+
+    def take(self, rows: Sequence[Row], owner: str, now: int) -> list[Row]:
+        """ready -> running: those that nobody else took meanwhile, as they are now."""
+        running = [claimed(row, owner, now) for row in rows]
+        return [new for new, won in zip(running, self.write_all(list(zip(rows, running)))) if won]
+
+    def held_by(self, owner: str, outcomes: Sequence[Outcome] | None = None) -> list[Row]:
+        """The running tasks of *owner*; with *outcomes* at least those that these end."""
+        ids = None if outcomes is None else [outcome.id for outcome in outcomes]
+        running = self.rows(Query(ids=ids, states=["running"]), 0)
+        return [row for row in running if row.owner == owner]
+
+    def open_lanes(self, owner: str) -> None:
+        """What *owner* has reserved may be claimed by all."""
+        mine = [row for row in self.rows(Query(), 0) if row.lane == owner]
+        self.write_all([(row, row._replace(lane="")) for row in mine])
+
+    def expire(self, now: int) -> None:
+        """done -> (removed), for those whose time is over."""
+        for row in self.rows(Query(states=["done"]), now):
+            if row.expires_at is not None and row.expires_at <= now:
+                self.write(row, None)
+
+    def next_due(
+        self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
+    ) -> list[int]:
+        """When waiting tasks that claim() would take can start, the first *limit*.
+
+        Those that can start now come as some instant of at most *now*.
+        """
+        waiting = self.rows(Query(types=list(types), states=["waiting"], until=until), now)
+        mine = [row for row in waiting if row.lane in ("", owner)]
+        return sorted(now if row.state == "ready" else row.ready_at for row in mine)[:limit]
+
+    def foreign(self, types: Iterable[str], now: int) -> list[str]:
+        """Task types outside *types* of which a task is due that nobody has reserved."""
+        due = {row.task_type for row in self.rows(Query(due=True), now) if not row.lane}
+        return sorted(due - set(types))
+
+    def count(self, query: Query, now: int) -> int:
+        """How many Rows fit *query*."""
+        return len(self.rows(query, now))
+
+    # ---- The verbs
+
+    def _change(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        """The door to every write: *work* in one transaction; anew if others were quicker."""
+        for _ in range(TRIES):
+            try:
+                with self.transaction():
+                    return work(*arguments)
+            except _Raced:
+                pass
+        raise StoreError(f"{self!r}: others change the same tasks all the time")
+
+    def _put(self, pairs: Sequence[_Pair]) -> None:
+        """Write all pairs, or none if another writer was quicker with one of them."""
+        done = self.write_all(pairs)
+        if not all(done):
+            for (old, new), written in zip(pairs, done):
+                if written:  # No transaction undoes it.
+                    self.write(new, old)
+            raise _Raced
+
+    def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
+        """-> waiting, for (row, if_exists) in *additions*: all, or none if one raises.
+
+        after_add() decides what a taken id means. Returns the Rows that stand for the
+        additions: new ones, or those kept.
+        """
+        return self._change(self._add, additions, now)
+
+    def _add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
+        ids = [new.id for new, _ in additions]
+        there = {row.id: row for row in self.rows(Query(ids=ids), now)}
+        if not there and len(set(ids)) == len(ids):
+            self._put([(None, new) for new, _ in additions])
+            return [new for new, _ in additions]
+        planned, added = {task_id: readable(row) for task_id, row in there.items()}, []
+        for new, if_exists in additions:
+            stored, row = after_add(planned.get(new.id), new, if_exists)
+            if stored is not None:
+                planned[new.id] = stored
+            added.append(row)
+        changed = [(there.get(i), row) for i, row in planned.items()]
+        self._put([(old, new) for old, new in changed if old is not new])
+        return added
+
+    def claim(
+        self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
+    ) -> list[Row]:
+        """waiting -> running: take what is due, highest priority first, then oldest.
+
+        *limit* is how much to take: each task uses up `types[task_type]` of it, or 1
+        where *types* is not a mapping; the first that does not fit ends the claim.
+        Takes only tasks with a due date of at most *until*, and none that others have
+        reserved. Each Row returned has its attempt and claim counted up. A task that was
+        interrupted is taken alone, and only if *owner* holds no other such task. A row
+        that cannot be read becomes `failed`, and is returned so.
+        """
+        costs = types if isinstance(types, Mapping) else dict.fromkeys(types, 1.0)
+        if not costs or limit <= 0:
+            return []
+        return self._change(self._claim, owner, costs, limit, now, until)
+
+    def _claim(
+        self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int
+    ) -> list[Row]:
+        most = math.ceil(limit / min(costs.values()))
+        chosen, broken = choose(self.candidates(owner, costs, most, now, until), costs, limit)
+        taken = self.take(chosen, owner, now) if chosen else []
+        if broken:
+            failed = [(row, quarantined(row, reason)) for row, reason in broken]
+            written = zip(failed, self.write_all(failed))
+            taken += [readable(row) for (_, row), done in written if done]
+        return taken
+
+    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
+        """running -> what after_run() says, for each outcome whose claim is still held.
+
+        Returns what led_to() says of each, or "" if its claim was lost: then nothing was
+        changed. An outcome "running" is no end: it records the progress of the run.
+        """
+        return self._change(self._settle, owner, outcomes, now)
+
+    def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
+        led, todo = [""] * len(outcomes), list(range(len(outcomes)))
+        for _ in range(TRIES):
+            ends = [outcomes[number] for number in todo]
+            held: dict[str, Row | None] = {row.id: row for row in self.held_by(owner, ends)}
+            plan: list[tuple[int, Row, Row | None]] = []
+            for number, end in zip(todo, ends):
+                row = held.get(end.id)
+                if row is not None and is_held(row, owner, end):
+                    held[end.id] = following = checked(after_run, row, end, now)
+                    plan.append((number, row, following))
+            done = self.write_all([(row, following) for _, row, following in plan])
+            todo = []
+            for (number, row, following), written in zip(plan, done):
+                if written:
+                    led[number] = led_to(row, following, outcomes[number])
+                else:
+                    todo.append(number)
+            if not todo:
+                return led
+        raise StoreError(f"{self!r}: others change {outcomes[todo[0]].id!r} all the time")
+
+    def turn(
+        self, owner: str, outcomes: Sequence[Outcome], types: Mapping[str, float], room: float,
+        most: int, now: int, until: int = NEVER, eager: bool = False,
+    ) -> Turn:  # fmt: skip
+        """What a cluster asks at once: settle *outcomes*, claim for *room*, and the first
+        *most* dates of what comes next. Writes only if something ended or is due; *eager*:
+        something was added, so that a claim comes first."""
+        room = room if types else 0.0
+        if not (outcomes or (eager and room > 0)):
+            due = self.next_due(owner, types, most or 1, now, until) if types else []
+            if room <= 0 or not due or due[0] > now:
+                return Turn([], [], due[:most])
+        led, rows = self._change(self._turn, owner, outcomes, types, room, now, until)
+        try:
+            return Turn(led, rows, self.next_due(owner, types, most, now, until) if most else [])
+        except StoreError:
+            return Turn(led, rows, [now])  # What is recorded and claimed counts.
+
+    def _turn(
+        self, owner: str, outcomes: Sequence[Outcome], types: Mapping[str, float], room: float,
+        now: int, until: int,
+    ) -> tuple[list[str], list[Row]]:  # fmt: skip
+        led = self.settle(owner, outcomes, now) if outcomes else []
+        return led, self.claim(owner, types, room, now, until) if room > 0 else []
+
+    def renew(self, owner: str, now: int) -> None:
+        """Tell observers that *owner* lives; also removes `done` rows that expired."""
+        self._change(self._renew, owner, now)
+
+    def _renew(self, owner: str, now: int) -> None:
+        self.heartbeat(owner)
+        self.expire(now)
+
+    def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
+        """running -> what after_interruption() says, for tasks of dead owners.
+
+        A living owner without a heartbeat for LEASE_SECONDS counts as dead. *seconds* is the
+        observer's own clock, which runs only while the observer looks: where two calls of
+        one observer have the same *seconds*, it has missed something, and its patience
+        with all others starts anew. Returns the Rows that ended.
+        """
+        beats = self.heartbeats()
+        beats.pop(owner, None)
+        seen: dict[str, _Seen] = self.__dict__.setdefault("_seen", {})
+        ended: list[Row] = []
+        for other in _dead_owners(beats, seen.setdefault(owner, {}), seconds):
+            ended += self._change(self._recover, other, beats[other], now)
+        return ended
+
+    def _recover(self, other: str, beat: Any, now: int) -> list[Row]:
+        # Looked at again, in the transaction: it may have had a heartbeat in between.
+        same = self.heartbeats().get(other) == beat
+        return self._release(other, after_interruption, now) if same else []
+
+    def leave(self, owner: str, now: int) -> None:
+        """Requeue, uncharged, all that *owner* still holds, and forget it."""
+        self.__dict__.get("_seen", {}).pop(owner, None)
+        self._change(self._release, owner, requeued, now)
+
+    def _release(
+        self, owner: str, policy: Callable[[Row, int], Row | None], now: int
+    ) -> list[Row]:
+        """Have *policy* say what follows all that *owner* holds. Returns the Rows that ended."""
+        pairs = [(row, checked(policy, row, now)) for row in self.held_by(owner)]
+        self._put(pairs)
+        self.open_lanes(owner)
+        self.forget(owner)
+        # The same incarnation, of which no run is owed any more.
+        stays = [new for row, new in pairs if new and new.created_at == row.created_at]
+        return [readable(row) for row in stays if not row.interrupted]
+
+    def find(self, query: Query, now: int) -> list[Row]:
+        """The Rows that fit *query*, oldest first; harmless values where one cannot be read."""
+        return [readable(row) for row in self.rows(query, now)]
+
+    def remove(self, query: Query, now: int) -> int:
+        """-> (removed). A running task is marked: after its run nothing follows."""
+        return self._change(self._for_each, query, now, after_remove)
+
+    def retry(self, query: Query, now: int) -> int:
+        """failed -> waiting, with a fresh set of attempts. Returns how many."""
+        if query.states is not None and "failed" not in query.states:
+            return 0
+        failed = query._replace(states=["failed"])
+        return self._change(self._for_each, failed, now, lambda row: after_retry(row, now))
+
+    def _for_each(self, query: Query, now: int, policy: Callable[[Row], Row | None]) -> int:
+        pairs = [(row, policy(row)) for row in self.rows(query, now)]
+        self._put(pairs)
+        return len(pairs)
+
+    def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
+        """waiting -> waiting with *changes* to its columns, as after_update() says."""
+
+        def work() -> Row:
+            old = next(iter(self.rows(Query(ids=[task_id]), now)), None)
+            new = after_update(old, task_id, changes, now)
+            self._put([(old, new)])
+            return new
+
+        return self._change(work)
+
+
+_Place = tuple[str, str]  # (lane, task_type)
+_RankedRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
+_DatedRow = tuple[int, int, Row]  # (instant, insertion, row)
+
+
+_ROW_OF = operator.itemgetter(3)
+
+
 def _ranked(number: int, row: Row) -> _RankedRow:
     return -row.priority, row.created_at, number, row
 
@@ -1819,15 +2103,10 @@ class _Line:
 
     __slots__ = ("heap", "numbers", "queue")
 
-    def __init__(self, entries: Iterable[_RankedRow] = ()) -> None:
+    def __init__(self) -> None:
         self.queue: collections.deque[Row] = collections.deque()
         self.numbers: collections.deque[int] = collections.deque()  # Of the rows in it.
         self.heap: list[_RankedRow] = []
-        for *_, number, row in sorted(entries):
-            self.push(number, row)
-
-    def __iter__(self) -> Iterator[_RankedRow]:
-        return itertools.chain(map(_ranked, self.numbers, self.queue), self.heap)
 
     def push(self, number: int, row: Row) -> None:
         last, behind = (self.queue[-1], self.numbers[-1]) if self.queue else (row, -1)
@@ -1854,10 +2133,10 @@ class _Line:
 
 
 class MemoryStore(Store):
-    """Tasks in this process only: for each lane and type those that are ready and a heap
-    of those that are scheduled.
+    """Tasks in this process only: for each lane and type a line of those that are ready,
+    and a heap of those that are scheduled.
 
-    An entry of these is alive while its Row is the one in `_rows`; changed and removed
+    An entry of these is alive while its Row is the one in `_rows`. Changed and removed
     tasks leave dead entries, which are skipped, and swept when they outnumber the rest.
     """
 
@@ -1872,11 +2151,51 @@ class MemoryStore(Store):
         self._lock = threading.RLock()  # Protects all below; held for a moment only.
         self._rows: dict[str, Row] = {}
         self._arrived: collections.deque[Row] = collections.deque()  # Not in lines yet.
-        self._ready: dict[_Place, _Line] = collections.defaultdict(_Line)
-        self._scheduled: dict[_Place, list[_DatedRow]] = collections.defaultdict(list)
-        self._expiring: list[tuple[int, str]] = []  # A heap of (expires_at, id).
         self._insertions = itertools.count()
+        self._clear_lines()
+
+    def _clear_lines(self) -> None:
+        self._ready: dict[_Place, _Line] = collections.defaultdict(_Line)
+        # By place those that are scheduled; under None those that expire.
+        self._dated: dict[_Place | None, list[_DatedRow]] = collections.defaultdict(list)
         self._dead_entries = 0
+
+    def transaction(self) -> contextlib.AbstractContextManager[Any]:
+        return self._lock
+
+    def rows(self, query: Query, now: int) -> list[Row]:
+        with self._lock:
+            if query.ids is None:
+                rows = list(self._rows.values())
+            else:
+                rows = [self._rows[i] for i in dict.fromkeys(query.ids) if i in self._rows]
+        found = sorted((r for r in rows if fits(r, query, now)), key=lambda row: row.created_at)
+        return found[query.offset :][: query.limit]
+
+    def count(self, query: Query, now: int) -> int:
+        return len(self._rows) if query == Query() else super().count(query, now)
+
+    def write(self, old: Row | None, new: Row | None) -> bool:
+        if self._arrived:
+            self._take_in()
+        if old is None:
+            if new is None or self._rows.setdefault(new.id, new) is not new:
+                return False
+        elif self._rows.get(old.id) != old:
+            return False
+        elif new is None:
+            del self._rows[old.id]
+        else:
+            self._rows[old.id] = new
+        if new is not None:
+            self._enter(new)
+        if old is not None and old.state != "running":
+            self._dead_entries += 1
+            if self._dead_entries > 1000 + len(self._rows):
+                self._clear_lines()
+                for row in list(self._rows.values()):
+                    self._enter(row)
+        return True
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         if len(additions) == 1:
@@ -1885,219 +2204,121 @@ class MemoryStore(Store):
             if self._rows.setdefault(new.id, new) is new:
                 self._arrived.append(new)
                 return [new]
-        with self._lock:
-            self._take_in()
-            added: list[Row] = []
-            before: list[tuple[str, Row | None]] = []
-            try:
-                for new, if_exists in additions:
-                    old = self._rows.setdefault(new.id, new)  # In one step, as above.
-                    if old is new:
-                        before.append((new.id, None))
-                        self._push(new)
-                        added.append(new)
-                        continue
-                    stored, row = after_add(old, new, if_exists)
-                    if stored is not None:
-                        before.append((new.id, old))
-                        self._put(stored)
-                    added.append(row)
-            except DuplicateTask:
-                for task_id, former in reversed(before):
-                    self._put(former) if former else self._drop(task_id)
-                raise
-            return added
-
-    def _put(self, row: Row) -> None:
-        if row.id in self._rows:
-            self._dead_entries += 1
-            if self._dead_entries > 1000 + len(self._rows):
-                self._sweep()
-        self._rows[row.id] = row
-        self._push(row)
-
-    def _push(self, row: Row) -> None:
-        if row.state == "ready":
-            self._ready[row.lane, row.task_type].push(next(self._insertions), row)
-        elif row.state == "scheduled":
-            due = self._scheduled[row.lane, row.task_type]
-            heapq.heappush(due, (row.ready_at, next(self._insertions), row))
-        elif row.expires_at is not None:
-            heapq.heappush(self._expiring, (row.expires_at, row.id))
+        return super().add(additions, now)
 
     def _take_in(self) -> None:
         """Move what arrived into the lines."""
         while self._arrived:
-            self._push(self._arrived.popleft())
+            self._enter(self._arrived.popleft())
 
-    def _drop(self, task_id: str) -> None:
-        if self._rows.pop(task_id, None):
-            self._dead_entries += 1
+    def _enter(self, row: Row) -> None:
+        place, number = (row.lane, row.task_type), next(self._insertions)
+        if row.state == "ready":
+            self._ready[place].push(number, row)
+        elif row.state == "scheduled":
+            heapq.heappush(self._dated[place], (row.ready_at, number, row))
+        elif row.expires_at is not None:
+            heapq.heappush(self._dated[None], (row.expires_at, number, row))
 
-    def _sweep(self) -> None:
-        self._dead_entries = 0
-        for rebuild, by_place in ((_Line, self._ready), (sorted, self._scheduled)):
-            entries: dict[_Place, Any] = cast(Any, by_place)
-            for place in list(entries):
-                alive = [entry for entry in entries.pop(place) if self._alive(entry[-1])]
-                if alive:
-                    entries[place] = rebuild(alive)  # What is sorted is a heap.
-
-    def _alive(self, row: Row) -> bool:
+    def _is_alive(self, row: Row) -> bool:
         return self._rows.get(row.id) is row
 
-    def _lines(self, owner: str, types: Iterable[str], now: int) -> Iterator[_Line]:
-        """The lines of ready tasks, after what arrived and what became due moved there."""
-        self._take_in()
-        for task_type in types:
-            for place in {("", task_type), (owner, task_type)}:
-                scheduled = self._scheduled.get(place)
-                for _ in range(PROMOTE_TASKS):
-                    if not scheduled or (scheduled[0][0] > now and self._alive(scheduled[0][2])):
-                        break
-                    _, number, row = heapq.heappop(scheduled)
-                    if self._alive(row):
-                        self._rows[row.id] = row = row._replace(state="ready")
-                        self._ready[place].push(number, row)
-                if place in self._ready:
-                    line = self._ready[place]
-                    next(line.take(self._rows), None)  # Drops the dead before it.
-                    yield line
+    def _come(self, place: _Place | None, now: int) -> Iterator[tuple[int, Row]]:
+        """Take from a heap what its instant has come for, with its numbers of insertion."""
+        heap = self._dated.get(place)
+        while heap:
+            instant, number, row = heap[0]
+            is_alive = self._is_alive(row)
+            if is_alive and instant > now:
+                return
+            heapq.heappop(heap)
+            if is_alive:
+                yield number, row
 
-    def claim(
-        self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
-    ) -> list[Row]:
-        if not self._rows:
-            return []
-        shares, rows = _shares(types), self._rows
-        taken: list[Row] = []
+    def _lines(self, owner: str, types: Iterable[str], now: int) -> list[_Line]:
+        """The lines of ready tasks, after what arrived and what became due moved there."""
+        if self._arrived:
+            self._take_in()
+        places = [place for name in types for place in {("", name), (owner, name)}]
+        for place in places:
+            if place in self._dated:
+                for number, row in itertools.islice(self._come(place, now), PROMOTE_TASKS):
+                    self._rows[row.id] = row = row._replace(state="ready")
+                    self._ready[place].push(number, row)
+        return [self._ready[place] for place in places if place in self._ready]
+
+    def candidates(
+        self, owner: str, types: Iterable[str], most: int, now: int, until: int
+    ) -> Iterable[Row]:
+        lines = [line.take(self._rows) for line in self._lines(owner, types, now)]
+        ranked = lines[0] if len(lines) == 1 else heapq.merge(*lines)
+        return map(_ROW_OF, ranked) if until == NEVER else self._due_by(until, ranked)
+
+    def _due_by(self, until: int, ranked: Iterable[_RankedRow]) -> Iterator[Row]:
         later: list[tuple[int, Row]] = []
-        with self._lock:
-            lines = [line.take(rows) for line in self._lines(owner, shares, now)]
-            for _, _, number, row in heapq.merge(*lines):
-                if row.due_at > until:
+        try:
+            for _, _, number, row in ranked:
+                if row.due_at <= until:
+                    yield row
+                else:
                     later.append((number, row))
-                    continue
-                limit -= shares[row.task_type]
-                if limit < -1e-9:
-                    break
-                rows[row.id] = running = claimed(row, owner, now)
-                taken.append(running)
+        finally:
             for number, row in later:
                 self._ready[row.lane, row.task_type].push(number, row)
-        return taken
 
-    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
-        held: list[bool] = []
-        with self._lock:
-            for outcome in outcomes:
-                row = self._rows.get(outcome.id)
-                mine = row is not None and is_held(row, owner, outcome)
-                held.append(mine)
-                if row is not None and mine:
-                    following = after_run(row, outcome, now)
-                    if following is None:
-                        del self._rows[row.id]
-                    else:
-                        self._put(following)
-        return held
+    def take(self, rows: Sequence[Row], owner: str, now: int) -> list[Row]:
+        running = [claimed(row, owner, now) for row in rows]  # Their entries are gone.
+        for row in running:
+            self._rows[row.id] = row
+        return running
 
-    def renew(self, owner: str, now: int) -> None:
-        with self._lock:
-            while self._expiring and self._expiring[0][0] <= now:
-                expires_at, task_id = heapq.heappop(self._expiring)
-                row = self._rows.get(task_id)
-                if row is not None and (row.state, row.expires_at) == ("done", expires_at):
-                    self._drop(task_id)
+    def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
+        # In half of the kernel's time: nobody else can change a row meanwhile.
+        led: list[str] = []
+        for outcome in outcomes:
+            row = self._rows.get(outcome.id)
+            if row is None or not is_held(row, owner, outcome):
+                led.append("")
+                continue
+            following = after_run(row, outcome, now)
+            led.append(led_to(row, following, outcome))
+            if following is None:
+                del self._rows[row.id]
+            else:
+                self.write(row, following)
+        return led
 
-    def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
-        return []  # These tasks die with their master.
-
-    def leave(self, owner: str, now: int) -> None:
-        with self._lock:
-            for row in list(self._rows.values()):
-                held = row.owner == owner and row.state == "running"
-                following = given_back(row, now) if held else row
-                if following is None:
-                    self._drop(row.id)
-                elif held or row.lane == owner:
-                    self._put(following._replace(lane=""))
+    def expire(self, now: int) -> None:
+        for _, row in self._come(None, now):
+            del self._rows[row.id]
 
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
     ) -> list[int]:
+        due: list[int] = []
         if not self._rows:
-            return []
+            return due
         with self._lock:
-            due: list[int] = []
-            types = list(types)
-            for line in self._lines(owner, types, now):
-                ready = (now for *_, row in line if self._alive(row) and row.due_at <= until)
+            for line in self._lines(owner, types := list(types), now):
+                next(line.take(self._rows), None)  # Drops the dead before it.
+                rows = itertools.chain(line.queue, (row for *_, row in line.heap))
+                ready = (now for row in rows if self._is_alive(row) and row.due_at <= until)
                 due.extend(itertools.islice(ready, limit - len(due)))
             for place in itertools.product(("", owner), types):
-                # Usually only the first, which is the earliest: that is all a timer needs.
-                for ready_at, _, row in self._scheduled.get(place, ()):
-                    if self._alive(row) and row.due_at <= until:
-                        due.append(ready_at)
-                        break
-            return sorted(due)[:limit]
-
-    def foreign(self, types: Iterable[str], now: int) -> list[str]:
-        known = set(types)
-        with self._lock:
-            self._take_in()
-            places = list(self._ready) + list(self._scheduled)
-            other = {task_type for lane, task_type in places if not lane} - known
-            lines = ((t, line) for t in sorted(other) for line in self._lines("", [t], now))
-            return [t for t, line in lines if any(self._alive(row) for *_, row in line)]
-
-    def find(self, query: Query, now: int) -> list[Row]:
-        with self._lock:
-            if query.ids is None:
-                rows = list(self._rows.values())
-            else:
-                rows = [self._rows[i] for i in dict.fromkeys(query.ids) if i in self._rows]
-        found = sorted((r for r in rows if fits(r, query, now)), key=lambda row: row.created_at)
-        stop = None if query.limit is None else query.offset + query.limit
-        return found[query.offset : stop]
-
-    def count(self, query: Query, now: int) -> int:
-        if query == Query():
-            return len(self._rows)
-        return len(self.find(query, now))
-
-    def remove(self, query: Query, now: int) -> int:
-        with self._lock:
-            rows = self.find(query, now)
-            for row in rows:
-                if row.state == "running":
-                    self._rows[row.id] = row._replace(removed=1, successor=None)
-                else:
-                    self._drop(row.id)
-            return len(rows)
-
-    def retry(self, query: Query, now: int) -> int:
-        with self._lock:
-            rows = [row for row in self.find(query, now) if row.state == "failed"]
-            for row in rows:
-                self._put(after_retry(row, now))
-            return len(rows)
-
-    def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
-        with self._lock:
-            row = after_update(self._rows.get(task_id), task_id, changes, now)
-            self._put(row)
-            return row
+                for at, _, row in self._dated.get(place, ()):
+                    if self._is_alive(row) and row.due_at <= until:
+                        due.append(at)
+                        break  # The earliest, usually: that is all a timer needs.
+        return sorted(due)[:limit]
 
 
 # SQL, in the order of a task's life. Nothing newer than SQLite 3.31. Table names carry
 # our name, as the file may be your application's own.
 
 _LIST = ", ".join(_COLUMNS)
-_ATTEMPT, _CLAIM_NUMBER = _COLUMNS.index("attempt"), _COLUMNS.index("claim")
 _IGNORED = "SQLite ignored the change; does the table have a trigger?"
 
-SCHEMA_VERSION = 3  # Counts changes of what follows; see SQLiteStore._make_schema.
+SCHEMA_VERSION = 3  # Counts changes of what follows; see _make_schema.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS taskpool_task (
     seq INTEGER PRIMARY KEY,  -- Grows in the order of insertion.
@@ -2115,7 +2336,7 @@ ON taskpool_task (lane, task_type, priority DESC, created_at) WHERE state = 'rea
 -- For _PROMOTE and _NEXT_DUE: rows that are not due are never in the way of others.
 CREATE INDEX IF NOT EXISTS taskpool_scheduled
 ON taskpool_task (lane, task_type, ready_at) WHERE state = 'scheduled';
--- For _HELD_BY, _OWNERS, _SUSPECT.
+-- For _HELD_BY, _OWNERS, _READY.
 CREATE INDEX IF NOT EXISTS taskpool_running
 ON taskpool_task (owner, interrupted) WHERE state = 'running';
 -- For _OPEN_LANE.
@@ -2130,6 +2351,7 @@ CREATE TABLE IF NOT EXISTS taskpool_version (version INTEGER NOT NULL)
 # From each older version that is still read, the statements that lead to the next one.
 _UPGRADES: dict[int, tuple[str, ...]] = {}
 _TABLES = "SELECT name FROM sqlite_master WHERE name IN ('taskpool_task', 'taskpool_version')"
+_VERSION = "SELECT max(version) FROM taskpool_version"
 _FILES = "PRAGMA database_list"  # Rows of number, name, file.
 # Does nothing, but as a write: it waits for the lock, where a transaction that has only
 # read fails at once if another process wrote meanwhile.
@@ -2151,45 +2373,38 @@ INSERT INTO taskpool_task ({", ".join(_COLUMNS[:_ATTEMPT])}, claim, repeat,
 _FIRST = f"({', '.join('?' * _ATTEMPT)}, ?, ?, 0, '', 0, 0)"
 _ADD = f"{_INTO} {_FIRST}"
 _ADD_TEN = f"{_INTO} {', '.join([_FIRST] * 10)}"
-# -> running, in one step.
-_ADD_RUNNING = f"""
-INSERT INTO taskpool_task ({_LIST}) SELECT {", ".join("?" * len(_COLUMNS))}
-WHERE NOT EXISTS (SELECT 1 FROM taskpool_task INDEXED BY taskpool_ready WHERE state = 'ready')
-"""
-_BY_ID = f"SELECT {_LIST} FROM taskpool_task WHERE id = ?"
-_ERASE = "DELETE FROM taskpool_task WHERE id = ?"
-# Any state -> any other: writes a whole Row back.
-_WRITE = f"UPDATE taskpool_task SET ({_LIST}) = ({', '.join('?' * len(_COLUMNS))}) WHERE id = ?"
+_ERASE = "DELETE FROM taskpool_task WHERE id = ?1"
+# Any state -> any other: writes what differs, so that nothing else is touched.
+_WRITE = "UPDATE taskpool_task SET {} WHERE id = ?1"
 
 # The lanes and task types that a cluster may claim of. (CROSS JOIN: SQLite keeps the order.)
 _PLACES = """
 (SELECT '' AS place_lane UNION SELECT :owner)
 CROSS JOIN (SELECT value AS place_type FROM json_each(:types))
 """
-_DUE = f"""SELECT seq FROM {_PLACES} CROSS JOIN taskpool_task
-WHERE state = 'scheduled' AND lane = place_lane AND task_type = place_type AND ready_at {{}}
-""".format
+_LINE = "state = '{}' AND lane = place_lane AND task_type = place_type".format
+_DUE = f"SELECT seq FROM {_PLACES} CROSS JOIN taskpool_task WHERE {_LINE('scheduled')}"
 # scheduled -> ready. Also what is no instant (text, say, is greater than all numbers): so
 # that it is found to be unusable.
 _PROMOTE = f"""
 UPDATE taskpool_task SET state = 'ready' WHERE seq IN (
-    {_DUE("<= :now")} UNION ALL {_DUE(f"> {_YEARS[1]}")} LIMIT {PROMOTE_TASKS})
+    {_DUE} AND ready_at <= :now UNION ALL {_DUE} AND ready_at > {_YEARS[1]} LIMIT {PROMOTE_TASKS})
 """
 # The first in each line, in the shape of _READY: seq, NULL, type, lane, priority, created_at.
 _HEADS = f"""
 SELECT seq, NULL, place_type, place_lane, priority, created_at
 FROM {_PLACES} CROSS JOIN taskpool_task ON seq = (
-    SELECT seq FROM taskpool_task
-    WHERE state = 'ready' AND lane = place_lane AND task_type = place_type
+    SELECT seq FROM taskpool_task WHERE {_LINE('ready')}
     ORDER BY priority DESC, created_at, seq LIMIT 1)
 """
 _IN_TIME = "(due_at <= {} OR typeof(due_at) <> 'integer')".format
-# What claim() would take of one lane and type, best first; with or without suspects.
+# What claim() would take of one lane and type, best first. No suspects while :owner has one.
 _READY = f"""
 SELECT seq, {_LIST} FROM taskpool_task
-WHERE state = 'ready' AND lane = ? AND task_type = ? AND {_IN_TIME("?")}
-AND (? OR interrupted = 0)
-ORDER BY priority DESC, created_at, seq LIMIT ?
+WHERE state = 'ready' AND lane = :lane AND task_type = :type AND {_IN_TIME(":until")}
+AND (interrupted = 0 OR NOT EXISTS (
+    SELECT 1 FROM taskpool_task WHERE state = 'running' AND owner = :owner AND interrupted > 0))
+ORDER BY priority DESC, created_at, seq LIMIT :most
 """
 # ready -> running
 _CLAIM = """
@@ -2197,23 +2412,13 @@ UPDATE taskpool_task
 SET state = 'running', owner = ?, ready_at = ?, claim = claim + 1, attempt = attempt + 1
 WHERE state = 'ready' AND seq IN (SELECT value FROM json_each(?))
 """
-# ready -> failed, for rows that cannot be read: they must not block the rest.
-_SET_ASIDE = "UPDATE taskpool_task SET state = 'failed', error = ? WHERE seq = ?"
-_SUSPECT = """
-SELECT 1 FROM taskpool_task
-WHERE state = 'running' AND owner = ? AND interrupted > 0 LIMIT 1
-"""
 _NEXT_DUE = f"""
-SELECT ready_at FROM {_PLACES} CROSS JOIN taskpool_task ON seq IN (
+SELECT * FROM (
+    SELECT :now FROM {_PLACES} CROSS JOIN taskpool_task
+    WHERE {_LINE('ready')} AND {_IN_TIME(":until")} LIMIT :limit)
+UNION ALL SELECT ready_at FROM {_PLACES} CROSS JOIN taskpool_task ON seq IN (
     SELECT seq FROM taskpool_task
-    WHERE state = 'scheduled' AND lane = place_lane AND task_type = place_type
-    AND due_at <= :until ORDER BY ready_at LIMIT :limit)
-"""
-_COUNT_READY = f"""
-SELECT count(*) FROM (
-    SELECT 1 FROM {_PLACES} CROSS JOIN taskpool_task
-    WHERE state = 'ready' AND lane = place_lane AND task_type = place_type
-    AND {_IN_TIME(":until")} LIMIT :limit)
+    WHERE {_LINE('scheduled')} AND due_at <= :until ORDER BY ready_at LIMIT :limit)
 """
 
 # True only for the claim that the caller was given: an ended claim is not 'running', and
@@ -2268,10 +2473,14 @@ UNION SELECT v FROM scheduled WHERE v IS NOT NULL AND
      WHERE state = 'scheduled' AND lane = '' AND task_type = v) <= ?
 """
 
+_STATES = {"waiting": ("scheduled", "ready")}
 _OLDEST_FIRST = "ORDER BY created_at, seq LIMIT ? OFFSET ?"
 # waiting, failed, done -> (removed); a running task is marked.
 _REMOVE = "DELETE FROM taskpool_task WHERE state <> 'running'"
 _MARK = "UPDATE taskpool_task SET removed = 1, successor = NULL WHERE state = 'running'"
+
+
+_Database = Union[sqlite3.Connection, sqlite3.Cursor]
 
 
 def _text_or_bytes(raw: bytes) -> str | bytes:
@@ -2289,41 +2498,52 @@ def _rank(candidate: Sequence[Any]) -> tuple[int, int, int]:
     return -priority, created_at, seq
 
 
-def _fetch(db: Any, statement: str, values: Any = ()) -> list[Any]:
-    """All rows of the result. Text that is not UTF-8 comes as bytes."""
-    try:
-        return list(db.execute(statement, values))
-    except sqlite3.OperationalError as error:
-        if "decode" not in str(error):
-            raise
+def _once_more(db: Any, error: sqlite3.Error, work: Callable[[], _T]) -> _T:
+    """work(), if it failed for text that is not UTF-8: such text comes as bytes now."""
+    if "decode" not in str(error):
+        raise error
     connection = getattr(db, "connection", db)
     connection.text_factory = _text_or_bytes
     try:
-        return list(db.execute(statement, values))
+        return work()
     finally:
         connection.text_factory = str
+
+
+def _fetch(db: Any, statement: str, values: Any = ()) -> list[Any]:
+    """All rows of the result. Text that is not UTF-8 comes as bytes."""
+    try:
+        rows: list[Any] = db.execute(statement, values).fetchall()
+        return rows
+    except sqlite3.OperationalError as error:
+        return _once_more(db, error, lambda: db.execute(statement, values).fetchall())
+
+
+@lru_cache(maxsize=100)
+def _json_list(texts: tuple[str, ...]) -> str:
+    return json.dumps(texts)
+
+
+@lru_cache(maxsize=1000)
+def _write_of(names: Sequence[str]) -> str:
+    return _WRITE.format(", ".join(f"{name} = ?{n}" for n, name in enumerate(names, 2)))
+
+
+def _stored_row(columns: Sequence[Any]) -> Row:
+    return tuple.__new__(Row, (*columns, False))  # A fifth of the time of Row(*columns).
 
 
 def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     """The condition of *query* in SQL, and its values."""
     terms: list[str] = ["1"]
     values: list[Any] = []
-
-    def among(column: str, allowed: Sequence[Any]) -> str:
-        if len(allowed) <= 200:
-            values.extend(allowed)
-            return f"{column} IN ({', '.join('?' * len(allowed))})"
-        values.append(json.dumps(list(allowed)))  # SQLite before 3.32 takes 999 values.
-        return f"{column} IN (SELECT value FROM json_each(?))"
-
-    if query.ids is not None:
-        terms.append(among("id", query.ids))
-    if query.types is not None:
-        terms.append(among("task_type", query.types))
-    if query.states is not None:
-        states = [s for s in query.states if s != "waiting"]
-        states += ["scheduled", "ready"] * ("waiting" in query.states)
-        terms.append(among("state", states))
+    states = query.states and [s for state in query.states for s in _STATES.get(state, (state,))]
+    for column, allowed in ("id", query.ids), ("task_type", query.types), ("state", states):
+        if allowed is not None:
+            many = len(allowed) > 200  # SQLite before 3.32 takes 999 values.
+            listed = "SELECT value FROM json_each(?)" if many else ", ".join("?" * len(allowed))
+            terms.append(f"{column} IN ({listed})")
+            values += [json.dumps(list(allowed))] if many else allowed
     if query.created_at is not None:
         terms.append("created_at = ?")
         values.append(query.created_at)
@@ -2341,7 +2561,127 @@ def _addition(row: Row) -> tuple[Any, ...]:
     return (*row[:_ATTEMPT], row.claim, row.repeat)
 
 
-_T = TypeVar("_T")  # What is read or written.
+def _add_together(db: _Database, rows: Sequence[Row]) -> bool:
+    """Add many that have new ids, in a third of the time. False if an id is taken."""
+    tens = len(rows) // 10 * 10
+    values = itertools.chain.from_iterable(map(_addition, rows[:tens]))
+    db.execute("SAVEPOINT taskpool")
+    try:
+        count = db.executemany(_ADD_TEN, zip(*[values] * (10 * (_ATTEMPT + 2)))).rowcount
+        count += db.executemany(_ADD, map(_addition, rows[tens:])).rowcount
+        done = count == len(rows)
+    except sqlite3.IntegrityError:
+        done = False
+    if not done:
+        db.execute("ROLLBACK TO taskpool")
+    db.execute("RELEASE taskpool")
+    return bool(done)
+
+
+def _version_of(db: _Database, path: str) -> int | None:
+    """The version of our tables, None if there are none. Raises StoreError if newer, or
+    so old that nothing leads from it to ours."""
+    tables = {name for (name,) in db.execute(_TABLES)}
+    if "taskpool_task" not in tables:
+        return None
+    found = "taskpool_version" in tables and db.execute(_VERSION).fetchone()[0]
+    version = int(found or 0)
+    if version != SCHEMA_VERSION and version not in _UPGRADES:
+        age = "a newer" if version > SCHEMA_VERSION else "an unreleased"
+        raise StoreError(
+            f"{path}: made by {age} taskpool (schema {version}; this is {__version__}, "
+            f"schema {SCHEMA_VERSION}): update your taskpool.py, or give another file"
+        )
+    return version
+
+
+def _make_schema(db: _Database, path: str) -> None:
+    """Make the tables, or bring those of an older version up to date: in a transaction."""
+    version = _version_of(db, path)  # Again: another process may have been quicker.
+    steps = [_UPGRADES[older] for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION)]
+    for statement in itertools.chain(*steps, _SCHEMA.split(";")):
+        db.execute(statement)
+    db.execute("DELETE FROM taskpool_version")
+    db.execute("INSERT INTO taskpool_version VALUES (?)", (SCHEMA_VERSION,))
+
+
+def _use_wal(db: _Database) -> str:
+    """Returns the journal mode, "" if the file can only be read."""
+    # The switch needs the file for itself and fails at once, whatever the timeout.
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+            return str(mode)
+        except sqlite3.OperationalError as error:
+            if "readonly" in str(error):
+                return ""  # A write will say what is wrong.
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
+
+
+def _file_fault(path: str) -> str:
+    """What is wrong with a file, where SQLite knows only that it cannot use it.
+
+    Never opens the file: closing it again would drop SQLite's locks on it.
+    """
+    real = os.path.realpath(path)
+    name, folder = "it" if real == path else real, os.path.dirname(real)
+    try:
+        mode = os.stat(real).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "folder" if stat.S_ISDIR(mode) else "device, pipe or socket"
+            return f"{name} is a {kind}; give the name of a file"
+        needs = [(real, name, "readable", os.R_OK), (real, name, "writable", os.W_OK)]
+    except FileNotFoundError:
+        if not os.path.isdir(folder):
+            return f"the folder {folder} does not exist"
+        needs = []
+    except OSError as error:  # The name is too long, say.
+        return str(error.strerror)
+    needs.append((folder, f"the folder {folder}", "writable", os.W_OK | os.X_OK))
+    for place, name, able, flag in needs:
+        if not os.access(place, flag):
+            flags = os.statvfs(folder).f_flag if hasattr(os, "statvfs") else 0
+            why = " (a read-only file system)" if flags & getattr(os, "ST_RDONLY", 0) else ""
+            return f"{name} is not {able}{why}"
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:  # Too many open files.
+        return str(error.strerror)
+    return ""
+
+
+def _view_of(path: str) -> str:
+    """The URI of a file that is there: to look at it neither makes nor changes it."""
+    import pathlib
+
+    try:
+        os.stat(path)
+    except OSError as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        text = f"{path}: {why}; give the one that your TaskQueue has"
+        raise StoreError(text) from None
+    # SQLite would put files beside it, which must be of those who may write to the tasks.
+    able = all(os.access(p, os.W_OK) for p in (os.path.dirname(path), path))
+    is_quiet = not able and not os.path.exists(f"{path}-wal")  # Nobody has it open.
+    mode = "immutable=1" if is_quiet else "mode=rw"
+    return f"{pathlib.Path(path).as_uri()}?{mode}"
+
+
+def _refusal(path: str, db: sqlite3.Cursor, error: sqlite3.Error, started: float) -> str:
+    """Why the caller's own connection cannot write."""
+    waited = time.monotonic() - started
+    if "readonly" in str(error):
+        return _file_fault(path) or "connection can only read: mode=ro, immutable or query_only"
+    if str(error) != "database is locked":
+        return ""
+    timeout = db.execute("PRAGMA busy_timeout").fetchone()[0] / 1000
+    code = getattr(error, "sqlite_errorcode", 0)  # From Python 3.11 on.
+    if waited < timeout or code == _BUSY_SNAPSHOT:
+        return _HAS_READ
+    return f"another program writes, and the timeout of connection is {timeout:g} s"
 
 
 class _Made(NamedTuple):
@@ -2394,6 +2734,25 @@ def _masters_path(store: SQLiteStore, known: _Known) -> str:
     return paths.pop() if len(paths) == 1 else ""
 
 
+def _check_path(store: SQLiteStore) -> None:
+    """Raise StoreError where this may be another file than in the master."""
+    what = f"{store._given}: in a worker process it cannot be known which file this is"
+    if not store.path:
+        raise StoreError(
+            f"{what}: the master's current folder changed, or the line that makes the "
+            "queue computes paths that differ from process to process. Give an absolute "
+            "path that is the same in every process"
+        )
+    if _is_rerun():
+        start = getattr(multiprocessing.process, "ORIGINAL_DIR", None)  # The master's.
+        same = os.path.normpath(os.path.join(start or "", store._given)) == store.path
+        if not same or not os.path.exists(store.path):
+            raise StoreError(
+                f"{what} while it runs your file again; use the queue under `if "
+                'Cluster.is_master():`, `if __name__ == "__main__":`, or in a task'
+            )
+
+
 class SQLiteStore(Store):
     """Tasks in one SQLite file (WAL), shared by any number of processes of one machine.
 
@@ -2405,7 +2764,9 @@ class SQLiteStore(Store):
     StoreError, with the path, for whatever SQLite reports.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, synchronous: str = "NORMAL") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, synchronous: str = "NORMAL", _looking: bool = False
+    ) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise _wrong_type("path", path, "a file name")
         name = os.fspath(path)
@@ -2416,7 +2777,8 @@ class SQLiteStore(Store):
         while frame.f_globals is globals() and frame.f_back is not None:
             frame = frame.f_back
         self._given, self._place = os.path.normpath(name), _place_of(frame)
-        self._connections: list[sqlite3.Connection] = []
+        self._looking = _looking  # For the command line: an existing file, as it is.
+        self._files: dict[Any, tuple[int, int] | None] = {}
         self._reset_after_fork()
         _reset_in_forks.add(self)
         _stores[id(self)] = self
@@ -2433,43 +2795,34 @@ class SQLiteStore(Store):
     def _reset_after_fork(self) -> None:
         """Use fresh connections in a forked child, and never close the parent's: closing
         drops the locks of the whole process (sqlite.org/howtocorrupt.html, 2.6)."""
-        _carried_over_fork.extend(self._connections)
-        self._connections = []
-        # One connection writes, another reads, each under its lock. A thread that holds
-        # the write lock also reads through the writer, to see what it wrote.
-        # Both may be taken again: by a signal handler or finalizer in the midst of a call.
+        _carried_over_fork.extend(self._files)
+        self._files = {}  # Device and inode that each connection opened.
+        # One connection writes, another reads, each under its lock. A thread in the midst of a
+        # write reads through the writer, to see what was written. The locks may be taken again
+        # by a signal handler or finalizer of the same thread.
         self._write_lock, self._read_lock = threading.RLock(), threading.RLock()
         self._fork_locks = (self._write_lock, self._read_lock)
-        self._writer: sqlite3.Connection | None = None
-        self._reader: sqlite3.Connection | None = None
-        self._opened = self._reading = (0, 0)  # The _identity that each has.
-        self._stale = False  # Open again before the next write.
-        self._grouping = 0  # The thread in transaction(), which holds the write lock.
-        self._writing = False  # The holder of the write lock is in the midst of a write.
-        self._seen: dict[str, _Seen] = collections.defaultdict(dict)  # By observer.
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise self._store_error(error) from error
+        self._writer: Any = None
+        self._reader: Any = None
+        self._changing = 0  # The thread that is in the midst of a write.
+        self._seen: dict[str, _Seen] = {}  # By observer.
+        self._seqs: dict[Any, int] = {}  # Of the candidates of this claim, by id.
 
     def _store_error(self, error: sqlite3.Error, why: str = "") -> StoreError:
-        if type(error) is sqlite3.DatabaseError:
-            self._stale = True  # Damaged, perhaps: look at the file afresh next time.
+        if type(error) is sqlite3.DatabaseError:  # Damaged, perhaps: open it afresh next time.
+            self._files.update(dict.fromkeys(self._files))
         if type(error) is sqlite3.OperationalError and "locked" not in str(error):
-            why = why or self._hint()
+            why = why or _file_fault(self.path)
         return StoreError(f"{self.path}: {error}{why and '; '}{why}")
 
-    def _identity(self) -> tuple[int, int]:
-        """Which file has our name now. SQLite writes to the one that it opened, also when
-        that was deleted or replaced: what it stores there is lost."""
+    def _is_current(self, db: Any) -> bool:
+        """Whether *db* has the file open that is at our path now. What SQLite stores in a file
+        that was deleted or replaced since is lost."""
         try:
             found = os.stat(self.path)
         except OSError:
-            return 0, 0
-        return found.st_dev, found.st_ino
+            return False
+        return self._files.get(db) == (found.st_dev, found.st_ino)
 
     def _move(self, path: str) -> None:
         """In a worker: be the file of the master."""
@@ -2477,227 +2830,261 @@ class SQLiteStore(Store):
             self.close()
             self.path = path
 
-    def _check_path(self) -> None:
-        """Raise StoreError where this may be another file than in the master."""
-        what = f"{self._given}: in a worker process it cannot be known which file this is"
-        if not self.path:
-            raise StoreError(
-                f"{what}: the master's current folder changed, or the line that makes the "
-                "queue computes paths that differ from process to process. Give an absolute "
-                "path that is the same in every process"
-            )
-        if _is_rerun():
-            start = getattr(multiprocessing.process, "ORIGINAL_DIR", None)  # The master's.
-            same = os.path.normpath(os.path.join(start or "", self._given)) == self.path
-            if not same or not os.path.exists(self.path):
-                raise StoreError(
-                    f"{what} while it runs your file again; use the queue under `if "
-                    'Cluster.is_master():`, `if __name__ == "__main__":`, or in a task'
-                )
-
-    def _hint(self) -> str:
-        """What is wrong with the file, where SQLite knows only that it cannot use it.
-
-        Never opens the file: closing it again would drop SQLite's locks on it.
-        """
-        real = os.path.realpath(self.path)
-        name, folder = "it" if real == self.path else real, os.path.dirname(real)
+    def _open(self) -> sqlite3.Connection:
+        _check_path(self)
+        place = _view_of(self.path) if self._looking else self.path
         try:
-            mode = os.stat(real).st_mode
-            if not stat.S_ISREG(mode):
-                kind = "folder" if stat.S_ISDIR(mode) else "device, pipe or socket"
-                return f"{name} is a {kind}; give the name of a file"
-            needs = [(real, name, "readable", os.R_OK), (real, name, "writable", os.W_OK)]
-        except FileNotFoundError:
-            if not os.path.isdir(folder):
-                return f"the folder {folder} does not exist"
-            needs = []
-        except OSError as error:  # The name is too long, say.
-            return str(error.strerror)
-        needs.append((folder, f"the folder {folder}", "writable", os.W_OK | os.X_OK))
-        for place, name, able, flag in needs:
-            if not os.access(place, flag):
-                flags = os.statvfs(folder).f_flag if hasattr(os, "statvfs") else 0
-                why = " (a read-only file system)" if flags & getattr(os, "ST_RDONLY", 0) else ""
-                return f"{name} is not {able}{why}"
-        try:
-            os.close(os.open(os.devnull, os.O_RDONLY))
-        except OSError as error:  # Too many open files.
-            return str(error.strerror)
-        return ""
-
-    def _open(self, uri: str | None = None) -> sqlite3.Connection:
-        self._check_path()
-        db = sqlite3.connect(
-            uri or self.path, uri=uri is not None,
-            timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False,
-        )  # fmt: skip
-        try:
-            self._prepare(db)
-        except BaseException:
-            db.close()
-            raise
-        self._connections.append(db)
+            db = sqlite3.connect(
+                place, uri=self._looking, timeout=BUSY_SECONDS, isolation_level=None,
+                check_same_thread=False,
+            )  # fmt: skip
+            try:
+                self._prepare(db)
+            except BaseException:
+                db.close()
+                raise
+        except sqlite3.Error as error:
+            raise self._store_error(error) from error
+        self._files[db] = None
+        with contextlib.suppress(OSError):  # It may have gone again.
+            found = os.stat(self.path)
+            self._files[db] = found.st_dev, found.st_ino
         return db
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        self._version(db)  # A newer file is refused before anything is changed.
+        version = _version_of(db, self.path)  # A newer file is refused before anything is changed.
+        if self._looking:
+            if version is None:
+                raise StoreError(f"{self.path}: holds no tasks; give the file of your TaskQueue")
+            db.execute("PRAGMA query_only = 1")
+            return
         db.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # Does nothing to an old file.
-        self._use_wal(db)
+        mode = _use_wal(db)
+        if mode not in ("", "wal") and not self._files:  # Once.
+            _log.warning("%s: WAL is not possible here; journal mode is %s", self.path, mode)
         db.execute(f"PRAGMA synchronous = {self._synchronous}")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-        if self._version(db) != SCHEMA_VERSION:
+        if _version_of(db, self.path) != SCHEMA_VERSION:
             db.execute("BEGIN IMMEDIATE")
-            self._make_schema(db)
+            _make_schema(db, self.path)
             db.execute("COMMIT")
 
-    def _version(self, db: sqlite3.Connection | sqlite3.Cursor) -> int | None:
-        """The version of our tables, None if there are none. Raises StoreError if newer, or
-        so old that nothing leads from it to ours."""
-        tables, version = {name for (name,) in db.execute(_TABLES)}, 0
-        if "taskpool_task" not in tables:
-            return None
-        if "taskpool_version" in tables:
-            (version,) = db.execute("SELECT max(version) FROM taskpool_version").fetchone()
-        if version != SCHEMA_VERSION and version not in _UPGRADES:
-            age = "a newer" if version > SCHEMA_VERSION else "an unreleased"
-            raise StoreError(
-                f"{self.path}: made by {age} taskpool (schema {version}; this is {__version__}, "
-                f"schema {SCHEMA_VERSION}): update your taskpool.py, or give another file"
-            )
-        return version
+    def _reopened(self, db: sqlite3.Connection | None) -> sqlite3.Connection:
+        if db is not None and db in self._files:
+            del self._files[db]
+            db.close()
+        return self._open()
 
-    def _make_schema(self, db: sqlite3.Connection | sqlite3.Cursor) -> None:
-        """Make the tables, or bring those of an older version up to date: in a transaction."""
-        version = self._version(db)  # Again: another process may have been quicker.
-        for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
-            for statement in _UPGRADES[older]:
-                db.execute(statement)
-        for statement in _SCHEMA.split(";"):
-            db.execute(statement)
-        db.execute("DELETE FROM taskpool_version")
-        db.execute("INSERT INTO taskpool_version VALUES (?)", (SCHEMA_VERSION,))
-
-    def _use_wal(self, db: sqlite3.Connection) -> None:
-        # The switch needs the file for itself and fails at once, whatever the timeout.
-        deadline = time.monotonic() + BUSY_SECONDS
-        while True:
-            try:
-                (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
-                break
-            except sqlite3.OperationalError as error:
-                if "readonly" in str(error):
-                    return  # Reading is possible; a write will say what is wrong.
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.005)
-        if mode != "wal" and not self._connections:  # Once.
-            _log.warning("%s: WAL is not possible here; journal mode is %s", self.path, mode)
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._write_lock, self._errors():
-            if self._grouping:
-                yield cast(sqlite3.Connection, self._writer)
-                return
-            try:
-                self._writing = True
-                db = self._begin()
-                self._grouping, self._writing = threading.get_ident(), False
-                yield db
-                self._writing = True
-                self._commit(db)
-            except BaseException:
-                self._roll_back()
-                raise
-            finally:
-                self._grouping, self._writing = 0, False
-
-    def _write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Have *work* write in a transaction of its own, or in that of the caller.
-
-        This and _read are no context managers: a Ctrl-C between the entering of one and
-        its block would keep the lock as long as somebody looks at the KeyboardInterrupt.
-        """
-        with self._write_lock, self._errors():
-            if self._writing:  # Joined, it would be undone with what it interrupted.
+    def _change(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        # No context manager: a Ctrl-C between the entering of one and its block would keep
+        # the lock as long as somebody looks at the KeyboardInterrupt.
+        with self._write_lock:
+            if self._changing:
+                if work in (self._settle, self._claim):  # Of turn().
+                    return work(*arguments)
+                # Joined, it would be undone with what it interrupted.
                 raise StoreError(
                     f"{self.path}: a signal handler, or a finalizer, wrote in the midst of a "
                     "write of the same thread; have another thread do it"
                 )
-            self._writing = True
+            if not self._is_current(self._writer):
+                self._writer = self._reopened(self._writer)
+            db = self._writer
+            self._changing = threading.get_ident()
             try:
-                if self._grouping:
-                    return work(cast(sqlite3.Connection, self._writer))
-                db = self._begin()
-                result = work(db)
-                self._commit(db)
+                if db.in_transaction:  # A second Ctrl-C came just after the first.
+                    db.execute("ROLLBACK")
+                db.execute("BEGIN IMMEDIATE")
+                result = work(*arguments)
+                db.execute("COMMIT")
+                if not self._is_current(db):
+                    raise StoreError(f"{self.path}: the file was deleted or replaced")
                 return result
-            except BaseException:
-                if not self._grouping:
-                    self._roll_back()
+            except BaseException as error:
+                with contextlib.suppress(sqlite3.Error):  # Keep the first error.
+                    if db.in_transaction:  # Else SQLite has rolled back itself: a full disk, say.
+                        db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise self._store_error(error) from error
                 raise
             finally:
-                self._writing = False
+                self._changing = 0
 
-    def _begin(self) -> sqlite3.Connection:
-        if self._stale or self._opened != self._identity():
-            self.close()
-        if self._writer is None:
-            self._writer = self._open()
-            self._opened = self._identity()
-        self._roll_back()  # What a second Ctrl-C, just after the first, left open.
-        self._writer.execute("BEGIN IMMEDIATE")
-        return self._writer
+    def _select(self, statement: str, values: Any = ()) -> list[Any]:
+        """All that a statement finds. In a transaction that is what was written in it, too."""
+        if self._changing == threading.get_ident():
+            return _fetch(self._writer, statement, values)
+        with self._read_lock:
+            if not self._is_current(self._reader):
+                self._reader = self._reopened(self._reader)
+            try:
+                return _fetch(self._reader, statement, values)
+            except sqlite3.Error as error:
+                raise self._store_error(error) from error
 
-    def _commit(self, db: sqlite3.Connection) -> None:
-        db.execute("COMMIT")
-        if self._opened != self._identity():
-            raise StoreError(f"{self.path}: the file was deleted or replaced")
-
-    def _roll_back(self) -> None:
-        # SQLite may have rolled back itself (full disk); keep the first error.
-        if self._writer is not None and self._writer.in_transaction:
-            self._writer.execute("ROLLBACK")
-
-    def _read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Have *work* read, in a transaction() what was written there too."""
-        with self._errors():
-            if self._grouping == threading.get_ident():
-                return work(cast(sqlite3.Connection, self._writer))
-            with self._read_lock:
-                if self._reader is not None and self._reading != self._identity():
-                    self._connections.remove(self._reader)
-                    self._reader.close()
-                    self._reader = None
-                if self._reader is None:
-                    self._reader = self._open()
-                    self._reading = self._identity()
-                return work(self._reader)
+    def _run(self, statement: str, values: Any = ()) -> int:
+        """Write in a transaction. Returns how many rows have changed."""
+        count: int = self._writer.execute(statement, values).rowcount
+        return count
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:
-            for db in self._connections:
+            for db in self._files:
                 db.close()
-            self._connections, self._writer, self._reader = [], None, None
-            self._stale = False
+            self._files, self._writer, self._reader = {}, None, None
+
+    # ---- Primitives
+
+    def rows(self, query: Query, now: int) -> list[Row]:
+        where, values = _where(query, now)
+        statement = f"SELECT {_LIST} FROM taskpool_task WHERE {where} {_OLDEST_FIRST}"
+        values += -1 if query.limit is None else query.limit, query.offset
+        return list(map(_stored_row, self._select(statement, values)))
+
+    def write(self, old: Row | None, new: Row | None) -> bool:
+        done = 1
+        if old is not None:
+            statement, values = _ERASE, [old.id]
+            if new is not None and new.created_at == old.created_at:
+                pairs = zip(_COLUMNS, old, new)
+                names = tuple([name for name, a, b in pairs if a is not b and a != b])
+                if not names:
+                    return True
+                statement, values = _write_of(names), [old.id, *[getattr(new, n) for n in names]]
+                new = None
+            if type(old.id) is not str:  # Bytes: as such, or text that is not UTF-8.
+                statement = statement.replace("= ?1", "IN (?1, CAST(?1 AS TEXT))")
+            done = self._run(statement, values)
+        if new is not None and done == 1:
+            done = self._run(_ADD, _addition(new))
+        if done != 1:
+            raise StoreError(f"{self.path}: a task cannot be changed: {_IGNORED}")
+        return True
+
+    def heartbeat(self, owner: str) -> None:
+        if not self._run(_RENEW, (owner,)):
+            self._run(_ENTER, (owner,))
+
+    def heartbeats(self) -> dict[str, Any]:
+        return dict(self._select(_OWNERS))
+
+    def forget(self, owner: str) -> None:
+        self._run(_LEAVE, {"owner": owner})
+
+    def owners(self) -> list[str]:
+        return [owner for (owner,) in self._select(_MASTERS) if type(owner) is str]
+
+    # ---- Quicker than by reading rows
+
+    def candidates(
+        self, owner: str, types: Iterable[str], most: int, now: int, until: int
+    ) -> Iterator[Row]:
+        db, places = self._writer, {"owner": owner, "types": _json_list(tuple(types)), "now": now}
+        db.execute(_PROMOTE, places)
+        heads = db.execute(_HEADS, places).fetchall()
+
+        def line(head: Sequence[Any]) -> Iterator[Sequence[Any]]:
+            if len(heads) > 1:
+                yield head  # Until it is the best there is, the line behind it is not read.
+            place = {"type": head[2], "lane": head[3], "until": until, "most": most}
+            yield from db.execute(_READY, {"owner": owner, **place})
+
+        self._seqs = {}
+        for columns in heapq.merge(*map(line, heads), key=_rank):
+            if columns[1] is not None:  # No head.
+                self._seqs[columns[1]] = columns[0]
+                yield _stored_row(columns[1:])
+
+    def _claim(self, *arguments: Any, **options: Any) -> list[Row]:
+        claim = super()._claim
+        try:
+            return claim(*arguments, **options)
+        except sqlite3.OperationalError as error:
+            return _once_more(self._writer, error, lambda: claim(*arguments, **options))
+
+    def take(self, rows: Sequence[Row], owner: str, now: int) -> list[Row]:
+        seqs = str([self._seqs[row.id] for row in rows])  # Is JSON, too.
+        running = [claimed(row, owner, now) for row in rows]
+        if self._run(_CLAIM, (owner, now, seqs)) != len(rows):
+            held = {row[:_CLAIM_NUMBER + 1] for row in self.held_by(owner)}
+            running = [row for row in running if row[:_CLAIM_NUMBER + 1] in held]
+            if not running:
+                raise StoreError(f"{self.path}: no task can be claimed: {_IGNORED}")
+        return running
+
+    def held_by(self, owner: str, outcomes: Sequence[Outcome] | None = None) -> list[Row]:
+        return list(map(_stored_row, self._select(_HELD_BY, {"owner": owner})))
+
+    def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
+        led: list[str] = []
+        for outcome in outcomes:
+            claim = outcome.id, outcome.claim, owner
+            is_plain = outcome.state == "done" and outcome.result is None and outcome.error is None
+            if is_plain and self._run(_FINISH, claim):
+                led.append("done")
+                continue
+            found = _fetch(self._writer, _HELD_ROW, claim)
+            if found:
+                row = _stored_row(found[0])
+                following = checked(after_run, row, outcome, now)
+                self.write(row, following)
+            led.append(led_to(row, following, outcome) if found else "")
+        return led
+
+    def open_lanes(self, owner: str) -> None:
+        self._run(_OPEN_LANE, {"owner": owner})
+
+    def expire(self, now: int) -> None:
+        self._run(_EXPIRE, (now,))
+
+    def next_due(
+        self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
+    ) -> list[int]:
+        places: dict[str, Any] = {"owner": owner, "types": _json_list(tuple(types)), "now": now}
+        found = self._select(_NEXT_DUE, {**places, "until": until, "limit": limit})
+        return sorted([at if type(at) is int else now for (at,) in found])[:limit]
+
+    def foreign(self, types: Iterable[str], now: int) -> list[str]:
+        found = {str(task_type) for (task_type,) in self._select(_STARTABLE, (now,))}
+        return sorted(found - set(types))
+
+    def count(self, query: Query, now: int) -> int:
+        where, values = _where(query, now)
+        found = self._select(f"SELECT count(*) FROM taskpool_task WHERE {where}", values)
+        return cast(int, found[0][0])
+
+    def remove(self, query: Query, now: int) -> int:
+        where, values = _where(query, now)
+        statements = f"{_MARK} AND {where}", f"{_REMOVE} AND {where}"
+        return self._change(lambda: sum(self._run(s, values) for s in statements))
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
-        if len(additions) == 1:
-            new = additions[0][0]
-            if self._write_alone(_ADD, _addition(new)):
-                return [new]
+        if len(additions) == 1 and self._add_alone(additions[0][0]):
+            return [additions[0][0]]
+        return super().add(additions, now)
 
-        def work(db: sqlite3.Connection) -> list[Row]:
-            rows = [row for row, _ in additions]
-            if len(rows) > 1 and self._add_together(db, rows):
-                return rows
-            return [self._add(db, *addition) for addition in additions]
+    def _add_alone(self, row: Row) -> bool:
+        """Add by one statement, in half the time of a transaction. False if that could not
+        be done: the id is taken, say."""
+        with self._write_lock:
+            db = self._writer
+            if self._files.get(db) is None or db.in_transaction or self._changing:
+                return False
+            try:
+                done = self._run(_ADD, _addition(row)) == 1
+            except sqlite3.IntegrityError:
+                return False
+            except sqlite3.Error as error:
+                raise self._store_error(error) from error
+            return done and self._is_current(db)
 
-        return self._write(work)
+    def _add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
+        rows = [row for row, _ in additions]
+        if len(rows) > 1 and _add_together(self._writer, rows):
+            return rows
+        return super()._add(additions, now)
 
-    def add_running(self, row: Row) -> bool:
-        return self._write_alone(_ADD_RUNNING, row[:-1])
+    # ---- In the caller's own transaction
 
     def add_through(
         self, connection: sqlite3.Connection, additions: Sequence[tuple[Row, str]]
@@ -2706,298 +3093,43 @@ class SQLiteStore(Store):
 
         Begins one where sqlite3 would; neither commits nor rolls it back.
         """
-        self._check_path()
+        _check_path(self)
         started, factory = time.monotonic(), connection.text_factory
-        with self._errors():
-            db = sqlite3.Cursor(connection)  # Without the connection's row_factory.
-            try:
-                connection.text_factory = str
-                main = next(file for _, name, file in db.execute(_FILES) if name == "main")
-                if not (main and os.path.exists(self.path) and os.path.samefile(main, self.path)):
-                    text = f"connection is to {main or 'memory'}; give one to {self.path}"
-                    raise ValueError(text)
-                # From Python 3.12 on isolation_level counts only if autocommit is -1.
-                level = connection.isolation_level
-                if getattr(connection, "autocommit", -1) == -1 and level is not None:
-                    if not connection.in_transaction:
-                        db.execute(f"BEGIN {level}")
-                db.execute("SAVEPOINT taskpool")
-                try:
-                    db.execute(_LOCK)
-                    if self._version(db) != SCHEMA_VERSION:
-                        self._make_schema(db)
-                    rows = [self._add(db, new, if_exists) for new, if_exists in additions]
-                except BaseException:
-                    with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back all.
-                        db.execute("ROLLBACK TO taskpool")
-                        db.execute("RELEASE taskpool")
-                    raise
-                db.execute("RELEASE taskpool")
-                return rows
-            except sqlite3.OperationalError as error:
-                raise self._store_error(error, self._refusal(db, error, started)) from error
-            finally:
-                connection.text_factory = factory
-                db.close()
-
-    def _refusal(self, db: sqlite3.Cursor, error: sqlite3.Error, started: float) -> str:
-        """Why the caller's own connection cannot write."""
-        waited = time.monotonic() - started
-        if "readonly" in str(error):
-            return self._hint() or "connection can only read: mode=ro, immutable or query_only"
-        if str(error) != "database is locked":
-            return ""
-        timeout = db.execute("PRAGMA busy_timeout").fetchone()[0] / 1000
-        code = getattr(error, "sqlite_errorcode", 0)  # From Python 3.11 on.
-        if waited < timeout or code == _BUSY_SNAPSHOT:
-            return _HAS_READ
-        return f"another program writes, and the timeout of connection is {timeout:g} s"
-
-    def _write_alone(self, statement: str, values: Sequence[Any]) -> bool:
-        """Write one row by one statement, which costs half of a transaction. False if
-        that could not be done: the id is taken, say."""
-        with self._write_lock:
-            if self._writer is None or self._writer.in_transaction or self._stale:
-                return False
-            try:
-                done = self._writer.execute(statement, values).rowcount == 1
-            except sqlite3.IntegrityError:
-                return False
-            except sqlite3.Error as error:
-                raise self._store_error(error) from error
-            return done and self._opened == self._identity()
-
-    @staticmethod
-    def _add_together(db: sqlite3.Connection, rows: Sequence[Row]) -> bool:
-        """The same for many: in a third of the time."""
-        tens = len(rows) // 10 * 10
-        values = itertools.chain.from_iterable(map(_addition, rows[:tens]))
-        db.execute("SAVEPOINT taskpool")
         try:
-            count = db.executemany(_ADD_TEN, zip(*[values] * (10 * (_ATTEMPT + 2)))).rowcount
-            count += db.executemany(_ADD, map(_addition, rows[tens:])).rowcount
-            done = count == len(rows)
-        except sqlite3.IntegrityError:
-            done = False
-        if not done:
-            db.execute("ROLLBACK TO taskpool")
-        db.execute("RELEASE taskpool")
-        return done
-
-    @classmethod
-    def _add(cls, db: sqlite3.Connection | sqlite3.Cursor, new: Row, if_exists: str) -> Row:
-        old = cls._row(db, new.id)
-        stored, row = after_add(old, new, if_exists)
-        if stored is not None and not cls._replace(db, old, stored):
-            raise StoreError(f"task {_shown(new.id)} was not stored: {_IGNORED}")
-        return row
-
-    @staticmethod
-    def _row(db: sqlite3.Connection | sqlite3.Cursor, task_id: str) -> Row | None:
-        found = _fetch(db, _BY_ID, (task_id,))
-        return _readable(found[0]) if found else None
-
-    @staticmethod
-    def _replace(
-        db: sqlite3.Connection | sqlite3.Cursor, old: Row | None, new: Row | None
-    ) -> bool:
-        """Write *new* in the place of *old*; a new task goes to the end of the line. Returns
-        whether that was done: a trigger can make SQLite ignore it."""
-        if new is not None and old is not None and new.created_at == old.created_at:
-            return db.execute(_WRITE, (*new[:-1], old.id)).rowcount == 1
-        if old is not None and db.execute(_ERASE, (old.id,)).rowcount != 1:
-            return False
-        return new is None or db.execute(_ADD, _addition(new)).rowcount == 1
-
-    def claim(
-        self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
-    ) -> list[Row]:
-        shares = _shares(types)
-        if not shares or limit <= 0:
-            return []
-
-        def work(db: sqlite3.Connection) -> list[Row]:
+            db = sqlite3.Cursor(connection)  # Without the connection's row_factory.
+        except sqlite3.Error as error:
+            raise self._store_error(error) from error
+        guest = copy.copy(self)  # Writes by that connection.
+        guest._writer, guest._changing = db, threading.get_ident()
+        try:
+            connection.text_factory = str
+            main = next(file for _, name, file in db.execute(_FILES) if name == "main")
+            if not (main and os.path.exists(self.path) and os.path.samefile(main, self.path)):
+                raise ValueError(f"connection is to {main or 'memory'}; give one to {self.path}")
+            # From Python 3.12 on isolation_level counts only if autocommit is -1.
+            level = connection.isolation_level
+            if getattr(connection, "autocommit", -1) == -1 and level is not None:
+                if not connection.in_transaction:
+                    db.execute(f"BEGIN {level}")
+            db.execute("SAVEPOINT taskpool_add")
             try:
-                return self._claim(db, owner, shares, limit, now, until)
-            except sqlite3.OperationalError as error:
-                if "decode" not in str(error):
-                    raise
-            # Text that is not UTF-8: look again, so that _unusable finds the row.
-            db.text_factory = _text_or_bytes
-            try:
-                return self._claim(db, owner, shares, limit, now, until)
-            finally:
-                db.text_factory = str
-
-        return self._write(work)
-
-    def _claim(
-        self, db: sqlite3.Connection, owner: str, shares: Mapping[str, float], limit: float,
-        now: int, until: int,
-    ) -> list[Row]:  # fmt: skip
-        most = math.ceil(limit / min(shares.values()))
-        suspect = db.execute(_SUSPECT, (owner,)).fetchone() is not None
-        places = {"owner": owner, "types": json.dumps(list(shares)), "now": now}
-        db.execute(_PROMOTE, places)
-        streams: list[sqlite3.Cursor] = []
-
-        def line(head: Sequence[Any]) -> Iterator[Sequence[Any]]:
-            yield head  # Until it is the best there is, the line behind it is not read.
-            streams.append(db.execute(_READY, (head[3], head[2], until, not suspect, most)))
-            yield from streams[-1]
-
-        candidates = heapq.merge(*map(line, db.execute(_HEADS, places).fetchall()), key=_rank)
-        taken: list[Row] = []
-        taken_seqs: list[int] = []
-        broken: list[tuple[str, int]] = []
-        broken_rows: list[Row] = []
-        for candidate in candidates:
-            seq, columns = candidate[0], candidate[1:]
-            if columns[0] is None:  # A head.
-                continue
-            reason = _unusable(columns)
-            if reason:
-                broken.append((reason, seq))
-                broken_rows.append(set_aside(_readable(columns), reason))
-                continue
-            row = Row(*columns)
-            cost = 1.0 if row.interrupted else shares[row.task_type]
-            if cost > limit + 1e-9 or (row.interrupted and taken):
-                break
-            limit -= cost
-            taken.append(claimed(row, owner, now))
-            taken_seqs.append(seq)
-            if row.interrupted:
-                break
-        for stream in streams:
-            stream.close()
-        done = db.execute(_CLAIM, (owner, now, json.dumps(taken_seqs))).rowcount if taken else 0
-        if done != len(taken):
-            held = {(row[0], row[_CLAIM_NUMBER]) for row in _fetch(db, _HELD_BY, places)}
-            taken = [row for row in taken if (row.id, row.claim) in held]
-            if not taken:
-                raise StoreError(f"{self.path}: no task can be claimed: {_IGNORED}")
-        db.executemany(_SET_ASIDE, broken)
-        return taken + broken_rows
-
-    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
-        return self._write(lambda db: [self._settle(db, owner, o, now) for o in outcomes])
-
-    def _settle(self, db: sqlite3.Connection, owner: str, outcome: Outcome, now: int) -> bool:
-        claim = outcome.id, outcome.claim, owner
-        if outcome.state == "done" and outcome.result is None and outcome.error is None:
-            if db.execute(_FINISH, claim).rowcount:
-                return True
-        found = _fetch(db, _HELD_ROW, claim)
-        if not found:
-            return False
-        row = Row(*found[0])
-        return self._replace(db, row, checked(row, lambda row: after_run(row, outcome, now)))
-
-    def renew(self, owner: str, now: int) -> None:
-        def work(db: sqlite3.Connection) -> None:
-            if not db.execute(_RENEW, (owner,)).rowcount:
-                db.execute(_ENTER, (owner,))
-            db.execute(_EXPIRE, (now,))
-
-        self._write(work)
-
-    def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
-        def look(db: sqlite3.Connection) -> dict[str, int]:
-            return dict(_fetch(db, _OWNERS))
-
-        beats = self._read(look)
-        beats.pop(owner, None)
-        dead = _dead_owners(beats, self._seen[owner], seconds)
-
-        def work(db: sqlite3.Connection) -> list[Row]:
-            # Looked at again, under the lock: some may have renewed in between.
-            again, ended = look(db), []
-            for other in dead:
-                if again.get(other) == beats[other]:
-                    ended += self._give_back(db, other, now, after_interruption)
-            return ended
-
-        return self._write(work) if dead else []
-
-    def leave(self, owner: str, now: int) -> None:
-        self._seen.pop(owner, None)
-        self._write(lambda db: self._give_back(db, owner, now, given_back))
-
-    def owners(self) -> list[str]:
-        found = self._read(lambda db: _fetch(db, _MASTERS))
-        return [owner for (owner,) in found if type(owner) is str]
-
-    def _give_back(
-        self, db: sqlite3.Connection, owner: str, now: int, after: Callable[[Row, int], Row | None]
-    ) -> list[Row]:
-        ended = []
-        for found in _fetch(db, _HELD_BY, {"owner": owner}):
-            row = Row(*found)
-            following = checked(row, lambda row: after(row, now))
-            if self._replace(db, row, following) and following is not None:
-                if following.state == "failed" or not (following.interrupted or row.successor):
-                    ended.append(_readable(following[:-1], following.error or ""))
-        db.execute(_OPEN_LANE, {"owner": owner})
-        db.execute(_LEAVE, {"owner": owner})
-        return ended
-
-    def next_due(
-        self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
-    ) -> list[int]:
-        places: dict[str, Any] = {"owner": owner, "types": json.dumps(list(types))}
-        places.update(until=until, limit=limit)
-
-        def work(db: sqlite3.Connection) -> list[int]:
-            (ready,) = db.execute(_COUNT_READY, places).fetchone()
-            later = (at for (at,) in _fetch(db, _NEXT_DUE, places))
-            return [now] * ready + [at if type(at) is int else now for at in later]
-
-        return sorted(self._read(work))[:limit]
-
-    def foreign(self, types: Iterable[str], now: int) -> list[str]:
-        known = set(types)
-        found = self._read(lambda db: _fetch(db, _STARTABLE, (now,)))
-        return sorted(str(task_type) for (task_type,) in found if task_type not in known)
-
-    def find(self, query: Query, now: int) -> list[Row]:
-        where, values = _where(query, now)
-        limit = -1 if query.limit is None else query.limit
-        statement = f"SELECT {_LIST} FROM taskpool_task WHERE {where} {_OLDEST_FIRST}"
-        values += limit, query.offset
-
-        found = self._read(lambda db: _fetch(db, statement, values))
-        return [_readable(columns) for columns in found]
-
-    def count(self, query: Query, now: int) -> int:
-        where, values = _where(query, now)
-        statement = f"SELECT count(*) FROM taskpool_task WHERE {where}"
-        return cast(int, self._read(lambda db: db.execute(statement, values).fetchone()[0]))
-
-    def remove(self, query: Query, now: int) -> int:
-        where, values = _where(query, now)
-        statements = f"{_MARK} AND {where}", f"{_REMOVE} AND {where}"
-        return self._write(lambda db: sum(db.execute(s, values).rowcount for s in statements))
-
-    def retry(self, query: Query, now: int) -> int:
-        where, values = _where(query, now)
-        statement = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'failed' AND {where}"
-
-        def work(db: sqlite3.Connection) -> int:
-            rows = [Row(*columns) for columns in _fetch(db, statement, values)]
-            return sum(self._replace(db, row, after_retry(row, now)) for row in rows)
-
-        return self._write(work)
-
-    def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
-        def work(db: sqlite3.Connection) -> Row:
-            found = _fetch(db, _BY_ID, (task_id,))
-            new = after_update(Row(*found[0]) if found else None, task_id, changes, now)
-            if not self._replace(db, new, new):
-                raise StoreError(f"{self.path}: {_shown(task_id)} was not changed: {_IGNORED}")
-            return new
-
-        return self._write(work)
+                db.execute(_LOCK)
+                if _version_of(db, self.path) != SCHEMA_VERSION:
+                    _make_schema(db, self.path)
+                rows = guest._add(additions, 0)
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back all.
+                    db.execute("ROLLBACK TO taskpool_add")
+                    db.execute("RELEASE taskpool_add")
+                raise
+            db.execute("RELEASE taskpool_add")
+            return rows
+        except sqlite3.Error as error:
+            raise self._store_error(error, _refusal(self.path, db, error, started)) from error
+        finally:
+            connection.text_factory = factory
+            with contextlib.suppress(sqlite3.Error):
+                db.close()
 
 
 # MongoDB. A document has the original's seven fields, which a Meteor application reads and
@@ -3033,7 +3165,6 @@ _MOST_BYTES = 7_000_000  # Of data, and of a result: MongoDB's 16 MB hold both.
 _ADOPTED_AT_ONCE = 1000
 _REFUSED = (2, 14, 28)  # What a server says if a document cannot be changed so.
 _COROUTINE = 0x80  # inspect.CO_COROUTINE.
-_TRIES = 20  # How often a change is begun anew when others were quicker.
 
 
 def _is_plain(value: Any) -> bool:
@@ -3169,10 +3300,6 @@ def _fitting(outcome: Outcome) -> Outcome:
     return outcome._replace(result=None, error=error)
 
 
-class _Raced(Exception):
-    """What was read had been changed when it was to be written."""
-
-
 def _was_race(error: Any) -> bool:
     """Whether another writer was quicker: to begin anew helps."""
     if isinstance(error, _Raced):
@@ -3207,7 +3334,7 @@ class _Claims:
         self.rows: dict[str, Row] = {}  # What claim() gave out and settle() did not end.
         self.in_doubt = False  # The server may have more claims, of which nobody knows.
         # Answers of settle() that got lost, by id and claim. None: perhaps it was recorded.
-        self.told: dict[Any, bool | None] = {}
+        self.told: dict[Any, str | None] = {}
 
 
 class MongoStore(Store):
@@ -3266,7 +3393,7 @@ class MongoStore(Store):
         # Serialises what clusters do; not held by producers.
         self._lock = threading.RLock()
         self._claims: dict[str, _Claims] = collections.defaultdict(_Claims)
-        self._telling: list[tuple[_Claims, Any, bool]] | None = None
+        self._telling: list[tuple[_Claims, Any, str]] | None = None
         self._seen: dict[str, _Seen] = collections.defaultdict(dict)  # By observer.
 
     def _find_models(self) -> tuple[Any, Any] | None:
@@ -3306,7 +3433,7 @@ class MongoStore(Store):
         """No transaction of the server's. But what settle() answered in it is remembered
         if it fails: the caller did not get the answers, and will settle again."""
         with self._lock:
-            telling: list[tuple[_Claims, Any, bool]] = []
+            telling: list[tuple[_Claims, Any, str]] = []
             self._telling = telling
             try:
                 yield
@@ -3375,7 +3502,7 @@ class MongoStore(Store):
 
     def _quarantine(self, document: Mapping[str, Any], row: Row, problem: str) -> Row:
         """any -> failed, for a document that cannot be run. Nothing in it is lost."""
-        row = set_aside(row, problem)
+        row = quarantined(row, problem)
         fields: dict[str, Any] = {"taskpool": _ours(_fields_of(row), next(self._insertions))}
         state = None
         if _is_ours(document):
@@ -3397,7 +3524,7 @@ class MongoStore(Store):
                 row, problem = _row_of(document, now)
                 if problem:
                     _log.error("%s: the task %s cannot be run: %s", self._name, row.id, problem)
-                    row = set_aside(row, problem)
+                    row = quarantined(row, problem)
                 fields = _fields_of(row)
                 kept = {name: fields[name] for name in ("onGoing", "dueDate")}
                 if not problem:
@@ -3473,7 +3600,7 @@ class MongoStore(Store):
                 raise ValueError(f"data of {_shown(new.id)}: over {_MOST_BYTES:,} bytes as JSON")
         with self._errors():
             there: dict[str, Row] = {}  # At first as if no id were taken: most are not.
-            for attempt in range(_TRIES):
+            for attempt in range(TRIES):
                 if attempt or (many and not self._transactions):
                     self._adopt(now)
                     there = {row.id: row for row in self._rows(_named(ids), now)}
@@ -3484,7 +3611,7 @@ class MongoStore(Store):
                     rows.append(row)
                 whole = not many or self._transactions  # Else a failure may leave a part.
                 try:
-                    self._put(there, planned, whole and many)
+                    self._insert(there, planned, whole and many)
                     return rows
                 except Exception as error:
                     code = getattr(error, "code", None)
@@ -3497,7 +3624,7 @@ class MongoStore(Store):
             text = "others change the same tasks all the time, or an index of yours forbids them"
             raise StoreError(f"{last}; {text}")
 
-    def _put(self, there: Mapping[str, Row], planned: Mapping[str, Row], at_once: bool) -> None:
+    def _insert(self, there: Mapping[str, Row], planned: Mapping[str, Row], at_once: bool) -> None:
         """Store *planned* where *there* was read; *at_once*: in a transaction."""
         pairs = [(there[i], row) for i, row in planned.items() if row is not there.get(i, row)]
         fresh = []
@@ -3533,7 +3660,7 @@ class MongoStore(Store):
     def claim(
         self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
     ) -> list[Row]:
-        shares = _shares(types)
+        shares = types if isinstance(types, Mapping) else dict.fromkeys(types, 1.0)
         if not shares or limit <= 0:
             return []
         with self._lock, self._errors():
@@ -3548,7 +3675,7 @@ class MongoStore(Store):
                 where["taskpool.due_at"] = {"$lte": until}
             if any(row.interrupted for row in claims.rows.values()):
                 where["taskpool.interrupted"] = None
-            for _ in range(_TRIES):
+            for _ in range(TRIES):
                 claims.in_doubt = True
                 chosen, broken = self._take(owner, where, shares, limit, now)
                 failed += broken
@@ -3617,7 +3744,7 @@ class MongoStore(Store):
         ids = [o.get("id") for o in ours if (o.get("id"), o.get("claim")) not in known]
         if ids:
             rows = self._rows({**_named(ids), **_held_by(owner)}, now)
-            self._give_back(rows, given_back, now)
+            self._give_back(rows, requeued, now)
         claims.in_doubt = False
 
     def _give_back(
@@ -3630,7 +3757,7 @@ class MongoStore(Store):
         ended = [(row, True) for row in rows if row.state != "running"]  # In quarantine.
         return [*((row, hit) for (_, row), hit in zip(pairs, hits)), *ended]
 
-    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[bool]:
+    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
         with self._lock, self._errors():
             claims = self._claims[owner]
             earlier = {o[:2]: claims.told[o[:2]] for o in outcomes if o[:2] in claims.told}
@@ -3646,7 +3773,7 @@ class MongoStore(Store):
                 todo = [o for o in todo if o.id in rows and rows[o.id].claim == o.claim]
                 if not todo:
                     break
-                if attempt == _TRIES:
+                if attempt == TRIES:
                     raise StoreError(f"{self._name}: others change {todo[0].id!r} all the time")
                 claims.told.update((o[:2], None) for o in todo)
                 pairs = []
@@ -3659,7 +3786,7 @@ class MongoStore(Store):
                 if not all(hits):
                     there = {r.id: r for r in self._rows(_named(o.id for o in todo), now)}
                 again = []
-                for outcome, hit, (row, _) in zip(todo, hits, pairs):
+                for outcome, hit, (row, following) in zip(todo, hits, pairs):
                     found = there.get(outcome.id)
                     if found is not None and is_held(found, owner, outcome) and not hit:
                         again.append(outcome)  # It got a successor, or was removed.
@@ -3668,7 +3795,8 @@ class MongoStore(Store):
                     # recovered. (Not seen if that run has ended as well.)
                     perhaps = hit is None or (not hit and outcome[:2] in earlier)
                     mine = found is None or found.interrupted <= row.interrupted
-                    answers[outcome[:2]] = bool(hit) or (perhaps and mine)
+                    done = bool(hit) or (perhaps and mine)
+                    answers[outcome[:2]] = led_to(row, following, outcome) if done else ""
                 rows.update(there)
                 todo = again
             for outcome in outcomes:
@@ -3677,10 +3805,10 @@ class MongoStore(Store):
                     del claims.rows[outcome.id]
                 if outcome.id in rows and is_held(rows[outcome.id], owner, outcome):
                     claims.rows[outcome.id] = rows[outcome.id]
-            held = [answers.get(outcome[:2], False) for outcome in outcomes]
+            led = [answers.get(outcome[:2], "") for outcome in outcomes]
             if self._telling is not None:
-                self._telling += [(claims, o[:2], was) for o, was in zip(outcomes, held)]
-            return held
+                self._telling += [(claims, o[:2], was) for o, was in zip(outcomes, led)]
+            return led
 
     def renew(self, owner: str, now: int) -> None:
         with self._lock, self._errors():
@@ -3723,11 +3851,11 @@ class MongoStore(Store):
 
     def leave(self, owner: str, now: int) -> None:
         with self._lock, self._errors():
-            for _ in range(_TRIES):  # What was changed in between is held still.
+            for _ in range(TRIES):  # What was changed in between is held still.
                 rows = self._rows(_held_by(owner), now)
                 if not rows:
                     break
-                self._give_back(rows, given_back, now)
+                self._give_back(rows, requeued, now)
             self._open_lane(owner)
             self._masters.delete_one({"_id": owner})
             self._claims.pop(owner, None)
@@ -3817,7 +3945,7 @@ class MongoStore(Store):
 
     def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
         with self._errors():
-            for _ in range(_TRIES):
+            for _ in range(TRIES):
                 self._adopt(now)
                 found = self._rows(_named([task_id]), now)
                 new = after_update(found[0] if found else None, task_id, changes, now)
@@ -4174,16 +4302,6 @@ class _Reports:
             self._number = -1
 
 
-def _still_there(store: Store, rows: Iterable[Row], now: int) -> set[str]:
-    """The ids of those that were neither removed nor replaced, as far as the store says."""
-    ids = {row.id: row.created_at for row in rows}
-    try:
-        found = store.find(Query(ids=list(ids)), now) if ids else []
-    except StoreError:  # What settle() did counts, and must not be done again.
-        return set(ids)
-    return {row.id for row in found if row.created_at == ids[row.id]}
-
-
 class _RunHere:
     """TaskQueue.run_due: a master and its only worker in the caller's thread."""
 
@@ -4260,10 +4378,8 @@ class _RunHere:
             self._reports.end()
         outcome, row = outcome._replace(progress=self._row.progress), self._row
         now = self._queue._now()
-        store.settle(self._owner, [outcome], now)
-        if goes_on(row, outcome) and row.id not in _still_there(store, [row], now):
-            row, outcome = cut_short(row, outcome)
-        told = as_told(row, outcome, now)
+        (led,) = store.settle(self._owner, [outcome], now)
+        told = as_told(row, led or outcome.state, outcome)
         result = None if error is not None else _kept(row._replace(keep_result=0.0), value)[0]
         self._ended.append(Task(told._replace(result=result)))
         if error is None:
@@ -4654,23 +4770,25 @@ class TaskQueue(_Tasks):
         _refuse_rerun("wait")
         query = Query(ids=[_checked_text("task_id", task_id)])
         seconds = math.inf if timeout is None else _checked_seconds("timeout", timeout, zero=True)
-        deadline, pause, row, first = time.monotonic() + seconds, 0.002, None, None
+        deadline, pause, before = time.monotonic() + seconds, 0.002, None
         stores = [self._store] if _worker else [self.in_memory._store, self._store]
         while True:
-            found = [row for store in stores for row in store.find(query, self._now())]
-            if not found:
-                gone = row or Row(task_id, "", "null", 0, 0, 0, 0, 0, 0.0, None, None, "", "")
-                return Task(gone._replace(state="done", owner=""))
-            row = found[0]
-            first = first or row
-            if row.created_at != first.created_at:  # Another one, that was added since.
-                return Task(first._replace(state="done", owner=""))
-            if row.state in ("failed", "done") or has_run(row, first):
-                return Task(row)
-            first = row  # An update may have moved its due date.
+            rows = (row for store in stores for row in store.find(query, self._now()))
+            found = next(rows, None)
+            before = before or found
+            if before is None:
+                gone = Row(task_id, "", "null", 0, 0, 0, 0, 0, 0.0, None, None, "", "done")
+                return Task(gone)
+            became = what_became(before, found)
+            if found is None or became == "replaced":
+                return Task(before._replace(state="done", owner=""))
+            if became:
+                return Task(found)
+            if found.created_at == before.created_at:
+                before = found  # An update may have moved its due date.
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"task {task_id!r} is still {_public_state(row.state)}")
+                raise TimeoutError(f"task {task_id!r} is still {_public_state(found.state)}")
             time.sleep(min(pause, left))
             pause = min(pause * 1.5, 0.1)
 
@@ -6737,7 +6855,7 @@ class Cluster(concurrent.futures.Executor):
         running = claimed(row, owner, now)
         added: bool | None = None
         try:
-            added = self.queue._store.add_running(running)
+            added = getattr(self.queue._store, "add_running", lambda row: False)(running)
         except Exception:
             added = False
             raise
@@ -7126,45 +7244,37 @@ class Cluster(concurrent.futures.Executor):
             runs, self._unsettled_here = self._unsettled_here, []
             self._settled(runs, self._record(self.queue.in_memory._memory, runs))
 
-    def _record(self, store: Store, runs: list[_Run]) -> list[bool]:
-        """Have the store record how these ended: whether it held their claims."""
-        now = self.queue._now()
-        held = store.settle(self._owner, [run.outcome for run in runs], now)
-        again = [run for run in runs if goes_on(run.row, run.outcome)]
-        there = _still_there(store, [run.row for run in again], now) if again else set()
-        for run in again:
-            if run.row.id not in there:
-                run.row, run.outcome = cut_short(run.row, run.outcome)
-        return held
+    def _record(self, store: Store, runs: list[_Run]) -> list[str]:
+        """Have the store record how these ended: see Store.settle."""
+        return store.settle(self._owner, [run.outcome for run in runs], self.queue._now())
 
-    def _settled(self, runs: list[_Run], held: list[bool]) -> None:
+    def _settled(self, runs: list[_Run], led: list[str]) -> None:
         """The store has recorded how these ended, if their claims were still held."""
         listeners = self.queue._listeners
         kept: dict[str, list[_TaskFuture]] = {}
         for found in list(self._elsewhere):
             kept.setdefault(found._row.id, []).append(found)
-        for run, was_held in zip(runs, held):
+        for run, became in zip(runs, led):
             row, future = run.row, run.future
-            if not was_held:
+            if not became:
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
                 _log.warning(text, row.task_type, row.id)
                 if future is not None:  # Another cluster has it now.
                     future._foreign = "lost"
                     self._elsewhere.add(future)
                 continue
-            if row.id in kept and run.outcome.state not in ("running", "ready"):
+            if row.id in kept and became not in ("running", "waits"):
                 for found in kept[row.id]:  # Those that found it there share in its end.
                     if found._row.created_at == row.created_at:
                         self._elsewhere.discard(found)
                         self._end_by(found, run)
             if future is not None:
                 future._runs = False
-                waits = run.outcome.state == "ready"
-                if not waits or self._futures.setdefault(row.id, future) is not future:
+                if became != "waits" or self._futures.setdefault(row.id, future) is not future:
                     self._end_by(future, run)
             listener = listeners.get(run.event) if run.event and listeners else None
             if listener is not None:
-                self._call_listener(listener, run)
+                self._call_listener(listener, run, became)
 
     def _end_by(self, future: _TaskFuture, run: _Run) -> None:
         if run.event is None or run.verdict == "cancel":
@@ -7172,8 +7282,8 @@ class Cluster(concurrent.futures.Executor):
         else:
             self._end_future(future, _FINISHED, run.left)
 
-    def _call_listener(self, listener: Listener, run: _Run) -> None:
-        task = Task(as_told(run.row, run.outcome, self.queue._now()))
+    def _call_listener(self, listener: Listener, run: _Run, led: str) -> None:
+        task = Task(as_told(run.row, led, run.outcome))
         self._listener_thread.post(lambda: _awaited(listener(run.value(), task)))
 
     def _give_back(self, runs: Iterable[_Run]) -> None:
@@ -7428,7 +7538,7 @@ class Cluster(concurrent.futures.Executor):
         _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, error)
         run = _Run(row, 1.0, self._take_future(row))
         run.end(Outcome(row.id, row.claim, row.state, error=str(error)), "error", error)
-        self._settled([run], [True])
+        self._settled([run], [row.state])
 
     def _ask_store(self, work: Callable[[], Any], answer: Callable[[Any], None]) -> None:
         """Have the store thread make a call: one at a time, so that none waits behind others.
@@ -7482,26 +7592,14 @@ class Cluster(concurrent.futures.Executor):
     def _store_turn(
         self, owner: str, runs: list[_Run], types: Mapping[str, float], room: float,
         most: int, until: int, added: bool,
-    ) -> tuple[list[bool], list[Row], list[int] | None, int]:  # fmt: skip
+    ) -> tuple[list[str], list[Row], list[int] | None, int]:  # fmt: skip
         """What the store thread does for a turn, and when it looked. A look at an empty queue
         writes nothing."""
-        store, held, rows, now = self.queue._store, [], [], self.queue._now()
-        if runs or (added and room > 0):
-            with store.transaction() as together:
-                if runs:
-                    held = self._record(store, runs)
-                # A claim that failed must not undo, or seem to undo, what is recorded.
-                if room > 0 and (together is not None or not runs):
-                    rows = store.claim(owner, types, room, self.queue._now(), until)
-            if most and (runs or rows):
-                return held, rows, None, now  # The next turn looks on.
         now = self.queue._now()
-        upcoming = store.next_due(owner, types, most, now, until) if most else []
-        if room > 0 and upcoming and upcoming[0] <= now:
-            rows = store.claim(owner, types, room, now, until)
-            if rows:
-                return held, rows, None, now
-        return held, rows, upcoming, now
+        outcomes = [run.outcome for run in runs]
+        turn = self.queue._store.turn(owner, outcomes, types, room, most, now, until, added)
+        looked_on = bool(most and turn.rows)  # The next turn looks on.
+        return turn.led, turn.rows, None if looked_on else turn.due, now
 
     def _on_store_answer(self, runs: list[_Run], answer: Any) -> None:
         self._in_flight = 0
@@ -7689,7 +7787,7 @@ class Cluster(concurrent.futures.Executor):
             row = None  # Another task has its id by now.
         if row is not None and row.state != "done":
             taken = foreign or (self._may_be_elsewhere(row) and row.created_at == added)
-            if not (taken and (row.state == "failed" or has_run(row, future._row))):
+            if not (taken and what_became(future._row, row) in ("failed", "repeated")):
                 return
         if foreign:
             self._elsewhere.discard(future)
@@ -8181,30 +8279,13 @@ def _told(thing: Any, how: str | Callable[[Any], Any]) -> Any:
 class _ViewOfFile(SQLiteStore):
     """An existing file as it is: to look at it neither makes, upgrades nor changes it."""
 
-    def _open(self, uri: str | None = None) -> sqlite3.Connection:
-        import pathlib
-
-        try:
-            os.stat(self.path)
-        except OSError as error:
-            why = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
-            text = f"{self.path}: {why}; give the one that your TaskQueue has"
-            raise StoreError(text) from None
-        # SQLite would put files beside it, which must be of those who may write to the tasks.
-        able = all(os.access(p, os.W_OK) for p in (os.path.dirname(self.path), self.path))
-        quiet = not able and not os.path.exists(f"{self.path}-wal")  # Nobody has it open.
-        mode = "immutable=1" if quiet else "mode=rw"
-        return super()._open(f"{pathlib.Path(self.path).as_uri()}?{mode}")
-
-    def _prepare(self, db: sqlite3.Connection) -> None:
-        if self._version(db) is None:
-            raise StoreError(f"{self.path}: holds no tasks; give the file of your TaskQueue")
-        db.execute("PRAGMA query_only = 1")
+    def __init__(self, path: str) -> None:
+        super().__init__(path, _looking=True)
 
     def status(self, now: int) -> dict[str, Any]:
         """What `status --json` prints."""
-        types = self._read(lambda db: _fetch(db, _STATUS, (now,)))
-        owners = self._read(lambda db: _fetch(db, _OWNERS))
+        types = self._select(_STATUS, (now,))
+        owners = self._select(_OWNERS)
         running = self.find(Query(states=["running"]), now)
         return {
             "file": self.path,

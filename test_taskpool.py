@@ -58,7 +58,6 @@ from taskpool import (
     Query,
     RemoteError,
     SQLiteStore,
-    Store,
     StoreError,
     TaskQueue,
     TaskTimeout,
@@ -924,9 +923,9 @@ class TestQueueVerbs(InFolder):
         runs = taskpool.claimed(sooner, "me|", NOW)
         ended = taskpool.after_run(runs, Outcome("s", 1, "done"), NOW)
         again = taskpool.after_run(taskpool.claimed(ended, "me|", NOW), Outcome("s", 2, "done"), NOW)
-        given_back = taskpool.given_back(runs, NOW)
+        requeued = taskpool.requeued(runs, NOW)
         for seen in (
-            [runs, ended], [runs, given_back, runs._replace(claim=2), ended._replace(claim=2)], [waits, sooner, runs, ended],
+            [runs, ended], [runs, requeued, runs._replace(claim=2), ended._replace(claim=2)], [waits, sooner, runs, ended],
             [waits, later, sooner, ended], [ended, again], [later, runs, ended], [runs, runs._replace(claim=2, due_at=NOW + 1)],
         ):
             with mock.patch.object(self.both._store, "find", side_effect=[[r] for r in seen]) as look:
@@ -959,6 +958,66 @@ def row(task_id="t", task_type="x", *, now=NOW, lane="", **options):
     return taskpool._make_row(now, task_type, task_id=task_id, lane=lane, **options)[0]
 
 
+class TestPolicies(unittest.TestCase):
+    """What stores and masters decide by, without either."""
+
+    def test_a_claim_takes_in_order_what_fits_and_suspects_alone(self):
+        costs = {"x": 0.25, "slow": 1.0}
+        rows = {name: row(name) for name in "abc"}
+        rows.update(slow=row("slow", "slow"), suspect=row("suspect")._replace(interrupted=1), bad=row("bad")._replace(retries="1"))
+        for names, limit, taken, broken in (
+            ("a b c", 0.5, "a b", ""), ("a b slow c", 1.4, "a b", ""), ("slow a", 1.0, "slow", ""), ("", 9, "", ""),
+            ("suspect a", 9, "suspect", ""), ("a suspect b", 9, "a", ""), ("suspect a", 0.9, "", ""),
+            ("bad a bad b", 0.25, "a", "bad bad"), ("bad slow bad", 0.5, "", "bad"), ("bad", 1, "", "bad"),
+        ):
+            with self.subTest(candidates=names, limit=limit):
+                got, failed = taskpool.choose([rows[name] for name in names.split()], costs, limit)
+                self.assertEqual([r.id for r in got], taken.split())
+                self.assertEqual([r.id for r, reason in failed if "column retries" in reason], broken.split())
+
+    def test_the_end_of_a_run_is_told_of_the_very_task_that_ran(self):
+        back, again = {"charged": False}, {"successor": taskpool._packed_row(row(now=NOW + 1))}
+        for changes, state, options, expected in (
+            ({}, "done", {}, "done"), ({"keep_result": 9}, "done", {}, "done"), ({}, "failed", {}, "failed"),
+            ({}, "ready", {}, "waits"), ({}, "ready", back, "waits"), ({}, "running", {}, "running"), ({}, "removed", {}, "removed"),
+            ({"repeat": "10"}, "done", {}, "repeats"), ({"repeat": "10"}, "failed", {}, "repeats"), ({"repeat": "10"}, "ready", {}, "waits"),
+            ({"removed": 1}, "done", {}, "done"), ({"removed": 1}, "ready", {}, "failed"), ({"removed": 1}, "ready", back, "removed"),
+            (again, "done", {}, "done"), (again, "ready", {}, "failed"), (again, "ready", back, "waits"),
+        ):
+            with self.subTest(changes=changes, state=state, **options):
+                running = taskpool.claimed(row()._replace(**changes), "me", NOW)
+                outcome = Outcome("t", 1, state, **options)
+                led = taskpool.led_to(running, taskpool.after_run(running, outcome, NOW), outcome)
+                self.assertEqual(led, expected)
+                told = taskpool.Task(taskpool.as_told(running, led, outcome))
+                self.assertEqual(told.state, "waiting" if led in ("waits", "repeats") else led)
+
+    def test_what_became_of_a_task_counts_for_its_own_incarnation(self):
+        before = row()
+        runs, later = taskpool.claimed(before, "me", NOW), row(now=NOW + 1)
+        for found, expected in (
+            (None, "gone"), (before, ""), (runs, ""), (later, "replaced"), (before._replace(state="failed"), "failed"),
+            (before._replace(state="done"), "done"), (later._replace(state="done"), "replaced"),
+            (later._replace(state="running", successor=taskpool._packed_row(before)), ""),
+            (later._replace(state="running", successor="x"), "replaced"),
+            (runs._replace(state="scheduled", due_at=NOW + 9), ""), (runs._replace(state="scheduled", due_at=NOW + 9, repeat="9"), "repeated"),
+            (before._replace(due_at=NOW + 9, repeat="9"), ""),
+        ):
+            with self.subTest(found=found):
+                self.assertEqual(taskpool.what_became(before, found), expected)
+
+    def test_an_interruption_keeps_the_slot_and_the_sixth_in_a_row_ends_the_run(self):
+        """CR-03, P3: the first only marks the task, five more were its own."""
+        for repeat, state in ((None, "failed"), ("10000000", "scheduled")):
+            stored = row(lane="me")._replace(repeat=repeat)
+            for number in range(6):
+                stored = taskpool.after_interruption(taskpool.claimed(stored, f"far{number}", NOW), NOW)
+                if number < 5:
+                    self.assertEqual(stored[5:7] + stored[11:14], (NOW, NOW, "", "ready", 0))
+            self.assertEqual((stored.state, stored.interrupted, stored.due_at > NOW), (state, 0, repeat is not None))
+            self.assertIn("Interrupted", stored.error)
+
+
 class StoreContract:
     """What every Store does. Subclasses say which, in open()."""
 
@@ -977,7 +1036,7 @@ class StoreContract:
 
     def settle(self, claimed, state, owner=OWNER, now=NOW, **fields):
         outcome = Outcome(claimed.id, claimed.claim, state, **fields)
-        return self.store.settle(owner, [outcome], now) == [True]
+        return self.store.settle(owner, [outcome], now)[0]  # "": its claim was lost.
 
     def look(self, task_id="t", now=NOW):
         found = self.store.find(Query(ids=[task_id]), now)
@@ -1007,7 +1066,8 @@ class StoreContract:
         self.settle(self.claim()[0], "failed", error="E: bad")
         self.assertEqual((self.look().state, self.look().error), ("failed", "E: bad"))
         self.assertEqual(self.claim(), [])
-        self.assertEqual(self.store.retry(Query(types=["y"]), NOW), 0)
+        for query in (Query(types=["y"]), Query(states=[]), Query(states=["waiting", "done"])):
+            self.assertEqual(self.store.retry(query, NOW), 0)
         self.assertEqual(self.store.retry(Query(ids=["t"]), NOW), 1)
         (again,) = self.claim()
         self.assertEqual((again.attempt, again.error), (1, None))
@@ -1040,8 +1100,24 @@ class StoreContract:
             Outcome(a.id, a.claim, "done"), Outcome(b.id, b.claim + 1, "done"),
             Outcome(c.id, c.claim, "failed", error="E"), Outcome(d.id, d.claim, "removed"),
         ]
-        self.assertEqual(self.store.settle("me", outcomes, NOW), [True, False, True, True])
+        self.assertEqual(self.store.settle("me", outcomes, NOW), ["done", "", "failed", "removed"])
         self.assertEqual([(r.id, r.state) for r in self.store.find(Query(), NOW)], [("1", "running"), ("2", "failed")])
+
+    def test_a_turn_settles_claims_and_tells_what_comes_next(self):
+        costs = {"x": 0.5, "y": 1.0}
+        self.assertEqual(self.store.turn("me", [], costs, 1.0, 2, NOW), ([], [], []))
+        self.add(row("a"), row("b"), row("c"), row("soon", "y", due_date=timedelta(seconds=5)))
+        led, rows, due = self.store.turn("me", [], costs, 1.0, 2, NOW)
+        self.assertEqual((led, [r.id for r in rows]), ([], ["a", "b"]))
+        self.assertLessEqual(due[0], NOW + 5 * SECOND)
+        ends = [Outcome("a", 1, "done"), Outcome("b", 2, "done"), Outcome("b", 1, "failed", error="E")]
+        led, rows, due = self.store.turn("me", ends, costs, 0.5, 2, NOW, eager=True)
+        self.assertEqual((led, [r.id for r in rows], due), (["done", "", "failed"], ["c"], [NOW + 5 * SECOND]))
+        self.assertEqual(self.store.turn("me", [], costs, 1.0, 2, NOW, eager=True), ([], [], [NOW + 5 * SECOND]))
+        later = NOW + 5 * SECOND
+        self.assertEqual(self.store.turn("me", [Outcome("c", 1, "ready")], costs, 0.0, 0, later), (["waits"], [], []))
+        self.assertEqual([r.id for r in self.store.turn("me", [], costs, 1.0, 2, later, NOW).rows], ["c"])
+        self.assertEqual([r.id for r in self.store.turn("me", [], costs, 1.0, 2, later).rows], ["soon"])
 
     def test_a_report_is_recorded_and_ends_with_the_next_run(self):
         self.add(row(retries=1, keep_result=9))
@@ -1113,14 +1189,11 @@ class StoreContract:
 
     def test_order_holds_across_types_and_lanes(self):
         for order in (1, -1):
-            rows = [
-                row(str(i), "xyz"[i % 3], lane=("", "me")[i % 2], priority=-i) for i in range(12)
-            ][::order]
-            self.add(*rows)
-            got = self.claim(types=("x", "y", "z"), limit=12)
+            rows = [row(str(i), "xyz"[i % 3], lane=("", "me")[i % 2], priority=-i) for i in range(12)]
+            self.add(*rows[::order])
+            got = self.claim(12, ("x", "y", "z"))
             self.assertEqual([r.id for r in got], [str(i) for i in range(12)])
-            for claimed in got:
-                self.settle(claimed, "done")
+            self.assertTrue(all(self.settle(claimed, "done") for claimed in got))
 
     def test_only_the_types_asked_for_are_claimed(self):
         self.add(row("a", "x"), row("b", "y", priority=9))
@@ -1213,31 +1286,13 @@ class StoreContract:
             (running,) = self.claim()
             self.add(row(priority=2), if_exists="replace")
             self.add(row(priority=3, due_date=timedelta(seconds=1)), if_exists="replace")
-            self.assertEqual(self.look().state, "running")
-            self.assertEqual(self.claim(), [])
+            self.settle(running, "ready", charged=False)  # It waits while its predecessor is requeued.
+            (running,) = self.claim()
+            self.assertEqual((running.priority, self.claim()), (1, []))
             self.assertTrue(self.settle(running, **end))
             found = self.look()
             self.assertEqual((found.state, found.priority, found.attempt), ("scheduled", 3, 0))
             self.assertEqual(self.store.remove(Query(ids=["t"]), NOW), 1)
-
-    def test_a_successor_waits_while_its_predecessor_is_given_back(self):
-        self.add(row())
-        (running,) = self.claim()
-        self.add(row(priority=2), if_exists="replace")
-        self.settle(running, "ready", charged=False)
-        (again,) = self.claim()
-        self.assertEqual(again.priority, 1)
-        self.settle(again, "done")
-        self.assertEqual(self.claim()[0].priority, 2)
-
-    def test_a_removed_running_task_ends_its_run_and_is_not_retried(self):
-        for state in ("done", "failed", "ready"):
-            self.add(row(keep_result=60))
-            (running,) = self.claim()
-            self.assertEqual(self.store.remove(Query(ids=["t"]), NOW), 1)
-            self.assertEqual(self.look().state, "running")
-            self.assertTrue(self.settle(running, state))
-            self.assertIsNone(self.look())
 
     def test_update_moves_between_due_and_not_due(self):
         self.add(row(now=NOW - 5))
@@ -1328,24 +1383,22 @@ class StoreContract:
             self.assertEqual(taskpool._datetime(due), slot)
             self.settle(self.claim(now=due)[0], "done", now=due, result="1")
 
-    def test_a_given_due_date_is_the_first_slot(self):
+    def test_a_given_due_date_is_the_first_slot_also_after_a_requeue(self):
         for repeat in (timedelta(seconds=60), "0 0 * * *"):
             self.add(row(repeat=repeat, due_date=timedelta(seconds=5)))
             self.assertEqual(self.look().due_at, NOW + 5 * SECOND)
-            self.store.remove(Query(ids=["t"]), NOW)
+            self.settle(self.claim(now=NOW + 5 * SECOND)[0], "ready", charged=False)
+            (again,) = self.claim(now=NOW + 7 * SECOND)
+            self.assertEqual((again.due_at, again.attempt), (NOW + 5 * SECOND, 1))
+            self.settle(again, "removed")
 
-    def test_a_run_given_back_is_the_same_slot_again(self):
-        self.add(row(repeat=timedelta(seconds=10)))
-        self.settle(self.claim()[0], "ready", charged=False)
-        (again,) = self.claim(now=NOW + 15 * SECOND)
-        self.assertEqual((again.due_at, again.attempt), (NOW, 1))
-
-    def test_remove_or_cancel_during_a_run_ends_the_repeat(self):
-        for state in ("done", "failed", "removed"):
-            self.add(row(repeat=timedelta(seconds=10)))
+    def test_remove_or_cancel_during_a_run_ends_the_task_its_retries_and_repeats(self):
+        for repeat, state in itertools.product((None, timedelta(seconds=10)), ("done", "failed", "ready", "removed")):
+            self.add(row(repeat=repeat, keep_result=60))
             (running,) = self.claim()
             if state != "removed":
                 self.assertEqual(self.store.remove(Query(ids=["t"]), NOW), 1)
+                self.assertEqual(self.look().state, "running")
             self.assertTrue(self.settle(running, state, error="E"))
             self.assertIsNone(self.look())
 
@@ -1403,6 +1456,10 @@ class InOrder:
             self.assertEqual([r.id for r in claimed], [r.id for r in rows])
             self.store.settle(self.OWNER, [Outcome(r.id, r.claim, "done") for r in claimed], NOW)
 
+    def test_a_turn_tells_that_more_could_start_now_than_there_is_room_for(self):
+        self.add(row("a"), row("b"), row("later", due_date=timedelta(seconds=5)))
+        self.assertEqual([at <= NOW for at in self.store.turn("me", [], {"x": 1.0}, 1.0, 2, NOW).due], [True, False])
+
     def test_tasks_added_together_keep_their_order_whenever_they_come_due(self):
         rows = [row(f"{i}")._replace(state="scheduled", due_at=NOW + 10 - i, ready_at=NOW + 10 - i) for i in range(5)]
         late = row("late")._replace(due_at=NOW + 50)
@@ -1452,20 +1509,22 @@ class TestMemoryStore(InOrder, StoreContract, unittest.TestCase):
     def open(self):
         return MemoryStore()
 
+    def entries(self):
+        return sum(len(line.queue) + len(line.heap) for line in self.store._ready.values())
+
     def test_changed_and_removed_tasks_leave_nothing_behind(self):
         for i in range(5000):
             self.add(row(str(i)))
             self.store.update(str(i), {"priority": 2}, NOW)
             self.store.remove(Query(ids=[str(i)]), NOW)
-        entries = sum(len(list(line)) for line in self.store._ready.values())
-        self.assertLess(entries, 3000)
+        self.assertLess(self.entries(), 3000)
 
     def test_a_look_for_what_is_due_passes_removed_tasks_once(self):
         self.add(*[row(str(i)) for i in range(900)])
         self.add(row("last"))
         self.store.remove(Query(ids=[str(i) for i in range(900)]), NOW)
         self.assertEqual(self.store.next_due(self.OWNER, ["x"], 1, NOW), [NOW])
-        self.assertEqual(sum(len(list(line)) for line in self.store._ready.values()), 1)
+        self.assertEqual(self.entries(), 1)
 
 
 class TestSQLiteStore(InOrder, StoreContract, InFolder):
@@ -1479,6 +1538,11 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         self.addCleanup(store.close)
         return store
 
+    def sql(self, statement, values=()):
+        """What another program does to the file."""
+        with contextlib.closing(sqlite3.connect(self.folder / "store.db", isolation_level=None)) as db:
+            return db.execute(statement, values).fetchall()
+
     def test_another_process_sees_what_was_stored(self):
         self.add(row("a"), row("b"))
         self.assertEqual([r.id for r in self.other().find(Query(), NOW)], ["a", "b"])
@@ -1488,30 +1552,28 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         self.add(row())
         db = sqlite3.connect(self.folder / "store.db")
         self.addCleanup(db.close)
-        by_id = "sqlite_autoindex_taskpool_task_1"
+        by_id, masters = "sqlite_autoindex_taskpool_task_1", "sqlite_autoindex_taskpool_master_1"
+        ready, scheduled, running = "taskpool_ready", "PRIMARY KEY .*taskpool_scheduled", "taskpool_running"
         served = {
-            "_BY_ID": by_id, "_ERASE": by_id, "_WRITE": by_id, "_HELD_ROW": by_id,
-            "_REMOVE": by_id, "_MARK": by_id, "_FINISH": by_id,
-            "_CLAIM": "PRIMARY KEY", "_SET_ASIDE": "PRIMARY KEY",
-            "_READY": "taskpool_ready", "_COUNT_READY": "taskpool_ready", "_HEADS": "PRIMARY KEY .*taskpool_ready",
-            "_PROMOTE": "PRIMARY KEY .*taskpool_scheduled", "_NEXT_DUE": "PRIMARY KEY .*taskpool_scheduled",
-            "_STARTABLE": "taskpool_ready .*taskpool_scheduled .*taskpool_scheduled ",
-            "_HELD_BY": "taskpool_running", "_OWNERS": "taskpool_running", "_SUSPECT": "taskpool_running",
-            "_OPEN_LANE": "taskpool_lane", "_EXPIRE": "taskpool_expires",
-            "_MASTERS": "sqlite_autoindex_taskpool_master_1",
-            "_RENEW": "sqlite_autoindex_taskpool_master_1", "_LEAVE": "sqlite_autoindex_taskpool_master_1",
-        }
+            "_ERASE": by_id, "_WRITE": by_id, "_HELD_ROW": by_id, "_REMOVE": by_id, "_MARK": by_id, "_FINISH": by_id,
+            "_CLAIM": "PRIMARY KEY", "_READY": f"{ready}.*{running}", "_HEADS": f"PRIMARY KEY .*{ready}", "_PROMOTE": scheduled, "_DUE": scheduled[-18:],
+            "_NEXT_DUE": f"{ready}.*{scheduled}", "_STARTABLE": f"{ready} .*taskpool_scheduled .*taskpool_scheduled ",
+            "_HELD_BY": running, "_OWNERS": running, "_OPEN_LANE": "taskpool_lane",
+            "_EXPIRE": "taskpool_expires", "_MASTERS": masters, "_RENEW": masters, "_LEAVE": masters,
+        }  # fmt: skip
         statements = {
             name: value for name, value in vars(taskpool).items()
             if isinstance(value, str) and re.match(r"\s*(SELECT|UPDATE|DELETE|WITH)\b", value)
-            and name not in ("_TABLES", "_STATUS")  # Not of tasks; of all tasks.
+            and name not in ("_TABLES", "_VERSION", "_STATUS")  # Not of tasks; of all tasks.
         }
         self.assertEqual(set(statements), set(served))
         for name, statement in statements.items():
             if name in ("_REMOVE", "_MARK"):  # The filters of the user follow.
                 statement += " AND " + taskpool._where(Query(ids=["a"]), NOW)[0]
+            statement = statement.format("state = ?2")  # What _WRITE changes.
             named = re.findall(r":(\w+)", statement)
-            values = dict.fromkeys(named, 0) if named else [0] * statement.count("?")
+            places = re.findall(r"\?(?!\d)", statement) + list(set(re.findall(r"\?\d", statement)))
+            values = dict.fromkeys(named, 0) if named else [0] * len(places)
             plan = "\n".join(r[3] for r in db.execute("EXPLAIN QUERY PLAN " + statement, values))
             with self.subTest(statement=name, plan=plan):
                 self.assertRegex(plan, re.compile(served[name], re.DOTALL))
@@ -1520,26 +1582,6 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
                 self.assertEqual([scan for scan in scans if "taskpool_running" not in scan], [])
                 if "UNION SELECT" not in statement:
                     self.assertNotIn("TEMP B-TREE FOR ORDER", plan)
-
-    def test_a_row_that_cannot_be_read_is_set_aside_and_the_others_run(self):
-        """CR-08, SQ-05, TT-05."""
-        self.add(*[row(f"bad{i}", priority=9) for i in range(4)], row("good"))
-        self.store.close()
-        with contextlib.closing(sqlite3.connect(self.folder / "store.db")) as db:
-            for i, change in enumerate([
-                "priority = 'high'", "data = x'ff00'", "data = CAST(x'ff41' AS TEXT)", "retries = 1.5",
-            ]):
-                db.execute(f"UPDATE taskpool_task SET {change} WHERE id = 'bad{i}'")
-            db.commit()
-        got = []
-        for _ in range(3):
-            got += self.claim()
-        self.assertEqual([r.id for r in got if r.state == "running"], ["good"])
-        self.assertEqual({r.id for r in got if r.state == "failed"}, {f"bad{i}" for i in range(4)})
-        self.assertTrue(all("column" in r.error for r in got if r.state == "failed"))
-        states = {r.id: r.state for r in self.store.find(Query(), NOW)}
-        self.assertEqual(set(states), {"good", "bad0", "bad1", "bad2", "bad3"})
-        self.assertEqual(self.store.count(Query(states=["failed"]), NOW), 4)
 
     def test_what_cannot_be_the_file_is_a_store_error_with_the_path_and_the_real_reason(self):
         (self.folder / "text").write_text("this is not a database" * 100)
@@ -1612,8 +1654,8 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
             with self.subTest(state=state, column=column, value=value[:30]):
                 self.add(row("bad", priority=9, keep_result=5), row("good", now=NOW + 1))
                 claimed = self.claim(1) if state == "running" else []
-                with contextlib.suppress(sqlite3.IntegrityError, StoreError), self.store.transaction() as db:
-                    db.execute(f"UPDATE taskpool_task SET {column} = {value} WHERE id = 'bad'")
+                with contextlib.suppress(sqlite3.IntegrityError):
+                    self.sql(f"UPDATE taskpool_task SET {column} = {value} WHERE id = 'bad'")
                 for held in claimed:
                     ends = (
                         lambda: self.settle(held, "done", result="1"), lambda: self.store.leave("me", now),
@@ -1628,24 +1670,27 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
                 self.store.retry(Query(), now), self.store.renew("me", now), self.claim(now=now)
                 self.store.add([(row("bad"), "replace")], now)
                 self.store.leave("me", now)
-            with self.store.transaction() as db:
-                db.execute("DELETE FROM taskpool_task")
+            self.sql("DELETE FROM taskpool_task")
 
     def test_a_row_that_cannot_be_run_fails_with_the_reason_and_can_be_retried_and_removed(self):
-        for column, value in {
-            "priority": b"\xff", "created_at": 2**60, "due_at": -(2**62), "ready_at": 2**62, "claim": 2**63 - 1,
-            "attempt": 2**63 - 1, "interrupted": -1, "keep_result": float("inf"), "timeout": -1.0, "retries": 1.5,
-            "successor": "x", "repeat": "[1]",
-        }.items():  # fmt: skip
+        """CR-08, SQ-05, TT-05: and the others run."""
+        bad = {
+            "priority": "x'ff'", "data": "CAST(x'ff41' AS TEXT)", "created_at": 2**60, "due_at": -(2**62), "ready_at": 2**62,
+            "claim": 2**63 - 1, "attempt": 2**63 - 1, "interrupted": -1, "keep_result": "9e999", "timeout": -1.0,
+            "retries": 1.5, "successor": "'x'", "repeat": "'[1]'",
+        }  # fmt: skip
+        self.add(*[row(column, due_date=timedelta(seconds=1), priority=9) for column in bad], row("good"))
+        for column, value in bad.items():
+            self.sql(f"UPDATE taskpool_task SET {column} = {value} WHERE id = ?", [column])
+            with self.subTest(column=column), self.assertRaisesRegex(ValueError, f"column {column}"):
+                self.store.update(column, {"lane": ""}, NOW)
+        got = [r for _ in range(3) for r in self.claim(50, now=NOW + SECOND)]
+        self.assertEqual({r.id: r.state for r in got}, {**dict.fromkeys(bad, "failed"), "good": "running"})
+        for column in bad:
             with self.subTest(column=column):
-                self.add(row(due_date=timedelta(seconds=1)))
-                with self.store.transaction() as db:
-                    db.execute(f"UPDATE taskpool_task SET {column} = ?", [value])
-                with self.assertRaisesRegex(ValueError, f"column {column}"):
-                    self.store.update("t", {"data": "1"}, NOW)
-                self.assertEqual([r.state for r in self.claim(now=NOW + SECOND)], ["failed"])
-                self.assertIn(f"column {column}", self.look().error)
-                self.assertEqual((self.store.retry(Query(), NOW), self.store.remove(Query(ids=["t"]), NOW)), (1, 1))
+                self.assertIn(f"column {column}", self.look(column).error)
+                query = Query(ids=[column])
+                self.assertEqual((self.store.retry(query, NOW), self.store.remove(query, NOW)), (1, 1))
 
     def test_what_a_trigger_ignores_is_not_taken_for_done(self):
         """A task whose claim is not recorded would run again and again."""
@@ -1653,35 +1698,43 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         for event, verb in {
             "UPDATE": lambda: self.claim(), "INSERT": lambda: self.add(row("c")), "INSERT ON": lambda: self.add(row("d"), row("e")),
         }.items():  # fmt: skip
-            with self.store.transaction() as db:
-                db.execute(f"CREATE TRIGGER quiet BEFORE {event.split()[0]} ON taskpool_task BEGIN SELECT RAISE(IGNORE); END")
+            self.sql(f"CREATE TRIGGER quiet BEFORE {event.split()[0]} ON taskpool_task BEGIN SELECT RAISE(IGNORE); END")
             with self.assertRaisesRegex(StoreError, "trigger"):
                 verb()
             self.assertEqual((self.store.retry(Query(), NOW), self.store.count(Query(states=["waiting"]), NOW)), (0, 2))
-            with self.store.transaction() as db:
-                db.execute("DROP TRIGGER quiet")
-        with self.store.transaction() as db:
-            db.execute("CREATE TRIGGER one BEFORE UPDATE ON taskpool_task WHEN NEW.id = 'a' BEGIN SELECT RAISE(IGNORE); END")
+            self.sql("DROP TRIGGER quiet")
+        self.sql("CREATE TRIGGER one BEFORE UPDATE ON taskpool_task WHEN NEW.id = 'a' BEGIN SELECT RAISE(IGNORE); END")
         self.assertEqual([r.id for r in self.claim()], ["b"])
+
+    def test_a_turn_in_which_nothing_is_due_writes_nothing(self):
+        """Or else each idle master would keep the disk busy."""
+        self.add(row(due_date=timedelta(seconds=1)))
+        with contextlib.closing(sqlite3.connect(self.folder / "store.db")) as db:
+            before = db.execute("PRAGMA data_version").fetchone()
+            self.assertEqual(self.store.turn("me", [], {"x": 1.0}, 1.0, 2, NOW).due, [NOW + SECOND])
+            self.assertEqual(db.execute("PRAGMA data_version").fetchone(), before)
 
     def test_only_done_rows_expire(self):
         self.add(row())
-        with self.store.transaction() as db:
-            db.execute("UPDATE taskpool_task SET expires_at = 1")
+        self.sql("UPDATE taskpool_task SET expires_at = 1")
         self.store.renew("me", NOW)
         self.assertIsNotNone(self.look())
 
     def test_a_write_in_the_midst_of_a_write_of_its_thread_is_refused_and_spoils_nothing(self):
         """As that of a signal handler or a finalizer."""
         queue = self.queue()
-        store, refused, added = queue._store, [], []
+        store, refused, added, interrupted = queue._store, [], [], []
 
-        def interrupt(*_):
+        def interrupt():
+            if interrupted:
+                return
+            interrupted.append(True)
             queue.count()  # Reading goes on.
             try:
                 added.append(queue.add_task("handler"))
             except StoreError as error:
                 refused.append(str(error))
+            interrupted.clear()
 
         def within(real, *arguments):
             interrupt()
@@ -1689,12 +1742,11 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
             interrupt()
             return result
 
-        for method in ("_begin", "_add_together", "_commit"):
+        for owner, name in ((store, "_is_current"), (taskpool, "_add_together"), (store, "take")):
             refused.clear()
-            with mock.patch.object(store, method, functools.partial(within, getattr(store, method))):
+            with mock.patch.object(owner, name, functools.partial(within, getattr(owner, name))):
                 queue.add_tasks([{"task_type": "x"}] * 20)
-                with store.transaction():
-                    store.claim("me|", ["x"], 20, int(time.time() * 1e6))
+                store.claim("me|", ["x"], 20, int(time.time() * 1e6))
                 self.assertEqual(store.count(Query(states=["running"]), 0), 20)
             self.assertRegex(refused[0], "signal handler")
             self.assertEqual((queue.count(task_type="x"), queue.count(task_type="handler")), (20, len(added)))
@@ -1845,24 +1897,26 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
             seconds += 31
             return self.store.recover("me", seconds, NOW)
 
-        self.add(row("killer"), row("neighbour"), row("third"))
-        self.assertEqual(len(self.claim(2, owner="far0")), 2)
-        self.assertEqual(interrupt("far0"), [])
-        for number in range(1, 6):
-            owner = f"far{number}"
-            self.assertEqual([r.id for r in self.claim(9, owner=owner)], ["killer"])
-            # Others are served meanwhile, but not a second one under suspicion.
-            rest = [r.id for r in self.claim(9, owner=owner)]
-            self.assertEqual(rest, ["third"] if number == 1 else [])
-            if rest:
-                self.settle(self.look("third"), "done", owner=owner)
-            ended = interrupt(owner)
-        self.assertEqual([(r.id, r.state) for r in ended], [("killer", "failed")])
-        self.assertIn("Interrupted", self.look("killer").error)
-        (neighbour,) = self.claim(9)
-        self.assertEqual((neighbour.id, neighbour.attempt, neighbour.interrupted), ("neighbour", 1, 1))
-        self.settle(neighbour, "ready", ready_at=NOW)
-        self.assertEqual(self.look("neighbour").interrupted, 0)  # A run ended: reset.
+        for repeat, state in ((None, "failed"), (timedelta(seconds=10), "scheduled")):
+            self.add(row("killer", repeat=repeat), row("neighbour"), row("third"))
+            self.assertEqual(len(self.claim(2, owner="far0")), 2)
+            self.assertEqual(interrupt("far0"), [])
+            for number in range(1, 6):
+                owner = f"far{number}"
+                self.assertEqual([r.id for r in self.claim(9, owner=owner)], ["killer"])
+                # Others are served meanwhile, but not a second one under suspicion.
+                rest = [r.id for r in self.claim(9, owner=owner)]
+                self.assertEqual(rest, ["third"] if number == 1 else [])
+                if rest:
+                    self.settle(self.look("third"), "done", owner=owner)
+                ended = interrupt(owner)
+            self.assertEqual([(r.id, r.state) for r in ended], [("killer", state)])
+            self.assertIn("Interrupted", self.look("killer").error)
+            (neighbour,) = self.claim(9)
+            self.assertEqual((neighbour.id, neighbour.attempt, neighbour.interrupted), ("neighbour", 1, 1))
+            self.settle(neighbour, "ready", ready_at=NOW)
+            self.assertEqual(self.look("neighbour").interrupted, 0)  # A run ended: reset.
+            self.store.remove(Query(), NOW)
 
     def test_reading_and_running_keep_what_another_version_stored(self):
         """TT-05: a state, a type and a column that this version does not know."""
@@ -1896,21 +1950,6 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         self.assertEqual(len(warnings), 1)
         self.assertIn("plain.db: WAL is not possible here; journal mode is delete", warnings[0])
 
-    def test_an_interruption_keeps_the_slot_and_the_fifth_the_schedule(self):
-        """CR-03, P3."""
-        self.add(row(repeat=timedelta(seconds=10), lane="far0"))
-        for number in range(6):
-            (claimed,) = self.claim(owner=f"far{number}")
-            self.assertEqual((claimed.due_at, claimed.attempt), (NOW, 1))
-            self.store.recover("me", number * 99.0, NOW)
-            ended = self.store.recover("me", number * 99.0 + 31, NOW)
-        self.assertEqual([r.id for r in ended], ["t"])  # So that it is reported.
-        found = self.look()
-        self.assertEqual((found.state, found.due_at, found.attempt, found.lane), ("scheduled", NOW + 10 * SECOND, 0, ""))
-        self.assertIn("Interrupted", found.error)
-        (again,) = self.claim(now=NOW + 10 * SECOND)
-        self.assertEqual(again.interrupted, 0)
-
     def test_suspects_that_must_wait_for_one_hold_up_no_other_task(self):
         """P3: only one interrupted task at a time, however many are first in line."""
         self.add(*[row(f"suspect{i}", priority=9) for i in range(10)])
@@ -1931,21 +1970,6 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
                 self.add(*rows)
         self.assertEqual([r.id for r in self.store.find(Query(), NOW)], ["t"])
         self.add(row("small"))
-
-    def test_add_running_claims_a_new_task_that_is_first_in_line(self):
-        first = taskpool.claimed(row("a"), self.OWNER, NOW)
-        self.assertFalse(self.store.add_running(first))  # Not open yet.
-        self.add(row("b")), self.store.remove(Query(ids=["b"]), NOW)
-        self.assertTrue(self.store.add_running(first))
-        self.assertEqual(self.look("a"), first)
-        self.assertFalse(self.store.add_running(first))
-        drawn = taskpool.claimed(taskpool._make_row(NOW, "x")[0], self.OWNER, NOW)
-        self.assertTrue(self.store.add_running(drawn))
-        self.add(row("ready", "foreign"))
-        self.assertFalse(self.store.add_running(first._replace(id="c")))
-        self.assertEqual({r.id for r in self.store.find(Query(), NOW)}, {"a", drawn.id, "ready"})
-        outcomes = [Outcome(r.id, 1, "done") for r in (first, drawn)]
-        self.assertEqual(self.store.settle(self.OWNER, outcomes, NOW), [True, True])
 
     def test_a_master_that_enters_again_does_not_look_as_before(self):
         """P3: else an observer that was slow would take it for silent."""
@@ -1972,8 +1996,7 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         # Changed during the run.
         self.add(row("t", repeat="@daily", due_date=timedelta()))
         (running,) = self.claim()
-        with self.store.transaction() as db:
-            db.execute("UPDATE taskpool_task SET repeat = 'x' WHERE id = 't'")
+        self.sql("UPDATE taskpool_task SET repeat = 'x' WHERE id = 't'")
         self.settle(running, "done", result="1")
         self.assertEqual(self.look().state, "failed")
 
@@ -2177,6 +2200,7 @@ class TestTheManualsOwnStore(StoreContract, unittest.TestCase):
     def open(self):
         readme = (HERE / "README.md").read_text(encoding="utf-8")
         source = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "class DictStore" in b)
+        self.assertLess(source.partition("def square")[0].count("\n"), 45)
         names = {"__name__": "manual"}
         exec(source, names)
         return names["DictStore"]()
@@ -2483,7 +2507,7 @@ class MongoContract(StoreContract):
         rows = self.claim(20)
         self.assertEqual({(r.id, r.priority) for r in rows}, {(i, 7) for i in ids})
         outcomes = [Outcome(r.id, r.claim, "failed", error="E") for r in rows]
-        self.assertEqual(self.store.settle("me", outcomes, NOW), [True] * len(rows))
+        self.assertTrue(all(self.store.settle("me", outcomes, NOW)))
         self.assertEqual([self.store.retry(Query(ids=[i]), NOW) for i in ids], [1] * len(ids))
         self.assertEqual([self.store.remove(Query(ids=[i]), NOW) for i in ids], [1] * len(ids))
 
@@ -2618,10 +2642,10 @@ class MongoContract(StoreContract):
                         failures += 1
                 with self.subTest(method=method, applied=applied):
                     self.assertEqual(failures, not faults.left())
-                    self.assertEqual(held, [True] * 5 + [False])
+                    self.assertEqual(held, ["done", "done", "failed", "done", "failed", ""])
                     found = {r.id: (r.state, r.priority) for r in self.store.find(Query(), NOW)}
                     self.assertEqual(found, {"1": ("done", 1), "2": ("failed", 1), "3": ("ready", 7)})
-                    self.assertEqual(store.settle("me", outcomes, NOW), [False] * 6)
+                    self.assertEqual(store.settle("me", outcomes, NOW), [""] * 6)
                 self.collection.delete_many({})
 
     def test_an_uncertain_end_of_a_task_that_was_recovered_is_lost(self):
@@ -2634,7 +2658,7 @@ class MongoContract(StoreContract):
         for seconds in (0.0, 30.0):
             self.store.recover("you", seconds, NOW)
         (second,) = self.claim(owner="you")
-        self.assertEqual(store.settle("me", [Outcome("t", first.claim, "done")], NOW), [False])
+        self.assertEqual(store.settle("me", [Outcome("t", first.claim, "done")], NOW), [""])
         self.assertTrue(self.settle(second, "done", owner="you"))
 
     def test_an_answer_that_got_lost_is_given_although_the_next_try_breaks_off(self):
@@ -2642,13 +2666,13 @@ class MongoContract(StoreContract):
         self.add(row("a"), row("b"))
         outcomes = [Outcome(r.id, r.claim, "done") for r in store.claim("me", ["x"], 2, NOW)]
         with contextlib.suppress(ZeroDivisionError), store.transaction():
-            self.assertEqual(store.settle("me", outcomes[:1], NOW), [True])
+            self.assertEqual(store.settle("me", outcomes[:1], NOW), ["done"])
             raise ZeroDivisionError
         faults.always = OSError("cut")
         with self.assertRaises(StoreError):
             store.settle("me", outcomes, NOW)
         faults.always = None
-        self.assertEqual(store.settle("me", outcomes, NOW), [True, True])
+        self.assertEqual(store.settle("me", outcomes, NOW), ["done", "done"])
 
     def test_a_turn_that_fails_after_settle_gives_the_same_answers_again(self):
         """The master settles and claims in one transaction(), and knows nothing if it fails."""
@@ -2661,9 +2685,9 @@ class MongoContract(StoreContract):
             with contextlib.suppress(StoreError), store.transaction():
                 held = store.settle("me", outcomes, NOW)
                 got = store.claim("me", ["x"], 9, NOW)
-        self.assertEqual(held, [True, False, True])
+        self.assertEqual(held, ["done", "", "waits"])
         self.assertEqual([r.id for r in got], ["b"])
-        self.assertEqual(store.settle("me", outcomes[:1] + outcomes[2:], NOW), [False] * 2)
+        self.assertEqual(store.settle("me", outcomes[:1] + outcomes[2:], NOW), [""] * 2)
 
     def test_a_claim_that_was_made_although_the_driver_raised_is_given_back_uncharged(self):
         for method, limit, types in [
@@ -3004,7 +3028,7 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
         rows = store.claim("me", {"x": 0.01}, 2.0, NOW)
         self.assertEqual(([r.id for r in rows], len(recorder.calls)), ([str(i) for i in range(200)], 5))
         recorder.calls.clear()
-        self.assertEqual(store.settle("me", [Outcome(r.id, r.claim, "done") for r in rows], NOW), [True] * 200)
+        self.assertEqual(store.settle("me", [Outcome(r.id, r.claim, "done") for r in rows], NOW), ["done"] * 200)
         self.assertEqual([name for name, _, _ in recorder.calls], ["bulk_write"])
         self.add(row())
         recorder.calls.clear()
@@ -3073,7 +3097,7 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
                 store.add([(row(f"{number} {i}"), "raise")], NOW)
                 mine += store.claim(f"o{number}", ["x"], 2, NOW)
             for claimed in mine:
-                self.assertEqual(store.settle(f"o{number}", [Outcome(claimed.id, claimed.claim, "done")], NOW), [True])
+                self.assertEqual(store.settle(f"o{number}", [Outcome(claimed.id, claimed.claim, "done")], NOW), ["done"])
             return mine
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -3440,56 +3464,48 @@ class TestMongoWithoutPymongo(InFolder):
             print(claimed.data, store.settle("me", [taskpool.Outcome(row.id, 1, "done", result="5")], 0))
             print(store.find(taskpool.Query(), 0)[0].result)
         """)
-        self.assertEqual(out, '{"a":1} [True]\n5\n')
+        self.assertEqual(out, '{"a":1} [\'done\']\n5\n')
 
 
 class TestSchemaVersions(InFolder):
     """Older files are brought up to date, newer ones are refused."""
 
-    def setUp(self):
-        super().setUp()
-        with self.queue() as queue:
-            queue.add_task("x", task_id="old")
-        self.path = self.folder / "tasks.db"
-
-    def change(self, script):
-        with contextlib.closing(sqlite3.connect(self.path)) as db:
-            return db.executescript(script)
-
-    def value(self, query):
-        with contextlib.closing(sqlite3.connect(self.path)) as db:
-            return db.execute(query).fetchone()[0]
+    def change(self, script, query="SELECT version, (SELECT * FROM pragma_user_version) FROM taskpool_version"):
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+            db.executescript(script)
+            return db.execute(query).fetchone()
 
     def test_an_older_file_keeps_its_tasks_and_gets_what_is_new(self):
-        """SM-03."""
-        upgrade = {taskpool.SCHEMA_VERSION: ("ALTER TABLE taskpool_task ADD COLUMN new TEXT",)}
-        with mock.patch.multiple(taskpool, _UPGRADES=upgrade, SCHEMA_VERSION=taskpool.SCHEMA_VERSION + 1):
+        """SM-03. The user_version is left to the application."""
+        with self.queue() as queue:
+            queue.add_task("x", task_id="old")
+        version = taskpool.SCHEMA_VERSION
+        self.assertEqual(self.change("PRAGMA user_version = 77"), (version, 77))
+        upgrade = {version: ("ALTER TABLE taskpool_task ADD COLUMN new TEXT",)}
+        with mock.patch.multiple(taskpool, _UPGRADES=upgrade, SCHEMA_VERSION=version + 1):
             for _ in range(2):  # Once only.
                 with self.queue() as queue:
                     self.assertEqual([task.id for task in queue.find()], ["old"])
-            self.assertEqual(self.value("SELECT version FROM taskpool_version"), taskpool.SCHEMA_VERSION)
-        self.assertIsNone(self.value("SELECT new FROM taskpool_task"))
+        self.assertEqual(self.change("SELECT new FROM taskpool_task"), (version + 1, 77))
 
     def test_files_that_are_newer_or_were_never_released_are_refused_and_not_touched(self):
         """SM-04, TT-05."""
+        path = self.folder / "tasks.db"
         for script, text in (
             ("UPDATE taskpool_version SET version = 77", r"tasks\.db: made by a newer taskpool \(schema 77"),
             ("UPDATE taskpool_version SET version = 2", r"tasks\.db: made by an unreleased taskpool \(schema 2"),
+            ("DELETE FROM taskpool_version", r"unreleased taskpool \(schema 0"),
             ("DROP TABLE taskpool_version", r"unreleased taskpool \(schema 0"),
         ):
-            self.change(f"PRAGMA journal_mode = DELETE; {script}")
-            before, queue = self.path.read_bytes(), self.queue()
+            path.unlink(missing_ok=True)
+            with self.queue() as queue:
+                queue.count()
+            self.change(f"PRAGMA journal_mode = DELETE; {script}", "SELECT 1")
+            before, queue = path.read_bytes(), self.queue()
             for call in (lambda queue=queue: queue.add_task("y"), queue.find, queue.count):
                 with self.assertRaisesRegex(StoreError, text):
                     call()
-            self.assertEqual(self.path.read_bytes(), before)
-            self.assertEqual([f.name for f in self.folder.iterdir()], ["tasks.db"])
-
-    def test_user_version_is_left_to_the_application(self):
-        self.assertEqual(self.value("PRAGMA user_version"), 0)
-        self.change("PRAGMA user_version = 77")
-        self.queue().add_task("x")
-        self.assertEqual(self.value("PRAGMA user_version"), 77)
+            self.assertEqual((path.read_bytes(), os.listdir(self.folder)), (before, ["tasks.db"]))
 
 
 # --- Running tasks -------------------------------------------------------------------
@@ -4992,26 +5008,25 @@ class TestP1NothingIsLost(InFolder):
     def test_what_was_recorded_or_claimed_is_kept_when_the_next_call_fails(self):
         """The store fails after each claim; or between two calls that it cannot group."""
         class Failing(SQLiteStore):
-            claimed = False
+            failures = 0
 
             def claim(self, *arguments):
                 rows = super().claim(*arguments)
-                self.claimed = bool(rows)
+                self.failures = 2 if rows else 0
                 return rows
 
             def next_due(self, *arguments):
-                if self.claimed:
-                    self.claimed = False
+                if self.failures:
+                    self.failures -= 1
                     raise StoreError("the look failed")
                 return super().next_due(*arguments)
 
         class Ungrouped(SQLiteStore):
-            transaction = Store.transaction
-            turn = 0
+            calls = 0
 
             def claim(self, *arguments):
-                self.turn += 1
-                if self.turn % 2:
+                self.calls += 1
+                if self.calls % 2:
                     raise StoreError("the claim failed")
                 return super().claim(*arguments)
 
@@ -5095,7 +5110,7 @@ class TestP1NothingIsLost(InFolder):
                         self.assertTrue(elsewhere.submit(queue.add_task, "x").result(PATIENCE))
                     finally:
                         sys.setprofile(None)
-                self.assertGreater(n, 20)
+                self.assertGreater(n, 10)
 
     def test_a_retry_is_never_put_beyond_the_calendar(self):
         """RT-01."""
@@ -5173,7 +5188,7 @@ class TestP2OnceAndOnlyOnce(InFolder):
                 Outcome(row.id, row.claim, "failed", error="LookupError: there\n\ntrace") if i == 2
                 else Outcome(row.id, row.claim, "done", result='"kept"' if i == 1 else None) for i, row in enumerate(claimed[:3])
             ]
-            self.assertEqual(other.settle("other|", ends, now), [True] * 3)
+            self.assertTrue(all(other.settle("other|", ends, now)))
             cluster._renewed -= taskpool.LEASE_SECONDS
             cluster.initialize()
             with self.assertRaisesRegex(taskpool.TaskPoolError, "stood still for longer than a lease.*may have run it"):
@@ -8191,10 +8206,8 @@ class TestStoresUnderPressure(InFolder):
         queue, begun, release = self.queue(), threading.Event(), threading.Event()
 
         def write():
-            with queue._store.transaction():
-                queue._store.add([(row("of the thread"), "raise")], NOW)
-                begun.set()
-                release.wait(0.2)
+            with mock.patch.object(taskpool, "_add_together", lambda *_: begun.set() or release.wait(0.2)):
+                queue._store.add([(row(f"{i} of the thread"), "raise") for i in range(2)], NOW)
 
         thread = threading.Thread(target=write)
         thread.start()
@@ -8210,7 +8223,7 @@ class TestStoresUnderPressure(InFolder):
         release.set()
         thread.join()
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
-        self.assertEqual({task.id for task in queue.find()}, {"of the thread", "of the child"})
+        self.assertEqual({task.id for task in queue.find()}, {"0 of the thread", "1 of the thread", "of the child"})
 
     def test_sigkill_during_writes_leaves_whole_rows_and_what_was_acknowledged(self):
         """SQ-05: and SIGINT, and SIGTERM."""
@@ -9027,7 +9040,8 @@ class TestRepeat(InFolder):
         """Not a claim given back, nor a due date changed by update()."""
         before = row(repeat=timedelta(hours=1))
         for claim, due_at, expected in ((1, NOW, False), (0, NOW + 9, False), (1, NOW + 9, True)):
-            self.assertEqual(taskpool.has_run(before._replace(claim=claim, due_at=due_at), before), expected)
+            became = taskpool.what_became(before, before._replace(claim=claim, due_at=due_at))
+            self.assertEqual(became == "repeated", expected)
 
     def test_two_tasks_with_the_same_rule_are_two_schedules(self):
         """RC-06."""
