@@ -2684,18 +2684,10 @@ def _refusal(path: str, db: sqlite3.Cursor, error: sqlite3.Error, started: float
     return f"another program writes, and the timeout of connection is {timeout:g} s"
 
 
-class _Made(NamedTuple):
-    """A SQLiteStore of the master."""
-
-    place: _CallPlace
-    given: str
-    path: str
-
-
 class _Known(NamedTuple):
     """The master's files, as a worker must know them."""
 
-    made: list[_Made]
+    made: list[tuple[_CallPlace, str, str]]  # By its SQLiteStores: where, as given, the path.
     folders: set[str]  # That a relative path may be relative to.
 
 
@@ -2715,22 +2707,21 @@ def _masters_path(store: SQLiteStore, known: _Known) -> str:
     The store that the master made in the same place has it, whatever path was computed
     there anew. Elsewhere a relative path means what it means in the master.
     """
-    here = {other._given for other in _living_stores() if other._place == store._place}
-    there = [made for made in known.made if made.place == store._place]
-    mine, theirs = here - {made.given for made in there}, {made.given for made in there} - here
-    given = store._given
-    if given not in mine:
-        paths = {made.path for made in there if made.given == given}
-    elif theirs:  # Paths differ from process to process: which is which?
-        single = len(mine) == len(theirs) == 1
-        paths = {made.path for made in there if made.given in theirs and single}
+    given, here = store._given, {s._given for s in _living_stores() if s._place == store._place}
+    there = [(name, path) for place, name, path in known.made if place == store._place]
+    names = {name for name, _ in there}
+    if given in names:
+        paths = {path for name, path in there if name == given}
+    elif names - here:  # Paths differ from process to process: which is which?
+        alone = len(here - names) == 1
+        paths = {path for name, path in there if name not in here and alone}
     elif os.path.isabs(given):
         paths = {given}
     else:
-        paths = {made.path for made in known.made if made.given == given}
-        if not paths:
-            folders = known.folders | {_absolute(".")}
-            paths = {os.path.normpath(os.path.join(folder, given)) for folder in folders}
+        folders = known.folders | {_absolute(".")}
+        paths = {path for _, name, path in known.made if name == given} or {
+            os.path.normpath(os.path.join(folder, given)) for folder in folders
+        }
     return paths.pop() if len(paths) == 1 else ""
 
 
@@ -3986,7 +3977,7 @@ def _dumps(value: Any) -> bytes:
     return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
 
 
-def _cut(text: str, most: int) -> str:
+def _cut(text: str, most: int = ERROR_CHARS) -> str:
     text = text[: most + 1].encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= most else text[:most] + "... (cut)"
 
@@ -3994,17 +3985,15 @@ def _cut(text: str, most: int) -> str:
 def _failure(error: BaseException) -> _Failure:
     """Describe *error*, whatever it does to those who look at it."""
     kind = type(error)
-    name = kind.__qualname__
-    if kind.__module__ not in ("builtins", "__main__", "__mp_main__"):
-        name = f"{kind.__module__}.{name}"
-    name = _cut(name, ERROR_CHARS)
+    plain = kind.__module__ in ("builtins", "__main__", "__mp_main__")
+    name = _cut(kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}")
     try:
-        text = _cut(str(error), ERROR_CHARS)
+        text = _cut(str(error))
     except BaseException as other:
         text = f"<its __str__ raised {type(other).__name__}>"
     try:
         lines = traceback.format_exception(kind, error, error.__traceback__)
-        trace = _cut("".join(_cut(line, ERROR_CHARS) for line in lines), 4 * ERROR_CHARS)
+        trace = _cut("".join(map(_cut, lines)), 4 * ERROR_CHARS)
     except BaseException:
         trace = f"{name}: {text}"
     pickled = None
@@ -4022,24 +4011,57 @@ def _error_text(failure: _Failure) -> str:
     return f"{head}\n\n{failure.traceback}" if failure.traceback else head
 
 
-_IPC = ("toggleIPC", "ipc")  # Other names that a second parameter may have.
+def _loaded(packed: bytes) -> tuple[Any, BaseException | None]:
+    """What *packed* unpickles to, and what that raised: but for the user's own Ctrl-C, which
+    comes to the main thread only."""
+    try:
+        return pickle.loads(packed), None
+    except BaseException as error:
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and isinstance(error, KeyboardInterrupt):
+            raise
+        return None, error
 
 
-def _signature(function: TaskFunction) -> list[Any] | None:
-    """The parameters of a function; None for builtins, of which only some have them."""
+def _rebuilt(failure: _Failure) -> Exception:
+    """The exception of *failure*, or the RemoteError that stands for it."""
+    error = None if failure.pickled is None else _loaded(failure.pickled)[0]
+    if not isinstance(error, Exception):
+        error = RemoteError(failure.type_name, failure.text, failure.traceback)
+    # As `error.__cause__ = ...`, but past a __setattr__ of its class.
+    cause = _RemoteTraceback(failure.traceback)
+    BaseException.__dict__["__cause__"].__set__(error, cause)
+    return error
+
+
+_Left = Union[bytes, _Failure, Exception, None]  # Of a run: a pickled result (None = None).
+
+
+def _unpacked(left: _Left) -> tuple[Any, Exception | None]:
+    """The result of a run, and its exception. Runs code of the user's classes."""
+    if isinstance(left, _Failure):
+        return None, _rebuilt(left)
+    if not isinstance(left, bytes):
+        return None, left
+    result, error = _loaded(left)
+    if error is None:
+        return result, None
+    failure = _failure(error)
+    text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
+    return None, RemoteError(failure.type_name, text, failure.traceback)
+
+
+def _signature(function: Any) -> Any:
+    """An inspect.Signature, or None where a function does not tell how it is called."""
     import inspect
 
-    if isinstance(function, BuiltinFunctionType):
-        return None
     options: dict[str, Any] = {}
     default = (inspect.signature.__kwdefaults__ or {}).get("annotation_format")
     if default is not None:  # Python 3.14: annotations may name what is not there.
         options["annotation_format"] = type(default).FORWARDREF
-    try:
-        signature = inspect.signature(function, follow_wrapped=False, **options)
-    except (TypeError, ValueError):
-        return None
-    return list(signature.parameters.values())
+    with contextlib.suppress(TypeError, ValueError):
+        return inspect.signature(function, follow_wrapped=False, **options)
+    return None
 
 
 def _wants_toggle_ipc(function: TaskFunction) -> str | None:
@@ -4048,41 +4070,37 @@ def _wants_toggle_ipc(function: TaskFunction) -> str | None:
     Raises TypeError for what can be called neither as function(job) nor with toggle_ipc. A
     decorator that takes anything is trusted to know what the function inside needs.
     """
-    parameters = _signature(function)
-    if parameters is None:
+    signature, style = _signature(function), None
+    if signature is None or isinstance(function, BuiltinFunctionType):  # Only some have one.
         return None
+    parameters = list(signature.parameters.values())
     anything = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not positional and not any(p.kind is p.VAR_POSITIONAL for p in anything):
         raise TypeError("takes no positional argument")
-    style = None
     for p in parameters:
-        second, required = p in positional[1:2], p.default is p.empty
+        required, named = p.default is p.empty, p.name == "toggle_ipc"
         if p in positional[:1] or p in anything:
             continue
-        if p.name == "toggle_ipc" and p.kind is not p.POSITIONAL_ONLY:
+        if named and p.kind is not p.POSITIONAL_ONLY:
             style = "name"
-        elif second and (p.name == "toggle_ipc" or (required and p.name in _IPC)):
+        elif p in positional[1:2] and (named or (required and p.name in ("toggleIPC", "ipc"))):
             style = "position"
-        elif required or p.name == "toggle_ipc":
+        elif required or named:
             raise TypeError(f"has {p.name!r}, for which there is no value")
-    inner = getattr(function, "__wrapped__", None)
-    if style is None and inner is not None and anything:
+    if style is None and anything and hasattr(function, "__wrapped__"):
         with contextlib.suppress(TypeError):
-            style = _wants_toggle_ipc(inner)
+            style = _wants_toggle_ipc(function.__wrapped__)
     return style
 
 
 def _check_broker(broker: Any) -> None:
-    import inspect
-
     allowed = "None or a function of (respond, message)"
     if broker is not None and not callable(broker):
         raise _wrong_type("message_broker", broker, allowed)
+    signature = _signature(broker) if broker is not None else None
     try:
-        inspect.signature(broker).bind(None, None) if broker is not None else None
-    except ValueError:
-        pass  # It has no signature, as some builtins.
+        signature and signature.bind(None, None)
     except TypeError as error:
         raise TypeError(f"message_broker is {_shown(broker)}: {error}; give {allowed}") from None
 
@@ -4114,84 +4132,6 @@ def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
             )
             raise _wrong_type(f"task_map[{task_type!r}]", function, allowed) from None
     return dict(task_map)
-
-
-def _resolve(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
-    """Resolve *future*, unless it already is."""
-    try:
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(value)
-    except concurrent.futures.InvalidStateError:
-        pass
-
-
-_following = threading.local()  # The calls that a thread in _follow() is still to make.
-
-
-def _follow(future: Future[Any], result: Any) -> None:
-    """Resolve *future* with *result*; with its result, if that is a Future too."""
-    if not isinstance(result, Future):
-        _resolve(future, result)
-        return
-
-    def copy(inner: Future[Any]) -> None:
-        if inner.cancelled():
-            _resolve(future, error=concurrent.futures.CancelledError())
-        elif inner.exception() is not None:
-            _resolve(future, error=inner.exception())
-        else:
-            _follow(future, inner.result())
-
-    def done(inner: Future[Any]) -> None:
-        # One after another: in one another, a long chain would not fit on the stack.
-        first = not hasattr(_following, "calls")
-        if first:
-            _following.calls = collections.deque()
-        calls = _following.calls
-        calls.append(lambda: copy(inner))
-        if first:
-            try:
-                while calls:
-                    calls.popleft()()
-            finally:
-                del _following.calls
-
-    result.add_done_callback(done)
-
-
-_Hear = Callable[[Any], Any]  # Is given what the other side says.
-
-
-def _conversing(begin: Callable[[_Hear, Future[Any]], _Hear]) -> Callable[..., Future[Any]]:
-    """A `toggle_ipc`. *begin* is given on_message and the Future of each conversation, and
-    returns what passes its message on."""
-
-    def toggle_ipc(on_message: _Hear, initialize: Callable[[_Hear], Any]) -> Future[Any]:
-        """Open a conversation with the master: see the README, "Conversations"."""
-        if not callable(on_message) or not callable(initialize):
-            raise TypeError("toggle_ipc(on_message, initialize) takes two functions")
-        future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()
-        ask, sent = begin(on_message, future), threading.Lock()  # Held from the first send() on.
-
-        def send(message: Any) -> None:
-            """Send {"status": int > 1, "data": any} to the broker, once."""
-            try:
-                if not sent.acquire(blocking=False):
-                    raise RuntimeError("send() was called twice in one conversation")
-                ask(_checked_message(message))
-            except BaseException as error:
-                _resolve(future, error=error)
-
-        try:
-            initialize(send)
-        except BaseException as error:
-            _resolve(future, error=error)
-        return future
-
-    return toggle_ipc
 
 
 def _awaited(value: Any) -> Any:
@@ -4240,8 +4180,120 @@ def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
         _check_json(value, "result", 0)
         return _encode(value), None
     except (TypeError, ValueError) as error:
-        problem = _cut(f"the result is kept as None: {error}", ERROR_CHARS)
+        problem = _cut(f"the result is kept as None: {error}")
         return None, None if row.keep_result is None else problem
+
+
+def _resolve(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
+    """Resolve *future*, unless it already is."""
+    with contextlib.suppress(concurrent.futures.InvalidStateError):
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+
+
+_following = threading.local()  # Of each thread: the calls that _follow is making.
+
+
+def _follow(future: Future[Any], result: Any) -> None:
+    """Resolve *future* with *result*; with its result, if that is a Future too."""
+    if not isinstance(result, Future):
+        _resolve(future, result)
+        return
+
+    def copy() -> None:
+        cancelled = concurrent.futures.CancelledError() if result.cancelled() else None
+        error = cancelled or result.exception()
+        if error is not None:
+            _resolve(future, error=error)
+        else:
+            _follow(future, result.result())
+
+    def copy_in_turn(_: Future[Any]) -> None:
+        # Calls within calls, as of a long chain of Futures, would not fit on the stack.
+        calls: list[Callable[[], None]] = vars(_following).setdefault("calls", [])
+        calls.append(copy)
+        if len(calls) == 1:
+            try:
+                for call in calls:  # The list grows meanwhile.
+                    call()
+            finally:
+                calls.clear()
+
+    result.add_done_callback(copy_in_turn)
+
+
+# Is told of a conversation, and returns what sends its pickled message away.
+_Begin = Callable[["_Conversation"], Callable[[bytes], None]]
+
+
+class _Conversation(Future[Any]):
+    """What toggle_ipc(on_message, initialize) makes and returns: a message to the broker, the
+    answer, and the Future of what on_message makes of the answer."""
+
+    def __init__(self, begin: _Begin, on_message: Any, initialize: Any) -> None:
+        if not callable(on_message) or not callable(initialize):
+            raise TypeError("toggle_ipc(on_message, initialize) takes two functions")
+        super().__init__()
+        self.set_running_or_notify_cancel()
+        self._on_message, self._ask = on_message, begin(self)
+        self._sent = threading.Lock()  # Held from the first send() on.
+        try:
+            initialize(self.send)
+        except Exception as error:
+            _resolve(self, error=error)
+
+    def send(self, message: Any) -> None:
+        """Send {"status": int > 1, "data": any} to the broker, once."""
+        try:
+            if not self._sent.acquire(blocking=False):
+                raise RuntimeError("send() was called twice in one conversation")
+            self._ask(_dumps(_checked_message(message)))
+        except Exception as error:
+            _resolve(self, error=error)
+
+    def take(self, ok: bool, value: Any) -> None:
+        """Take the pickled answer of the broker, or the _Failure that stands for it."""
+        try:
+            if not ok:
+                raise _rebuilt(value)
+            _follow(self, _awaited(self._on_message(pickle.loads(value))))
+        except BaseException as error:
+            _resolve(self, error=error)
+
+
+def _consult(
+    broker: Broker | None, packed: bytes, about: Mapping[str, Any],
+    answer: Callable[[bool, Any], None],
+) -> None:  # fmt: skip
+    """Have the broker answer a pickled message. Raises what the broker raises.
+
+    Calls answer(True, a pickle) or answer(False, a _Failure): once at most, now or later.
+    """
+    answered = threading.Lock()  # Held from the first answer on.
+
+    def answer_once(ok: bool, value: bytes | _Failure) -> None:
+        if answered.acquire(blocking=False):
+            answer(ok, value)
+
+    def respond(value: Any = None) -> None:
+        """Answer the message: now or later, from any thread. The first answer counts."""
+        try:
+            answer_once(True, _dumps(value))
+        except Exception as error:
+            answer_once(False, _failure(error))
+            raise
+
+    if broker is None:
+        text = "there is no message_broker to answer toggle_ipc; give one to Cluster or run_due"
+        answer(False, _failure(RuntimeError(text)))
+        return
+    try:
+        _awaited(broker(respond, {**pickle.loads(packed), **about}))
+    except BaseException as error:
+        answer_once(False, _failure(error))
+        raise
 
 
 class _Reports:
@@ -4253,7 +4305,7 @@ class _Reports:
         # timer and a signal handler within send() could wait for each other.
         self._lock = lock or threading.RLock()
         self._number = -1  # Of the running task, or -1.
-        self._unsent: Progress | None = None
+        self._unsent: tuple[int, Progress] | None = None
         self._next = 0.0  # Monotonic: when the next one may go.
         self._timer: threading.Timer | None = None  # Sends what waits for that.
 
@@ -4262,6 +4314,12 @@ class _Reports:
         self._number = number
         return functools.partial(self._report, number)
 
+    def end(self) -> None:
+        """The run has ended: send what is left."""
+        if self._unsent is not None or self._timer is not None:
+            self.flush()
+        self._number = -1
+
     def _report(
         self, number: int, done: float, total: float | None = None, note: str | None = None
     ) -> None:
@@ -4269,53 +4327,40 @@ class _Reports:
         with self._lock:
             if number != self._number:
                 raise RuntimeError("progress was called after its task had ended")
-            self._unsent = report
+            self._unsent = number, report
             wait = self._next - time.monotonic()
             if wait <= 0:
-                self._flush()
+                self.flush()
             elif self._timer is None:
-                self._timer = threading.Timer(wait, self._on_timer)
+                self._timer = threading.Timer(wait, self.flush)
                 self._timer.daemon = True
                 self._timer.start()
 
-    def _on_timer(self) -> None:
-        with self._lock:
-            self._timer = None
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._unsent is not None:
-            self._next = time.monotonic() + REPORT_SECONDS
-            self._send(self._number, _encode(self._unsent))
-            self._unsent = None
-
-    def end(self) -> None:
-        """The run has ended: send what is left."""
-        if self._unsent is None and self._timer is None:
-            self._number = -1
-            return
+    def flush(self) -> None:
+        """Send what waits, if its run has not ended meanwhile."""
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
-                self._timer = None
-            self._flush()
-            self._number = -1
+            self._timer, unsent = None, self._unsent
+            if unsent is not None:
+                if unsent[0] == self._number:
+                    self._next = time.monotonic() + REPORT_SECONDS
+                    self._send(unsent[0], _encode(unsent[1]))
+                if self._unsent is unsent:  # A signal handler may have reported meanwhile.
+                    self._unsent = None
 
 
 class _RunHere:
     """TaskQueue.run_due: a master and its only worker in the caller's thread."""
 
     def __init__(
-        self,
-        queue: TaskQueue,
-        task_map: Mapping[str, TaskFunction],
-        raise_errors: bool,
+        self, queue: TaskQueue, task_map: Mapping[str, TaskFunction], raise_errors: bool,
         broker: Broker | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._queue, self._broker = queue, broker
         self._task_map, self._raise_errors = task_map, raise_errors
         self._stores = [queue._store] if _worker else [queue.in_memory._store, queue._store]
-        self._owner = _new_owner(0)
+        self._owner, self._costs = _new_owner(0), dict.fromkeys(task_map, 1.0)
         self._numbers = itertools.count()  # Of the runs.
         self._reports = _Reports(self._on_report)
         self._ended: list[Task] = []
@@ -4330,31 +4375,22 @@ class _RunHere:
         try:
             queue._store.recover(self._owner, time.monotonic(), now)
             while True:
-                now = queue._now() if until is None else now
-                if self._run_next(now, last):
-                    continue
-                due = [
-                    instant
-                    for store in self._stores
-                    for instant in store.next_due(self._owner, self._task_map, 1, now, last)
-                ]
-                if until is None or not due or min(due) > until:
-                    return self._ended
-                now = max(now, min(due))
+                now, due = queue._now() if until is None else now, [NEVER]
+                for store in self._stores:
+                    turn = store.turn(self._owner, [], self._costs, 1, 1, now, last)
+                    for row in turn.rows:  # The first; before it those that cannot be read.
+                        self._run(store, row)
+                    if turn.rows:
+                        break
+                    due += turn.due
+                else:
+                    if until is None or min(due) > until:
+                        return self._ended
+                    now = max(now, min(due))
         finally:
             queue.clock = clock
             for store in self._stores:
                 store.leave(self._owner, now)  # Interrupted by Ctrl-C: given back.
-
-    def _run_next(self, now: int, last: int) -> bool:
-        """Run the task that comes first, if one is due."""
-        for store in self._stores:
-            rows = store.claim(self._owner, dict.fromkeys(self._task_map, 1.0), 1, now, last)
-            for row in rows:
-                self._run(store, row)
-            if rows:
-                return True
-        return False
 
     def _run(self, store: Store, row: Row) -> None:
         self._store, self._row = store, row
@@ -4384,20 +4420,20 @@ class _RunHere:
         self._ended.append(Task(told._replace(result=result)))
         if error is None:
             self._tell("done", value, Task(told))
-        else:
-            self._tell("error", error, Task(told))
-            if self._raise_errors:
-                raise error
+            return
+        self._tell("error", error, Task(told))
+        if self._raise_errors:
+            raise error
 
     def _tell(self, event: str, value: Any, task: Task) -> None:
         listener = self._queue._listeners.get(event)
-        if listener is not None:
-            try:
+        try:
+            if listener is not None:
                 _awaited(listener(value, task))
-            except KeyboardInterrupt:
-                raise
-            except BaseException:
-                _log.exception("error in a listener")
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            _log.exception("error in a listener")
 
     def _on_report(self, number: int, report: str) -> None:
         self._row = row = self._row._replace(progress=report)
@@ -4406,27 +4442,10 @@ class _RunHere:
         self._tell("progress", Task(row).progress, Task(row))
 
     def _toggle_ipc(self) -> Callable[..., Future[Any]]:
-        broker, row = self._broker, self._row
+        row = self._row
         about = {"worker": os.getpid(), "task_id": row.id, "task_type": row.task_type}
-
-        def begin(on_message: _Hear, future: Future[Any]) -> _Hear:
-            answered = threading.Lock()  # Held from the first answer on.
-
-            def respond(value: Any = None) -> None:
-                if answered.acquire(blocking=False):
-                    try:
-                        _follow(future, _awaited(on_message(pickle.loads(_dumps(value)))))
-                    except BaseException as error:
-                        _resolve(future, error=error)
-
-            def ask(message: Any) -> None:
-                if broker is None:
-                    raise RuntimeError("run_due has no message_broker to answer toggle_ipc")
-                _awaited(broker(respond, {**pickle.loads(_dumps(message)), **about}))
-
-            return ask
-
-        return _conversing(begin)
+        ask = functools.partial(_consult, self._broker, about=about)
+        return functools.partial(_Conversation, lambda it: functools.partial(ask, answer=it.take))
 
 
 # --- Queue ---------------------------------------------------------------------------
@@ -4843,26 +4862,90 @@ _ADD_PARAMETERS = frozenset({"task_type", "data", *(TaskQueue.add_task.__kwdefau
 
 
 # --- Messages ------------------------------------------------------------------------
-# All that crosses a pipe: tuples. The first item says which. Those to the worker are pickled.
-# Those to the master are packed by marshal, which knows no classes: nothing that a task writes
-# to its worker's pipe can run here.
+# All that crosses a pipe: tuples, of which the first item says the kind. Messages to a worker
+# are pickled. Messages to the master are packed by marshal, which knows no classes: nothing
+# that a task writes to the pipe of its worker can run in the master.
 #
-#   to the worker   ("boot", _Boot)                      first of all
-#                   ("run", number, rows)                numbered from `number` on
-#                   ("answer", conversation, ok, value)  of the broker; value is pickled
-#                   ("stop",)
-#   to the master   ("ready",)   ("boot error", failure)
-#                   ("start", number)                    of a task with a timeout
-#                   ("progress", number, report)         JSON of a Progress
-#                   ("done", number, seconds, value, json, problem, open conversations)
-#                   ("fail", number, seconds, failure, may_retry)
-#                   ("ask", number, conversation, message)
-#                   ("changed",)                         a task called its queue
+#   to a worker   ("boot", _Boot)                      first of all
+#                 ("run", number, rows)                numbered from `number` on
+#                 ("answer", conversation, ok, value)  of the broker: a pickle or a _Failure
+#                 ("stop",)
+#   to the master: see _SHAPES
 #
 # Only processes that we started speak here; what is stored never comes near pickle (P8).
 
+_NONE: type = type(None)
+_FAILURE = (str, str, str, (bytes, _NONE))  # A _Failure as a plain tuple.
+_SHAPES: dict[str, tuple[Any, ...]] = {  # Kinds of messages to the master, and what follows.
+    "ready": (),
+    "boot error": (tuple,),  # _FAILURE
+    "start": (int,),  # number: of a run that has a timeout
+    "progress": (int, str),  # number, JSON of a Progress
+    # number, seconds, pickled result, result as JSON, why not, open conversations
+    "done": (int, float, (bytes, tuple, _NONE), (str, _NONE), (str, _NONE), int),
+    "fail": (int, float, tuple, bool),  # number, seconds, _FAILURE, may retry
+    "ask": (int, int, bytes),  # number, conversation, pickled message
+    "changed": (),  # A task called its queue.
+}
+_OF_ITS_HEAD = frozenset({"start", "done", "fail", "progress"})  # What is said of a run.
+_MARSHAL_BYTES = 1 << 30  # marshal takes no bytes of 2 GiB.
+# What a worker says at once. A piece of just that size is continued by the next one, so that
+# the master sees from its head whether what has come can be a message.
+_PIECE_BYTES = 1 << 20
+
+
+class _Nonsense(Exception):
+    """A worker's pipe has brought what no worker sends: some task has written to it."""
+
+
+def _pieces(packed: bytes) -> bytes | tuple[bytes, ...]:
+    """A packed result as marshal takes it, however long it is."""
+    if len(packed) <= _MARSHAL_BYTES:
+        return packed
+    starts = range(0, len(packed), _MARSHAL_BYTES)
+    return tuple(packed[start : start + _MARSHAL_BYTES] for start in starts)
+
+
+def _check_parts(parts: Sequence[Any], shape: tuple[Any, ...]) -> None:
+    if len(parts) != len(shape) or not all(map(isinstance, parts, shape)):
+        raise TypeError("a wrong shape")
+    for part in parts:
+        if type(part) is str:
+            part.encode()  # Raises at a lone surrogate.
+        elif type(part) is float and not 0 <= part < math.inf:
+            raise ValueError(f"{part} seconds")
+
+
+def _read_message(packed: bytes | bytearray) -> tuple[Any, ...]:
+    """A message from a worker. Raises _Nonsense."""
+    try:
+        message: Any = marshal.loads(packed)
+        kind = message[0]
+        _check_parts(message[1:], _SHAPES[kind])
+        if kind == "progress":
+            _checked_progress(*_decode(message[2]))
+        elif kind == "done" and type(message[3]) is tuple:
+            message = (*message[:3], b"".join(message[3]), *message[4:])
+        elif kind in ("fail", "boot error"):
+            at = 3 if kind == "fail" else 1
+            _check_parts(message[at], _FAILURE)
+            message = (*message[:at], _Failure(*message[at]), *message[at + 1 :])
+        return cast("tuple[Any, ...]", message)
+    except Exception as error:
+        raise _Nonsense(f"{type(error).__name__}: {error}") from error
+
+
+# --- Worker --------------------------------------------------------------------------
+# First how a worker finds its functions and files: what the master sends of them, and what
+# the worker makes of that. Then what a worker does. It knows no store: tasks come down a pipe.
 
 _Key = tuple[str, tuple[int, ...], int]
+
+# The Clusters made in this process, by module, lines of the calls that led there from the
+# top level, and id(). In a worker that is how the task map is found, so there they are kept
+# alive as well.
+_registry: weakref.WeakValueDictionary[_Key, Any] = weakref.WeakValueDictionary()
+_registered: list[Any] = []
 
 
 class _Boot(NamedTuple):
@@ -4881,79 +4964,146 @@ class _Boot(NamedTuple):
     known: _Known = _Known([], set())
 
 
-def _loaded(packed: bytes) -> tuple[Any, BaseException | None]:
-    """What *packed* unpickles to, and what that raised: but for the user's own Ctrl-C, which
-    comes to the main thread only."""
-    try:
-        return pickle.loads(packed), None
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            if threading.current_thread() is threading.main_thread():
-                raise
-        return None, error
-
-
-def _rebuilt(failure: _Failure) -> Exception:
-    """The exception of *failure*, or the RemoteError that stands for it."""
-    error: Any = None
-    if failure.pickled is not None:
-        error, _ = _loaded(failure.pickled)
-    if not isinstance(error, Exception):
-        error = RemoteError(failure.type_name, failure.text, failure.traceback)
-    # As `error.__cause__ = ...`, but past a __setattr__ of its class.
-    cause = _RemoteTraceback(failure.traceback)
-    BaseException.__dict__["__cause__"].__set__(error, cause)
-    return cast(Exception, error)
-
-
-_Left = Union[bytes, _Failure, Exception, None]  # Of a run: a pickled result (None = None).
-
-
-def _unpacked(left: _Left) -> tuple[Any, Exception | None]:
-    """The result of a run, and its exception. Runs code of the user's classes."""
-    if isinstance(left, _Failure):
-        return None, _rebuilt(left)
-    if not isinstance(left, bytes):
-        return None, left
-    result, error = _loaded(left)
-    if error is None:
-        return result, None
-    failure = _failure(error)
-    text = f"the result cannot be unpickled: {failure.type_name}: {failure.text}"
-    return None, RemoteError(failure.type_name, text, failure.traceback)
-
-
-# --- Worker --------------------------------------------------------------------------
-# Code that runs in the child process. It knows no store; tasks come down the pipe.
-
-# The clusters made in this process, by module, lines of the calls that led there from the
-# top level, and number of such calls. In a worker it is how the task map is found, so there
-# they are kept alive as well.
-_registry: weakref.WeakValueDictionary[_Key, Any] = weakref.WeakValueDictionary()
-_registered: list[Any] = []
-
-
 def _path_of(cluster: Any) -> str | None:
     return getattr(cluster.queue._store, "path", None)
 
 
-def _made_here(boot: _Boot) -> list[Any]:
-    """The Clusters of this process that may be the one for which the worker was started."""
-    if boot.inherits:
-        return [cluster for key, cluster in list(_registry.items()) if key == boot.key]
+@contextlib.contextmanager
+def _as_main(names: Mapping[str, Any]) -> Iterator[None]:
+    """Have __main__ be a module of these names for a moment."""
+    import types
+
+    main, stand_in = sys.modules.get("__main__"), types.ModuleType("__main__")
+    vars(stand_in).update(names)
+    sys.modules["__main__"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["__main__"]
+        if main is not None:
+            sys.modules["__main__"] = main
+
+
+def _entry_of(main: Mapping[str, Any], codes: list[Any]) -> tuple[str, str, str] | None:
+    """How to run __main__ again; None if it is in no file. *codes* are of its code, and tell
+    the file when the script has ended: __file__ is gone then."""
+    file = _absolute(str(main.get("__file__") or (codes[0].co_filename if codes else "")))
+    # What is not there may be in an archive: that is run as Python runs it.
+    path = file if os.path.exists(file) else os.path.dirname(file)
+    if not os.path.isfile(path):
+        return None
+    spec = main.get("__spec__")
+    if spec is not None and spec.name not in ("__main__", "__mp_main__"):
+        return "module", str(spec.name), file  # A debugger has a subclass of str.
+    return "path", path, file
+
+
+def _boot_now(boot: _Boot) -> _Boot:
+    """What a worker is sent that starts now."""
+    with contextlib.suppress(FileNotFoundError):
+        _folders.add(_absolute("."))
+    made = [(store._place, store._given, store.path) for store in _living_stores()]
+    there = sum(ref.key[:2] == boot.key[:2] for ref in _registry.valuerefs())
+    return boot._replace(alone=there == 1, known=_Known(made, set(_folders)))
+
+
+def _register(cluster: Cluster, frame: Any) -> _Boot:
+    """Register a new Cluster, and remember how a worker finds its task map.
+
+    From the globals of the code that makes it, in *frame*, now: later __main__ forgets its
+    file, and under a profiler sys.modules["__main__"] is another.
+    """
+    home, place, store = frame.f_globals, _place_of(frame), cluster.queue._store
+    key = (*place, id(cluster))
+    _registry[key] = cluster
+    synchronous = store._synchronous if isinstance(store, SQLiteStore) else ""
+    boot = _Boot(key, tuple(cluster.task_map), _path_of(cluster), synchronous, None, {}, None)
+    if not _is_master():
+        _registered.append(cluster)
+        return boot
+    if cluster._start_method == "fork":
+        return boot._replace(inherits=True)
+    in_main, pickled, entry = place[0] == "__main__", None, None
+    with contextlib.suppress(Exception):  # Most lambdas cannot be pickled.
+        with _as_main(home) if in_main else contextlib.nullcontext():
+            pickled = _dumps(cluster.task_map)
+    spaces: dict[str, Any] = {} if in_main else {place[0]: home}  # The globals of modules.
+    own: dict[str, Any] = {}  # The code of functions of __main__, by task type.
+    for task_type, function in cluster.task_map.items():
+        while isinstance(function, functools.partial):
+            function = function.func
+        module = str(getattr(function, "__module__", None))
+        if module == "__main__":
+            own[task_type] = getattr(function, "__code__", None)
+        else:
+            spaces.setdefault(module, vars(sys.modules.get(module, object)))
+    by_main = b"__main__" in (pickled or b"")
+    if in_main or by_main:
+        main = home if in_main else vars(sys.modules.get("__main__", object))
+        codes = [frame.f_code] if in_main else [code for code in own.values() if code]
+        entry = _entry_of(main, codes)
+    if entry is None and (by_main or (in_main and pickled is None)):
+        raise RuntimeError(
+            f"the function of {[*own, *boot.types][0]!r} was defined where a worker process "
+            "cannot find it (python -c, standard input, an interactive session, or a script "
+            'that has ended): put it into a file, or use start_method="fork"'
+        )
+    paths = {name: space.get("__file__") for name, space in spaces.items()}
+    files = {name: _absolute(path) for name, path in paths.items() if isinstance(path, str)}
+    return _boot_now(boot._replace(entry=entry, files=files, pickled_map=pickled))
+
+
+class _ByFile:
+    """Finds modules that Python does not, by their files in the master; and the packages that
+    their names have, by their folders."""
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        self._files = {name: file for name, file in files.items() if os.path.exists(file)}
+
+    def find_spec(self, name: str, *_: Any) -> Any:
+        from importlib import machinery, util
+
+        for module, file in self._files.items():
+            if module == name:
+                return util.spec_from_file_location(name, file)
+            if module.startswith(name + "."):
+                levels = module.count(".") - name.count(".") + file.endswith("__init__.py")
+                folder = file.rsplit(os.sep, levels)[0]
+                code = os.path.join(folder, "__init__.py")
+                if os.path.exists(code):
+                    return util.spec_from_file_location(name, code)
+                spec = machinery.ModuleSpec(name, None, is_package=True)
+                spec.submodule_search_locations = [folder]
+                return spec
+        return None
+
+
+def _run_entry(kind: str, name: str) -> None:
+    """Run the entry file as __mp_main__, as multiprocessing does."""
+    import runpy
+    import types
+
+    entry = types.ModuleType("__mp_main__")
+    sys.argv = sys.argv or [name]  # runpy needs one.
+    if kind == "module":
+        vars(entry).update(runpy.run_module(name, run_name="__mp_main__", alter_sys=True))
+    else:
+        vars(entry).update(runpy.run_path(name, run_name="__mp_main__"))
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = entry
+
+
+def _cluster_of(boot: _Boot) -> Any:
+    """The Cluster of this process for which it was started, or None: never a guess."""
     made = [
         cluster
         for key, cluster in list(_registry.items())
         if key[:2] == boot.key[:2] and set(cluster.task_map) >= set(boot.types)
     ]
     # Those of a loop have different files, and perhaps another order here (that of a set).
-    return [cluster for cluster in made if _path_of(cluster) == boot.path] or made
-
-
-def _only(boot: _Boot, made: list[Any]) -> Any:
-    """The one for which the worker was started, or None: never a guess."""
-    if len(made) == 1 and not boot.alone and _path_of(made[0]) != boot.path:
+    same = [cluster for cluster in made if _path_of(cluster) == boot.path]
+    if len(made) == 1 and not same and not boot.alone:
         return None
+    made = same or made
     parts = ("__code__", "__defaults__", "__closure__")
     functions = [[cluster.task_map[name] for name in boot.types] for cluster in made]
     kinds = [[getattr(f, part, f) for f in fs for part in parts] for fs in functions]
@@ -4963,23 +5113,101 @@ def _only(boot: _Boot, made: list[Any]) -> Any:
         return None
 
 
-def _use_masters_files(boot: _Boot) -> None:
-    """Have the queues that this process made mean the files that they are in the master."""
+def _use_masters_files(boot: _Boot) -> Any:
+    """Have the queues that this process made mean the files that they are in the master.
+    Returns the Cluster for which it was started, or None."""
     global _known
     _known = boot.known
-    if boot.inherits:
-        return
     for store in _living_stores():
         store._move(_masters_path(store, boot.known))
-    cluster = _only(boot, _made_here(boot))
-    if cluster is None:
-        return
-    store = cluster.queue._store
-    if isinstance(store, SQLiteStore):
-        store._move(boot.path or "" if boot.synchronous else "")
-        store._synchronous = boot.synchronous or store._synchronous
-    elif boot.synchronous:
+    cluster = _cluster_of(boot)
+    if cluster is not None and isinstance(cluster.queue._store, SQLiteStore):
+        cluster.queue._store._move(boot.path or "" if boot.synchronous else "")
+        cluster.queue._store._synchronous = boot.synchronous or "NORMAL"
+    elif cluster is not None and boot.synchronous:
         cluster.queue._store = SQLiteStore(boot.path or "", synchronous=boot.synchronous)
+    return cluster
+
+
+def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
+    """The task map of the Cluster for which this worker was started.
+
+    It is the one that was sent, where it can be pickled; else that of the Cluster that the
+    entry file, run again, or the module that made it, registers here.
+    """
+    import importlib
+
+    global _known
+    if boot.inherits:
+        _known = boot.known
+        return cast(Mapping[str, TaskFunction], _registry[boot.key].task_map)
+    sys.meta_path.append(_ByFile(boot.files))
+    for name, file in boot.files.items():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            if os.path.exists(file):
+                raise
+    sent, error, packed = None, None, boot.pickled_map or _dumps(None)
+    # multiprocessing has not run __main__ again if the script had ended, for `python -m
+    # package`, and under a profiler, which is another __main__, with other functions.
+    main: Any = sys.modules["__main__"]
+    ran = main.__name__ == "__mp_main__" and os.path.abspath(getattr(main, "__file__", None) or "")
+    if boot.entry is None or ran == boot.entry[2] or b"__main__" not in packed:
+        sent, error = _loaded(packed)
+    if not sent and boot.entry is not None and ran != boot.entry[2]:
+        if not any(key[:2] == boot.key[:2] for key in list(_registry)):
+            _run_entry(*boot.entry[:2])
+            sent, error = _loaded(packed)
+    cluster = _use_masters_files(boot)
+    task_map = sent if sent or cluster is None else cluster.task_map
+    if task_map is None:
+        raise error or RuntimeError(
+            f"a worker process cannot find the functions of {', '.join(map(repr, boot.types))}: "
+            "the Cluster was not made at the top level of a file, or several that look alike "
+            "were made in one line, and its task map cannot be pickled. Use functions defined "
+            "at the top level of a module (no lambdas or inner functions), or make the Cluster "
+            'there, in a line of its own, or use start_method="fork"'
+        )
+    return cast(Mapping[str, TaskFunction], task_map)
+
+
+_WORKER_NAME = "taskpool-worker-"
+
+
+def _keep_pipes() -> None:
+    """Have programs that tasks start get no pipe of this worker: spawn and forkserver leave
+    all that they hand over inheritable, and one of the pipes is multiprocessing's own."""
+    with contextlib.suppress(OSError):
+        for number in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):  # The listing has closed its own.
+                if number > 2 and stat.S_ISFIFO(os.fstat(number).st_mode):
+                    os.set_inheritable(number, False)
+
+
+def _keep_signals() -> None:
+    """Ctrl-C reaches the whole process group; only the master answers to it. Signals that
+    were ignored from the start, as under nohup or in `script &`, stay ignored."""
+    # A program that a task starts would inherit SIG_IGN and a blocked signal, a handler not.
+    default: Any = signal.SIG_DFL
+    handlers = {"SIGINT": lambda *_: None, "SIGTERM": default, "SIGHUP": default}
+    signal.set_wakeup_fd(-1)  # Under fork it is that of the master's asyncio loop.
+    for name, handler in handlers.items():
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    if os.name == "nt":  # A handler would end the wait for a pipe, and SIG_IGN is not inherited.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    else:
+        signal.siginterrupt(signal.SIGINT, False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+if _is_rerun() and multiprocessing.process.current_process().name.startswith(_WORKER_NAME):
+    # The entry file, which is run again now, may start programs, too.
+    with contextlib.suppress(ValueError):  # It is imported by another thread.
+        _keep_signals()
+    _keep_pipes()
 
 
 def _die_with_master(life: Connection) -> None:
@@ -5001,184 +5229,8 @@ def _die_with_master(life: Connection) -> None:
         fcntl.fcntl(life.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
-@contextlib.contextmanager
-def _rerun() -> Iterator[None]:
-    global _rerunning
-    _rerunning = True
-    try:
-        yield
-    finally:
-        _rerunning = False
-
-
-def _is_importable(name: str) -> bool:
-    import importlib
-
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        return False
-    return True
-
-
-def _load_file(name: str, file: str) -> None:
-    """Import a module by its file, and the packages that its name has by their folders."""
-    import importlib.util
-    import types
-
-    folder = os.path.dirname(file)
-    parent, _, child = name.rpartition(".")
-    if parent:
-        above = os.path.dirname(folder) if os.path.basename(file) == "__init__.py" else folder
-        if not _is_importable(parent):
-            _load_file(parent, os.path.join(above, "__init__.py"))
-    spec = importlib.util.spec_from_file_location(name, file)
-    if not os.path.exists(file):  # A package without code.
-        module = types.ModuleType(name)
-        module.__path__ = [folder]
-        sys.modules[name] = module
-    elif spec is not None and spec.loader is not None:
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    if parent:
-        setattr(sys.modules[parent], child, sys.modules[name])
-
-
-def _import(boot: _Boot) -> None:
-    """Import the modules that the master's functions and Cluster are of; by their files
-    where their names do not do."""
-    with _rerun():
-        for name, file in boot.files.items():
-            if not _is_importable(name) and os.path.exists(file):
-                _load_file(name, file)
-
-
-def _has_run_again(file: str) -> bool:
-    """Whether multiprocessing has run that entry file again in this process. It has not
-    if the main script had ended, for `python -m package`, and under a profiler."""
-    entry: Any = sys.modules["__main__"]
-    ran = getattr(entry, "__file__", None)
-    return entry.__name__ == "__mp_main__" and ran is not None and os.path.abspath(ran) == file
-
-
-def _run_entry(kind: str, name: str) -> None:
-    """Run the entry file as __mp_main__, as multiprocessing does."""
-    import runpy
-    import types
-
-    entry, argv = types.ModuleType("__mp_main__"), sys.argv
-    sys.argv = argv or [name]  # runpy needs one.
-    with _rerun():
-        if kind == "module":
-            entry.__dict__.update(runpy.run_module(name, run_name="__mp_main__", alter_sys=True))
-        else:
-            entry.__dict__.update(runpy.run_path(name, run_name="__mp_main__"))
-    sys.argv = argv
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = entry
-
-
-def _unpickled(boot: _Boot) -> Mapping[str, TaskFunction] | None:
-    """The task map that was sent; None if there is none, or it cannot be rebuilt yet."""
-    if boot.pickled_map is None:
-        return None
-    if boot.entry is not None and b"__main__" in boot.pickled_map:
-        if not _has_run_again(boot.entry[2]):
-            return None  # Functions of that name may be those of another __main__.
-    try:
-        return cast(Mapping[str, TaskFunction], pickle.loads(boot.pickled_map))
-    except Exception:
-        return None
-
-
-def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
-    """The task map of the Cluster for which this worker was started.
-
-    It is the one that was sent, where it can be pickled; else that of the Cluster that the
-    entry file, run again, or the module that made it, registers here.
-    """
-    if boot.inherits:
-        _use_masters_files(boot)
-        return cast(Mapping[str, TaskFunction], _made_here(boot)[0].task_map)
-    _import(boot)
-    sent = _unpickled(boot)
-    if sent is None and not _made_here(boot) and boot.entry is not None:
-        if not _has_run_again(boot.entry[2]):
-            _run_entry(*boot.entry[:2])
-    _use_masters_files(boot)
-    sent = sent or _unpickled(boot)
-    cluster = _only(boot, _made_here(boot))
-    if sent is None and cluster is not None:
-        return cast(Mapping[str, TaskFunction], cluster.task_map)
-    if sent is None and boot.pickled_map is not None:
-        pickle.loads(boot.pickled_map)  # Raises what is wrong.
-    if sent is None:
-        raise RuntimeError(
-            f"a worker process cannot find the functions of {', '.join(map(repr, boot.types))}: "
-            "the Cluster was not made at the top level of a file, or several that look alike "
-            "were made in one line, and its task map cannot be pickled. Use functions defined "
-            "at the top level of a module (no lambdas or inner functions), or make the Cluster "
-            'there, in a line of its own, or use start_method="fork"'
-        )
-    return sent
-
-
-_WORKER_NAME = "taskpool-worker-"
-
-
-def _keep_pipes(*ours: Connection) -> None:
-    """Have programs that tasks start get no pipe of this worker: spawn and forkserver leave
-    all that they hand over inheritable, and one of the pipes is multiprocessing's own."""
-    numbers = {pipe.fileno() for pipe in ours}
-    with contextlib.suppress(OSError):
-        numbers.update(map(int, os.listdir("/dev/fd")))
-    for number in numbers:
-        with contextlib.suppress(OSError):  # The listing has closed its own.
-            if number > 2 and stat.S_ISFIFO(os.fstat(number).st_mode):
-                os.set_inheritable(number, False)
-
-
-def _keep_signals() -> None:
-    """Ctrl-C reaches the whole process group; only the master answers to it. Signals that
-    were ignored from the start, as under nohup or in `script &`, stay ignored."""
-    # A program that a task starts would inherit SIG_IGN and a blocked signal, a handler not.
-    handlers: dict[str, Any] = {"SIGINT": lambda *_: None}
-    handlers.update(SIGTERM=signal.SIG_DFL, SIGHUP=signal.SIG_DFL)
-    signal.set_wakeup_fd(-1)  # Under fork it is that of the master's asyncio loop.
-    for name, handler in handlers.items():
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
-    if os.name == "nt":  # A handler would end the wait for a pipe, and SIG_IGN is not inherited.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    else:
-        signal.siginterrupt(signal.SIGINT, False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-if _is_rerun() and multiprocessing.process.current_process().name.startswith(_WORKER_NAME):
-    # The entry file, which is run again now, may start programs, too.
-    with contextlib.suppress(ValueError):  # It is imported by another thread.
-        _keep_signals()
-    if os.name != "nt":
-        _keep_pipes()
-
-
 # What a pipe takes in one piece, less the head of a message. Windows' pipes do not say.
 _WHOLE_BYTES = getattr(select, "PIPE_BUF", 4) - 4
-# What a worker says at once. A piece of just that size is continued by the next one, so that
-# the master sees from its head whether what has come can be a message.
-_PIECE_BYTES = 1 << 20
-
-
-_MARSHAL_BYTES = 1 << 30  # marshal takes no bytes of 2 GiB.
-
-
-def _pieces(packed: bytes) -> bytes | tuple[bytes, ...]:
-    """A packed result as marshal takes it, however long it is."""
-    if len(packed) <= _MARSHAL_BYTES:
-        return packed
-    starts = range(0, len(packed), _MARSHAL_BYTES)
-    return tuple(packed[start : start + _MARSHAL_BYTES] for start in starts)
 
 
 class _WorkerProcess:
@@ -5200,7 +5252,7 @@ class _WorkerProcess:
         self._reader: threading.Thread | None = None
         self._received: _queues.SimpleQueue[Any] = _queues.SimpleQueue()
         self._conversation_ids = itertools.count(1)
-        self._conversations: dict[int, tuple[_Hear, Future[Any]]] = {}
+        self._conversations: dict[int, _Conversation] = {}
         self._current = -1  # The number of the running task, or -1.
         self._pid = os.getpid()
         self._reports = _Reports(functools.partial(self.tell, "progress"), self._send_lock)
@@ -5238,13 +5290,11 @@ class _WorkerProcess:
             message = self._received.get() if self._reader else self._receive()
             if message is None or message[0] == "stop":
                 return
-            if message[0] == "run":
-                _, number, rows = message
-                for offset, values in enumerate(rows):
-                    if self._permitted(number + offset):
-                        self._run(number + offset, Row._make(values))
-                del rows, values
-            del message
+            _, number, rows = message
+            for offset, values in enumerate(rows):
+                if self._permitted(number + offset):
+                    self._run(number + offset, Row._make(values))
+            del message, rows, values
 
     def _receive(self) -> Any:
         return pickle.loads(self._incoming.recv_bytes())
@@ -5279,6 +5329,7 @@ class _WorkerProcess:
 
     def _run(self, number: int, row: Row) -> None:
         """Run one task and report how it ended."""
+        task_type, styles, may_retry = row.task_type, self._call_styles, False
         if row.timeout is not None:
             self.send(("start", number))
         self._current = number
@@ -5289,27 +5340,31 @@ class _WorkerProcess:
             try:  # Here, so that what cannot be decoded fails for good.
                 object.__setattr__(task, "_data", _decode(row.data))
             except ValueError as error:
-                wrong = RuntimeError(f"the stored data cannot be decoded: {error}")
-                report = ("fail", number, 0.0, tuple(_failure(wrong)), False)
-            else:
-                value = self._call(task)
-                packed = None if value is None else _pieces(_packed(value))
-                kept, problem = _kept(row, value)
-                seconds = max(time.perf_counter() - started, 0.0)  # A task may patch the clock.
-                report = ("done", number, seconds, packed, kept, problem)
-                del value
+                raise RuntimeError(f"the stored data cannot be decoded: {error}") from None
+            may_retry = True
+            if task_type not in styles:
+                styles[task_type] = _wants_toggle_ipc(self.task_map[task_type])
+            function = self.task_map[task_type]
+            value = _call(function, styles[task_type], task, self._toggle_ipc)
+            packed = None if value is None else _pieces(_packed(value))
+            kept, problem = _kept(row, value)
+            seconds = max(time.perf_counter() - started, 0.0)  # A task may patch the clock.
+            report = ("done", number, seconds, packed, kept, problem)
+            del value
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: they end the task, not the worker.
-            self._end_fork(error)
+            if os.getpid() != self._pid:
+                self._end_fork(error)
             seconds = max(time.perf_counter() - started, 0.0)
-            report = ("fail", number, seconds, tuple(_failure(error)), True)
+            report = ("fail", number, seconds, tuple(_failure(error)), may_retry)
             traceback.clear_frames(error.__traceback__)  # Frees what they hold.
-        self._end_fork()
+        if os.getpid() != self._pid:
+            self._end_fork(SystemExit())
         self._current = -1
         self._reports.end()
         opened = 0
         if self._conversations:
-            opened = sum(not future.done() for _, future in list(self._conversations.values()))
+            opened = sum(not talk.done() for talk in list(self._conversations.values()))
             self._conversations.clear()
         for stream in (sys.stdout, sys.stderr):
             try:  # noqa: SIM105 - Done for every task: suppress() costs more than flush().
@@ -5318,74 +5373,51 @@ class _WorkerProcess:
                 pass
         self.send((*report, opened) if report[0] == "done" else report)
 
-    def _end_fork(self, error: BaseException | None = None) -> None:
+    def _end_fork(self, error: BaseException) -> None:
         """End a process that the task made by os.fork() and that came back: it is no worker."""
-        if os.getpid() == self._pid:
-            return
-        code = 0 if error is None else 1
-        if isinstance(error, SystemExit):
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        elif error is not None:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
             traceback.print_exception(type(error), error, error.__traceback__)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
-        os._exit(code)
-
-    def _call(self, task: Task) -> Any:
-        task_type = task.task_type
-        function = self.task_map[task_type]
-        if task_type not in self._call_styles:
-            self._call_styles[task_type] = _wants_toggle_ipc(function)
-        return _call(function, self._call_styles[task_type], task, self._toggle_ipc)
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
     def _toggle_ipc(self) -> Callable[..., Future[Any]]:
         """The `toggle_ipc` of the running task."""
         number = self._current
 
-        def begin(on_message: _Hear, future: Future[Any]) -> _Hear:
+        def begin(conversation: _Conversation) -> Callable[[bytes], None]:
             if self._current != number:
                 raise RuntimeError("toggle_ipc was called after its task had ended")
             if self._reader is None:
                 self._reader = threading.Thread(target=self._read, daemon=True)
                 self._reader.start()
-            conversation = next(self._conversation_ids)
-            self._conversations[conversation] = on_message, future
-            return lambda message: self.send(("ask", number, conversation, _dumps(message)))
+            key = next(self._conversation_ids)
+            self._conversations[key] = conversation
+            return lambda packed: self.send(("ask", number, key, packed))
 
-        return _conversing(begin)
+        return functools.partial(_Conversation, begin)
 
-    def _hear(self, conversation: int, ok: bool, value: Any) -> None:
+    def _hear(self, key: int, ok: bool, value: Any) -> None:
         """Take the broker's answer. on_message gets a thread of its own, as it may wait
         for conversations that it opens itself."""
-        on_message, future = self._conversations.get(conversation, (None, None))
-        if on_message is None or future is None or future.done():
-            return
-
-        def answer() -> None:
+        conversation = self._conversations.get(key)
+        if conversation is not None and not conversation.done():
             try:
-                if not ok:
-                    raise _rebuilt(value)
-                result = _awaited(on_message(pickle.loads(value)))
-            except BaseException as error:
-                _resolve(future, error=error)
-            else:
-                _follow(future, result)
-
-        try:
-            threading.Thread(target=answer, name="taskpool-answer", daemon=True).start()
-        except RuntimeError as error:  # There are too many threads.
-            _resolve(future, error=error)
+                threading.Thread(target=conversation.take, args=(ok, value), daemon=True).start()
+            except RuntimeError as error:  # There are too many threads.
+                _resolve(conversation, error=error)
 
 
 def _worker_main(
     incoming: Connection, outgoing: Connection, permits: Connection | None, life: Connection
 ) -> None:
     """The life of a worker process, from its first line to its exit."""
-    global _worker
+    global _worker, _rerunning
     _keep_signals()
     if os.name != "nt" and os.get_inheritable(life.fileno()):  # Not under fork.
-        _keep_pipes(*filter(None, (incoming, outgoing, permits, life)))
+        _keep_pipes()
     _worker = worker = _WorkerProcess(incoming, outgoing, permits)
     _die_with_master(life)
     with contextlib.suppress(Exception):
@@ -5394,11 +5426,13 @@ def _worker_main(
         faulthandler.enable()
     with contextlib.suppress(EOFError, OSError):  # The master is gone.
         boot: _Boot = pickle.loads(incoming.recv_bytes())[1]
+        _rerunning = True
         try:
             worker.task_map = _find_task_map(boot)
         except BaseException as error:
             worker.send(("boot error", tuple(_failure(error))))
             return
+        _rerunning = False
         worker.send(("ready",))
         worker.serve()
 
@@ -5407,55 +5441,6 @@ def _worker_main(
 # Code that runs in the parent process. One thread, the dispatcher, decides everything
 # and never blocks but in its own wait. Whatever may block has a thread of its own: the
 # store, Futures (unpickling and callbacks), the listeners, the broker.
-
-
-class _Nonsense(Exception):
-    """A worker's pipe has brought what no worker sends: some task has written to it."""
-
-
-_NONE: type = type(None)
-_TEXTS: tuple[type, ...] = (str, _NONE)
-_SHAPES = {  # Of the messages of a worker: the kind, and the types of what follows.
-    ("ready",),
-    ("boot error", tuple),
-    ("changed",),
-    ("start", int),
-    ("progress", int, str),
-    ("ask", int, int, bytes),
-    ("fail", int, float, tuple, bool),
-    *itertools.product(["done"], [int], [float], [bytes, tuple, _NONE], _TEXTS, _TEXTS, [int]),
-}
-_FAILURES = {(str, str, str, bytes), (str, str, str, _NONE)}
-_OF_ITS_HEAD = frozenset({"start", "done", "fail", "progress"})  # What is said of a run.
-
-
-def _read_message(packed: bytes | bytearray) -> tuple[Any, ...]:
-    """A message from a worker. Raises _Nonsense."""
-    try:
-        message: Any = marshal.loads(packed)
-        if (message[0], *map(type, message[1:])) not in _SHAPES:
-            raise TypeError("a wrong shape")
-        kind, texts = message[0], ()
-        if kind in ("done", "fail") and not 0 <= message[2] < math.inf:
-            raise ValueError(f"{message[2]} seconds")
-        if kind == "done":
-            texts = message[4:6]
-            if type(message[3]) is tuple:
-                message = (*message[:3], b"".join(message[3]), *message[4:])
-        elif kind == "progress":
-            texts = message[2:]
-            _checked_progress(*_decode(message[2]))
-        elif kind in ("fail", "boot error"):
-            failure = next(part for part in message if type(part) is tuple)
-            if tuple(map(type, failure)) not in _FAILURES:
-                raise TypeError("a wrong shape of a failure")
-            texts = failure[:3]
-            message = tuple(_Failure(*p) if p is failure else p for p in message)
-        if texts and not all(text is None or _is_unicode(text) for text in texts):
-            raise ValueError("a lone surrogate")
-    except Exception as error:
-        raise _Nonsense(f"{type(error).__name__}: {error}") from error
-    return cast("tuple[Any, ...]", message)
 
 
 class _Calls:
@@ -5735,40 +5720,26 @@ def _program() -> str:
     return os.fsdecode(spawn.get_executable() or "")
 
 
-@contextlib.contextmanager
-def _startable() -> Iterator[None]:
-    """Have multiprocessing leave alone a __main__ that it cannot run again: one that is
-    missing, from standard input, of a debugger, or without sys.argv. A worker that needs it
-    runs it itself. Raises what would keep the new process from starting without a word."""
-    import types
-    from importlib.machinery import ModuleSpec
-    from multiprocessing import process
+def _startable() -> contextlib.AbstractContextManager[None]:
+    """Hides from multiprocessing a __main__ that it cannot run again: one that is missing,
+    from standard input, of a debugger, or without sys.argv. A worker that needs it runs it
+    itself. Raises what would keep the new process from starting without a word."""
+    from multiprocessing import spawn
 
-    folder, program = _absolute("."), _program()
+    _absolute(".")  # Tells of a folder that was deleted.
+    program = _program()
     able = os.path.isfile(program) and os.access(program, os.X_OK)
     if not able and os.name == "posix":  # Windows says so itself.
         text = "sys.executable is no program; call multiprocessing.set_executable()"
         raise FileNotFoundError(errno.ENOENT, text, program)
-    main = sys.modules.get("__main__")
-    file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
-    start = getattr(process, "ORIGINAL_DIR", None) or folder
-    if spec is not None:
-        runs = type(spec.name) is str
-    else:
-        runs = file is None or os.path.isfile(os.path.join(start, file))
-    if runs and hasattr(main, "__spec__") and getattr(sys, "argv", None):
-        yield
-        return
-    space = vars(sys.modules.setdefault("__main__", types.ModuleType("__main__")))
-    before = {name: space[name] for name in ["__spec__"] if name in space}
-    space["__spec__"] = ModuleSpec("__main__", None)  # A name that is never run again.
-    try:
-        yield
-    finally:
-        del space["__spec__"]
-        space.update(before)
-        if main is None:
-            del sys.modules["__main__"]
+    with contextlib.suppress(KeyError, AttributeError):  # It, or its __spec__, is missing.
+        data = spawn.get_preparation_data("")
+        name, path = map(data.get, ("init_main_from_name", "init_main_from_path"))
+        is_there = type(name) is str if path is None else os.path.isfile(path)
+        if data["sys_argv"] and (is_there or (name is path is None)):
+            return contextlib.nullcontext()
+    names = vars(sys.modules["__main__"]) if "__main__" in sys.modules else {}
+    return _as_main({**names, "__spec__": None, "__file__": None})
 
 
 def _start_process(process: Any, method: str) -> None:
@@ -6188,106 +6159,6 @@ def _allowed_workers(wanted: Any, oversubscribe: bool) -> int:
         text = "all %d CPUs are used by workers; leave some for the master and the system"
         _log.warning(text, cpus)
     return allowed
-
-
-@contextlib.contextmanager
-def _as_main(home: Mapping[str, Any]) -> Iterator[None]:
-    """Have pickle find what a script defined, where __main__ is another: its profiler."""
-    import types
-
-    main = sys.modules.get("__main__")
-    if home.get("__name__") != "__main__" or (main is not None and vars(main) is home):
-        yield
-        return
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    vars(sys.modules["__main__"]).update(home)
-    try:
-        yield
-    finally:
-        del sys.modules["__main__"]
-        if main is not None:
-            sys.modules["__main__"] = main
-
-
-def _needs_main(home: Mapping[str, Any], function: TaskFunction) -> bool:
-    """Whether a worker finds the function only by running __main__ again."""
-    try:
-        with _as_main(home):
-            return b"__main__" in _dumps(function)
-    except Exception:
-        return home.get("__name__") == "__main__"
-
-
-def _entry_of(main: Mapping[str, Any], code_file: str = "") -> tuple[str, str, str] | None:
-    """How to run __main__ again; None if it is in no file. *code_file* is that of its code:
-    __file__ is gone when the script has ended."""
-    file = _absolute(str(main.get("__file__") or code_file))
-    # What is not there may be in an archive: that is run as Python runs it.
-    path = file if os.path.exists(file) else os.path.dirname(file)
-    if not os.path.isfile(path):
-        return None
-    spec = main.get("__spec__")
-    if spec is not None and spec.name not in ("__main__", "__mp_main__"):
-        return "module", str(spec.name), file  # A debugger has a subclass of str.
-    return "path", path, file
-
-
-def _files_of(home: Mapping[str, Any], functions: Iterable[Any]) -> dict[str, str]:
-    """The modules of a Cluster and its functions, but __main__, and their files."""
-    spaces = {home.get("__name__"): home}
-    for function in functions:
-        while isinstance(function, functools.partial):
-            function = function.func
-        name = getattr(function, "__module__", None)
-        spaces.setdefault(name, vars(sys.modules.get(name or "", object)))
-    return {
-        name: _absolute(file) if isinstance(file := space.get("__file__"), str) else ""
-        for name, space in spaces.items()
-        if isinstance(name, str) and name not in ("__main__", "__mp_main__")
-    }
-
-
-def _register(cluster: Cluster, frame: Any) -> _Boot:
-    """Register a new Cluster, and remember how a worker finds its task map.
-
-    From the globals of the code that makes it, in *frame*, now: later __main__ forgets its
-    file, and under a profiler sys.modules["__main__"] is another.
-    """
-    home, place = frame.f_globals, _place_of(frame)
-    number = next(n for n in itertools.count() if (*place, n) not in _registry)
-    key = (*place, number)
-    _registry[key] = cluster
-    if not _is_master():
-        _registered.append(cluster)
-    store = cluster.queue._store
-    synchronous = store._synchronous if isinstance(store, SQLiteStore) else ""
-    boot = _Boot(key, tuple(cluster.task_map), _path_of(cluster), synchronous, None, {}, None)
-    if cluster._start_method == "fork":
-        return boot._replace(inherits=True)
-    functions = cluster.task_map.values()
-    try:
-        with _as_main(home):
-            boot = boot._replace(pickled_map=_dumps(cluster.task_map))
-    except Exception:
-        pass  # As most lambdas.
-    if place[0] == "__main__":
-        boot = boot._replace(entry=_entry_of(home, frame.f_code.co_filename))
-    elif b"__main__" in (boot.pickled_map or b""):
-        own = [f for f in functions if getattr(f, "__module__", "") == "__main__"]
-        code_file = next((f.__code__.co_filename for f in own if hasattr(f, "__code__")), "")
-        main = vars(sys.modules.get("__main__", object))
-        boot = boot._replace(entry=_entry_of(main, code_file))
-    if boot.entry is None:
-        for task_type, function in cluster.task_map.items():
-            if _needs_main(home, function):
-                raise RuntimeError(
-                    f"the function of {task_type!r} was defined where a worker process cannot "
-                    "find it (python -c, standard input, an interactive session, or a script "
-                    'that has ended): put it into a file, or use start_method="fork"'
-                )
-    with contextlib.suppress(FileNotFoundError):
-        _folders.add(_absolute("."))
-    return boot._replace(files=_files_of(home, functions))
 
 
 @contextlib.contextmanager
@@ -7197,37 +7068,15 @@ class Cluster(concurrent.futures.Executor):
         run = next((run for run in worker.runs if run.number == number), None)
         if run is None:
             return
-        answered = threading.Lock()  # Held from the first answer on.
 
         def answer(ok: bool, value: Any) -> None:
-            if answered.acquire(blocking=False):
-                packed = _dumps(("answer", conversation, ok, value))
-                self._post(lambda: self._answer(worker, run, conversation, packed))
+            packed = _dumps(("answer", conversation, ok, value))
+            self._post(lambda: self._answer(worker, run, conversation, packed))
 
         run.asks = run.asks or {}
         run.asks[conversation] = answer
-        row, pid, broker = run.row, worker.pid, self._broker
-
-        def respond(value: Any = None) -> None:
-            """Answer the message: now or later, from any thread. The first answer counts."""
-            try:
-                answer(True, _dumps(value))
-            except Exception as error:
-                answer(False, _failure(error))
-                raise
-
-        def consult() -> None:
-            try:
-                if broker is None:
-                    raise RuntimeError("the cluster has no message_broker to answer toggle_ipc")
-                about = {"worker": pid, "task_id": row.id, "task_type": row.task_type}
-                _awaited(broker(respond, {**pickle.loads(packed), **about}))
-            except BaseException as error:
-                answer(False, _failure(error))
-                if broker is not None:
-                    raise
-
-        self._broker_thread.post(consult)
+        about = {"worker": worker.pid, "task_id": run.row.id, "task_type": run.row.task_type}
+        self._broker_thread.post(lambda: _consult(self._broker, packed, about, answer))
 
     def _answer(self, worker: _WorkerHandle, run: _Run, conversation: int, packed: bytes) -> None:
         if run in worker.runs and run.asks and run.asks.pop(conversation, None):
@@ -7462,7 +7311,8 @@ class Cluster(concurrent.futures.Executor):
         wake = cast(_WakeUp, self._wake)
         number = next(self._worker_numbers)
         try:
-            worker = _WorkerHandle(self._context, number, _dumps(("boot", self._boot_now())), wake)
+            boot = _dumps(("boot", _boot_now(self._boot)))
+            worker = _WorkerHandle(self._context, number, boot, wake)
         except Exception as error:
             # No more processes for now; or the interpreter is going down.
             self._on_failed_boot()
@@ -7475,14 +7325,6 @@ class Cluster(concurrent.futures.Executor):
         if worker.channel.takes_back:
             self._selector.register(worker.channel, selectors.EVENT_READ, worker)
         return True
-
-    def _boot_now(self) -> _Boot:
-        with contextlib.suppress(FileNotFoundError):
-            _folders.add(_absolute("."))
-        made = [_Made(s._place, s._given, s.path) for s in _living_stores()]
-        place = self._boot.key[:2]
-        there = sum(ref.key[:2] == place for ref in _registry.valuerefs())
-        return self._boot._replace(alone=there == 1, known=_Known(made, set(_folders)))
 
     def _retire_idle(self, now: float) -> None:
         for worker in self._workers:
@@ -8535,9 +8377,7 @@ def _load_task_map(name: str) -> Mapping[str, TaskFunction]:
     if os.getcwd() not in sys.path:
         sys.path.insert(1, os.getcwd())  # Behind the folder of this file.
     try:
-        # In a worker that is to run your file again.
-        with _rerun() if _worker else contextlib.nullcontext():
-            thing: Any = importlib.import_module(module_name)
+        thing: Any = importlib.import_module(module_name)
         for attribute in attributes.split("."):
             thing = getattr(thing, attribute)
         return _checked_task_map(thing)
