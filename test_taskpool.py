@@ -643,6 +643,8 @@ class TestWhatAddTaskTakes(InFolder):
         *[("if_exists", v, TypeError) for v in (None, 1)],
         ("if_exists", "ignore", ValueError),
         *[("connection", v, TypeError) for v in ("tasks.db", 5)],
+        *[("repeat", v, TypeError) for v in (5, b"@daily")],
+        *[("repeat", v, ValueError) for v in (timedelta(0), "61 * * * *")],
     ]
 
     def test_a_wrong_argument_raises_and_names_its_parameter(self):
@@ -654,36 +656,22 @@ class TestWhatAddTaskTakes(InFolder):
                     queue.add_task(**task)
                 with self.assertRaisesRegex(error, parameter):
                     queue.add_tasks([{"task_type": "good"}, task])
-        with self.assertRaises(TypeError):
-            queue.add_task("x", repeat=5)  # Not there yet: no stub.
         self.assertEqual(queue.count(), 0)
 
     def test_data_that_json_would_alter_is_refused_with_the_path_to_it(self):
         queue = self.queue()
-        deep = []
-        for _ in range(100):
-            deep = [deep]
+        deep = functools.reduce(lambda inner, _: [inner], range(100), [])
         loop = []
         loop.append(loop)
         for data, error, path in [
-            ((1, 2), TypeError, "data is"),
+            *[(v, TypeError, "data is") for v in ((1, 2), b"bytes", {1, 2}, collections.OrderedDict(a=1), object())],
             ({"a": [1, {"b": (1,)}]}, TypeError, r'data\["a"\]\[1\]\["b"\]'),
-            ({1: "a"}, TypeError, "a key of data"),
-            ({"a": {None: 1}}, TypeError, r'a key of data\["a"\]'),
-            ([math.nan], ValueError, r"data\[0\]"),
-            ([-math.inf], ValueError, r"data\[0\]"),
-            (b"bytes", TypeError, "data is"),
             ({"t": datetime.now()}, TypeError, r'data\["t"\]'),
-            ({1, 2}, TypeError, "data is"),
-            (["ok", "\udcff"], ValueError, r"data\[1\]"),
-            ({"\ud800": 1}, ValueError, "a key of data"),
-            ({"a\0": 1}, ValueError, "a key of data"),
-            (2**63, ValueError, "data is"),
-            ([1, -(2**63) - 1], ValueError, r"data\[1\]"),
-            (collections.OrderedDict(a=1), TypeError, "data is"),
-            (deep, ValueError, "nested too deep"),
-            (loop, ValueError, "nested too deep"),
-            (object(), TypeError, "data is"),
+            ({1: "a"}, TypeError, "a key of data"), ({"a": {None: 1}}, TypeError, r'a key of data\["a"\]'),
+            *[({key: 1}, ValueError, "a key of data") for key in ("\ud800", "a\0")],
+            *[([v], ValueError, r"data\[0\]") for v in (math.nan, -math.inf, "\udcff")],
+            (2**63, ValueError, "data is"), ([1, -(2**63) - 1], ValueError, r"data\[1\]"),
+            *[(v, ValueError, "nested too deep") for v in (deep, loop)],
         ]:
             for in_memory in (False, True):
                 with self.subTest(data=repr(data)[:40], in_memory=in_memory):
@@ -704,25 +692,18 @@ class TestWhatAddTaskTakes(InFolder):
                     for found in (task.data, verbs.find_one(task_id=task.id).data):
                         self.assertEqual(repr(found), repr(data))
 
-    def test_data_are_copied_when_added(self):
-        queue = self.queue()
-        data = {"a": [1]}
+    def test_data_are_copied_when_added_and_an_empty_dict_if_omitted(self):
+        queue, data = self.queue(), {"a": [1]}
         task = queue.add_task("x", data, in_memory=True)
         data["a"].append(2)
         task.data["a"].append(3)
         self.assertEqual(queue.in_memory.find_by_id(task.id).data, {"a": [1]})
-
-    def test_omitted_data_are_an_empty_dict_and_none_stays_none(self):
-        queue = self.queue()
-        self.assertEqual(queue.add_task("x").data, {})
-        self.assertIsNone(queue.add_task("x", None).data)
+        self.assertEqual((queue.add_task("x").data, queue.add_task("x", None).data), ({}, None))
 
     def test_a_due_date_keeps_its_microseconds_and_its_zone(self):
-        queue = self.queue()
-        zone = timezone(timedelta(hours=5, minutes=30))
-        aware = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=zone)
-        naive = datetime(2030, 1, 2, 3, 4, 5, 678901)
-        far = datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=timezone.utc)
+        queue, naive = self.queue(), datetime(2030, 1, 2, 3, 4, 5, 678901)
+        aware = naive.replace(tzinfo=timezone(timedelta(hours=5, minutes=30)))
+        far = datetime.max.replace(tzinfo=timezone.utc)
         for given, meant in [(aware, aware), (naive, naive.astimezone()), (far, far)]:
             for in_memory in (False, True):
                 task = queue.add_task("x", due_date=given, in_memory=in_memory)
@@ -737,8 +718,7 @@ class TestWhatAddTaskTakes(InFolder):
 
     def test_ids_are_unique_and_odd_ones_work(self):
         queue = self.queue()
-        ids = {queue.add_task("x").id for _ in range(100)}
-        self.assertEqual(len(ids), 100)
+        self.assertEqual(len({queue.add_task("x").id for _ in range(100)}), 100)
         self.assertTrue(queue.add_task("x", in_memory=True).id.startswith("inMemory_"))
         odd = ["a:b", "a/b", "%s", "'; drop table--", " ", "\n", "x" * 4000, "😀", "$set", "a.b", "123"]
         for task_id in odd:
@@ -749,10 +729,8 @@ class TestWhatAddTaskTakes(InFolder):
 
     def test_add_tasks_stores_all_or_none(self):
         queue = self.queue()
-        queue.add_task("x", task_id="taken")
         for in_memory in (False, True):
-            if in_memory:
-                queue.add_task("x", task_id="taken", in_memory=True)
+            queue.add_task("x", task_id="taken", in_memory=in_memory)
             tasks = [{"task_type": "x", "task_id": i, "in_memory": in_memory} for i in ("a", "taken")]
             with self.assertRaises(DuplicateTask):
                 queue.add_tasks(tasks)
@@ -773,10 +751,9 @@ class TestWhatAddTaskTakes(InFolder):
 
     def test_a_task_is_immutable_hashable_picklable_and_says_what_it_is(self):
         task = self.queue().add_task("mail", {"to": 1}, task_id="m1")
-        with self.assertRaises(AttributeError):
-            task.priority = 5
-        with self.assertRaises(AttributeError):
-            task.other = 5
+        for name in ("priority", "other"):
+            with self.assertRaises(AttributeError):
+                setattr(task, name, 5)
         copy = pickle.loads(pickle.dumps(task))
         self.assertEqual((copy, hash(copy), copy.data), (task, hash(task), {"to": 1}))
         self.assertEqual(repr(task), "<Task 'm1' 'mail' waiting, attempt 0>")
@@ -801,15 +778,12 @@ class TestQueueVerbs(InFolder):
             for i in range(6):
                 add("ab"[i % 2], i, task_id=str(i), due_date=timedelta(hours=i // 4))
             ids = lambda **filters: [task.id for task in verbs.find(**filters)]  # noqa: E731
-            self.assertEqual(ids(), list("012345"))
-            self.assertEqual(ids(task_type="a"), list("024"))
-            self.assertEqual(ids(task_type=["a", "b"], due=False), ["4", "5"])
-            self.assertEqual(ids(task_id=["5", "1", "none"]), ["1", "5"])
-            self.assertEqual(ids(state="waiting", limit=2, offset=1), ["1", "2"])
-            self.assertEqual(ids(state=["running", "failed", "done"]), [])
-            self.assertEqual(ids(task_id=[]), [])
-            self.assertEqual(ids(limit=0), [])
-            self.assertEqual(ids(due=True), list("0123"))
+            for filters, found in (
+                ({}, "012345"), ({"task_type": "a"}, "024"), ({"task_type": ["a", "b"], "due": False}, "45"),
+                ({"task_id": ["5", "1", "none"]}, "15"), ({"state": "waiting", "limit": 2, "offset": 1}, "12"),
+                ({"state": ["running", "failed", "done"]}, ""), ({"task_id": []}, ""), ({"limit": 0}, ""), ({"due": True}, "0123"),
+            ):
+                self.assertEqual(ids(**filters), list(found), filters)
             self.assertEqual(verbs.find_one(task_type="b").id, "1")
             self.assertIsNone(verbs.find_one(task_id="none"))
             self.assertEqual(verbs.count(task_type="a"), 3)
@@ -8309,10 +8283,9 @@ class TestTerminal(InFolder):
                 print("stopped", flush=True)
             """
         )
-        queue = self.queue()
+        queue, names = self.queue(), ("started0", "started1")
         for boot in (False, True):
-            for i in range(2):
-                queue.add_task("hold", task_id=str(i))
+            queue.add_tasks({"task_type": "hold", "task_id": str(i)} for i in range(2))
             pid, terminal = pty.fork()
             if pid == 0:
                 os.chdir(self.folder)
@@ -8321,12 +8294,9 @@ class TestTerminal(InFolder):
             shown = b""
             while b"serving" not in shown:
                 shown += os.read(terminal, 4096)
-            if boot:
-                eventually(lambda: any(b"spawn_main" in command_line(child) for child in children(pid)))
-            else:
-                eventually(lambda: (self.folder / "started0").exists() and (self.folder / "started1").exists())
+            eventually(lambda: any(b"spawn_main" in command_line(child) for child in children(pid)) if boot
+                       else all((self.folder / name).exists() for name in names))
             os.write(terminal, b"\x03")
-            eventually(lambda: queue.count(state="running") < 3)
             (self.folder / "end").touch()
             with contextlib.suppress(OSError):  # The terminal is gone with the process.
                 while True:
@@ -8336,9 +8306,8 @@ class TestTerminal(InFolder):
             self.assertNotIn(b"Traceback", shown)
             self.assertEqual({task.state for task in queue.find()} - {"waiting"}, set())
             queue.remove(state="waiting")
-            for name in ("started0", "started1", "end"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self.folder / name)
+            for name in (*names, "end"):
+                (self.folder / name).unlink(missing_ok=True)
 
 
 # --- Cron ----------------------------------------------------------------------------
@@ -8393,67 +8362,37 @@ rule 18, a day skipped | 0 12 * * * | Pacific/Apia | 2011-12-29T12:00-10:00 | 20
 rule 18, a gap from 00:01 | 30 0 * * * | America/St_Johns | 2006-04-01T12:00-03:30 | 2006-04-02T01:01-02:30 2006-04-03T00:30-02:30
 """
 
-# Bugs of other engines. Issue or pull request | text | zone | after | the first two runs
+# Bugs of other engines, one of each kind. Issue or pull request | text | zone | after | the first two runs
 CRON_REPORTS = """
 croniter 90 | 1 2 * * * | Europe/Berlin | 2020-03-29T01:58:55+01:00 | 2020-03-29T03:00+02:00 2020-03-30T02:01+02:00
-croniter 82 | 0 0 * * * | Europe/Warsaw | 2017-03-26T00:00+01:00 | 2017-03-27T00:00+02:00 2017-03-28T00:00+02:00
 croniter 48 | 0 8 * * 1 | Europe/Amsterdam | 2017-10-23T08:00+02:00 | 2017-10-30T08:00+01:00 2017-11-06T08:00+01:00
-croniter 92 | 0 16 * * * | America/New_York | 2017-11-03T12:00-04:00 | 2017-11-03T16:00-04:00 2017-11-04T16:00-04:00
-croniter 147 | 0 1 * * * | Europe/Berlin | 2021-03-27T12:00+01:00 | 2021-03-28T01:00+01:00 2021-03-29T01:00+02:00
 croniter 142 | 48 14 31 jun sun | UTC | 2020-06-01T00:00+00:00 | 2020-06-07T14:48+00:00 2020-06-14T14:48+00:00
-croniter 131 | 0 0 1 * * | UTC | 2020-02-29T10:00+00:00 | 2020-03-01T00:00+00:00 2020-04-01T00:00+00:00
 croniter 119 | 0 0 * * mon-sun | UTC | 2019-01-24T00:00+00:00 | 2019-01-25T00:00+00:00 2019-01-26T00:00+00:00
-croniter 41 | 0 0 */2 * 1 | UTC | 2024-01-01T00:00+00:00 | 2024-01-15T00:00+00:00 2024-01-29T00:00+00:00
 croniter 268 | 0 0 1 11-2/3 * | UTC | 2024-01-01T00:00+00:00 | 2024-02-01T00:00+00:00 2024-11-01T00:00+00:00
 croniter 246 | 59/15 * * * * | UTC | 2026-01-01T00:00+00:00 | 2026-01-01T00:59+00:00 2026-01-01T01:59+00:00
 croniter 9 | 0 0 0 1 0 | UTC | error: day-of-month
 croniter 232 | 5-5/0 * * * * | UTC | error: step
-croniter 243 | 0 0 31 2 0 | UTC | 2026-01-01T00:00+00:00 | 2026-02-01T00:00+00:00 2026-02-08T00:00+00:00
 prefect 5957 | 0 0 * * 0 | America/Santiago | 2022-08-29T00:00-04:00 | 2022-09-04T00:00-04:00 2022-09-11T01:00-03:00
-cron-parser 404 | 30 2 * * 7 | Europe/Rome | 2025-03-29T00:00+01:00 | 2025-03-30T03:00+02:00 2025-04-06T02:30+02:00
-cron-parser 72 | 0 12 * * * | Europe/Madrid | 2016-10-29T12:00+02:00 | 2016-10-30T12:00+01:00 2016-10-31T12:00+01:00
 cron-parser 25 | 0 0 0 10 * * | America/Sao_Paulo | 2014-10-13T00:00-03:00 | 2014-11-10T00:00-02:00 2014-12-10T00:00-02:00
-cron-parser 400 | 0 8 * * 0 | America/Chicago | 2026-03-07T23:45-06:00 | 2026-03-08T08:00-05:00 2026-03-15T08:00-05:00
 cron-parser 115 | * * * 31 4 * | UTC | error: never fires
-node-cron 118 | 0 0 12 11,26 * * | America/Sao_Paulo | 2014-10-12T00:00-03:00 | 2014-10-26T12:00-02:00 2014-11-11T12:00-02:00
-node-cron 638 | 30 2 * * * | Europe/Amsterdam | 2023-03-25T12:00+01:00 | 2023-03-26T03:00+02:00 2023-03-27T02:30+02:00
-node-cron 602 | 0 22-2 * * * | UTC | 2026-07-01T12:00+00:00 | 2026-07-01T22:00+00:00 2026-07-01T23:00+00:00
-apscheduler 455 | 0 0 * * 0 | UTC | 2020-08-31T00:00+00:00 | 2020-09-06T00:00+00:00 2020-09-13T00:00+00:00
 apscheduler 529 | 0 0 * * 1-5 | America/Chicago | 2021-03-12T00:00-06:00 | 2021-03-15T00:00-05:00 2021-03-16T00:00-05:00
-apscheduler 1059 | 0 2 * * * | America/New_York | 2013-03-10T00:30-05:00 | 2013-03-10T03:00-04:00 2013-03-11T02:00-04:00
-cron 157 | 0 9 10 * * | America/Sao_Paulo | 2018-10-17T12:00-03:00 | 2018-11-10T09:00-02:00 2018-12-10T09:00-02:00
-cron 122 | 0 0 * * 7 | UTC | 2017-11-03T00:00+00:00 | 2017-11-05T00:00+00:00 2017-11-12T00:00+00:00
-cron 64 | */0 * * * * | UTC | error: step
 nats-server 8543 | 0 0 1 4 11 * | America/Sao_Paulo | 2018-11-03T23:00-03:00 | 2018-11-04T01:00-02:00 2019-11-04T01:00-03:00
 croner 284 | 0 0 * * * * | UTC | 2025-10-05T02:00+00:00 | 2025-10-05T03:00+00:00 2025-10-05T04:00+00:00
-croner 132 | 0 0 * * * | America/Santiago | 2021-09-04T00:00-04:00 | 2021-09-05T01:00-03:00 2021-09-06T00:00-03:00
 croner 267 | 0 0 1-31 * 4 | UTC | 2024-12-01T00:00+00:00 | 2024-12-02T00:00+00:00 2024-12-03T00:00+00:00
-croner-rust 16 | 0 2 * * * | America/New_York | 2025-03-09T01:30-05:00 | 2025-03-09T03:00-04:00 2025-03-10T02:00-04:00
 quartz 81 | * * * * * | Europe/Berlin | 2016-10-30T02:59+02:00 | 2016-10-30T02:00+01:00 2016-10-30T02:01+01:00
 quartznet 540 | 0 */15 * * * ? | Europe/Berlin | 2017-10-29T02:50+02:00 | 2017-10-29T02:00+01:00 2017-10-29T02:15+01:00
 spring-framework 26830 | 0 10 2 * * * | Europe/Berlin | 2021-03-28T01:09+01:00 | 2021-03-28T03:00+02:00 2021-03-29T02:10+02:00
 spring-framework 36859 | 0 0 */2 * * ? | Africa/Cairo | 2025-04-24T21:10:20+02:00 | 2025-04-24T22:00+02:00 2025-04-25T02:00+03:00
-cron-utils 332 | 0 6 * * * | America/Santiago | 2018-08-12T03:00-03:00 | 2018-08-12T06:00-03:00 2018-08-13T06:00-03:00
-cron-utils 61 | 0 17 * * * | America/New_York | 2016-03-12T17:00-05:00 | 2016-03-13T17:00-04:00 2016-03-14T17:00-04:00
-cron-utils 310 | 0 0 31 2 * | UTC | error: never fires
-cronosjs 37 | 0 0 31 4 * | UTC | error: never fires
 supertinycron 14 | 2 * * * * * | Europe/Athens | 2024-03-31T02:59:02+02:00 | 2024-03-31T04:00:02+03:00 2024-03-31T04:01:02+03:00
 croncpp 32 | 30 55 5,11,17 * * * | Europe/Paris | 2023-03-25T21:54:04+01:00 | 2023-03-26T05:55:30+02:00 2023-03-26T11:55:30+02:00
-croncpp 12 | 0 0 0 1 1 1 | UTC | 2020-10-08T00:00+00:00 | 2021-01-01T00:00+00:00 2021-01-04T00:00+00:00
-Cronos 5 | 0/15 * * * * | Europe/Berlin | 2017-10-29T02:45+02:00 | 2017-10-29T02:00+01:00 2017-10-29T02:15+01:00
-Cronos 71 | 0 2 * * 0 | Europe/Berlin | 2024-10-27T02:30+02:00 | 2024-11-03T02:00+01:00 2024-11-10T02:00+01:00
 Cronos 95 | 0 0 * * 7-1/2 | UTC | 2026-01-01T00:00+00:00 | 2026-01-04T00:00+00:00 2026-01-11T00:00+00:00
 kubernetes 121594 | 0 2 * * * | Europe/Berlin | 2023-10-28T12:00+02:00 | 2023-10-29T02:00+02:00 2023-10-30T02:00+01:00
 gocron 911 | 30 2 * * * | America/New_York | 2026-03-08T01:58-05:00 | 2026-03-08T03:00-04:00 2026-03-09T02:30-04:00
 cronie 215 | 0 0 * * */2 | UTC | 2026-01-02T00:00+00:00 | 2026-01-03T00:00+00:00 2026-01-04T00:00+00:00
 cronie 217 | * * * */3 * | America/New_York | 2015-02-15T00:00-05:00 | 2015-04-01T00:00-04:00 2015-04-01T00:01-04:00
-eliza 11100 | 45 1 * * * | Australia/Lord_Howe | 2026-04-04T12:00+11:00 | 2026-04-05T01:45+11:00 2026-04-06T01:45+10:30
 qwen-code 11720 | * * * * * | America/New_York | 2026-11-01T06:30:15+00:00 | 2026-11-01T01:31-05:00 2026-11-01T01:32-05:00
 parse-crontab 31 | 30 8 * * MON-FRI | America/Los_Angeles | 2018-11-04T01:00:48.901902-07:00 | 2018-11-05T08:30-08:00 2018-11-06T08:30-08:00
-healthchecks 196 | 0 2 * * * | Europe/Copenhagen | 2018-10-27T12:00+02:00 | 2018-10-28T02:00+02:00 2018-10-29T02:00+01:00
 fugit 119 | 58-2/2 * * * 5-1/2 | UTC | 2026-06-29T16:12:29+00:00 | 2026-07-03T00:00+00:00 2026-07-03T00:02+00:00
-systemd-cron 136 | 1 * * * fri-sun | UTC | 2023-09-24T22:00+00:00 | 2023-09-24T22:01+00:00 2023-09-24T23:01+00:00
-cron-expression 1 | 0 0 1 1 0 | UTC | 2011-06-15T23:00+00:00 | 2012-01-01T00:00+00:00 2012-01-08T00:00+00:00
 """
 
 # Part of the message | wrong text
@@ -8593,10 +8532,8 @@ class TestCron(unittest.TestCase):
         """CN-04."""
         for part, text in cells(CRON_MISTAKES):
             with self.subTest(text=text):
-                with self.assertRaises(ValueError) as caught:
+                with self.assertRaisesRegex(ValueError, f"(?s){re.escape(repr(text))}.*{re.escape(part)}"):
                     Cron(text)
-                self.assertIn(part, str(caught.exception))
-                self.assertIn(repr(text), str(caught.exception))
 
     def test_either_day_is_enough_and_no_run_is_made_up(self):
         """CN-03, CN-07."""
@@ -8614,10 +8551,8 @@ class TestCron(unittest.TestCase):
         for text in ("0\n0 * * *", "0 0 * * *\n0 9 * * *\n"):
             with self.subTest(text=text), self.assertRaisesRegex(ValueError, "several lines"):
                 Cron(text)
-
-    def test_a_huge_number_is_out_of_range_however_long(self):
         for text in ("9" * 5000 + " * * * *", "*/" + "9" * 5000 + " * * * *"):
-            with self.assertRaisesRegex(ValueError, "allowed: 0-59"):
+            with self.assertRaisesRegex(ValueError, "allowed: 0-59"):  # However long it is.
                 Cron(text)
 
     def test_a_text_or_zone_of_another_type_is_a_type_error(self):
@@ -8628,16 +8563,14 @@ class TestCron(unittest.TestCase):
                 with self.assertRaisesRegex(TypeError, "str"):
                     Cron("* * * * *", wrong)
 
-    def test_an_unknown_zone_is_named_together_with_tzdata(self):
+    def test_an_unknown_zone_is_named_together_with_tzdata_and_utc_needs_none(self):
+        with mock.patch.dict(sys.modules, {"zoneinfo": None}):
+            self.assertEqual(Cron("0 9 * * *").next(datetime(2024, 1, 1, tzinfo=UTC)).hour, 9)
         for name in ("Mars/Olympus", "", "America", "../etc/passwd", "/etc/passwd", "a\0b", "+1"):
             with self.subTest(name=name), self.assertRaises(ValueError) as caught:
                 Cron("* * * * *", name)
             self.assertIn(repr(name), str(caught.exception))
             self.assertIn("tzdata", str(caught.exception))
-
-    def test_utc_needs_no_time_zone_data(self):
-        with mock.patch.dict(sys.modules, {"zoneinfo": None}):
-            self.assertEqual(Cron("0 9 * * *").next(datetime(2024, 1, 1, tzinfo=UTC)).hour, 9)
 
     def test_after_must_be_an_aware_datetime(self):
         with self.assertRaisesRegex(ValueError, "aware"):
@@ -8656,29 +8589,22 @@ class TestCron(unittest.TestCase):
                     cron = Cron(text, tz)
                     cron.next(cron.next(last))
 
-    def test_without_after_the_next_run_is_the_first_one_from_now(self):
-        before = datetime.now(UTC)
-        run = Cron("* * * * *").next()
-        self.assertLess(before, run)
-        self.assertLessEqual(run, datetime.now(UTC) + MINUTE)
-
-    def test_a_cron_can_be_iterated_from_now_on_as_often_as_wanted(self):
+    def test_without_after_the_next_run_is_the_first_from_now_and_so_is_iteration(self):
+        before, run = datetime.now(UTC), Cron("* * * * *").next()
+        self.assertTrue(before < run <= datetime.now(UTC) + MINUTE, run)
         cron = Cron("0 0 29 2 *")
         runs = list(itertools.islice(cron, 3))
         self.assertEqual(runs, first_runs(cron, datetime.now(UTC), 3))
         self.assertEqual(runs, list(itertools.islice(iter(cron), 3)))
 
-    def test_the_run_carries_the_zone_and_says_which_pass_it_is_in(self):
-        zone_or_skip("Europe/Berlin")
+    def test_a_run_says_which_pass_it_is_in_and_after_may_be_a_time_that_the_clock_skips(self):
+        skipped = datetime(2024, 3, 31, 2, 30, tzinfo=zone_or_skip("Europe/Berlin"))
+        run = Cron("* * * * *", "Europe/Berlin").next(skipped)  # It is 01:30 UTC.
+        self.assertEqual(run.isoformat(), "2024-03-31T03:31:00+02:00")
         after = datetime(2024, 10, 27, 0, 15, tzinfo=UTC)
         first, second = first_runs(Cron("30 * * * *", "Europe/Berlin"), after, 2)
         self.assertEqual(str(first.tzinfo), "Europe/Berlin")
         self.assertEqual((first.hour, first.fold, second.hour, second.fold), (2, 0, 2, 1))
-
-    def test_after_may_be_a_time_that_the_clock_skips(self):
-        skipped = datetime(2024, 3, 31, 2, 30, tzinfo=zone_or_skip("Europe/Berlin"))
-        run = Cron("* * * * *", "Europe/Berlin").next(skipped)  # It is 01:30 UTC.
-        self.assertEqual(run.isoformat(), "2024-03-31T03:31:00+02:00")
 
     def test_crons_are_equal_if_fields_and_zone_are(self):
         zone_or_skip("Asia/Tokyo")
@@ -8689,25 +8615,20 @@ class TestCron(unittest.TestCase):
         for other in (Cron("0 1 * * *"), Cron("0 0 * * *", "Asia/Tokyo"), "0 0 * * *"):
             self.assertNotEqual(daily, other)
 
-    def test_str_is_the_text_and_repr_makes_the_same_cron(self):
-        zone_or_skip("Europe/Paris")
-        cron = Cron("@Daily", "Europe/Paris")
-        self.assertEqual((str(cron), cron.tz), ("@Daily", "Europe/Paris"))
-        self.assertEqual(eval(repr(cron)), cron)
-
-    def test_a_copy_by_pickle_or_copy_is_equal_and_works(self):
+    def test_str_is_the_text_and_a_copy_or_what_repr_makes_is_equal_and_works(self):
         zone_or_skip("Europe/Paris")
         after = datetime(2024, 3, 30, 12, tzinfo=UTC)
-        for cron in (Cron("30 2 LW * FRI#2"), Cron("30 2 * * *", "Europe/Paris")):
-            for twin in (pickle.loads(pickle.dumps(cron)), copy.deepcopy(cron)):
+        for text, tz in (("30 2 LW * FRI#2", "UTC"), ("@Daily", "Europe/Paris")):
+            cron = Cron(text, tz)
+            self.assertEqual((str(cron), cron.tz), (text, tz))
+            for twin in (pickle.loads(pickle.dumps(cron)), copy.deepcopy(cron), eval(repr(cron))):
                 self.assertEqual(twin, cron)
                 self.assertEqual(first_runs(twin, after, 3), first_runs(cron, after, 3))
 
     def test_explain_says_it_in_words(self):
         zone_or_skip("Europe/Paris")
         for text, tz, words in cells(CRON_WORDS):
-            with self.subTest(text=text):
-                self.assertEqual(Cron(text, tz).explain(), words)
+            self.assertEqual(Cron(text, tz).explain(), words)
         for _, text, *_, expected in cells(CRON_RULES) + cells(CRON_REPORTS):
             if not expected.startswith("error"):
                 self.assertRegex(Cron(text).explain(), "^(at|every) .*UTC$")
@@ -9339,17 +9260,16 @@ class TestTheFile(unittest.TestCase):
         self.tree = ast.parse(self.source)
 
     def test_nothing_refers_to_a_name_defined_further_down(self):
+        """Annotations apart, which are never evaluated here."""
         line_of = {n.name: n.lineno for n in self.tree.body if hasattr(n, "name")}
         for node in self.tree.body:
             inner = list(ast.walk(node))
-            local = {n.arg for n in inner if isinstance(n, ast.arg)}
-            local |= {n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-            for child in inner:
-                loaded = isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load)
-                if loaded and child.id not in local and line_of.get(child.id, 0) > node.lineno:
-                    inside = getattr(node, "end_lineno", 0)
-                    if line_of[child.id] > inside and not _is_annotation(node, child):
-                        self.fail(f"line {child.lineno} uses {child.id} of line {line_of[child.id]}")
+            notes = [getattr(n, name) for n in inner for name in ("annotation", "returns") if getattr(n, name, None)]
+            apart = {id(part) for note in notes for part in ast.walk(note)}
+            names = [n for n in inner if isinstance(n, ast.Name) and id(n) not in apart]
+            local = {n.arg for n in inner if isinstance(n, ast.arg)} | {n.id for n in names if isinstance(n.ctx, ast.Store)}
+            late = [n for n in names if n.id not in local and line_of.get(n.id, 0) > node.end_lineno]
+            self.assertEqual([f"line {n.lineno} uses {n.id} of line {line_of[n.id]}" for n in late], [])
 
     def test_only_the_standard_library_is_imported(self):
         names = getattr(sys, "stdlib_module_names", None)
@@ -9407,15 +9327,6 @@ class TestTheFile(unittest.TestCase):
         self.assertEqual(done.stdout.strip(), "1 []", done.stderr)
 
 
-def _is_annotation(node, name):
-    """Whether a name stands in an annotation, which is never evaluated here."""
-    for child in ast.walk(node):
-        for annotation in (getattr(child, "annotation", None), getattr(child, "returns", None)):
-            if annotation is not None and any(part is name for part in ast.walk(annotation)):
-                return True
-    return False
-
-
 class TestCommandLine(InFolder):
     """python taskpool.py --demo | --version | --help"""
 
@@ -9446,17 +9357,14 @@ class TestCommandLine(InFolder):
         self.assertEqual((process.returncode, err.count("\n")), (1, 1), err)
 
     def test_a_demo_that_breaks_a_promise_says_which_and_exits_with_1(self):
-        code = (
-            "import sys; sys.argv = ['x']; import taskpool\n"
-            "if __name__ == '__main__':\n"
-            "    def broken(cluster, folder):\n        '''9. A part that is broken'''\n        return False, 'seen'\n"
-            "    taskpool._PARTS = (broken,)\n"
-            "    sys.exit(taskpool.main(['--demo']))\n"
-        )
-        path = self.script(code)
-        process = self.start(path)
-        out, _ = process.communicate(timeout=PATIENCE)
-        self.assertEqual(process.returncode, 1)
+        def broken(cluster, folder):
+            """9. A part that is broken"""
+            return False, "seen"
+
+        with mock.patch.object(taskpool, "_PARTS", (broken,)), mock.patch.object(logging, "basicConfig"), \
+                contextlib.redirect_stdout(io.StringIO()) as shown:
+            self.assertEqual(taskpool.main(["--demo"]), 1)
+        out = shown.getvalue()
         self.assertIn("BROKEN: seen", out)
         self.assertIn("9. A part that is broken", out.split("NOT as promised")[1])
 
@@ -9469,34 +9377,27 @@ class TestCommandLine(InFolder):
                 self.assertRegex(number, r"^[1-9][\d,]* a second$|^\d+\.\d\d ms$")
         self.assertEqual(sum(bool(re.match(names, what)) for what, _ in lines), 7)
 
-    def test_version_help_and_usage(self):
+    def test_version_and_help(self):
         self.assertEqual(self.command("--version").stdout, f"taskpool {taskpool.__version__}\n")
         self.assertIn("--demo", self.command("--help").stdout)
-        for wrong in ([], ["--colour"], ["status"]):
-            done = self.command(*wrong)
-            self.assertEqual((done.returncode, done.stdout), (2, ""))
-            self.assertIn("usage", done.stderr)
-
-
-def tell_of_worker(job):
-    return taskpool.Cluster.is_master(), taskpool._worker is not None
 
 
 class TestOperators(InFolder):
     """status, list, show, retry, remove, run and cron: for who has not read the manual."""
 
+    is_terminal = False
+
     def main(self, *arguments):
         """Exit code, standard output and standard error of a command, run here."""
         out, err = io.StringIO(), io.StringIO()
-        before = os.getcwd()
+        out.isatty = lambda: self.is_terminal
+        self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
                 code = taskpool.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        finally:
-            os.chdir(before)
+            except SystemExit as end:
+                code = end.code
         return code, out.getvalue(), err.getvalue()
 
     def out(self, *arguments):
@@ -9509,12 +9410,21 @@ class TestOperators(InFolder):
         self.assertEqual((got, out, err.count("\n")), (code, "", 1), err)
         return err
 
+    def json(self, *arguments):
+        return json.loads(self.out(*arguments, "--json"), parse_constant=self.fail)
+
+    def edit(self, *statements):
+        """As somebody does by hand."""
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db, db:
+            for statement in statements:
+                db.execute(*statement)
+
     def some(self):
         """A queue with a task in each state but running."""
         queue = self.queue()
-        with self.cluster({"echo": echo, "fail": fail}, queue):
-            queue.add_task("echo", [1], task_id="good", keep_result=3600)
-            queue.add_task("fail", task_id="bad")
+        queue.add_task("echo", [1], task_id="good", keep_result=3600)
+        queue.add_task("fail", task_id="bad")
+        queue.run_due({"echo": echo, "fail": fail})
         queue.add_task("echo", "later", task_id="later", due_date=timedelta(days=3))
         queue.add_task("other", task_id="other")
         return queue
@@ -9526,7 +9436,7 @@ class TestOperators(InFolder):
             queue.add_task("steps", flag, task_id="steps")
             eventually(lambda: os.path.exists(flag + ".started"))
             eventually(lambda: queue.find_one(task_id="steps").progress == (999, 1000, "half way"))
-            status, text = json.loads(self.out("status", "tasks.db", "--json")), self.out("status", "tasks.db")
+            status, text = self.json("status", "tasks.db"), self.out("status", "tasks.db")
             Path(flag + ".end").touch()
             self.assertTrue(cluster.drain(PATIENCE))
         names = ("waiting", "due", "running", "failed", "done")
@@ -9535,18 +9445,18 @@ class TestOperators(InFolder):
             "echo": (1, 0, 0, 0, 1), "fail": (0, 0, 0, 1, 0), "hold": (0, 0, 1, 0, 0),
             "other": (1, 1, 0, 0, 0), "steps": (0, 0, 1, 0, 0),
         })
-        by_type = {t["task_type"]: t for t in status["types"]}
-        wait = by_type["other"]["oldest_wait"]
-        self.assertTrue(0 <= wait < PATIENCE, wait)
-        self.assertEqual(by_type["echo"]["next_due"], queue.find_one(task_id="later").due_date.isoformat())
-        self.assertEqual((by_type["echo"]["oldest_wait"], by_type["other"]["next_due"], status["tasks"]), (None, None, 6))
+        by_type = {t["task_type"]: (t["oldest_wait"], t["next_due"]) for t in status["types"]}
+        wait, due = by_type["other"]
+        self.assertTrue(0 <= wait < PATIENCE and due is None, wait)
+        self.assertEqual(by_type["echo"], (None, queue.find_one(task_id="later").due_date.isoformat()))
+        self.assertEqual(status["tasks"], 6)
         alive = {"pid": os.getpid(), "state": "alive" if LINUX else "unknown"}
         self.assertEqual(status["masters"], [alive])
         running = {r["id"]: r for r in status["running"]}
         self.assertEqual(running["held"]["where"], alive)
         self.assertEqual(running["steps"]["progress"], {"done": 999, "total": 1000, "note": "half way"})
-        since = datetime.fromisoformat(running["held"]["since"])
-        self.assertTrue(timedelta() <= datetime.now(timezone.utc) - since < timedelta(seconds=PATIENCE))
+        since = datetime.now(timezone.utc) - datetime.fromisoformat(running["held"]["since"])
+        self.assertTrue(timedelta() <= since < timedelta(seconds=PATIENCE))
         self.assertRegex(text, r"^tasks.db: 6 tasks\nmasters: pid \d+ \(")
         self.assertRegex(text, r"\nother +1 +1 +0 +0 +0  \d[\d.]* s +-\n")
         self.assertRegex(text, r"\necho +1 +0 +0 +0 +1  - +in 3 d\n")
@@ -9561,28 +9471,25 @@ class TestOperators(InFolder):
             store.renew(f"{taskpool._here()}|{dead.pid}|1|x|0", NOW)
             store.renew("elsewhere|7|1|x|0", NOW)
             store.renew("odd", NOW)
-        masters = json.loads(self.out("status", "tasks.db", "--json"))["masters"]
-        states = {master["pid"]: master["state"] for master in masters}
+        states = {master["pid"]: master["state"] for master in self.json("status", "tasks.db")["masters"]}
         self.assertEqual(states, {dead.pid: "dead", 7: "unknown", None: "unknown"})
         self.assertIn("(unknown: of another machine", self.out("status", "tasks.db"))
 
     def test_looking_makes_upgrades_and_changes_nothing(self):
-        for name in ("old.db", "newer.db"):
+        for name in ("old.db", "tasks.db"):
             with self.queue(name) as queue:
                 queue.add_task("x", task_id="one")
-        for name, script in (
-            ("newer.db", "UPDATE taskpool_version SET version = 77"), ("foreign.db", "CREATE TABLE mine (id)"),
-        ):
-            with contextlib.closing(sqlite3.connect(self.folder / name)) as db:
-                db.executescript(script)
+        self.edit(["UPDATE taskpool_version SET version = 77"])
+        with contextlib.closing(sqlite3.connect(self.folder / "foreign.db")) as db:
+            db.executescript("CREATE TABLE mine (id)")
         (self.folder / "text.db").write_text("no database, but long enough to be looked at" * 20)
         before = {path.name: path.read_bytes() for path in self.folder.iterdir()}
         self.assertRegex(self.out("list", "old.db"), r"\nx     one  waiting        0  ")
-        self.assertEqual(json.loads(self.out("show", "old.db", "one", "--json"))["progress"], None)
+        self.assertEqual(self.json("show", "old.db", "one")["progress"], None)
         self.assertRegex(self.out("status", "old.db"), r"\nx +1 +1 +0 +0 +0 ")
         for command in (("status",), ("list",), ("show", "x"), ("retry", "x"), ("remove", "x")):
             for name, text in (
-                ("none.db", "no such file"), ("newer.db", "made by a newer taskpool"),
+                ("none.db", "no such file"), ("tasks.db", "made by a newer taskpool"),
                 ("foreign.db", "holds no tasks"), ("text.db", "not a database"), (".", " is a folder"),
                 ("n" * 300, "too long"),
             ):
@@ -9592,16 +9499,15 @@ class TestOperators(InFolder):
 
     def test_list_and_show_tell_of_tasks(self):
         self.some()
-        listed = json.loads(self.out("list", "tasks.db", "--json"))
-        self.assertEqual([(t["id"], t["state"]) for t in listed],
+        self.assertEqual([(t["id"], t["state"]) for t in self.json("list", "tasks.db")],
                          [("good", "done"), ("bad", "failed"), ("later", "waiting"), ("other", "waiting")])
-        self.assertEqual([t["id"] for t in json.loads(self.out(
-            "list", "tasks.db", "--json", "--state", "waiting", "--state", "done", "--type", "echo"))], ["good", "later"])
+        some = self.json("list", "tasks.db", "--state", "waiting", "--state", "done", "--type", "echo")
+        self.assertEqual([t["id"] for t in some], ["good", "later"])
         lines = self.out("list", "tasks.db", "--limit", 2).splitlines()
         self.assertEqual(lines[0].split(), "type id state attempt due what".split())
         self.assertRegex(lines[2], r"^fail  bad   failed        1  .* ago  ValueError: attempt 1$")
         self.assertEqual(lines[3:], ["... 2 of 4; --limit shows more"])
-        bad = json.loads(self.out("show", "tasks.db", "bad", "--json"))
+        bad = self.json("show", "tasks.db", "bad")
         self.assertEqual((bad["task_type"], bad["data"], bad["attempt"], bad["result"]), ("fail", {}, 1, None))
         text = self.out("show", "tasks.db", "bad")
         self.assertRegex(text, r"(?m)^state +failed$")
@@ -9610,98 +9516,72 @@ class TestOperators(InFolder):
         self.assertRegex(self.out("show", "tasks.db", "good"), r"(?m)^result +\[1\]$")
         self.assertIn("no task 'nope'", self.error("show", "tasks.db", "nope"))
 
-    def test_what_a_task_holds_does_not_reach_the_terminal_as_a_command(self):
-        queue, evil = self.queue(), "\x1b[2J\x07\n\u202ex"
-        queue.add_task(evil, evil, task_id=evil)
-        queue.add_task("x", task_id="odd")
-        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
-            db.execute("UPDATE taskpool_task SET due_at = x'00', data = 'no json', progress = '[\"a\"]' WHERE id = 'odd'")
-            db.execute("UPDATE taskpool_task SET error = ? WHERE id <> 'odd'", (evil,))
-            db.commit()
-        texts = [self.out(*c) for c in (
-            ("status", "tasks.db"), ("list", "tasks.db"), ("show", "tasks.db", evil), ("show", "tasks.db", "odd"),
-            ("list", "tasks.db", "--json"), ("remove", "tasks.db", evil),
-        )]
-        texts.append(self.error("remove", "tasks.db", evil))
-        for text in texts:
-            self.assertEqual([c for c in text if c != "\n" and not c.isprintable()], [])
-        self.assertIn("data         cannot be read", texts[3])
-
-    def test_a_control_character_of_a_task_does_not_reach_the_log(self):
-        queue, evil = self.queue(), "\x1b[2J\nx"
-        with self.assertLogs("taskpool", "INFO") as logs, self.cluster({evil: fail}, queue) as cluster:
-            queue.add_task(evil, task_id=evil)
-            cluster.drain(PATIENCE)
-        lines = [record.getMessage() for record in logs.records]
-        self.assertTrue(any("cluster:\\x1b[2J\\nx:\\x1b[2J\\nx:\tfailed" in line for line in lines), lines)
-        self.assertEqual([line for line in lines if not line.replace("\t", "").isprintable()], [])
-
-    def test_list_shows_the_whole_cause_and_on_a_terminal_as_much_as_fits(self):
+    def test_list_shows_results_and_the_whole_cause_and_on_a_terminal_as_much_as_fits(self):
         queue, cause = self.queue(), "no " * 50
-        queue.add_task("x", {"words": cause}, task_id="data")
-        queue.add_task("y", cause, task_id="error")
-        queue.run_due({"y": lambda job: 1 / 0 if not job.data else int(job.data)})
-        out = self.out("list", "tasks.db")
-        self.assertIn(f"ValueError: invalid literal for int() with base 10: '{cause}'\n", out)
-        self.assertIn(f'{{"words": "{cause}"}}\n', out)
-        self.assertIn(cause, json.loads(self.out("list", "tasks.db", "--json"))[1]["error"].partition("\n")[0])
+        queue.add_task("x", {"words": cause})
+        for number, data in enumerate((cause, [1, 2], None, "")):
+            queue.add_task("y", data, task_id=str(number), keep_result=60)
+        queue.run_due({"y": lambda job: int(job.data) if job.data == cause else job.progress(1, 2) or job.data})
+        lines = self.out("list", "tasks.db").splitlines()[1:]
+        self.assertEqual([line.partition("ago  ")[2] for line in lines], [
+            f'{{"words": "{cause}"}}', f"ValueError: invalid literal for int() with base 10: '{cause}'", "[1, 2]", "null", '""'])
+        self.assertIn(cause, self.json("list", "tasks.db")[1]["error"].partition("\n")[0])
+        self.is_terminal = True
         for columns in (40, 150, 400):
-            out = io.StringIO()
-            out.isatty = lambda: True
-            with mock.patch.dict(os.environ, {"COLUMNS": str(columns)}), contextlib.redirect_stdout(out):
-                self.assertEqual(taskpool.main(["list", str(self.folder / "tasks.db")]), 0)
-            lines = out.getvalue().splitlines()
+            with mock.patch.dict(os.environ, {"COLUMNS": str(columns)}):
+                lines = self.out("list", "tasks.db").splitlines()[:3]
             self.assertEqual(max(map(len, lines)) == 150, columns == 150, lines)
             self.assertEqual([line.endswith("...") for line in lines], [False] + [columns < 400] * 2)
             self.assertIn("invalid literal for int()", lines[2])
 
-    def test_list_shows_the_result_of_a_done_task(self):
-        queue = self.queue()
-
-        def steps(job):
-            job.progress(1, 2)
-            return job.data
-
-        for number, result in enumerate(([1, 2], None, "")):
-            queue.add_task("steps", result, task_id=f"t{number}", keep_result=60)
-        queue.run_due({"steps": steps})
-        lines = self.out("list", "tasks.db").splitlines()
-        self.assertEqual([line.rpartition("ago  ")[2] for line in lines[1:]], ["[1, 2]", "null", '""'])
-
     def test_columns_stay_in_line_whatever_the_letters_and_long_cells_move_only_their_own_line(self):
         rows = [["\u6f22\u5b57", 1, "x"], ["e\u0301te\u0301", 22, "y"], ["plain", 3, "z"], ["long" * 20, 4, "a"]]
-        head, *lines = taskpool._table(["type", "n", "what"], rows)
+        head, *lines = taskpool._table([dict(zip(("task_type", "n", "what"), row)) for row in rows], NOW)
         self.assertEqual(head, "type    n  what")
         self.assertEqual(lines, ["\u6f22\u5b57    1  x", "e\u0301te\u0301    22  y", "plain   3  z", "long" * 20 + "   4  a"])
         for text, width, fits in (("\u6f22" * 9, 10, "\u6f22" * 3 + "..."), ("\u6f22" * 5, 10, "\u6f22" * 5), ("abc", 1, "...")):
             self.assertEqual(taskpool._fit(text, width), fits)
 
-    def test_json_is_complete_and_is_json(self):
-        queue = self.queue()
+    def test_json_is_complete_and_what_a_row_holds_is_neither_wrong_json_nor_a_command_to_the_terminal(self):
+        queue, evil = self.queue(), "\x1b[2J\x07\n\u202ex"
         queue.add_tasks({"task_type": "x", "task_id": str(number)} for number in range(150))
-        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
-            db.execute("UPDATE taskpool_task SET data = 'NaN', retry_delay = 9e999, progress = '[1' WHERE id = '7'")
-            db.commit()
-        listed = json.loads(self.out("list", "tasks.db", "--json"), parse_constant=self.fail)
-        self.assertEqual(len(listed), 150)
-        self.assertIn("cannot be read", listed[7]["data"])
+        queue.add_task(evil, evil, task_id=evil)
+        self.edit(
+            ["UPDATE taskpool_task SET data = 'NaN', retry_delay = 9e999, progress = '[1' WHERE id = '7'"],
+            ["UPDATE taskpool_task SET data = '[9e999]' WHERE id = '8'"],
+            ["UPDATE taskpool_task SET due_at = x'00', data = 'no json', progress = '[\"a\", 1, 2]' WHERE id = '9'"],
+            ["UPDATE taskpool_task SET error = ?, progress = '[1, 2, \"\x1b[2J\"]' WHERE task_type <> 'x'", (evil,)],
+        )
+        listed = self.json("list", "tasks.db")
+        self.assertEqual((len(listed), len(self.json("list", "tasks.db", "--limit", 3))), (151, 3))
+        for number in (7, 8, 9):
+            self.assertIn("cannot be read", listed[number]["data"])
         self.assertIn("column retry_delay", listed[7]["error"])
-        self.assertEqual(len(json.loads(self.out("list", "tasks.db", "--json", "--limit", 3))), 3)
-        self.assertIn("... 100 of 150", self.out("list", "tasks.db"))
+        self.assertIn("... 100 of 151", self.out("list", "tasks.db"))
         self.assertEqual(self.out("list", "tasks.db", "--type", "y"), "no tasks\n")
-        self.assertRegex(self.out("show", "tasks.db", "7"), "(?m)^error +column retry_delay")
+        odd = self.out("show", "tasks.db", "9")
+        self.assertRegex(odd, "(?m)^data         cannot be read(.*\n)*error        column due_at")
+        texts = [self.out(*c) for c in (
+            ("status", "tasks.db"), ("list", "tasks.db", "--limit", 999), ("show", "tasks.db", evil),
+            ("list", "tasks.db", "--json"), ("remove", "tasks.db", evil),
+        )]
+        for text in (odd, *texts, self.error("remove", "tasks.db", evil)):
+            self.assertEqual([c for c in text if c != "\n" and not c.isprintable()], [])
+        with self.assertLogs("taskpool", "INFO") as logs, self.cluster({"\x1b[2J\nx": fail}, queue) as cluster:
+            cluster.submit("\x1b[2J\nx", task_id="\x1b[2J\nx").exception(PATIENCE)
+        lines = [record.getMessage() for record in logs.records]
+        self.assertTrue(any("cluster:\\x1b[2J\\nx:\\x1b[2J\\nx:\tfailed" in line for line in lines), lines)
+        self.assertEqual([line for line in lines if not line.replace("\t", "").isprintable()], [])
 
     def test_an_id_that_begins_with_a_dash_stands_behind_two(self):
         queue = self.queue()
         for task_id in ("-x", "--json", "-1"):
             queue.add_task("x", task_id=task_id)
         self.assertIn("id           -x\n", self.out("show", "tasks.db", "--", "-x"))
-        self.assertEqual(json.loads(self.out("show", "--json", "tasks.db", "--", "--json"))["id"], "--json")
+        self.assertIn("id           --json\n", self.out("show", "tasks.db", "--", "--json"))
         for command in ("show", "retry", "remove"):
             self.assertIn("begins with - goes behind --", self.error(command, "tasks.db", "-x", code=2))
-            with self.assertRaises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
-                taskpool.main([command, "--help"])
-            self.assertIn("begins with - goes behind --", out.getvalue())
+            self.assertIn("begins with - goes behind --", self.out(command, "--help"))
         self.assertEqual(self.out("remove", "tasks.db", "--", "-x", "--json", "-1").count("removed"), 3)
 
     def test_retry_and_remove_tell_of_each_task(self):
@@ -9746,50 +9626,32 @@ class TestOperators(InFolder):
             taskpool._parser().parse_args(shlex.split(line))
 
     def test_cron_explains_and_tells_the_next_runs(self):
-        lines = self.out("cron", "30 9 * * MON", "--tz", "Europe/Berlin", "-n", 3).splitlines()
-        self.assertEqual(lines[0], taskpool.Cron("30 9 * * MON", "Europe/Berlin").explain())
-        runs = [datetime.fromisoformat(line) for line in lines[1:]]
-        self.assertEqual([(run.weekday(), run.hour, run.minute) for run in runs], [(0, 9, 30)] * 3)
-        self.assertEqual(runs[0], taskpool.Cron("30 9 * * MON", "Europe/Berlin").next())
-
-    def test_a_reader_that_has_enough_is_no_error(self):
-        queue = self.queue()
-        queue.add_tasks({"task_type": "x", "data": "y" * 50} for _ in range(5000))
-        process = self.start(HERE / "taskpool.py", "list", "tasks.db", "--limit", "5000")
-        process.stdout.readline()
-        process.stdout.close()
-        self.assertEqual((process.wait(PATIENCE), process.stderr.read()), (0, ""))
+        cron = Cron("30 9 * * MON", "Europe/Berlin")
+        words, *runs = self.out("cron", str(cron), "--tz", cron.tz, "-n", 3).splitlines()
+        self.assertEqual(words, cron.explain())
+        self.assertEqual([datetime.fromisoformat(run) for run in runs], first_runs(cron, None, 3))
 
     @unittest.skipUnless(os.name == "posix", "needs a shell")
-    def test_a_closed_standard_output_is_no_error(self):
-        self.some()
-        for command in ("status tasks.db", "cron @daily"):
-            script = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'taskpool.py'))} {command} >&-"
-            done = subprocess.run(["sh", "-c", script], stderr=subprocess.PIPE, text=True, cwd=self.folder, timeout=PATIENCE)
-            self.assertEqual((done.returncode, done.stderr), (0, ""))
+    def test_a_reader_that_has_enough_and_a_closed_standard_output_are_no_error(self):
+        self.queue().add_tasks({"task_type": "x", "data": "y" * 50} for _ in range(5000))
+        for command, reader in (("list tasks.db --limit 5000", "| head -1"), ("status tasks.db", ">&-"), ("cron @daily", ">&-")):
+            script = f"({shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'taskpool.py'))} {command}; echo $? >&2) {reader}"
+            done = subprocess.run(["sh", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=self.folder, timeout=PATIENCE)
+            self.assertEqual(done.stderr, b"0\n")
 
-    @unittest.skipUnless(hasattr(signal, "SIGINT") and os.name == "posix", "needs signals")
-    def test_watch_goes_on_until_ctrl_c(self):
+    @unittest.skipUnless(os.name == "posix", "needs signals")
+    def test_watch_goes_on_until_ctrl_c_and_draws_over_what_a_terminal_shows(self):
+        import pty
+
         queue = self.some()
-        for flags, mark in (((), "tasks.db: "), (("--json",), '{"file"')):
+        for number, (flags, mark) in enumerate((((), "tasks.db: {} tasks"), (("--json",), '"tasks": {},'))):
             process = self.start(HERE / "taskpool.py", "status", "tasks.db", "--watch", *flags)
-            for count in range(2):
-                line = ""
-                while not line.startswith(mark):
-                    line = process.stdout.readline()
-                self.assertIn(": 4 tasks" if not flags else '"tasks": 4', line) if not count else None
+            for count in (4 + 2 * number, 5 + 2 * number):
+                self.assertTrue(any(mark.format(count) in line for line in process.stdout))
                 queue.add_task("new")
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=PATIENCE)
             self.assertEqual((process.returncode, err), (0, ""))
-            queue.remove(task_type="new")
-
-    def test_watch_draws_over_what_a_terminal_shows(self):
-        try:
-            import pty
-        except ImportError:
-            self.skipTest("this system has no pty")
-        self.some()
         mine, theirs = pty.openpty()
         process = self.start(HERE / "taskpool.py", "status", "tasks.db", "--watch", stdout=theirs, env={"TERM": "xterm"})
         os.close(theirs)
@@ -9819,7 +9681,7 @@ class TestOperators(InFolder):
 
         Task = taskpool.Task
         class inner:
-            TASKS = {"about": about, "lambda": lambda job: job.data + 1}
+            TASKS = {"about": about, "lambda": lambda job: job.data + 1, "asks": lambda job, ipc: callable(ipc)}
     """
 
     @unittest.skipUnless(os.name == "posix", "sends a signal")
@@ -9827,41 +9689,37 @@ class TestOperators(InFolder):
         self.script(self.APP, "app.py")
         queue = self.queue()
         for command in (["app:inner.TASKS"], ["-m"], ["-I"]):
-            for task_type, data in (("about", None), ("lambda", 41)):
+            for task_type, data in (("about", None), ("lambda", 41), ("asks", None)):
                 queue.add_task(task_type, data, task_id=task_type, keep_result=60)
             if command == ["-m"]:  # As a module, with another signal.
                 process = self.start("-m", "taskpool", "run", "app:inner.TASKS", "tasks.db", "--workers", "1")
             else:
                 flags = command[:1] * command[0].startswith("-")
                 process = self.start(HERE / "taskpool.py", "run", "app:inner.TASKS", "tasks.db", "--workers", "1", flags=flags)
-            results = [queue.wait(task_type, PATIENCE).result for task_type in ("about", "lambda")]
+            results = [queue.wait(task_type, PATIENCE).result for task_type in ("about", "lambda", "asks")]
             process.send_signal(signal.SIGTERM if command == ["-m"] else signal.SIGINT)
             out, err = process.communicate(timeout=PATIENCE)
             self.assertEqual((process.returncode, out), (0, ""), err)
-            self.assertEqual(results, [[False, True, True], 42], err)
-            self.assertIn("serving 'about', 'lambda' of tasks.db until Ctrl-C", err)
+            self.assertEqual(results, [[False, True, True], 42, True], err)
+            self.assertIn("serving 'about', 'lambda', 'asks' of tasks.db until Ctrl-C", err)
             self.assertIn("cluster:lambda:lambda:\tdone", err)
             self.assertIn(" INFO about to tell", err)
             queue.remove(state="done")
 
     def test_run_says_in_one_line_what_it_cannot_use(self):
         (self.folder / "broken.py").write_text("\n1 / 0")
-        (self.folder / "odd.py").write_text("TASKS = {'x': 5}\nEMPTY = {}")
-        for name, text in (
-            ("nope:TASKS", "ModuleNotFoundError: No module named 'nope'"), ("odd:NOPE", "has no attribute 'NOPE'"),
-            ("broken:TASKS", r"ZeroDivisionError.*broken\.py, line 2\)"), ("odd:TASKS", r"task_map\['x'\] is 5"),
-            ("odd:EMPTY", "task_map is {}"),
+        (self.folder / "odd.py").write_text("TASKS = {'x': 5}\nEMPTY = {}\nGOOD = {'x': print}")
+        for name, db, text in (
+            ("nope:TASKS", "tasks.db", "ModuleNotFoundError: No module named 'nope'"),
+            ("odd:NOPE", "tasks.db", "has no attribute 'NOPE'"), ("odd:EMPTY", "tasks.db", "task_map is {}"),
+            ("broken:TASKS", "tasks.db", r"ZeroDivisionError.*broken\.py, line 2\)"),
+            ("odd:TASKS", "tasks.db", r"task_map\['x'\] is 5"), ("odd:GOOD", "odd.py", "odd.py: file is not a database"),
         ):
-            process = self.start(HERE / "taskpool.py", "run", name, "tasks.db")
+            process = self.start(HERE / "taskpool.py", "run", name, db)
             out, err = process.communicate(timeout=PATIENCE)
             self.assertEqual((process.returncode, out, err.count("\n")), (1, "", 1), err)
             self.assertRegex(err, text)
         self.assertFalse((self.folder / "tasks.db").exists())
-        (self.folder / "odd.py").write_text("TASKS = {'x': print}")
-        process = self.start(HERE / "taskpool.py", "run", "odd:TASKS", "odd.py")
-        out, err = process.communicate(timeout=PATIENCE)
-        self.assertEqual((process.returncode, out, err.count("\n")), (1, "", 1), err)
-        self.assertRegex(err, "odd.py: file is not a database")
 
     @unittest.skipUnless(os.name == "posix", "ends by itself there, too, but slowly")
     def test_run_ends_with_an_error_if_its_module_cannot_be_run_again(self):
@@ -9972,7 +9830,7 @@ class TestReadme(InFolder):
         names = set(taskpool._FILTERS)
         for function in (TaskQueue.add_task, Cluster.__init__, *stores, TaskQueue.find, TaskQueue.run_due):
             names.update(inspect.signature(function).parameters)
-        for name in names - {"self", "filters"}:
+        for name in {name for name in names - {"self", "filters"} if name[0] != "_"}:
             self.assertIn(f"`{name}`", self.TEXT)
 
 
