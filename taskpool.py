@@ -1460,6 +1460,24 @@ def after_retry(row: Row, now: int) -> Row:
     return row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="", progress=None)
 
 
+def after_adds(
+    there: Iterable[Row], additions: Sequence[tuple[Row, str]]
+) -> tuple[list[tuple[Row | None, Row]], list[Row]]:
+    """What add() changes where these Rows have the ids of *additions*, as pairs of the Row
+    before and after; and the Rows that it returns. Raises DuplicateTask."""
+    before = {row.id: row for row in there}
+    if not before and len({new.id for new, _ in additions}) == len(additions):
+        return [(None, new) for new, _ in additions], [new for new, _ in additions]
+    planned, added = {task_id: readable(row) for task_id, row in before.items()}, []
+    for new, if_exists in additions:
+        stored, row = after_add(planned.get(new.id), new, if_exists)
+        if stored is not None:
+            planned[new.id] = stored
+        added.append(row)
+    pairs = [(before.get(task_id), row) for task_id, row in planned.items()]
+    return [(old, new) for old, new in pairs if old is not new], added
+
+
 def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
     """waiting -> waiting with other values. Raises ValueError if it is not waiting."""
     if row is None or row.state not in ("scheduled", "ready"):
@@ -1860,19 +1878,9 @@ class Store:
         return self._change(self._add, additions, now)
 
     def _add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
-        ids = [new.id for new, _ in additions]
-        there = {row.id: row for row in self.rows(Query(ids=ids), now)}
-        if not there and len(set(ids)) == len(ids):
-            self._put([(None, new) for new, _ in additions])
-            return [new for new, _ in additions]
-        planned, added = {task_id: readable(row) for task_id, row in there.items()}, []
-        for new, if_exists in additions:
-            stored, row = after_add(planned.get(new.id), new, if_exists)
-            if stored is not None:
-                planned[new.id] = stored
-            added.append(row)
-        changed = [(there.get(i), row) for i, row in planned.items()]
-        self._put([(old, new) for old, new in changed if old is not new])
+        there = self.rows(Query(ids=[new.id for new, _ in additions]), now)
+        pairs, added = after_adds(there, additions)
+        self._put(pairs)
         return added
 
     def claim(
@@ -3086,31 +3094,64 @@ _TOP = {"task_type": "taskType", "priority": "priority"}  # Columns that the ori
 _USUAL: dict[str, Any] = dict(
     Row._field_defaults, retries=0, retry_delay=1.0, timeout=None, keep_result=None
 )
-_SHORT = [n for n in _COLUMNS if n not in ("data", "result", "error", "successor", "progress")]
-# What is read of a document: of one that was not looked at yet, of one of ours, and of that
-# all but the long columns. Nothing that an application has beside these is ever decoded.
-_INSERTED = dict.fromkeys("taskType priority data createdAt onGoing dueDate".split(), 1)
+_SHORT = [n for n in _COLUMNS if n not in ("data", "result", "error", "progress")]
+# What is read of a new document, of one of ours, and of that without its long columns. The
+# fields that an application has beside these are never decoded.
+_INSERTED = dict.fromkeys("taskType priority data createdAt onGoing dueDate taskpool".split(), 1)
 _READ = dict.fromkeys("taskType priority data taskpool".split(), 1)
 _READ_SHORT = dict.fromkeys([_TOP.get(n, f"taskpool.{n}") for n in _SHORT], 1)
-# The order of claims.
-_RANK = [("priority", -1), ("taskpool.created_at", 1), ("taskpool.seq", 1)]
+_RANK = [("priority", -1), ("taskpool.created_at", 1), ("taskpool.seq", 1)]  # Of claims.
+_BY_DATE = [("taskpool.ready_at", 1)]
 _PLACE = [("taskpool.state", 1), ("taskpool.lane", 1), ("taskType", 1)]
 _MONGO_INDEXES: tuple[tuple[str, list[tuple[str, int]], dict[str, bool]], ...] = (
     # Of an `_id` of any type this is the text. Two `_id`s can have one text: 5 and "5".
     ("taskpool_id", [("taskpool.id", 1)], {"unique": True, "sparse": True}),
-    # What can be claimed, in order; also finds documents that have no state yet.
-    ("taskpool_ready", [*_PLACE, *_RANK], {}),
-    # Documents that are not due are never in the way of others.
-    ("taskpool_scheduled", [*_PLACE, ("taskpool.ready_at", 1)], {}),
-    # Sparse: only running ones have an owner, only `done` ones expire.
+    ("taskpool_ready", [*_PLACE, *_RANK], {}),  # What can be claimed, in order.
+    # What can be claimed later, by its date. Finds documents without a state, too.
+    ("taskpool_scheduled", [*_PLACE, *_BY_DATE], {}),
+    # Sparse: only running documents have an owner, only `done` ones expire.
     ("taskpool_running", [("taskpool.owner", 1)], {"sparse": True}),
     ("taskpool_expires", [("taskpool.expires_at", 1)], {"sparse": True}),
 )
 _READABLE_CHARS = 1_000_000  # Longer data are stored as text, which is smaller.
 _MOST_BYTES = 7_000_000  # Of data, and of a result: MongoDB's 16 MB hold both.
 _ADOPTED_AT_ONCE = 1000
-_REFUSED = (2, 14, 28)  # What a server says if a document cannot be changed so.
+_BATCH = 10_000  # Documents in one reply. A server sends 101 if it is not told.
+_TYPES_AT_ONCE = 20  # With 3 states and 3 lanes: a server merges up to 200 ranges by date.
+_NO_INDEX = (2, 27)  # Error codes: the hint names an index that is not there, ...
+_REFUSED = (2, 9, 14, 28)  # ... or a document cannot be changed so.
 _COROUTINE = 0x80  # inspect.CO_COROUTINE.
+
+_MASTER = {"_id": {"$gt": ""}}
+_TASKS = {"taskpool.state": {"$gt": ""}}
+_NEW = {"taskpool.state": {"$not": {"$gt": ""}}}  # Documents that an application inserted.
+_RESERVED = {"taskpool.state": {"$in": ["ready", "scheduled", "running"]}}
+# Any task that failed: all that retry() changes has an unusual value.
+_FAILED = Row(
+    *("", "", "", 0, 0, 0, -1, 0, 1.0, None, None, "-", "failed", 1),
+    error="-", removed=1, progress="-",
+)  # fmt: skip
+
+
+class _Undecodable(Exception):
+    """Why a value of a document, in whose place this stands, cannot be decoded."""
+
+    __repr__ = Exception.__str__
+
+
+def _undecodable(error: Exception) -> str:
+    """What a driver says of a document that it cannot decode. Raises any other error."""
+    if "BSON" in type(error).__name__ or isinstance(error, (ValueError, ArithmeticError)):
+        return str(error)[:500]
+    raise error
+
+
+def _was_race(error: Any) -> bool:
+    """Whether another writer was quicker: to begin anew helps."""
+    errors = (getattr(error, "details", None) or {}).get("writeErrors", ())
+    codes = {getattr(error, "code", None), *(one.get("code") for one in errors)}
+    # A duplicate key; a conflict of transactions.
+    return isinstance(error, _Raced) or bool(codes & {11000, 112})
 
 
 def _is_plain(value: Any) -> bool:
@@ -3121,14 +3162,15 @@ def _is_plain(value: Any) -> bool:
 
 
 def _data_fields(text: str) -> dict[str, Any]:
-    """Without the field `data` where the text stands for it: so it counts if somebody sets it."""
+    """Without the field `data` where the text stands for it: so `data` counts once it is set."""
     value = _decode(text) if len(text) <= _READABLE_CHARS else {"$": ""}
     return {"data": value} if _is_plain(value) else {"taskpool.json": text}
 
 
-def _date(instant: int) -> datetime:
-    """For Meteor: the nearest date there is."""
-    return _datetime(min(max(instant, 0), 253_402_300_799_999_999))
+def _date(*instants: Any) -> datetime:
+    """For Meteor: the date that is nearest to the latest of these."""
+    latest = max((i for i in instants if type(i) is int), default=0)
+    return _datetime(min(max(latest, 0), 253_402_300_799_999_999))
 
 
 def _fields_of(row: Row) -> dict[str, Any]:
@@ -3139,7 +3181,7 @@ def _fields_of(row: Row) -> dict[str, Any]:
         # The original starts what is not on-going and has a dueDate that is past. So it
         # keeps off what runs here, retries that wait, and what has ended.
         "onGoing": row.state == "running",
-        "dueDate": None if ended else _date(max(row.due_at, row.ready_at)),
+        "dueDate": None if ended else _date(row.due_at, row.ready_at),
     }
     for name in _COLUMNS:
         value = getattr(row, name)
@@ -3149,18 +3191,25 @@ def _fields_of(row: Row) -> dict[str, Any]:
 
 
 def _ours(fields: Mapping[str, Any], seq: int) -> dict[str, Any]:
-    """The sub-document with those of the fields that are in it."""
+    """The sub-document with those of the fields that belong in it."""
     named = ((name.partition(".")[2], value) for name, value in fields.items())
     return {"seq": seq, **{name: value for name, value in named if name}}
+
+
+def _document_of(row: Row, seq: int) -> dict[str, Any]:
+    fields = {**_fields_of(row), **_data_fields(row.data)}
+    top = {name: value for name, value in fields.items() if "." not in name}
+    return {"_id": row.id, **top, "taskpool": _ours(fields, seq)}
 
 
 def _changes(old: Row, new: Row) -> dict[str, Any]:
     """The update that makes the document of *old* that of *new*; other fields stay."""
     before, after = _fields_of(old), _fields_of(new)
-    if new.created_at != old.created_at:  # Another task: whatever was changed meanwhile.
-        before, old = {f"taskpool.{name}": name for name in _USUAL}, old._replace(data="")
+    if new.created_at != old.created_at:  # Another task: nothing of the old one stays.
+        before = {f"taskpool.{name}": name for name in (*_USUAL, "promoted_at")}
+        old = old._replace(data="")
     put = {name: value for name, value in after.items() if before.get(name, before) != value}
-    if new.data != old.data:
+    if new.data != old.data and type(new.data) is str:
         put.update(_data_fields(new.data))
         before["taskpool.json" if "data" in put else "data"] = None
     gone = dict.fromkeys(before.keys() - after.keys() - put.keys(), "")
@@ -3168,12 +3217,15 @@ def _changes(old: Row, new: Row) -> dict[str, Any]:
     return {**changes, "$unset": gone} if gone else changes
 
 
-def _microseconds(date: Any) -> Any:
-    if not isinstance(date, datetime):
-        return date
-    # Without tz_aware, drivers give UTC without saying so.
-    aware = date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
-    return (aware - _EPOCH) // _MICROSECOND
+def _unchanged(row: Row) -> dict[str, Any]:
+    """The selector of the document of *row*, if no other writer has taken it further."""
+    where: dict[str, Any] = {"taskpool.id": row.id, "taskpool.state": row.state}
+    for name in ("claim", "owner", "removed", "successor", "repeat", "created_at"):
+        value = getattr(row, name)
+        if type(value) in _KINDS[name].types:  # Others may not equal themselves.
+            usual = {"$in": [None, value]}  # None: or not there.
+            where[f"taskpool.{name}"] = usual if value == _USUAL.get(name, row) else value
+    return where
 
 
 def _text_of(key: Any) -> str:
@@ -3184,27 +3236,13 @@ def _text_of(key: Any) -> str:
         return ascii(key)[:5000]
 
 
-def _inserted(document: Mapping[str, Any], now: int) -> dict[str, Any]:
-    """The columns of a document that a Meteor application inserted. What is missing has its
-    default."""
-    values: dict[str, Any] = {"id": _text_of(document["_id"]), "lane": ""}
-    values["created_at"] = _microseconds(document.get("createdAt", now))
-    due_at = _microseconds(document.get("dueDate", values["created_at"]))
-    values["due_at"] = values["ready_at"] = due_at
-    is_due = isinstance(due_at, (int, float)) and due_at <= now
-    values["state"] = "ready" if is_due else "scheduled"
-    if document.get("onGoing"):  # A Meteor cluster's. If that is dead: see recover().
-        values.update(state="running", owner="nschwarz:cluster", attempt=1, claim=1)
-    return values
-
-
 def _is_ours(document: Mapping[str, Any]) -> bool:
-    return isinstance(document.get("taskpool"), Mapping) and "state" in document["taskpool"]
+    ours = document.get("taskpool")
+    return isinstance(ours, Mapping) and type(ours.get("state")) is str and ours["state"] != ""
 
 
-def _row_of(document: Mapping[str, Any], now: int) -> tuple[Row, str]:
-    """The Row of a document, and why it cannot be run ("" if it can)."""
-    ours = document["taskpool"] if _is_ours(document) else _inserted(document, now)
+def _row_of(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Row:
+    """The Row of a document with that sub-document. Its values may be unusable."""
     values = {**_USUAL, "id": _text_of(document["_id"]), **ours}
     values.update(task_type=document.get("taskType"), priority=document.get("priority", 1))
     values["data"] = document.get("data", {})
@@ -3215,27 +3253,65 @@ def _row_of(document: Mapping[str, Any], now: int) -> tuple[Row, str]:
     for index, kind in enumerate(_KINDS.values()):
         value = columns[index]
         if isinstance(value, (int, float)) and type(value) not in (bool, *kind.types):
-            if value // 1 == value:
+            if -MAX_INT < value < MAX_INT and value // 1 == value:
                 columns[index] = int(value)  # JavaScript's 1.0; the driver's kinds of int.
-    problem = document.get("unreadable") or _unusable(columns)
-    if "taskpool" in document and not _is_ours(document):
-        problem = f"the field taskpool holds {_shown(document['taskpool'])}"
-    return _readable(columns, problem) if problem else Row(*columns), problem
+    return Row(*columns)
 
 
-def _due_here(owner: str, now: int) -> dict[str, Any]:
-    """Of `ready` documents, those that no other machine's clock promoted too early (P6)."""
-    past = {"$lte": now}
-    due = {"taskpool.ready_at": past, "taskpool.due_at": past}
-    return {"$or": [due, {"taskpool.promoter": {"$in": [None, owner]}}]}
+def _microseconds(date: Any) -> Any:
+    if not isinstance(date, datetime):
+        return date
+    # Without tz_aware, drivers give UTC without saying so.
+    aware = date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
+    return (aware - _EPOCH) // _MICROSECOND
+
+
+def _adopted(document: Mapping[str, Any], now: int) -> Row:
+    """The Row of a document that an application inserted. What is missing has its default."""
+    created_at = _microseconds(document.get("createdAt", now))
+    due_at = _microseconds(document.get("dueDate", created_at))
+    is_due = isinstance(due_at, (int, float)) and due_at <= now
+    ours = {"created_at": created_at, "due_at": due_at, "ready_at": due_at, "lane": ""}
+    ours["state"] = "ready" if is_due else "scheduled"
+    if document.get("onGoing"):  # A Meteor cluster's. If that is dead: see recover().
+        ours.update(state="running", owner="nschwarz:cluster", attempt=1, claim=1)
+    row = _row_of(document, ours)
+    wrong = (repr(value) for value in document.values() if isinstance(value, _Undecodable))
+    problem = _unusable(row[:-1]) or next(wrong, "")
+    return quarantined(_readable(row[:-1], problem), problem) if problem else row
 
 
 def _named(ids: Iterable[Any]) -> dict[str, Any]:
     return {"taskpool.id": {"$in": list(ids)}}
 
 
+def _claim_of(row: Row) -> tuple[str, str, int]:
+    return row.state, row.owner, row.claim
+
+
 def _held_by(owner: Any) -> dict[str, Any]:
     return {"taskpool.state": "running", "taskpool.owner": owner}
+
+
+def _selector(query: Query, now: int) -> dict[str, Any]:
+    """What find(), count(), remove() and retry() mean."""
+    terms: list[Any] = [_TASKS]
+    if query.until != NEVER:
+        terms.append({"taskpool.due_at": {"$lte": query.until}})
+    if query.ids is not None:
+        terms.append(_named(query.ids))
+    if query.types is not None:
+        terms.append({"taskType": {"$in": list(query.types)}})
+    if query.states is not None:
+        states = [*query.states, *["ready", "scheduled"] * ("waiting" in query.states)]
+        terms.append({"taskpool.state": {"$in": states}})
+    if query.created_at is not None:
+        terms.append({"taskpool.created_at": query.created_at})
+    if query.due is not None:
+        instants = {"$lte" if query.due else "$gt": now}
+        dated = {"taskpool.state": "scheduled", "taskpool.ready_at": instants}
+        terms.append({"$or": [dated, *[{"taskpool.state": "ready"}] * query.due]})
+    return {"$and": terms}
 
 
 def _fitting(outcome: Outcome) -> Outcome:
@@ -3246,41 +3322,213 @@ def _fitting(outcome: Outcome) -> Outcome:
     return outcome._replace(result=None, error=error)
 
 
-def _was_race(error: Any) -> bool:
-    """Whether another writer was quicker: to begin anew helps."""
-    if isinstance(error, _Raced):
+def _is_over(since: int, seconds: float, now: int) -> bool:
+    return not 0 <= now - since < seconds * 1e6
+
+
+class _Documents:
+    """The collection of a MongoStore. Documents that cannot be decoded hide no others."""
+
+    def __init__(self, collection: Any) -> None:
+        if not isinstance(getattr(collection, "full_name", None), str):
+            raise _wrong_type("collection", collection, "a pymongo Collection")
+        # A call of an asynchronous driver does nothing before it is awaited.
+        flags = getattr(getattr(collection.insert_many, "__code__", None), "co_flags", 0)
+        if flags & _COROUTINE or "Motor" in type(collection).__name__:
+            raise _wrong_type("collection", collection, "a synchronous pymongo Collection")
+        concern = getattr(collection, "write_concern", None)
+        preference: Any = getattr(collection, "read_preference", None)
+        if getattr(concern, "acknowledged", True) is False or getattr(preference, "mode", None):
+            allowed = "one that acknowledges writes and reads from the primary"
+            raise _wrong_value("collection", collection, allowed)
+        self._collection = collection
+        self.name: str = collection.full_name
+        self._insertions = itertools.count()
+        self._indexes: Sequence[str] | None = None  # Those that are there. None: not known.
+        # What bulk_write() takes, from the package of the collection's own class. Without
+        # that, each write is a call of its own.
+        modules = (kind.__module__.partition(".")[0] for kind in type(collection).__mro__)
+        packages = map(sys.modules.get, modules)
+        self._models = next((p for p in packages if hasattr(p, "DeleteOne")), None)
+
+    def text(self, error: Exception) -> str:
+        return f"{self.name}: {type(error).__name__}: {error}"[:500]
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """What the driver raises within is a StoreError."""
+        try:
+            if self._indexes is None:
+                self._indexes = list(self._make_indexes())
+            yield
+        except (TaskPoolError, ValueError, _Raced):
+            raise  # By the policies and the verbs.
+        except Exception as error:
+            if getattr(error, "code", None) in _NO_INDEX:
+                self._indexes = None  # Somebody dropped one.
+            raise StoreError(self.text(error)) from error
+
+    def _make_indexes(self) -> Iterator[str]:
+        """The names of those that are there."""
+        for name, keys, options in _MONGO_INDEXES:
+            try:
+                self._collection.create_index(keys, name=name, **options)
+                yield name
+            except Exception as error:
+                if not isinstance(getattr(error, "code", None), int):
+                    raise  # The server did not answer.
+                _log.warning("%s: no index %s, this may be slow: %s", self.name, name, error)
+
+    def by(self, index: str) -> dict[str, Any]:
+        """The option that makes a query use this index: two begin with the same fields."""
+        return {"hint": index} if self._models and index in (self._indexes or ()) else {}
+
+    def find(
+        self, where: Any, fields: Any, skip: int = 0, limit: int = 0, **options: Any
+    ) -> list[dict[str, Any]]:
+        """The documents. Those that cannot be decoded are halved until one is left, and that
+        is read field by field."""
+        options["batch_size"] = _BATCH
+        try:
+            return list(self._collection.find(where, fields, skip=skip, limit=limit, **options))
+        except Exception as error:
+            _undecodable(error)
+        count = limit or self._collection.count_documents(where) - skip
+        if count > 1:
+            half = count // 2
+            first = self.find(where, fields, skip, half, **options)
+            return first + self.find(where, fields, skip + half, count - half, **options)
+        document: dict[str, Any] = {}
+        for field in dict.fromkeys(["_id", *(name.partition(".")[0] for name in fields)]):
+            only = {"_id": field == "_id", field: 1}
+            try:
+                for found in self._collection.find(where, only, skip=skip, limit=1, **options):
+                    document.update(found)
+            except Exception as error:
+                document[field] = _Undecodable(f"{field}: {_undecodable(error)}")
+        return [document] if document else []
+
+    def write(self, writes: list[tuple[Any, Any]], **options: Any) -> list[bool | None]:
+        """Update, or where the update is None delete, one document for each.
+
+        Returns whether it was there. A bulk_write() tells only how many were: None where
+        it were some and not all.
+        """
+        tasks, models = self._collection, cast(Any, self._models)
+        if models is None or len(writes) < 2:
+            return [
+                tasks.delete_one(where, **options).deleted_count > 0
+                if changes is None
+                else tasks.update_one(where, changes, **options).matched_count > 0
+                for where, changes in writes
+            ]
+        todo = [
+            models.DeleteOne(where) if changes is None else models.UpdateOne(where, changes)
+            for where, changes in writes
+        ]
+        done = tasks.bulk_write(todo, ordered=False, **options)
+        count = done.deleted_count + done.matched_count
+        return [None if 0 < count < len(writes) else count > 0] * len(writes)
+
+    def rows(self, where: Any, now: int = 0, fields: Any = _READ, **options: Any) -> list[Row]:
+        """The Rows of these documents, as they are stored."""
+        found = self.find(where, fields, **options)
+        strange = [document["_id"] for document in found if not _is_ours(document)]
+        if strange:
+            named = [key for key in strange if not isinstance(key, _Undecodable)]
+            self.adopt(now, {"$or": [_NEW, {"_id": {"$in": named}}]})
+            # Documents without a name stay as they are, and must not hide others.
+            found = self.find({"$and": [where, _TASKS]}, fields, **options)
+        return [_row_of(d, d["taskpool"]) for d in found if _is_ours(d)]
+
+    def adopt(self, now: int, new: Mapping[str, Any] = _NEW) -> bool:
+        """Give documents that an application inserted what they need to be tasks. Returns
+        whether there were any."""
+        for number in range(TRIES):
+            writes: list[tuple[Any, Any]] = []
+            for document in self.find(new, _INSERTED, limit=_ADOPTED_AT_ONCE):
+                if isinstance(document["_id"], _Undecodable):
+                    continue
+                row, before = _adopted(document, now), document.get("taskpool")
+                fields = _fields_of(row)
+                put = {name: fields[name] for name in ("onGoing", "dueDate")}
+                put["taskpool"] = _ours(fields, next(self._insertions))
+                if row.state == "failed":
+                    text = "%s: the task %s cannot be run: %s"
+                    _log.error(text, self.name, row.id, row.error)
+                else:
+                    put["priority"] = row.priority
+                same = {} if isinstance(before, _Undecodable) else {"taskpool": before}
+                writes.append(({"_id": document["_id"], **same}, {"$set": put}))
+            if not writes:
+                return number > 0
+            self._enter(writes)
+            new = _NEW
         return True
-    errors = (getattr(error, "details", None) or {}).get("writeErrors", ())
-    codes = {getattr(error, "code", None), *(one.get("code") for one in errors)}
-    return bool(codes & {11000, 112})  # A duplicate key; a conflict of transactions.
 
+    def _enter(self, writes: list[tuple[Any, Any]]) -> None:
+        """Write these, each of which gives a document its id: another, where that is taken."""
+        try:
+            self.write(writes)
+        except Exception as error:
+            if not _was_race(error):
+                raise
+            if len(writes) > 1:
+                for write in writes:
+                    self._enter([write])
+            else:
+                where, update = writes[0]
+                update["$set"]["taskpool"]["id"] += f" ({type(where['_id']).__name__})"
+                self.write(writes)
 
-def _undecodable(error: Exception) -> str:
-    """What a driver says of a document that it cannot decode. Raises any other error."""
-    if "BSON" in type(error).__name__ or isinstance(error, (ValueError, ArithmeticError)):
-        return str(error)[:500]
-    raise error
+    def replace(
+        self, pairs: Iterable[tuple[Row, Row | None]], **options: Any
+    ) -> list[bool | None]:
+        """Write the second Row of each pair in place of the first, if that is still so."""
+        writes = [(_unchanged(old), new and _changes(old, new)) for old, new in pairs]
+        return self.write(writes, **options)
 
+    def store(self, pairs: Sequence[tuple[Row | None, Row]], at_once: bool) -> None:
+        """Write these pairs of add(); *at_once*: in a transaction."""
+        with contextlib.ExitStack() as stack:
+            options = {}
+            if at_once:
+                session = stack.enter_context(self._collection.database.client.start_session())
+                concern = getattr(self._collection, "write_concern", None)
+                stack.enter_context(session.start_transaction(write_concern=concern))
+                options = {"session": session}
+            if not all(self.replace([(old, new) for old, new in pairs if old], **options)):
+                raise _Raced
+            fresh = [_document_of(n, next(self._insertions)) for old, n in pairs if not old]
+            if fresh:
+                self._collection.insert_many(fresh, **options)
 
-_MASTER = {"_id": {"$gt": ""}}
-_STATES_IN_LANES = {"$in": ["ready", "scheduled", "running"]}
-# The owners of lanes, as distinct() takes it.
-_LANES = "taskpool.lane", {"taskpool.state": _STATES_IN_LANES, "taskpool.lane": {"$gt": ""}}
-# Any task that failed: all that after_retry() changes has an unusual value.
-_FAILED = Row(
-    *("", "", "", 0, 0, 0, -1, 0, 1.0, None, None, "-", "failed", 1),
-    error="-", progress="-",
-)  # fmt: skip
+    def stored(self, rows: list[Row]) -> str:
+        """For the error of an add(): which of its tasks are stored all the same."""
+        try:
+            there = self.rows(_named(row.id for row in rows))
+        except Exception:
+            return "; whether anything was stored is not known"
+        found = {row[:6] for row in there}  # What a run, already, would not change.
+        ids = [row.id for row in rows if row[:6] in found]
+        return f"; stored all the same: {ids}" if ids else "; nothing was stored"
 
 
 class _Claims:
     """What a MongoStore remembers of one owner."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, Row] = {}  # What claim() gave out and settle() did not end.
-        self.in_doubt = False  # The server may have more claims, of which nobody knows.
-        # Answers of settle() that got lost, by id and claim. None: perhaps it was recorded.
-        self.told: dict[Any, str | None] = {}
+        self.rows: dict[str, Row] = {}  # Claims that settle() has not ended.
+        self.in_doubt = False  # The server may have more claims: a reply was lost.
+        # Outcomes, by (id, claim), of which a reply was lost: perhaps they are recorded.
+        self.unsure: set[Any] = set()
+        self.ready = 0  # How many tasks can start now, as far as is known...
+        self.later: list[Row] = []  # ... and further ones, in no order.
+        self.few = True  # The last claim took one task at most.
+        self.joined = False  # The claim under way has taken one.
+        # The latest instant that the owner has seen, and when it last looked and claimed.
+        self.clock = self.looked_at = self.claimed_at = 0
+        self.holders_at = -math.inf  # By the seconds of recover().
 
 
 class MongoStore(Store):
@@ -3296,246 +3544,73 @@ class MongoStore(Store):
     A document has the fields of nschwarz:cluster: `_id`, `taskType`, `priority`, `data`,
     `createdAt`, `onGoing`, `dueDate`, and our columns in the sub-document `taskpool`. A
     Meteor application may insert documents with those seven alone, and fields of its own.
-    `data` holds the values themselves. Data with a key that has a dot or begins with $, and
-    data over 1,000,000 characters are in `taskpool.json` instead, as text, until somebody
-    sets `data`. At most 7,000,000 bytes of data are stored, and of a result with
-    keep_result kept. What runs has `onGoing: true`; what has ended
-    has no dueDate; for what waits for a retry it is the date of that: so the original's
-    own poller starts none of them. Instants are kept in our fields in microseconds. A
-    document that cannot be read becomes `failed`, with the reason in `taskpool.error`.
+    Its own poller starts nothing that runs here, waits for a retry or has ended. Data that
+    a document cannot hold as values, and long data, are text in `taskpool.json`.
 
     Every change is one conditional write to one document. add() of several tasks uses a
     transaction, where the server has them (a replica set); elsewhere the StoreError of an
-    add() that broke off lists what it stored. Raises StoreError, with the collection's
-    name, for whatever the driver raises; whether the server did what was asked is then
-    unknown, and the cluster, which asks again, finds out.
+    add() that broke off lists what it stored. Whatever the driver raises is a StoreError;
+    whether the server did what was asked is then unknown, and the cluster, which asks
+    again, finds out.
     """
 
     def __init__(self, collection: Any) -> None:
-        if not isinstance(getattr(collection, "full_name", None), str):
-            raise _wrong_type("collection", collection, "a pymongo Collection")
-        # A call of an asynchronous driver does nothing before it is awaited.
-        flags = getattr(getattr(collection.insert_many, "__code__", None), "co_flags", 0)
-        if flags & _COROUTINE or "Motor" in type(collection).__name__:
-            raise _wrong_type("collection", collection, "a synchronous pymongo Collection")
-        concern = getattr(collection, "write_concern", None)
-        preference: Any = getattr(collection, "read_preference", None)
-        if getattr(concern, "acknowledged", True) is False or getattr(preference, "mode", None):
-            allowed = "one that acknowledges writes and reads from the primary"
-            raise _wrong_value("collection", collection, allowed)
+        self._documents = _Documents(collection)
         self._tasks, self._masters = collection, collection["masters"]
-        self._name: str = collection.full_name
-        self._insertions = itertools.count()
-        self._prepared = False
         self._transactions = True  # Until the server says that it has none.
-        self._models = self._find_models()
         self._reset_after_fork()
         _reset_in_forks.add(self)
 
     def __repr__(self) -> str:
-        return f"MongoStore({self._name!r})"
+        return f"MongoStore({self._documents.name!r})"
 
     def _reset_after_fork(self) -> None:
-        # Serialises what clusters do; not held by producers.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # Held while a cluster's claims change.
         self._claims: dict[str, _Claims] = collections.defaultdict(_Claims)
-        self._telling: list[tuple[_Claims, Any, str]] | None = None
-        self._seen: dict[str, _Seen] = collections.defaultdict(dict)  # By observer.
-
-    def _find_models(self) -> tuple[Any, Any] | None:
-        """What bulk_write() takes, from the package of the collection's own class."""
-        for kind in type(self._tasks).__mro__:
-            package = sys.modules.get(kind.__module__.partition(".")[0])
-            if hasattr(package, "DeleteOne"):
-                return cast(Any, package).DeleteOne, cast(Any, package).UpdateOne
-        return None  # Then each write is a call of its own.
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            if not self._prepared:
-                self._make_indexes()
-                self._prepared = True
-            yield
-        except (TaskPoolError, ValueError):
-            raise  # By the policies.
-        except Exception as error:
-            raise StoreError(self._text(error)) from error
-
-    def _text(self, error: Exception) -> str:
-        return f"{self._name}: {type(error).__name__}: {error}"[:500]
-
-    def _make_indexes(self) -> None:
-        for name, keys, options in _MONGO_INDEXES:
-            try:
-                self._tasks.create_index(keys, name=name, **options)
-            except Exception as error:
-                if not isinstance(getattr(error, "code", None), int):
-                    raise  # The server did not answer.
-                _log.warning("%s: no index %s, this may be slow: %s", self._name, name, error)
+        self._seen: dict[str, _Seen] = {}  # By observer.
+        self._holders: set[str] = set()  # Of claims and reserved tasks, as of late.
+        self._heard: list[str] | None = None  # Masters, where one here looks for them.
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """No transaction of the server's. But what settle() answered in it is remembered
-        if it fails: the caller did not get the answers, and will settle again."""
-        with self._lock:
-            telling: list[tuple[_Claims, Any, str]] = []
-            self._telling = telling
-            try:
-                yield
-            except BaseException:
-                for claims, end, held in telling:
-                    claims.told[end] = held
-                raise
-            finally:
-                self._telling = None
+        """Each write counts by itself. The lock is for what is remembered of claims."""
+        with self._lock, self._documents.errors():
+            yield
 
-    # ---- Reading and writing documents
+    def _tell_of(self, rows: Iterable[Row]) -> None:
+        """Have the next turn() of each owner know these without a look."""
+        later = [row for row in rows if row.state == "scheduled"]
+        for claims in list(self._claims.values()) if later else ():
+            claims.later += later
 
-    def _find(self, where: Any, fields: Any = _READ, **options: Any) -> list[dict[str, Any]]:
-        """The documents. One that cannot be decoded says why, as `unreadable`."""
-        try:
-            return list(self._tasks.find(where, fields, **options))
-        except Exception as error:
-            _undecodable(error)
-        keys = self._keys(where, **options)
-        places = {repr(key): place for place, key in enumerate(keys)}
-        return sorted(self._isolated(keys, fields), key=lambda d: places.get(repr(d["_id"]), 0))
+    def _put(self, pairs: Sequence[_Pair]) -> None:
+        if not all(self.write_all(pairs)):
+            raise _Raced  # What is written stays so: the verb begins anew with the others.
 
-    def _keys(self, where: Any, **options: Any) -> list[Any]:
-        """The `_id`s, but for those that cannot be decoded: such a document has no name."""
-        try:
-            return [document["_id"] for document in self._tasks.find(where, {"_id": 1}, **options)]
-        except Exception as error:
-            _undecodable(error)
-        found: list[dict[str, Any]] = []
-        start, most = options.pop("skip", 0), options.pop("limit", 0) or sys.maxsize
-        for place in range(start, min(self._tasks.count_documents(where), start + most)):
-            try:
-                found += self._tasks.find(where, {"_id": 1}, skip=place, limit=1, **options)
-            except Exception as error:
-                _undecodable(error)
-        return [document["_id"] for document in found]
-
-    def _isolated(self, keys: list[Any], fields: Any) -> list[dict[str, Any]]:
-        """The documents of these `_id`s, though some cannot be decoded: halved, until one is
-        left, and of that field by field."""
-        selector = {"_id": {"$in": keys}}
-        try:
-            return list(self._tasks.find(selector, fields))
-        except Exception as error:
-            _undecodable(error)
-        if len(keys) > 1:
-            half = len(keys) // 2
-            return self._isolated(keys[:half], fields) + self._isolated(keys[half:], fields)
-        document: dict[str, Any] = {}
-        for field in dict.fromkeys(name.partition(".")[0] for name in fields):
-            try:
-                for found in self._tasks.find(selector, {field: 1}):
-                    document.update(found)
-            except Exception as error:
-                document.update(_id=keys[0], unreadable=f"{field}: {_undecodable(error)}")
-        return [document] if document else []
-
-    def _rows(self, where: Any, now: int, **options: Any) -> list[Row]:
-        """The Rows of these documents, to be changed. Those that cannot be run have become
-        `failed`."""
-        rows = []
-        for document in self._find(where, **options):
-            row, problem = _row_of(document, now)
-            rows.append(self._quarantine(document, row, problem) if problem else row)
-        return rows
-
-    def _quarantine(self, document: Mapping[str, Any], row: Row, problem: str) -> Row:
-        """any -> failed, for a document that cannot be run. Nothing in it is lost."""
-        row = quarantined(row, problem)
-        fields: dict[str, Any] = {"taskpool": _ours(_fields_of(row), next(self._insertions))}
-        state = None
-        if _is_ours(document):
-            fields = {f"taskpool.{name}": getattr(row, name) for name in ("id", "state", "error")}
-            state = document["taskpool"]["state"]
-        update = {"$set": {**fields, "onGoing": False, "dueDate": None}}
-        if state is not None:
-            update["$unset"] = {"taskpool.owner": "", "taskpool.interrupted": ""}
-        where = {"_id": document["_id"], **({} if state is None else {"taskpool.state": state})}
-        self._enter([(where, update)])
-        return row
-
-    def _adopt(self, now: int, most: float = math.inf) -> None:
-        """Give documents that a Meteor application inserted what they need to be tasks."""
-        while most > 0:
-            writes: list[tuple[Any, Any]] = []
-            new = {"taskpool.state": None}
-            for document in self._find(new, _INSERTED, limit=_ADOPTED_AT_ONCE):
-                row, problem = _row_of(document, now)
-                if problem:
-                    _log.error("%s: the task %s cannot be run: %s", self._name, row.id, problem)
-                    row = quarantined(row, problem)
-                fields = _fields_of(row)
-                kept = {name: fields[name] for name in ("onGoing", "dueDate")}
-                if not problem:
-                    kept["priority"] = row.priority
-                kept["taskpool"] = _ours(fields, next(self._insertions))
-                writes.append(({"_id": document["_id"], **new}, {"$set": kept}))
-            self._enter(writes)
-            most -= len(writes) or most
-
-    def _enter(self, writes: list[tuple[Any, Any]]) -> None:
-        """Write these, each of which gives a document its id: another, where that is taken."""
-        try:
-            self._write(writes)
-            return
-        except Exception as error:
-            if not _was_race(error):
-                raise
-        for where, update in writes:
-            try:
-                self._tasks.update_one(where, update)
-            except Exception as error:
-                if not _was_race(error):
-                    raise
-                put = update["$set"].get("taskpool")
-                put, name = (update["$set"], "taskpool.id") if put is None else (put, "id")
-                put[name] = f"{put[name]} ({type(where['_id']).__name__})"
-                self._tasks.update_one(where, update)
-
-    def _write(self, writes: list[tuple[Any, Any]], **options: Any) -> list[bool | None]:
-        """Update, or where the update is None delete, one document for each.
-
-        Returns whether it was there. A bulk_write() tells only how many were: None where
-        it were some and not all.
-        """
-        if self._models is not None and len(writes) > 1:
-            delete, update = self._models
-            operations = [
-                delete(where) if changes is None else update(where, changes)
-                for where, changes in writes
-            ]
-            done = self._tasks.bulk_write(operations, ordered=False, **options)
-            count = done.deleted_count + done.matched_count
-            one: bool | None = None if 0 < count < len(writes) else count > 0
-            return [one] * len(writes)
-        there: list[bool | None] = []
-        for where, changes in writes:
-            if changes is None:
-                there.append(self._tasks.delete_one(where, **options).deleted_count > 0)
-            else:
-                there.append(self._tasks.update_one(where, changes, **options).matched_count > 0)
-        return there
-
-    def _replace(
-        self, pairs: Sequence[tuple[Row, Row | None]], **options: Any
-    ) -> list[bool | None]:
-        """Write the second Row of each pair in place of the first, if that is still so."""
-        writes: list[tuple[Any, Any]] = []
-        for old, new in pairs:
-            where: dict[str, Any] = {"taskpool.id": old.id, "taskpool.state": old.state}
-            for name in ("claim", "owner", "removed", "successor", "repeat"):
-                value = getattr(old, name)
-                usual = {"$in": [None, value]}  # None: or not there.
-                where[f"taskpool.{name}"] = usual if value == _USUAL[name] else value
-            writes.append((where, None if new is None else _changes(old, new)))
-        return self._write(writes, **options)
+    def write_all(self, pairs: Sequence[_Pair]) -> list[bool]:
+        todo = cast("Sequence[tuple[Row, Row | None]]", pairs)  # Only add() adds.
+        there = self._documents.replace(todo)
+        self._tell_of(new for _, new in todo if new is not None)
+        known = [self._claims.get(str(old.owner)) or _Claims() for old, _ in todo]
+        unsure = [
+            hit is None or (not hit and (old.id, old.claim) in claims.unsure)
+            for hit, (old, _), claims in zip(there, todo, known)
+        ]
+        ids = [old.id for (old, _), perhaps in zip(todo, unsure) if perhaps]
+        read = self._documents.rows(_named(ids), fields=_READ_SHORT) if ids else ()
+        found, done = {row.id: row for row in read}, []
+        for (old, new), hit, perhaps, claims in zip(todo, there, unsure, known):
+            row = found.get(old.id)
+            # Perhaps it was written: then it is not as it was. Unless it was recovered since.
+            # (That is not seen if a further run has ended as well.)
+            same = row is not None and _claim_of(row) == _claim_of(old)
+            mine = row is None or row.interrupted <= old.interrupted
+            done.append(bool(hit) or (perhaps and mine and not same))
+            if old.id in claims.rows and not done[-1]:
+                claims.rows[old.id] = old._replace(state="")  # To be read anew.
+            elif old.id in claims.rows and new is not None and new.state == "running":
+                claims.rows[old.id] = new
+        return done
 
     # ---- Adding
 
@@ -3544,360 +3619,347 @@ class MongoStore(Store):
         for new, _ in additions:
             if len(new.data) * 4 > _MOST_BYTES and len(new.data.encode()) > _MOST_BYTES:
                 raise ValueError(f"data of {_shown(new.id)}: over {_MOST_BYTES:,} bytes as JSON")
-        with self._errors():
-            there: dict[str, Row] = {}  # At first as if no id were taken: most are not.
+        there: list[Row] = []  # At first as if no id were taken: most are not.
+        with self._documents.errors():
             for attempt in range(TRIES):
-                if attempt or (many and not self._transactions):
-                    self._adopt(now)
-                    there = {row.id: row for row in self._rows(_named(ids), now)}
-                planned, rows = dict(there), []
-                for new, if_exists in additions:
-                    stored, row = after_add(planned.get(new.id), new, if_exists)
-                    planned[new.id] = stored or planned[new.id]
-                    rows.append(row)
                 whole = not many or self._transactions  # Else a failure may leave a part.
+                if attempt or not whole:
+                    there = self.rows(Query(ids=ids), now)
+                pairs, rows = after_adds(there, additions)
                 try:
-                    self._insert(there, planned, whole and many)
+                    self._documents.store(pairs, whole and many)
+                    self._tell_of(new for _, new in pairs)
                     return rows
                 except Exception as error:
-                    code = getattr(error, "code", None)
+                    last, code = self._documents.text(error), getattr(error, "code", None)
                     if many and whole and (code == 20 or isinstance(error, NotImplementedError)):
                         self._transactions = False  # A server that is alone; mongomock.
                     elif not (whole and _was_race(error)):
-                        raise StoreError(f"{self._text(error)}{self._stored(rows)}") from error
-                    else:
-                        last = self._text(error)
+                        raise StoreError(f"{last}{self._documents.stored(rows)}") from error
             text = "others change the same tasks all the time, or an index of yours forbids them"
             raise StoreError(f"{last}; {text}")
 
-    def _insert(self, there: Mapping[str, Row], planned: Mapping[str, Row], at_once: bool) -> None:
-        """Store *planned* where *there* was read; *at_once*: in a transaction."""
-        pairs = [(there[i], row) for i, row in planned.items() if row is not there.get(i, row)]
-        fresh = []
-        for row in (row for i, row in planned.items() if i not in there):
-            fields = {**_fields_of(row), **_data_fields(row.data)}
-            top = {name: value for name, value in fields.items() if "." not in name}
-            ours = _ours(fields, next(self._insertions))
-            fresh.append({"_id": row.id, **top, "taskpool": ours})
-        with contextlib.ExitStack() as stack:
-            options = {}
-            if at_once:
-                session = stack.enter_context(self._tasks.database.client.start_session())
-                concern = getattr(self._tasks, "write_concern", None)
-                stack.enter_context(session.start_transaction(write_concern=concern))
-                options = {"session": session}
-            if not all(self._replace(pairs, **options)):
-                raise _Raced
-            if fresh:
-                self._tasks.insert_many(fresh, **options)
-
-    def _stored(self, rows: list[Row]) -> str:
-        """For the error of an add(): which of its tasks are stored all the same."""
-        try:
-            there = self._rows(_named(row.id for row in rows), 0)
-        except Exception:
-            return "; whether anything was stored is not known"
-        found = {row[:6] for row in there}  # What a run, already, would not change.
-        ids = [row.id for row in rows if row[:6] in found]
-        return f"; stored all the same: {ids}" if ids else "; nothing was stored"
-
     # ---- Running
 
-    def claim(
-        self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
+    def _claim(
+        self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int
     ) -> list[Row]:
-        shares = types if isinstance(types, Mapping) else dict.fromkeys(types, 1.0)
-        if not shares or limit <= 0:
-            return []
-        with self._lock, self._errors():
-            claims = self._claims[owner]
-            if claims.in_doubt:
-                self._give_back_unknown(owner, now)
-            self._adopt(now, _ADOPTED_AT_ONCE)
-            place = {"taskpool.lane": {"$in": ["", owner]}, "taskType": {"$in": list(shares)}}
-            failed = self._promote(owner, place, now)
-            where = {"taskpool.state": "ready", **place, **_due_here(owner, now)}
-            if until != NEVER:
-                where["taskpool.due_at"] = {"$lte": until}
-            if any(row.interrupted for row in claims.rows.values()):
-                where["taskpool.interrupted"] = None
-            for _ in range(TRIES):
-                claims.in_doubt = True
-                chosen, broken = self._take(owner, where, shares, limit, now)
-                failed += broken
-                # Read after the write: what others changed until then counts.
-                ours = {**_named(chosen), **_held_by(owner)}
-                rows = {row.id: row for row in self._rows(ours, now)} if chosen else {}
-                claims.in_doubt = False
-                if rows or not chosen:  # Else another cluster was quicker with all of them.
-                    taken = [rows[key] for key in chosen if key in rows]
-                    claims.rows.update((row.id, row) for row in taken if row.state == "running")
-                    return taken + failed
-            return failed
+        self._waiting([None, "scheduled"], owner, list(costs), 1, now, until)
+        self._claims[owner].few = False
+        return self._claim_ready(owner, costs, limit, now, until)
 
-    def _promote(self, owner: str, place: Mapping[str, Any], now: int) -> list[Row]:
-        """scheduled -> ready, for what is due; what cannot be read is `failed`, and returned."""
-        due = {"taskpool.state": "scheduled", **place, "taskpool.ready_at": {"$lte": now}}
-        order = [("taskpool.ready_at", 1)]
-        rows = self._rows(due, now, fields=_READ_SHORT, sort=order, limit=PROMOTE_TASKS)
-        good = [row.id for row in rows if row.state != "failed"]
-        if good:
-            due.update(_named(good))
-            change = {"taskpool.state": "ready", "taskpool.promoter": owner}
-            self._tasks.update_many(due, {"$set": change})
-        return [row for row in rows if row.state == "failed"]
+    def turn(
+        self, owner: str, outcomes: Sequence[Outcome], types: Mapping[str, float], room: float,
+        most: int, now: int, until: int = NEVER, eager: bool = False,
+    ) -> Turn:  # fmt: skip
+        """As Store.turn(), in few commands: a look is taken where nothing ended or was added,
+        and at least every other second. What the last look saw is known until the next."""
+        led = self.settle(owner, outcomes, now) if outcomes else []
+        room, changed = room if types else 0.0, bool(outcomes or eager)
+        try:
+            rows = self._change(self._follow, owner, types, room, most, now, until, changed)
+            if eager and room > 0 and not rows and most:
+                self.next_due(owner, types, most, now, until)
+        except StoreError:
+            if not outcomes:
+                raise
+            return Turn(led, [], [now])  # What is settled counts. The rest is asked again.
+        return Turn(led, rows, self._due(owner, types, most, now, until))
 
-    def _take(
-        self, owner: str, where: Any, shares: Mapping[str, float], limit: float, now: int
-    ) -> tuple[list[str], list[Row]]:
-        """ready -> running for what fits: the ids, some of which others may have got. And the
-        Rows that have become `failed`."""
-        mine = {"taskpool.state": "running", "taskpool.owner": owner}
-        mine.update({"taskpool.ready_at": now, "onGoing": True})  # type: ignore[dict-item]
-        take = {"$set": mine, "$inc": {"taskpool.claim": 1, "taskpool.attempt": 1}}
-        least, most = min(shares.values()), max(shares.values())
-        if max(most, 1.0) <= limit + 1e-9 < 2 * least:  # One, whichever is the first.
-            only = {"taskpool.id": 1}
-            try:
-                first = self._tasks.find_one_and_update(where, take, only, sort=_RANK)
-                return [first["taskpool"].get("id")] if first else [], []
-            except Exception as error:
-                if getattr(error, "code", None) not in _REFUSED:
-                    raise
-        count = math.ceil(limit / least)
-        rows = self._rows(where, now, fields=_READ_SHORT, sort=_RANK, limit=count)
-        chosen: list[str] = []
-        for row in rows:
-            if row.state == "failed":
-                continue
-            cost = 1.0 if row.interrupted else shares[row.task_type]
-            if cost > limit + 1e-9 or (row.interrupted and chosen):
-                break
-            limit -= cost
-            chosen.append(row.id)
-            if row.interrupted:
-                break
-        if chosen:
-            self._tasks.update_many({**_named(chosen), "taskpool.state": "ready"}, take)
-        return chosen, [row for row in rows if row.state == "failed"]
+    def _follow(
+        self, owner: str, types: Mapping[str, float], room: float, most: int, now: int, until: int,
+        changed: bool,
+    ) -> list[Row]:  # fmt: skip
+        """Look, if it is time, and claim, if there is something. *changed*: perhaps there is."""
+        claims, asked = self._claims[owner], changed and room > 0
+        late = _is_over(claims.looked_at, 1.5 * WATCH_SECONDS, now)
+        if most and (late or not asked or any(row.ready_at <= now for row in claims.later)):
+            self._look(owner, list(types), most, now, until)
+            asked = claims.ready > 0
+        # Dates can hide what is ready from a look, if a clock was set back.
+        if room > 0 and (asked or _is_over(claims.claimed_at, RENEW_SECONDS, now)):
+            return self._claim_ready(owner, types, room, now, until)
+        return []
 
-    def _give_back_unknown(self, owner: str, now: int) -> None:
+    def _claim_ready(
+        self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int
+    ) -> list[Row]:
+        """claim() of what is ready. One command claims one task, whichever is the first: it
+        goes before where that was all at the last time."""
+        claims, rows = self._claims[owner], []
+        claims.claimed_at, claims.joined = now, False
+        was_in_doubt, claims.in_doubt = claims.in_doubt, True
+        least, most = min(costs.values()), max(*costs.values(), 1.0)
+        more = True
+        if most <= limit + 1e-9 and (claims.few or limit + 1e-9 < 2 * least):
+            where = self._claimable(owner, costs, now, until)
+            with contextlib.suppress(_Raced):  # There is one that cannot be run.
+                rows = self._start(owner, where, now, True)
+                claims.ready = max(claims.ready - 1, 0) if rows else 0
+                limit -= sum(costs[row.task_type] for row in rows)
+                claims.joined = True
+                more = bool(rows) and not rows[0].interrupted and limit + 1e-9 >= least
+        if more:
+            rows += super()._claim(owner, costs, limit, now, until)
+            claims.few = len(rows) < 2
+        claims.rows.update((row.id, row) for row in rows if row.state == "running")
+        claims.in_doubt = was_in_doubt  # All that the server has claimed is known.
+        return rows
+
+    def _claimable(self, owner: str, types: Iterable[str], now: int, until: int) -> dict[str, Any]:
+        claims = self._claims[owner]
+        claims.clock = max(claims.clock, now)  # One set back holds back nothing that was due.
+        where: dict[str, Any] = {
+            "taskpool.state": "ready",
+            "taskpool.lane": {"$in": ["", owner]},
+            "taskType": {"$in": list(types)},
+            "taskpool.promoted_at": {"$not": {"$gt": claims.clock}},  # By a clock ahead. (P6)
+        }
+        if until != NEVER:
+            where["taskpool.due_at"] = {"$lte": until}
+        if any(row.interrupted for row in claims.rows.values()):
+            where["taskpool.interrupted"] = None
+        return where
+
+    def candidates(
+        self, owner: str, types: Iterable[str], most: int, now: int, until: int
+    ) -> Iterable[Row]:
+        claims, where = self._claims[owner], self._claimable(owner, types, now, until)
+        options = {"sort": _RANK, "limit": most, **self._documents.by("taskpool_ready")}
+        rows = self._documents.rows(where, now, _READ_SHORT, **options)
+        claims.ready = len(rows)
+        if claims.joined:  # A task that was interrupted is taken alone.
+            return itertools.takewhile(lambda row: not row.interrupted, rows)
+        return rows
+
+    def take(self, rows: Sequence[Row], owner: str, now: int) -> list[Row]:
+        where = {"taskpool.state": "ready", **_named(row.id for row in rows)}
+        taken = self._start(owner, where, now, len(rows) == 1)
+        self._claims[owner].ready -= len(taken)
+        return taken
+
+    def _start(self, owner: str, where: dict[str, Any], now: int, one: bool) -> list[Row]:
+        """ready -> running for what *where* selects, or for the first of it. Returns the Rows
+        as they are then; those that cannot be run have become `failed`."""
+        held = {**where, **_held_by(owner)}
+        mine = {**_held_by(owner), "taskpool.ready_at": now, "onGoing": True}
+        update = {"$set": mine, "$inc": {"taskpool.claim": 1, "taskpool.attempt": 1}}
+        options = {} if "taskpool.id" in where else self._documents.by("taskpool_ready")
+        try:
+            if one:
+                found = self._tasks.find_one_and_update(
+                    where, update, _READ, sort=_RANK, return_document=True, **options
+                )
+                rows = [_row_of(found, found["taskpool"])] if found else []
+            else:  # Read after the write: what others changed until then counts.
+                self._tasks.update_many(where, update)
+                rows = self._documents.rows(held, now, sort=_RANK)
+        except Exception as error:
+            if getattr(error, "code", None) in _REFUSED:
+                raise _Raced from error
+            _undecodable(error)
+            known = {row.id: row.claim for row in self._claims[owner].rows.values()}
+            rows = self._documents.rows(held, now)
+            rows = [row for row in rows if known.get(row.id) != row.claim]
+        return self._sound(rows)
+
+    def _sound(self, rows: list[Row]) -> list[Row]:
+        """These Rows, of which those that cannot be run become `failed`."""
+        after = [checked(lambda row: row, row) or row for row in rows]
+        self.write_all([(row, new) for row, new in zip(rows, after) if new is not row])
+        return [new if new is row else readable(new) for row, new in zip(rows, after)]
+
+    def _requeue_unknown(self, owner: str, now: int) -> None:
         """running -> ready, for claims that the server made and could not tell us of."""
         claims = self._claims[owner]
         known = {(row.id, row.claim) for row in claims.rows.values()}
-        held = self._find(_held_by(owner), {"taskpool.id": 1, "taskpool.claim": 1})
-        ours = [d["taskpool"] for d in held if isinstance(d.get("taskpool"), Mapping)]
-        ids = [o.get("id") for o in ours if (o.get("id"), o.get("claim")) not in known]
+        held = self._documents.rows(_held_by(owner), now, _READ_SHORT)
+        ids = [row.id for row in held if (row.id, row.claim) not in known]
         if ids:
-            rows = self._rows({**_named(ids), **_held_by(owner)}, now)
-            self._give_back(rows, requeued, now)
+            rows = self._documents.rows({**_named(ids), **_held_by(owner)}, now)
+            self.write_all([(row, checked(requeued, row, now)) for row in rows])
         claims.in_doubt = False
 
-    def _give_back(
-        self, rows: list[Row], after: Callable[[Row, int], Row | None], now: int
-    ) -> list[tuple[Row | None, bool | None]]:
-        """What follows each Row by that policy, and whether it was written (None: perhaps)."""
-        running = [row for row in rows if row.state == "running"]
-        pairs = [(row, after(row, now)) for row in running]
-        hits = self._replace(pairs)
-        ended = [(row, True) for row in rows if row.state != "running"]  # In quarantine.
-        return [*((row, hit) for (_, row), hit in zip(pairs, hits)), *ended]
+    def held_by(self, owner: str, outcomes: Sequence[Outcome] | None = None) -> list[Row]:
+        if outcomes is None:
+            return self._documents.rows(_held_by(owner))
+        known = self._claims[owner].rows
+        sure = {(row.id, row.claim) for row in known.values() if row.state == "running"}
+        ids = [outcome.id for outcome in outcomes if outcome[:2] not in sure]
+        rows = self._documents.rows({**_named(ids), **_held_by(owner)}) if ids else []
+        known.update((row.id, row) for row in rows)
+        return [known[o.id] for o in outcomes if o.id in known]
 
-    def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
-        with self._lock, self._errors():
-            claims = self._claims[owner]
-            earlier = {o[:2]: claims.told[o[:2]] for o in outcomes if o[:2] in claims.told}
-            # By id and claim. In most cases one bulk_write() answers for all.
-            answers = {end: held for end, held in earlier.items() if held is not None}
-            todo = [_fitting(outcome) for outcome in outcomes if outcome[:2] not in answers]
-            rows = {o.id: claims.rows[o.id] for o in todo if o.id in claims.rows}
-            unknown = [outcome.id for outcome in todo if outcome.id not in rows]
-            if unknown:
-                where = {**_named(unknown), **_held_by(owner)}
-                rows.update((row.id, row) for row in self._rows(where, now))
-            for attempt in itertools.count():
-                todo = [o for o in todo if o.id in rows and rows[o.id].claim == o.claim]
-                if not todo:
-                    break
-                if attempt == TRIES:
-                    raise StoreError(f"{self._name}: others change {todo[0].id!r} all the time")
-                claims.told.update((o[:2], None) for o in todo)
-                pairs = []
-                for outcome in todo:
-                    row = rows[outcome.id]
-                    pairs.append((row, after_run(row, outcome, now)))
-                    rows[outcome.id] = pairs[-1][1] or row  # Its run may go on.
-                hits = self._replace(pairs)
-                there: dict[str, Row] = {}
-                if not all(hits):
-                    there = {r.id: r for r in self._rows(_named(o.id for o in todo), now)}
-                again = []
-                for outcome, hit, (row, following) in zip(todo, hits, pairs):
-                    found = there.get(outcome.id)
-                    if found is not None and is_held(found, owner, outcome) and not hit:
-                        again.append(outcome)  # It got a successor, or was removed.
-                        continue
-                    # If an earlier try may have recorded it, it did: unless the task was
-                    # recovered. (Not seen if that run has ended as well.)
-                    perhaps = hit is None or (not hit and outcome[:2] in earlier)
-                    mine = found is None or found.interrupted <= row.interrupted
-                    done = bool(hit) or (perhaps and mine)
-                    answers[outcome[:2]] = led_to(row, following, outcome) if done else ""
-                rows.update(there)
-                todo = again
-            for outcome in outcomes:
-                claims.told.pop(outcome[:2], None)
-                if outcome.id in claims.rows and claims.rows[outcome.id].claim == outcome.claim:
-                    del claims.rows[outcome.id]
-                if outcome.id in rows and is_held(rows[outcome.id], owner, outcome):
-                    claims.rows[outcome.id] = rows[outcome.id]
-            led = [answers.get(outcome[:2], "") for outcome in outcomes]
-            if self._telling is not None:
-                self._telling += [(claims, o[:2], was) for o, was in zip(outcomes, led)]
-            return led
+    def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
+        claims = self._claims[owner]
+        try:
+            led = super()._settle(owner, list(map(_fitting, outcomes)), now)
+        except BaseException:
+            claims.unsure.update(outcome[:2] for outcome in outcomes)
+            raise
+        claims.unsure.difference_update(outcome[:2] for outcome in outcomes)
+        for (task_id, claim, *_), became in zip(outcomes, led):
+            row = claims.rows.get(task_id)
+            if row is not None and row.claim == claim and became != "running":
+                del claims.rows[task_id]
+        return led
 
-    def renew(self, owner: str, now: int) -> None:
-        with self._lock, self._errors():
-            # Any value that is new. A counter could begin again where an observer left it.
-            beat = {"$set": {"beat": os.urandom(8).hex()}}
-            self._masters.update_one({"_id": owner}, beat, upsert=True)
-            done = {"taskpool.state": "done", "taskpool.expires_at": {"$lte": now}}
-            self._tasks.delete_many(done)
-            self._give_back_unknown(owner, now)
+    # ---- Masters
+
+    def heartbeat(self, owner: str) -> None:
+        # Any value that is new. A counter could begin again where an observer left it.
+        beat = {"$set": {"beat": os.urandom(8).hex()}}
+        self._masters.update_one({"_id": owner}, beat, upsert=True)
+
+    def heartbeats(self) -> dict[str, Any]:
+        with self._documents.errors():
+            masters = {m["_id"]: m.get("beat") for m in self._masters.find(_MASTER, {"beat": 1})}
+        self._heard = list(masters)
+        return {**dict.fromkeys(self._holders), **masters}
 
     def owners(self) -> list[str]:
-        with self._errors():
-            return [master["_id"] for master in self._masters.find(_MASTER, {"_id": 1})]
+        if self._heard is None:
+            with self._documents.errors():
+                return [master["_id"] for master in self._masters.find(_MASTER, {"_id": 1})]
+        return self._heard
+
+    def _renew(self, owner: str, now: int) -> None:
+        super()._renew(owner, now)
+        self._requeue_unknown(owner, now)
 
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
-        ended: list[Row] = []
-        with self._lock, self._errors():
-            # As _OWNERS says: who is not among the masters counts as a silent one.
-            holders = self._tasks.distinct("taskpool.owner", _held_by({"$gt": ""}))
-            beats = dict.fromkeys([*holders, *self._tasks.distinct(*_LANES)])
-            masters = self._masters.find(_MASTER, {"beat": 1})
-            beats.update((master["_id"], master.get("beat")) for master in masters)
-            beats.pop(owner, None)
-            for other in _dead_owners(beats, self._seen[owner], seconds):
-                # Claims of later than this are those of a living master.
-                rows = self._rows(_held_by(other), now)
-                same = {"_id": other, "beat": beats[other]}
-                if beats[other] is not None and not list(self._masters.find(same, {"_id": 1})):
-                    continue  # It has renewed.
-                for row, hit in self._give_back(rows, after_interruption, now):
-                    if hit is not False and row is not None and row.state == "failed":
-                        ended.append(row)
-                self._open_lane(other)
-                self._masters.delete_one(same)
-        return ended
+        claims = self._claims[owner]
+        if not claims.holders_at < seconds < claims.holders_at + LEASE_SECONDS / 6:
+            with self._documents.errors():  # Who died before its first heartbeat.
+                holders = self._tasks.distinct("taskpool.owner", _held_by({"$gt": ""}))
+                reserved = {**_RESERVED, "taskpool.lane": {"$gt": ""}}
+                holders += self._tasks.distinct("taskpool.lane", reserved)
+            self._holders, claims.holders_at = set(holders), seconds
+        return super().recover(owner, seconds, now)
 
-    def _open_lane(self, owner: str) -> None:
-        where = {**_LANES[1], "taskpool.lane": owner}
+    def forget(self, owner: str) -> None:
+        self._masters.delete_one({"_id": owner})
+        self._holders.discard(owner)
+        self._claims.pop(owner, None)
+        self._heard = None  # Perhaps nobody here looks for masters any more.
+
+    def open_lanes(self, owner: str) -> None:
+        where = {**_RESERVED, "taskpool.lane": owner}
         self._tasks.update_many(where, {"$set": {"taskpool.lane": ""}})
 
-    def leave(self, owner: str, now: int) -> None:
-        with self._lock, self._errors():
-            for _ in range(TRIES):  # What was changed in between is held still.
-                rows = self._rows(_held_by(owner), now)
-                if not rows:
-                    break
-                self._give_back(rows, requeued, now)
-            self._open_lane(owner)
-            self._masters.delete_one({"_id": owner})
-            self._claims.pop(owner, None)
-            self._seen.pop(owner, None)
+    def expire(self, now: int) -> None:
+        done = {"taskpool.state": "done", "taskpool.expires_at": {"$lte": now}}
+        self._tasks.delete_many(done)
 
     # ---- Looking and changing
 
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
     ) -> list[int]:
-        where: dict[str, Any] = {"taskpool.lane": {"$in": ["", owner]}}
-        where["taskType"] = {"$in": list(types)}
-        if until != NEVER:
-            where["taskpool.due_at"] = {"$lte": until}
-        with self._errors():
-            self._adopt(now, _ADOPTED_AT_ONCE)
-            ready = {"taskpool.state": "ready", **where, **_due_here(owner, now)}
-            due = [now] * len(self._find(ready, {"_id": 1}, limit=limit))
-            if len(due) < limit:
-                elsewhere = {"taskpool.state": "ready", **where, "taskpool.ready_at": {"$gt": now}}
-                later = {"$or": [{"taskpool.state": "scheduled", **where}, elsewhere]}
-                order = [("taskpool.ready_at", 1)]
-                # What is no instant is never due: it is found here.
-                rows = self._rows(later, now, fields=_READ_SHORT, sort=order, limit=limit)
-                due += [row.ready_at for row in rows if row.state != "failed"]
-        return sorted(due)[:limit]
+        with self.transaction():
+            types = list(types)
+            self._look(owner, types, limit, now, until)
+            return self._due(owner, types, limit, now, until)
+
+    def _due(
+        self, owner: str, types: Iterable[str], most: int, now: int, until: int
+    ) -> list[int]:
+        claims, places = self._claims[owner], {*itertools.product(types, ("", owner))}
+        later = [row for row in claims.later if (row.task_type, row.lane) in places]
+        dates = [row.ready_at for row in later if row.due_at <= until]
+        return sorted([now] * min(claims.ready, most) + dates)[:most]
+
+    def _look(self, owner: str, types: list[str], most: int, now: int, until: int) -> None:
+        """Find out what can start, now and later: at least the first *most*."""
+        claims = self._claims[owner]
+        claims.clock = max(claims.clock, now)
+        claims.later.clear()
+        rows = self._waiting([None, "ready", "scheduled"], owner, types, most, now, until)
+        ready = [row for row in rows if row.state == "ready"]
+        if len(rows) >= most and ready:  # They can hide what came due after them.
+            rows = ready + self._waiting(["scheduled"], owner, types, most, now, until)
+        dates = [claims.clock if row.state == "ready" else now for row in rows]
+        later = [row for row, date in zip(rows, dates) if row.ready_at > date]
+        claims.ready, claims.looked_at = len(rows) - len(later), now
+        claims.later += later
+
+    def _waiting(
+        self, states: list[Any], owner: str, types: list[str], most: int, now: int, until: int
+    ) -> list[Row]:
+        """The Rows of these states, by their dates: for each piece of *types* the first. New
+        documents (state None) have become tasks, and what is due is ready."""
+        if self._claims[owner].in_doubt:
+            self._requeue_unknown(owner, now)
+        rows: list[Row] = []
+        for start in range(0, len(types), _TYPES_AT_ONCE):
+            where: dict[str, Any] = {
+                "taskpool.state": {"$in": states},
+                "taskpool.lane": {"$in": [None, "", owner]},
+                "taskType": {"$in": types[start : start + _TYPES_AT_ONCE]},
+            }
+            if until != NEVER:
+                where["taskpool.due_at"] = {"$not": {"$gt": until}}
+            options = {"sort": _BY_DATE, **self._documents.by("taskpool_scheduled")}
+            found = self._documents.rows(where, now, _READ_SHORT, limit=most, **options)
+            # What has no date is never due. All else that cannot be run fails in claim().
+            self._sound([row for row in found if type(row.ready_at) is not int])
+            found = [row for row in found if type(row.ready_at) is int]
+            if any(row.state == "scheduled" and row.ready_at <= now for row in found):
+                where.update({"taskpool.state": "scheduled", "taskpool.ready_at": {"$lte": now}})
+                due = self._documents.rows(where, now, _READ_SHORT, limit=PROMOTE_TASKS, **options)
+                change = {"taskpool.state": "ready", "taskpool.promoted_at": now}
+                where.update(_named(row.id for row in due))
+                self._tasks.update_many(where, {"$set": change})
+            rows += found
+        return rows
 
     def foreign(self, types: Iterable[str], now: int) -> list[str]:
         other = {"taskpool.lane": "", "taskType": {"$nin": list(types), "$gt": ""}}
-        with self._errors():
-            ready = {"taskpool.state": "ready", **other}
-            due = {"taskpool.state": "scheduled", **other, "taskpool.ready_at": {"$lte": now}}
+        ready = {"taskpool.state": "ready", **other}
+        due = {"taskpool.state": "scheduled", **other, "taskpool.ready_at": {"$lte": now}}
+        with self._documents.errors():
+            self._documents.adopt(now)
             found = [self._tasks.distinct("taskType", where) for where in (ready, due)]
             return sorted({name for names in found for name in names if type(name) is str})
 
-    def _where(self, query: Query, now: int) -> dict[str, Any]:
-        """The selector of *query*."""
-        self._adopt(now)
-        due = {"$lte" if query.due else "$gt": now}
-        terms: list[Any] = [{"taskpool.state": {"$gt": ""}}]
-        if query.until != NEVER:
-            terms.append({"taskpool.due_at": {"$lte": query.until}})
-        if query.ids is not None:
-            terms.append(_named(query.ids))
-        if query.types is not None:
-            terms.append({"taskType": {"$in": list(query.types)}})
-        if query.states is not None:
-            states = [s for s in query.states if s != "waiting"]
-            states += ["ready", "scheduled"] * ("waiting" in query.states)
-            terms.append({"taskpool.state": {"$in": states}})
-        if query.created_at is not None:
-            terms.append({"taskpool.created_at": query.created_at})
-        if query.due is not None:
-            could_run = [{"taskpool.state": "ready"}] * query.due
-            later = {"taskpool.state": "scheduled", "taskpool.ready_at": due}
-            terms.append({"$or": [later, *could_run]})
-        return {"$and": terms}
-
-    def find(self, query: Query, now: int) -> list[Row]:
-        options: dict[str, Any] = {"sort": _RANK[1:], "skip": query.offset}
-        with self._errors():
-            where = self._where(query, now)
-            if query.limit == 0:
-                return []  # For MongoDB this is no limit.
-            found = (_row_of(d, now) for d in self._find(where, **options, limit=query.limit or 0))
-            return [row if problem else _readable(row[:-1]) for row, problem in found]
+    def rows(self, query: Query, now: int) -> list[Row]:
+        options = {"sort": _RANK[1:], "skip": query.offset, "limit": query.limit or 0}
+        where = _selector(query, now)
+        if query.limit == 0:
+            return []  # For MongoDB this is no limit.
+        with self._documents.errors():
+            if query.ids is None:
+                self._documents.adopt(now)
+            rows = self._documents.rows(where, now, **options)
+            # Who waits for a task looks often, and finds it but for the last time.
+            missed = query.ids is not None and len(rows) < len(set(query.ids))
+            if missed and self._documents.adopt(now):
+                rows = self._documents.rows(where, now, **options)
+            return rows
 
     def count(self, query: Query, now: int) -> int:
-        with self._errors():
-            return cast(int, self._tasks.count_documents(self._where(query, now)))
+        with self._documents.errors():
+            self._documents.adopt(now)
+            return cast(int, self._tasks.count_documents(_selector(query, now)))
 
     def remove(self, query: Query, now: int) -> int:
-        with self._errors():
+        where = _selector(query, now)
+        mark = {"$set": {"taskpool.removed": 1}, "$unset": {"taskpool.successor": ""}}
+        idle = {"taskpool.state": {"$ne": "running"}, "taskpool.removed": 1, **where}
+        with self._documents.errors():
+            self._documents.adopt(now)
             # All are marked at first: one that is claimed meanwhile has the mark in its run.
-            where = self._where(query, now)
-            mark = {"$set": {"taskpool.removed": 1}, "$unset": {"taskpool.successor": ""}}
             removed = cast(int, self._tasks.update_many(where, mark).matched_count)
-            idle = {"taskpool.state": {"$ne": "running"}, "taskpool.removed": 1, **where}
             self._tasks.delete_many(idle)
             return removed
 
     def retry(self, query: Query, now: int) -> int:
-        with self._errors():
-            where = {"taskpool.state": "failed", **self._where(query, now)}
-            changes = _changes(_FAILED, after_retry(_FAILED, now))
+        where = {"taskpool.state": "failed", **_selector(query, now)}
+        # Also without the mark of a remove() that was killed half way.
+        changes = _changes(_FAILED, after_retry(_FAILED, now)._replace(removed=0))
+        with self._documents.errors():
+            self._documents.adopt(now)
             return cast(int, self._tasks.update_many(where, changes).matched_count)
-
-    def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
-        with self._errors():
-            for _ in range(TRIES):
-                self._adopt(now)
-                found = self._rows(_named([task_id]), now)
-                new = after_update(found[0] if found else None, task_id, changes, now)
-                if self._replace([(found[0], new)])[0]:
-                    return new
-        raise StoreError(f"{self._name}: others change {_shown(task_id)} all the time")
 
 
 @atexit.register

@@ -2420,38 +2420,42 @@ class MongoContract(StoreContract):
     def test_a_document_that_is_unusable_fails_with_the_reason_and_the_others_run(self):
         """CR-08, TT-05."""
         date = datetime(2001, 2, 3)
-        wrong = {
-            "priority": "high", "data": {"when": date}, "taskType": 5, "dueDate": "tomorrow", "createdAt": {"a": 1},
-        }
-        for field, value in wrong.items():
-            self.insert(f"bad {field}", **{field: value})
-        self.insert("bad half", priority=1.5)
-        self.insert("bad nan", data=float("nan"))
+        wrong = [
+            ("priority", "high"), ("data", {"when": date}), ("taskType", 5), ("dueDate", "tomorrow"), ("createdAt", {"a": 1}),
+            ("priority", 1.5), ("data", float("nan")),
+            *[(field, n) for field in ("priority", "createdAt") for n in (1.797e308, -1e300, 2.0**63, float("inf"))],
+        ]
+        for number, (field, value) in enumerate(wrong):
+            self.insert(f"bad {number}", **{field: value})
         self.insert("good")
-        self.add(row("ours", priority=9))
-        self.collection.update_one({"_id": "ours"}, {"$set": {"taskpool.retries": "many"}})
+        ours = {"taskpool.retries": "many"}, {"priority": -1e300}
+        for number, change in enumerate(ours):
+            self.add(row(f"ours {number}", priority=9))
+            self.collection.update_one({"_id": f"ours {number}"}, {"$set": change})
         with self.assertLogs("taskpool", "ERROR") as logs:
             got = self.claim()
-        self.assertEqual([(r.id, r.state) for r in got], [("good", "running"), ("ours", "failed")])
+        states = [("good", "running"), ("ours 0", "failed"), ("ours 1", "failed")]
+        self.assertEqual([(r.id, r.state) for r in got], states)
         self.assertIn("column retries holds 'many'", got[1].error)
-        self.assertEqual(len(logs.output), 7)
+        self.assertEqual(len(logs.output), len(wrong))
         failed = {r.id: r for r in self.store.find(Query(states=["failed"]), NOW)}
-        self.assertEqual(len(failed), 8)
-        for field in wrong:
-            ours = {"dueDate": "due_at", "createdAt": "created_at", "taskType": "task_type"}.get(field, field)
-            self.assertIn(f"column {ours} holds", failed[f"bad {field}"].error)
+        self.assertEqual(len(failed), len(wrong) + 2)
+        for number, (field, _) in enumerate(wrong):
+            column = {"dueDate": "due_at", "createdAt": "created_at", "taskType": "task_type"}.get(field, field)
+            self.assertIn(f"column {column} holds", failed[f"bad {number}"].error)
         self.assertEqual(self.pollable(), set())
-        self.assertEqual(self.raw("bad priority")["priority"], "high")  # Nothing is lost.
-        self.assertEqual(self.raw("bad data")["data"]["when"].replace(tzinfo=None), date)
+        self.assertEqual(self.raw("bad 0")["priority"], "high")  # Nothing is lost.
+        self.assertEqual(self.raw("bad 1")["data"]["when"].replace(tzinfo=None), date)
         self.assertEqual(self.claim(), [])
-        self.store.retry(Query(ids=["bad priority"]), NOW)
-        self.assertEqual([(r.id, r.state) for r in self.claim()], [("bad priority", "failed")])
+        self.store.retry(Query(ids=["bad 0"]), NOW)
+        self.assertEqual([(r.id, r.state) for r in self.claim()], [("bad 0", "failed")])
+        self.assertEqual(self.store.remove(Query(states=["failed"]), NOW), len(failed))
 
     BAD = ("x", -1e300, float("nan"), 2**63 - 1, ["x"], datetime(2001, 2, 3))
 
     def test_whatever_a_document_holds_no_verb_raises_and_the_others_run(self):
         """It becomes `failed` with the reason, and can be found, retried and removed."""
-        fields = ["priority", "data", *(f"taskpool.{name}" for name in (*taskpool._COLUMNS[4:], "json", "seq", "promoter"))]
+        fields = ["priority", "data", *(f"taskpool.{name}" for name in (*taskpool._COLUMNS[4:], "json", "seq", "promoted_at"))]
         for running, field, value in itertools.product((False, True), fields, self.BAD):
             if field == "taskpool.state" or (self.faulty_kind is Faulty and field in ("taskpool.claim", "taskpool.attempt")):
                 continue  # mongomock adds to whatever it finds.
@@ -2473,22 +2477,6 @@ class MongoContract(StoreContract):
                     repr(task), task.created_at, task.due_date, task.result, task.progress, task.repeat
                 self.assertEqual(self.store.remove(Query(types=["x"]), NOW), 2)
             self.collection.delete_many({})
-
-    def test_numbers_that_do_not_fit_fail_their_own_document_only(self):
-        numbers = (1.797e308, -1e300, 2.0**63, float("inf"))
-        for i, number in enumerate(numbers):
-            self.insert(f"priority {i}", priority=number)
-            self.insert(f"createdAt {i}", createdAt=number)
-            self.add(row(f"set {i}", priority=9))
-            self.collection.update_one({"_id": f"set {i}"}, {"$set": {"priority": number}})
-        self.insert("good")
-        with self.assertLogs("taskpool", "ERROR"):
-            got = [r for _ in range(9) for r in self.claim(1)]
-        self.assertEqual([r.id for r in got if r.state == "running"], ["good"])
-        failed = self.store.find(Query(states=["failed"]), NOW)
-        self.assertEqual(len(failed), 12)
-        self.assertTrue(all("holds" in r.error for r in failed))
-        self.assertEqual(self.store.remove(Query(states=["failed"]), NOW), 12)
 
     def test_no_field_of_an_application_is_taken_for_ours(self):
         theirs = {
@@ -2561,6 +2549,14 @@ class MongoContract(StoreContract):
         store, faults = self.faulty()
         faults.before("update_many", lambda: self.store.remove(Query(ids=["b"]), NOW))
         self.assertEqual(store.retry(Query(), NOW), 2)
+        for claimed in self.claim():
+            self.settle(claimed, "failed", error="E")
+        faults.plan("delete_many", OSError("killed"), False)
+        with self.assertRaises(StoreError):
+            store.remove(Query(ids=["a"]), NOW)
+        self.store.retry(Query(), NOW)  # Its run counts: it was not removed.
+        self.settle(self.claim()[0], "failed", error="E")
+        self.assertEqual(self.look("a").state, "failed")
 
     def test_an_index_of_the_application_that_forbids_a_task_is_named(self):
         self.collection.create_index([("taskType", 1)], name="one_of_each", unique=True)
@@ -2568,12 +2564,6 @@ class MongoContract(StoreContract):
         for rows in ([row("b")], [row("c"), row("d")]):
             with self.assertRaisesRegex(StoreError, "one_of_each" if self.TRANSACTIONS else "taskType|Duplicate"):
                 self.add(*rows)
-
-    def test_fields_of_the_application_stay(self):
-        self.insert(mine="kept", data={"a": 1})
-        (claimed,) = self.claim()
-        self.settle(claimed, "failed", error="E")
-        self.assertEqual((self.raw("m")["mine"], self.raw("m")["data"]), ("kept", {"a": 1}))
 
     def test_the_indexes_serve_the_claims_and_are_made_once(self):
         """PF-01, MG-09: a claim reads what is ready, of its types, in order, and nothing else."""
@@ -2587,22 +2577,21 @@ class MongoContract(StoreContract):
             "taskpool_scheduled": [*place, ("taskpool.ready_at", 1)], "taskpool_running": [("taskpool.owner", 1)],
             "taskpool_expires": [("taskpool.expires_at", 1)],
         })
-        recorder = Recorder(self.collection)
-        store = taskpool.MongoStore(recorder)
-        self.add(row("a"), row("b"), row("c", due_date=timedelta(1)))
+        store, faults = self.faulty()
+        self.add(row("a"), row("b"), row("c", due_date=timedelta(1)), row("d", due_date=timedelta(seconds=1)))
         store.claim("me", {"x": 0.1, "y": 1.0}, 1.0, NOW)
-        store.claim("me", ["x"], 1.0, NOW)
-        store.next_due("me", ["x"], 5, NOW)
-        store.claim("you", ["x"], 1.0, NOW)
-        selectors = [a[0] for name, a, _ in recorder.calls if name in ("find", "update_many", "find_one_and_update")]
-        scans = [s for s in selectors if "taskpool.id" not in s and s != {"taskpool.state": None}]
-        self.assertGreater(len(scans), 4)
-        for selector in itertools.chain(*[[s] if "taskpool.state" in s else s["$or"] for s in scans]):
-            self.assertIn(selector["taskpool.state"], ("ready", "scheduled"))
-            self.assertEqual(list(selector)[1:3], ["taskpool.lane", "taskType"])
-        for name, _, options in recorder.calls:
-            if name == "find_one_and_update" or (name == "find" and options.get("sort", [["priority"]])[0][0] == "priority" and "sort" in options):
-                self.assertEqual(options["sort"], rank)
+        store.turn("me", [], {"x": 1.0}, 1.0, 1, NOW + SECOND)
+        store.turn("you", [], {"x": 1.0}, 1.0, 1, NOW, eager=True)
+        scans = [(a[0], o) for name, a, o in faults.calls if "sort" in o and "taskpool.id" not in a[0]]
+        self.assertGreater(len(scans), 5)
+        for selector, options in scans:
+            states = selector["taskpool.state"]
+            self.assertLessEqual({states} if type(states) is str else set(states["$in"]), {None, "ready", "scheduled"})
+            self.assertEqual(list(selector)[:3], [name for name, _ in place])
+            by_date = options["sort"] == [("taskpool.ready_at", 1)]
+            self.assertTrue(by_date or options["sort"] == rank)
+            if self.TRANSACTIONS:  # Both indexes begin so.
+                self.assertEqual(options["hint"], "taskpool_scheduled" if by_date else "taskpool_ready")
 
     def test_a_result_that_no_document_holds_is_not_kept_and_says_so(self):
         self.add(row(keep_result=60))
@@ -2664,6 +2653,10 @@ class MongoContract(StoreContract):
                         break
                     except StoreError:
                         failures += 1
+                        faults.always = OSError("still cut")
+                        with self.assertRaises(StoreError):
+                            store.settle("me", outcomes, NOW)
+                        faults.always = None
                 with self.subTest(method=method, applied=applied):
                     self.assertEqual(failures, not faults.left())
                     self.assertEqual(held, ["done", "done", "failed", "done", "failed", ""])
@@ -2685,50 +2678,45 @@ class MongoContract(StoreContract):
         self.assertEqual(store.settle("me", [Outcome("t", first.claim, "done")], NOW), [""])
         self.assertTrue(self.settle(second, "done", owner="you"))
 
-    def test_an_answer_that_got_lost_is_given_although_the_next_try_breaks_off(self):
-        store, faults = self.faulty()
-        self.add(row("a"), row("b"))
-        outcomes = [Outcome(r.id, r.claim, "done") for r in store.claim("me", ["x"], 2, NOW)]
-        with contextlib.suppress(ZeroDivisionError), store.transaction():
-            self.assertEqual(store.settle("me", outcomes[:1], NOW), ["done"])
-            raise ZeroDivisionError
-        faults.always = OSError("cut")
-        with self.assertRaises(StoreError):
-            store.settle("me", outcomes, NOW)
-        faults.always = None
-        self.assertEqual(store.settle("me", outcomes, NOW), ["done", "done"])
-
-    def test_a_turn_that_fails_after_settle_gives_the_same_answers_again(self):
-        """The master settles and claims in one transaction(), and knows nothing if it fails."""
-        store, faults = self.faulty()
-        self.add(row("a"), row("b"), row("c"))
-        a, b, _ = store.claim("me", ["x"], 3, NOW)
-        outcomes = [Outcome("a", a.claim, "done"), Outcome("b", b.claim + 1, "done"), Outcome("b", b.claim, "ready")]
-        faults.plan("update_many", OSError("cut"), False)
-        for _ in range(2):
-            with contextlib.suppress(StoreError), store.transaction():
-                held = store.settle("me", outcomes, NOW)
-                got = store.claim("me", ["x"], 9, NOW)
-        self.assertEqual(held, ["done", "", "waits"])
-        self.assertEqual([r.id for r in got], ["b"])
-        self.assertEqual(store.settle("me", outcomes[:1] + outcomes[2:], NOW), [""] * 2)
+    def test_a_turn_whose_claim_fails_tells_what_it_settled_and_claims_at_the_next(self):
+        for applied in (False, True):
+            store, faults = self.faulty()
+            self.add(row("a"), row("b"), row("c"))
+            a, b, _ = store.claim("me", ["x"], 3, NOW)
+            outcomes = [Outcome("a", a.claim, "done"), Outcome("b", b.claim + 1, "done"), Outcome("b", b.claim, "ready")]
+            faults.plan("find_one_and_update", OSError("cut"), applied)
+            turn = store.turn("me", outcomes, {"x": 1.0}, 9.0, 4, NOW)
+            self.assertEqual((faults.left(), *turn), (False, ["done", "", "waits"], [], [NOW]))
+            turn = store.turn("me", [], {"x": 1.0}, 9.0, 4, NOW)
+            self.assertEqual([(r.id, r.attempt) for r in turn.rows], [("b", 2)])
+            self.assertFalse(any(store.settle("me", outcomes[::2], NOW)))
+            faults.always = OSError("cut")
+            with self.assertRaises(StoreError):
+                store.turn("me", [Outcome("c", 1, "done")], {"x": 1.0}, 9.0, 4, NOW)
+            faults.always = None
+            self.assertEqual(store.turn("me", [Outcome("c", 1, "done")], {"x": 1.0}, 0.0, 0, NOW).led, ["done"])
+            self.collection.delete_many({})
 
     def test_a_claim_that_was_made_although_the_driver_raised_is_given_back_uncharged(self):
-        for method, limit, types in [
-            ("update_many", 3, ["x"]), ("find", 3, ["x"]), ("find_one_and_update", 1, ["x"]), ("find", 1, ["x"]),
-        ]:
-            for number in range(8):  # Which call of that method fails.
-                store, faults = self.faulty()
-                self.add(*[row(f"{i}") for i in range(3)])
-                store.count(Query(), NOW)
-                faults.plan(method, OSError("cut"), True, skip=number)
-                with self.subTest(method=method, number=number):
-                    rows = []
-                    for _ in range(6):
-                        with contextlib.suppress(StoreError):
-                            rows += store.claim("me", types, limit, NOW)
-                    self.assertEqual([(r.id, r.attempt) for r in rows], [(f"{i}", 1) for i in range(3)])
-                self.collection.delete_many({})
+        def claim(number):
+            return store.claim("me", ["x"], limit, NOW)
+
+        def turn(number):
+            return store.turn("me", [], {"x": 1.0}, float(limit), 9, NOW, eager=number % 2 == 0).rows
+
+        cases = itertools.product((claim, turn), ("update_many", "find", "find_one_and_update"), (1, 3), range(8))
+        for verb, method, limit, number in cases:  # Which call of that method fails.
+            store, faults = self.faulty()
+            self.add(*[row(f"{i}") for i in range(3)])
+            store.count(Query(), NOW)
+            faults.plan(method, OSError("cut"), True, skip=number)
+            with self.subTest(verb=verb.__name__, method=method, limit=limit, number=number):
+                rows = []
+                for number in range(8):
+                    with contextlib.suppress(StoreError):
+                        rows += verb(number)
+                self.assertEqual(sorted((r.id, r.attempt) for r in rows), [(f"{i}", 1) for i in range(3)])
+            self.collection.delete_many({})
 
     def test_a_claim_that_the_server_made_late_is_given_back_at_the_next_renewal(self):
         self.add(row())
@@ -2810,8 +2798,10 @@ class MongoContract(StoreContract):
         self.claim(owner="far")
         for seconds in (0.0, 30.0):
             self.store.recover("me", seconds, NOW)
-        self.add(row("first", priority=2), row("third"))
-        self.assertEqual([[r.id for r in self.claim()] for _ in range(3)], [["first"], ["killer"], ["third"]])
+        for claim in (self.claim, lambda: self.store.turn("me", [], {"x": 1.0}, 9.0, 4, NOW, eager=True).rows):
+            self.add(row("first", priority=2), row("third"))
+            self.assertEqual([[r.id for r in claim()] for _ in range(3)], [["first"], ["killer"], ["third"]])
+            self.store.leave("me", NOW), self.store.remove(Query(ids=["first", "third"]), NOW)
 
     def test_what_changes_between_look_and_claim_counts(self):
         store, faults = self.faulty()
@@ -2828,39 +2818,18 @@ class MongoContract(StoreContract):
         faults.before("update_many", lambda: self.add(row("e")) and self.claim(3, owner="you"))
         self.add(row("d"), row("f"))
         self.assertEqual([r.id for r in store.claim("me", ["x"], 3, NOW)], [])
-        self.add(row("g"), row("h"))
+        self.add(row("g"), row("h"), row("j"))
         taken = []
         faults.before("update_many", lambda: taken.extend(self.claim(1, owner="you")) or self.add(row("i")))
-        got = store.claim("me", ["x"], 1.5, NOW) + store.claim("me", ["x"], 3, NOW)
-        self.assertEqual(sorted(r.id for r in got + taken), ["g", "h", "i"])
-
-
-class Recorder:
-    """A collection that notes what it is asked."""
-
-    def __init__(self, collection):
-        self.collection, self.calls = collection, []
-
-    def __getitem__(self, name):
-        return self.collection[name]
-
-    def __getattr__(self, name):
-        value = getattr(self.collection, name)
-        if not callable(value) or name == "database":
-            return value
-
-        def call(*arguments, **options):
-            self.calls.append((name, arguments, options))
-            return value(*arguments, **options)
-
-        return call
+        got = [r for limit in (1.5, 3, 3) for r in store.claim("me", ["x"], limit, NOW)]
+        self.assertEqual(sorted(r.id for r in got + taken), ["g", "h", "i", "j"])
 
 
 class Faults:
     """What a Faulty collection shall do wrong."""
 
     def __init__(self):
-        self.always, self._plans = None, []
+        self.always, self._plans, self.calls = None, [], []
 
     def plan(self, method, error, applied, skip=0, and_then=None):
         """Have the next call (after *skip*) of *method* raise, before or after the server did it."""
@@ -2906,6 +2875,7 @@ class Faulty:
             return value
 
         def call(*arguments, **options):
+            self._faults.calls.append((name, arguments, options))
             error, applied, action = self._faults.now(name)
             if action:
                 action()
@@ -2942,6 +2912,7 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
     """The MongoDB store keeps the contract, over the wire."""
 
     faulty_kind, TRANSACTIONS = FaultyInBulk, True
+    test_eight_threads = TestSQLiteStore.test_eight_threads_add_and_claim_without_an_error
 
     def setUp(self):
         WithMongo.setUp(self)
@@ -2973,17 +2944,6 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
         self.assertEqual([r.id for r in self.claim(1, owner="early", now=late)], ["1"])
         self.assertEqual([r.id for r in self.claim(1, owner="late", now=early)], ["2"])
 
-    def test_another_process_sees_what_was_stored(self):
-        self.add(row("a"), row("b", data={"n": [1, 2.0]}))
-        script = """
-            import sys, pymongo, taskpool
-            collection = pymongo.MongoClient(sys.argv[1]).test[sys.argv[2]]
-            for row in taskpool.MongoStore(collection).find(taskpool.Query(), 0):
-                print(row.id, row.data)
-        """
-        out = self.run_script(script, self.uri(), self.collection.name)
-        self.assertEqual(out, 'a {}\nb {"n":[1,2.0]}\n')
-
     def test_dates_are_the_same_with_every_kind_of_client(self):
         """MG-05, MG-04: tz_aware or not, in whatever zone."""
         east = timezone(timedelta(hours=9))
@@ -2998,25 +2958,6 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
             found = {r.id: (r.created_at, r.due_at) for r in store.find(Query(), NOW)}
             self.assertEqual(found, {"m": (NOW, NOW + SECOND), "t": (NOW, NOW + 3600 * SECOND)})
             store.remove(Query(), NOW)
-
-    def test_what_cannot_be_decoded_fails_with_the_reason_and_hides_nothing(self):
-        """JavaScript has dates after the year 9999, which Python has not."""
-        from bson.datetime_ms import DatetimeMS
-
-        never = DatetimeMS(8_640_000_000_000_000)
-        self.insert("late", dueDate=never)
-        self.insert("inside", data={"when": never})
-        self.insert("good")
-        with self.assertLogs("taskpool", "ERROR") as logs:
-            self.assertEqual([r.id for r in self.claim()], ["good"])
-        self.assertEqual(len(logs.output), 2)
-        failed = self.store.find(Query(states=["failed"]), NOW)
-        self.assertEqual({r.id for r in failed}, {"late", "inside"})
-        for found in failed:
-            self.assertIn("out of range", found.error)
-        self.store.retry(Query(ids=["inside"]), NOW)
-        self.assertEqual([(r.id, r.state) for r in self.claim()], [("inside", "failed")])
-        self.assertEqual(self.store.remove(Query(states=["failed"]), NOW), 2)
 
     def test_a_date_that_cannot_be_decoded_in_any_field_is_in_nobodys_way(self):
         """Nested too, and before and after the document was looked at."""
@@ -3041,25 +2982,58 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
         self.assertEqual([r.state for r in self.claim()], ["failed"])
         self.assertEqual(self.store.remove(Query(states=["failed", "waiting"]), NOW), len(failed) + 1)
 
-    def test_many_tasks_cost_few_round_trips(self):
-        self.add(*[row(str(i)) for i in range(200)])
-        recorder = Recorder(self.collection)
-        recorder_kind = type("Recorded", (Recorder,), {"__module__": "pymongo.collection"})
-        recorder.__class__ = recorder_kind
-        store = taskpool.MongoStore(recorder)
-        store.count(Query(), NOW)
-        recorder.calls.clear()
-        rows = store.claim("me", {"x": 0.01}, 2.0, NOW)
-        self.assertEqual(([r.id for r in rows], len(recorder.calls)), ([str(i) for i in range(200)], 5))
-        recorder.calls.clear()
-        self.assertEqual(store.settle("me", [Outcome(r.id, r.claim, "done") for r in rows], NOW), ["done"] * 200)
-        self.assertEqual([name for name, _, _ in recorder.calls], ["bulk_write"])
+    def counted(self, **options):
+        """A store, and a function that tells which commands it has sent since the last time."""
+        events = []
+
+        class Listener(pymongo.monitoring.CommandListener):
+            started = lambda self, event: events.append(event)  # noqa: E731
+            succeeded = failed = lambda self, event: None
+
+        client = self.server.client(event_listeners=[Listener()], **options)
+        self.addCleanup(client.close)
+        store = taskpool.MongoStore(client.test[self.collection.name])
+        store.count(Query(), NOW)  # The indexes are there.
+        events.clear()
+        return store, lambda: [events.pop(0) for _ in list(events)]
+
+    def test_a_task_costs_at_most_five_commands_and_an_idle_master_three_a_second(self):
+        store, commands = self.counted()
+        for types, room in (({"x": 1.0}, 1.0), ({"x": 1.0}, 8.0), ({"x": 0.1, "y": 1.0}, 2.0)):
+            store.turn("me", [], types, room, 4, NOW), commands()
+            store.add([(row(), "raise")], NOW)
+            ((claimed,), _) = store.turn("me", [], types, room, 4, NOW, eager=True)[1:]
+            turn = store.turn("me", [Outcome("t", claimed.claim, "done")], types, room, 4, NOW)
+            self.assertEqual(turn, (["done"], [], []))
+            self.assertLessEqual(len(commands()), 5)
+        store.renew("me", NOW), commands()
+        store.add([(row(f"{i}", due_date=timedelta(1)), "raise") for i in range(9)], NOW), commands()
+        for second in range(60):  # As a master with its refresh_rate.
+            store.turn("me", [], types, room, 4, NOW + second * SECOND)
+            store.recover("me", float(second), NOW + second * SECOND)
+            if second % 10 == 0:
+                store.renew("me", NOW + second * SECOND)
+        store.foreign(["x"], NOW)
+        self.assertLessEqual(len(commands()), 180)
+
+    def test_an_end_and_the_next_start_are_two_commands_for_one_task_and_four_for_many(self):
+        store, commands = self.counted()
+        self.add(*[row(str(i)) for i in range(203)])
+        for types, room, ids, most in [
+            ({"x": 1.0}, 1.0, ["0"], 3), ({"x": 1.0}, 1.0, ["1"], 2), ({"x": 1.0}, 1.0, ["2"], 2),
+            ({"x": 0.01}, 2.0, [str(i) for i in range(3, 203)], 5), ({"x": 0.01}, 2.0, [], 2),
+        ]:
+            outcomes = [Outcome(r.id, r.claim, "done") for r in self.store.find(Query(states=["running"]), NOW)]
+            led, rows, _ = store.turn("me", outcomes, types, room, 2, NOW)
+            self.assertEqual((led, [r.id for r in rows]), (["done"] * len(outcomes), ids))
+            names = [event.command_name for event in commands()]
+            self.assertLessEqual(len(names), most, names)
+
+    def test_to_wait_for_a_task_is_one_command_per_look(self):
+        store, commands = self.counted()
         self.add(row())
-        recorder.calls.clear()
-        (claimed,) = store.claim("me", ["x"], 1.0, NOW)
-        store.settle("me", [Outcome("t", claimed.claim, "done")], NOW)
-        names = [name for name, _, _ in recorder.calls]
-        self.assertEqual(names, ["find", "find", "find_one_and_update", "find", "delete_one"])
+        store.find(Query(ids=["t"]), NOW)
+        self.assertEqual([event.command_name for event in commands()], ["find"])
 
     def test_it_asks_for_acknowledged_writes_and_reads_from_the_primary(self):
         """MG-12: the write concern is the user's, and never weakened."""
@@ -3074,25 +3048,16 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
             if wrong is not None:
                 with self.assertRaisesRegex(TypeError, "pymongo Collection"):
                     taskpool.MongoStore(wrong)
-        told = []
-
-        class Listener(pymongo.monitoring.CommandListener):
-            def started(self, event):
-                if event.command_name in ("insert", "update", "delete", "findAndModify", "commitTransaction"):
-                    told.append(event.command.get("writeConcern", event.command.get("autocommit")))
-
-            succeeded = failed = lambda self, event: None
-
-        client = self.server.client(w="majority", event_listeners=[Listener()])
-        self.addCleanup(client.close)
-        store = taskpool.MongoStore(client.test[self.collection.name])
+        store, commands = self.counted(w="majority")
         store.add([(row("a"), "raise"), (row("b"), "raise")], NOW)
         store.add([(row("c"), "raise")], NOW)
         store.renew("me", NOW)
         rows = store.claim("me", ["x"], 1, NOW) + store.claim("me", ["x"], 5, NOW)
         store.settle("me", [Outcome(r.id, r.claim, "done") for r in rows], NOW)
-        self.assertGreater(len(told), 6)
-        self.assertEqual([c for c in told if c not in ({"w": "majority"}, False)], [])
+        writes = [e.command for e in commands() if e.command_name in ("insert", "update", "delete", "findAndModify", "commitTransaction")]
+        concerns = [command.get("writeConcern", command.get("autocommit")) for command in writes]
+        self.assertGreater(len(concerns), 6)
+        self.assertEqual([c for c in concerns if c not in ({"w": "majority"}, False)], [])
 
     def test_a_server_without_transactions_is_found_out_and_add_tasks_checks_first(self):
         store, faults = self.faulty()
@@ -3113,21 +3078,6 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
             finally:
                 fail_point(self.client, "off")
             self.assertEqual(self.store.count(Query(), NOW), 0)
-
-    def test_eight_threads_add_and_claim_without_an_error(self):
-        def work(number):
-            store, mine = self.open(), []
-            for i in range(15):
-                store.add([(row(f"{number} {i}"), "raise")], NOW)
-                mine += store.claim(f"o{number}", ["x"], 2, NOW)
-            for claimed in mine:
-                self.assertEqual(store.settle(f"o{number}", [Outcome(claimed.id, claimed.claim, "done")], NOW), ["done"])
-            return mine
-
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            got = [r for mine in pool.map(work, range(8)) for r in mine]
-        got += self.claim(1000)
-        self.assertEqual((len(got), len({r.id for r in got})), (120, 120))
 
 
 def fail_point(client, mode, **data):
