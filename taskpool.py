@@ -1633,16 +1633,22 @@ def owner_is_dead(owner: str) -> bool:
     return bool(told_owner(owner)["state"] == "dead")
 
 
-def _wake_owners(owners: Iterable[str]) -> None:
-    """Tell other masters of this machine that there is something new. May be lost."""
-    me = str(os.getpid())
-    places = [owner.split("|") for owner in owners]
-    ports = [int(p[4]) for p in places if len(p) == 5 and p[0] == _here() and p[1] != me]
-    if ports:
-        with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as knock:
-            knock.setblocking(False)
-            for port in ports:
-                knock.sendto(b"!", ("127.0.0.1", port))
+def _ports_of(owners: Iterable[str]) -> list[int]:
+    """Where other masters of this machine hear of new tasks: see _WakeUp."""
+    me, ports = str(os.getpid()), []
+    for owner in owners:
+        parts = owner.split("|")
+        if len(parts) == 5 and parts[1] != me and parts[0] == _here():
+            ports.append(int(parts[4]))
+    return ports
+
+
+def _ring(ports: Iterable[int]) -> None:
+    """Tell the masters there that there is something new. It may be lost."""
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as knock:
+        knock.setblocking(False)
+        for port in ports:
+            knock.sendto(b"!", ("127.0.0.1", port))
 
 
 # --- Stores --------------------------------------------------------------------------
@@ -1748,6 +1754,7 @@ class Store:
     """
 
     in_memory = False
+    atomic = False  # Whether a transaction() that raises undoes what was done in it.
 
     # ---- Primitives that every backend has
 
@@ -1958,6 +1965,8 @@ class Store:
         try:
             return Turn(led, rows, self.next_due(owner, types, most, now, until) if most else [])
         except StoreError:
+            if not (led or rows):
+                raise
             return Turn(led, rows, [now])  # What is recorded and claimed counts.
 
     def _turn(
@@ -1965,7 +1974,12 @@ class Store:
         now: int, until: int,
     ) -> tuple[list[str], list[Row]]:  # fmt: skip
         led = self.settle(owner, outcomes, now) if outcomes else []
-        return led, self.claim(owner, types, room, now, until) if room > 0 else []
+        try:
+            return led, self.claim(owner, types, room, now, until) if room > 0 else []
+        except StoreError:
+            if self.atomic or not led:
+                raise
+            return led, []  # What is settled counts. The rest is asked again.
 
     def renew(self, owner: str, now: int) -> None:
         """Tell observers that *owner* lives; also removes `done` rows that expired."""
@@ -2293,7 +2307,7 @@ CREATE TABLE IF NOT EXISTS taskpool_task (
     attempt INTEGER NOT NULL, claim INTEGER NOT NULL, owner TEXT NOT NULL,
     interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
     removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT);
--- For _READY and _STARTABLE: what can be claimed, in order.
+-- For _READY, _STARTABLE, _OPEN_LANE: what can be claimed, in order.
 CREATE INDEX IF NOT EXISTS taskpool_ready
 ON taskpool_task (lane, task_type, priority DESC, created_at) WHERE state = 'ready';
 -- For _PROMOTE and _NEXT_DUE: rows that are not due are never in the way of others.
@@ -2302,8 +2316,6 @@ ON taskpool_task (lane, task_type, ready_at) WHERE state = 'scheduled';
 -- For _HELD_BY, _OWNERS, _READY.
 CREATE INDEX IF NOT EXISTS taskpool_running
 ON taskpool_task (owner, interrupted) WHERE state = 'running';
--- For _OPEN_LANE.
-CREATE INDEX IF NOT EXISTS taskpool_lane ON taskpool_task (lane) WHERE lane > '';
 -- For _EXPIRE.
 CREATE INDEX IF NOT EXISTS taskpool_expires
 ON taskpool_task (expires_at) WHERE expires_at IS NOT NULL;
@@ -2414,14 +2426,18 @@ def _values(name: str, column: str, where: str) -> str:
 # Holders of claims, and owners of lanes, that are not in the table of masters count as
 # silent masters: one may die before its first beat, or add to its lane as it leaves.
 _OWNERS = f"""
-WITH RECURSIVE {_values("lane_owner", "lane", "lane > ''")}
+WITH RECURSIVE {_values("ready", "lane", "state = 'ready' AND lane > ''")},
+    {_values("scheduled", "lane", "state = 'scheduled' AND lane > ''")}
 SELECT owner, beat FROM taskpool_master
 UNION SELECT owner, -1 FROM (
     SELECT owner FROM taskpool_task WHERE state = 'running'
-    UNION SELECT v FROM lane_owner WHERE v IS NOT NULL)
-WHERE owner NOT IN (SELECT owner FROM taskpool_master)
+    UNION SELECT v FROM ready UNION SELECT v FROM scheduled)
+WHERE owner IS NOT NULL AND owner NOT IN (SELECT owner FROM taskpool_master)
 """
-_OPEN_LANE = f"UPDATE taskpool_task SET lane = '' WHERE lane > '' AND lane IN {_OWNER}"
+_OPEN_LANE = f"""
+UPDATE taskpool_task SET lane = '' WHERE (state = 'ready' AND lane > '' AND lane IN {_OWNER})
+OR (state = 'scheduled' AND lane > '' AND lane IN {_OWNER})
+"""
 _EXPIRE = """
 DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ? AND state = 'done'
 """
@@ -2717,6 +2733,8 @@ class SQLiteStore(Store):
     Writers take turns by SQLite's lock, for which a call waits up to 30 s. Raises
     StoreError, with the path, for whatever SQLite reports.
     """
+
+    atomic = True
 
     def __init__(
         self, path: str | os.PathLike[str], *, synchronous: str = "NORMAL", _looking: bool = False
@@ -3190,16 +3208,11 @@ def _fields_of(row: Row) -> dict[str, Any]:
     return fields
 
 
-def _ours(fields: Mapping[str, Any], seq: int) -> dict[str, Any]:
-    """The sub-document with those of the fields that belong in it."""
-    named = ((name.partition(".")[2], value) for name, value in fields.items())
-    return {"seq": seq, **{name: value for name, value in named if name}}
-
-
-def _document_of(row: Row, seq: int) -> dict[str, Any]:
-    fields = {**_fields_of(row), **_data_fields(row.data)}
+def _nested(fields: Mapping[str, Any], seq: int) -> dict[str, Any]:
+    """These fields as a new document has them. *seq* breaks ties in the order of claims."""
+    ours = {name.partition(".")[2]: value for name, value in fields.items() if "." in name}
     top = {name: value for name, value in fields.items() if "." not in name}
-    return {"_id": row.id, **top, "taskpool": _ours(fields, seq)}
+    return {**top, "taskpool": {"seq": seq, **ours}}
 
 
 def _changes(old: Row, new: Row) -> dict[str, Any]:
@@ -3450,9 +3463,8 @@ class _Documents:
                 if isinstance(document["_id"], _Undecodable):
                     continue
                 row, before = _adopted(document, now), document.get("taskpool")
-                fields = _fields_of(row)
-                put = {name: fields[name] for name in ("onGoing", "dueDate")}
-                put["taskpool"] = _ours(fields, next(self._insertions))
+                fields = _nested(_fields_of(row), next(self._insertions))
+                put = {name: fields[name] for name in ("onGoing", "dueDate", "taskpool")}
                 if row.state == "failed":
                     text = "%s: the task %s cannot be run: %s"
                     _log.error(text, self.name, row.id, row.error)
@@ -3499,7 +3511,10 @@ class _Documents:
                 options = {"session": session}
             if not all(self.replace([(old, new) for old, new in pairs if old], **options)):
                 raise _Raced
-            fresh = [_document_of(n, next(self._insertions)) for old, n in pairs if not old]
+            fresh = []
+            for row in (new for old, new in pairs if old is None):
+                fields = {"_id": row.id, **_fields_of(row), **_data_fields(row.data)}
+                fresh.append(_nested(fields, next(self._insertions)))
             if fresh:
                 self._collection.insert_many(fresh, **options)
 
@@ -3782,7 +3797,8 @@ class MongoStore(Store):
 
     def held_by(self, owner: str, outcomes: Sequence[Outcome] | None = None) -> list[Row]:
         if outcomes is None:
-            return self._documents.rows(_held_by(owner))
+            with self._documents.errors():
+                return self._documents.rows(_held_by(owner))
         known = self._claims[owner].rows
         sure = {(row.id, row.claim) for row in known.values() if row.state == "running"}
         ids = [outcome.id for outcome in outcomes if outcome[:2] not in sure]
@@ -4660,9 +4676,9 @@ class TaskQueue(_Tasks):
         self._store = store if isinstance(store, Store) else SQLiteStore(store)
         self.clock = time.time
         self.in_memory = InMemoryTasks(self)
-        self._watchers: tuple[Any, ...] = ()  # Running clusters: have _queue_changed().
+        self._watchers: tuple[Any, ...] = ()  # Engines of clusters that run: have queue_changed().
         self._listeners: dict[str, Listener] = {}
-        self._owners: list[str] = []  # Masters to wake, as of when we looked last.
+        self._ports: list[int] = []  # Of other masters, as of when we looked last.
         self._next_owners = self._next_knock = 0.0  # Monotonic.
 
     def __enter__(self) -> TaskQueue:
@@ -4682,7 +4698,7 @@ class TaskQueue(_Tasks):
         if _worker is not None:
             _worker.tell("changed")
         for watcher in self._watchers:
-            watcher._queue_changed(removed, stored)
+            watcher.queue_changed(removed, stored)
 
     def _wake_others(self) -> None:
         """Have the masters in other processes look at the store, so that they need not
@@ -4691,10 +4707,10 @@ class TaskQueue(_Tasks):
         if now >= self._next_owners:
             self._next_owners = now + OWNERS_SECONDS
             with contextlib.suppress(StoreError):
-                self._owners = self._store.owners()
-        if self._owners and now >= self._next_knock:
+                self._ports = _ports_of(self._store.owners())
+        if self._ports and now >= self._next_knock:
             self._next_knock = now + KNOCK_SECONDS
-            _wake_owners(self._owners)
+            _ring(self._ports)
 
     def add_task(
         self,
@@ -4780,9 +4796,6 @@ class TaskQueue(_Tasks):
         row = additions[0][0]
         store = self.in_memory._store if row.in_memory else self._store
         if connection is None:
-            if len(additions) == 1 and not row.in_memory:
-                if any(watcher._add_running(row) for watcher in self._watchers):
-                    return [row]
             rows = store.add(additions, row.created_at)
         elif not isinstance(store, SQLiteStore):
             raise _wrong_value("connection", connection, "None: this task is not stored in SQLite")
@@ -5038,7 +5051,7 @@ def _register(cluster: Cluster, frame: Any) -> _Boot:
     if not _is_master():
         _registered.append(cluster)
         return boot
-    if cluster._start_method == "fork":
+    if cluster._options.start_method == "fork":
         return boot._replace(inherits=True)
     in_main, pickled, entry = place[0] == "__main__", None, None
     with contextlib.suppress(Exception):  # Most lambdas cannot be pickled.
@@ -5460,25 +5473,25 @@ def _worker_main(
 # store, Futures (unpickling and callbacks), the listeners, the broker.
 
 
-class _Calls:
+class _Thread:
     """A daemon thread that makes the calls posted to it, in order.
 
-    Not ThreadPoolExecutor: that takes no calls once the main script has ended, and ours
-    finish the due tasks then.
+    Not ThreadPoolExecutor: that takes no calls once the main script has ended, and a cluster
+    finishes the due tasks then.
     """
 
     def __init__(self, name: str) -> None:
         self._calls: _queues.SimpleQueue[Callable[[], Any] | None] = _queues.SimpleQueue()
         self.post: Callable[[Callable[[], Any]], None] = self._calls.put
-        self._thread = threading.Thread(target=self._work, name=f"taskpool-{name}", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._work, name=f"taskpool-{name}", daemon=True)
+        self.thread.start()
 
     def stop(self) -> None:
         """End the thread after the calls posted so far. Does not wait."""
         self._calls.put(None)
 
     def is_current(self) -> bool:
-        return threading.current_thread() is self._thread
+        return threading.current_thread() is self.thread
 
     def flush(self, timeout: float) -> None:
         """Wait until the calls posted so far were made; never for itself."""
@@ -5487,8 +5500,8 @@ class _Calls:
         done, deadline = threading.Event(), time.monotonic() + timeout
         self._calls.put(done.set)
         while not done.wait(0.02):
-            # Not alive: it was stopped, and made all calls.
-            if not self._thread.is_alive() or time.monotonic() > deadline:
+            # A thread that is not alive was stopped, and has made all calls.
+            if not self.thread.is_alive() or time.monotonic() > deadline:
                 return
 
     def _work(self) -> None:
@@ -5496,7 +5509,7 @@ class _Calls:
             try:
                 call()
             except BaseException:
-                _log.exception("error in the thread %s", self._thread.name)
+                _log.exception("error in the thread %s", self.thread.name)
             del call
 
 
@@ -5510,14 +5523,14 @@ def _disown(end: Any) -> None:
 class _WakeUp:
     """Ends the dispatcher's wait, from any thread: at most one byte is under way.
 
-    The same for other processes that add tasks is `bell`, a datagram socket on loopback.
-    What it says is not read: whoever rings it causes a look at the store, no more.
+    Other processes that add tasks use `bell`, a datagram socket on loopback. What a datagram
+    says is not read: whoever sends one causes a look at the store, no more.
     """
 
     def __init__(self) -> None:
         self.reader, self._writer = socket.socketpair()
         self.bell, self.port = socket.socket(type=socket.SOCK_DGRAM), 0
-        with contextlib.suppress(OSError):  # Without it they wait for `refresh_rate`.
+        with contextlib.suppress(OSError):  # Without it others wait for `refresh_rate`.
             self.bell.bind(("127.0.0.1", 0))
             self.port = self.bell.getsockname()[1]
         self._pending = False
@@ -5549,6 +5562,7 @@ class _WakeUp:
 
 _READ_BYTES = 1 << 18
 _PIPE_BYTES = 1 << 20  # What Linux allows to all.
+_SELECTABLE = os.name != "nt"  # Whether a selector can wait for pipes.
 
 
 def _own(connection: Connection) -> Any:
@@ -5567,52 +5581,68 @@ def _own(connection: Connection) -> Any:
     return end
 
 
-class _Channel:
+class _Pipes:
     """The master's ends of a worker's pipes, without blocking: buffers both ways.
 
-    The framing is that of multiprocessing's Connection, which the worker uses; what comes
-    from there comes in pieces. Two pipes, as a small message through a socket costs three
-    times as much.
+    The framing is that of multiprocessing's Connection, which the worker uses; its messages
+    come in pieces. Pipes, as a small message through a socket costs three times as much.
     """
 
-    takes_back = True  # With permits: see _WorkerHandle.take_back.
+    revocable = True  # A run that has not begun can be taken back: by its permit.
 
-    def __init__(self, incoming: Any, outgoing: Any) -> None:
-        self._incoming, self.outgoing = incoming, outgoing
+    def __init__(self, context: Any) -> None:
+        # In the master's keeping before the worker starts, so that a fork closes them.
+        self._ends: list[Any] = []
+        self.theirs: list[Any] = []  # The worker's ends: to be closed once it has started.
         self._received, self._pieces = bytearray(), bytearray()
-        self._unsent: collections.deque[memoryview] = collections.deque()
+        self.unsent: collections.deque[memoryview] = collections.deque()  # Until it is read.
         self.ended = False  # The worker has closed its end, and all was read.
+        try:
+            self.outgoing, self._incoming = self._pipe(context, 1), self._pipe(context, 0)
+            self._permits = self._pipe(context, 1)
+            os.set_blocking(self.theirs[-1].fileno(), False)
+            copy = Connection(os.dup(self.theirs[-1].fileno()), writable=False)
+            self._unread_permits = _own(copy)
+            self._ends.append(self._unread_permits)
+            self._pipe(context, 1)  # The life line: it closes when the master ends.
+        except BaseException:
+            self.close()
+            self.close_theirs()
+            raise
+
+    def _pipe(self, context: Any, mine: int) -> Any:
+        """A new pipe: the master's end, which reads (0) or writes (1)."""
+        ends = context.Pipe(duplex=False)
+        self.theirs.append(ends[1 - mine])
+        self._ends.append(ends[mine])
+        self._ends[-1] = _own(ends[mine])
+        return self._ends[-1]
 
     def fileno(self) -> int:
         return cast(int, self._incoming.fileno())
-
-    @property
-    def is_full(self) -> bool:
-        """Whether messages wait until the worker reads."""
-        return bool(self._unsent)
 
     def send(self, message: bytes) -> None:
         size = len(message)
         head = struct.pack("!i", size) if size < 1 << 31 else struct.pack("!iQ", -1, size)
         if size < 1 << 14:
-            self._unsent.append(memoryview(head + message))
+            self.unsent.append(memoryview(head + message))
         else:
-            self._unsent += (memoryview(head), memoryview(message))
+            self.unsent += (memoryview(head), memoryview(message))
         self.flush()
 
     def flush(self) -> None:
         try:
-            while self._unsent:
-                chunk = self._unsent[0]
+            while self.unsent:
+                chunk = self.unsent[0]
                 sent = self.outgoing.write(chunk)
                 if sent is None:
                     return
                 if sent < len(chunk):
-                    self._unsent[0] = chunk[sent:]
+                    self.unsent[0] = chunk[sent:]
                 else:
-                    self._unsent.popleft()
+                    self.unsent.popleft()
         except OSError:  # Nobody reads; what the worker has sent is still to be read.
-            self._unsent.clear()
+            self.unsent.clear()
 
     def receive(self) -> Iterator[bytearray]:
         """The messages that have arrived; of a flood, a part, so that others get a turn.
@@ -5642,30 +5672,45 @@ class _Channel:
                 yield message
         del self._received[:start]
 
+    def permit(self, first: int, count: int) -> None:
+        """Let the worker begin the runs of these numbers, when it comes to them."""
+        with contextlib.suppress(OSError):
+            self._permits.write(struct.pack(f"!{count}Q", *range(first, first + count)))
+
+    def revoke(self) -> set[int] | None:
+        """The numbers of the permits that the worker has not read, and never will. None if
+        its task has read a part of them: nobody knows what it began."""
+        packed = self._unread_permits.read(8 * 4 * AHEAD_TASKS) or b""
+        return None if len(packed) % 8 else {n for (n,) in struct.iter_unpack("!Q", packed)}
+
+    def close_theirs(self) -> None:
+        for end in self.theirs:
+            end.close()
+
     def close(self) -> None:
-        _disown(self._incoming)
-        _disown(self.outgoing)
+        for end in self._ends:
+            _disown(end)
 
 
-class _ThreadedChannel:
-    """The same where pipes cannot be waited for with others (Windows): two threads.
+class _ThreadedPipes:
+    """The master's ends of pipes that no selector can wait for (Windows): with two threads.
 
     Without permits, so that a worker gets one task at a time.
     """
 
-    takes_back = False
-    is_full = False
+    revocable = False
+    unsent = ()
 
-    def __init__(
-        self, incoming: Connection, outgoing: Connection, wake: Callable[[], None]
-    ) -> None:
-        self._incoming, self._outgoing, self._wake = incoming, outgoing, wake
+    def __init__(self, context: Any, wake: Callable[[], None]) -> None:
+        (their_incoming, self._outgoing) = context.Pipe(duplex=False)
+        (self._incoming, their_outgoing) = context.Pipe(duplex=False)
+        (their_life, self._life) = context.Pipe(duplex=False)
+        self.theirs = [their_incoming, their_outgoing, None, their_life]
         self._received: collections.deque[bytes] = collections.deque()
-        self.ended = False
-        self._sender = _Calls("send")
-        self._hung_up = False
+        self._wake, self._hung_up, self.ended = wake, False, False
+        self._sender = _Thread("send")
         threading.Thread(target=self._read, name="taskpool-receive", daemon=True).start()
-        _master_ends.update((incoming, outgoing))
+        _master_ends.update((self._incoming, self._outgoing, self._life))
 
     def send(self, message: bytes) -> None:
         def send() -> None:
@@ -5696,38 +5741,40 @@ class _ThreadedChannel:
             yield self._received.popleft()
         self.ended = hung_up
 
+    def permit(self, first: int, count: int) -> None:
+        pass
+
+    def revoke(self) -> set[int] | None:
+        return set()
+
+    def close_theirs(self) -> None:
+        for end in filter(None, self.theirs):
+            end.close()
+
     def close(self) -> None:
         self._sender.stop()
-        _disown(self._incoming)
-        _disown(self._outgoing)
+        for end in (self._incoming, self._outgoing, self._life):
+            _disown(end)
 
 
 class _Run:
-    """One claim, while this master holds it, and until everybody was told of its end."""
+    """One claim, while this master holds it, and until the store has recorded its end."""
 
     __slots__ = (
-        *("row", "cost", "future", "number", "deadline", "asks", "verdict"),
+        *("source", "row", "cost", "number", "deadline", "asks", "verdict"),
         *("outcome", "event", "left"),
     )
     # Set when it has ended:
     outcome: Outcome
-    event: str | None  # done, error; None: given back or cancelled.
+    event: str | None  # done, error; None: requeued or cancelled.
     left: _Left
 
-    def __init__(self, row: Row, cost: float, future: _TaskFuture | None) -> None:
-        self.row, self.cost, self.future = row, cost, future
+    def __init__(self, source: _Source, row: Row, cost: float) -> None:
+        self.source, self.row, self.cost = source, row, cost
         self.number = -1  # In the order in which its worker gets tasks.
         self.deadline = math.inf  # Monotonic, of its timeout.
         self.asks: dict[int, Any] | None = None  # Conversations that wait for an answer.
         self.verdict: str | None = None  # Why its worker was killed: timeout, cancel.
-
-    def end(self, outcome: Outcome, event: str | None = None, left: _Left = None) -> None:
-        self.outcome, self.event, self.left = outcome, event, left
-
-    def value(self) -> Any:
-        """The result, or the exception."""
-        result, error = _unpacked(self.left)
-        return result if error is None else error
 
 
 def _program() -> str:
@@ -5775,63 +5822,41 @@ def _start_process(process: Any, method: str) -> None:
         getattr(multiprocessing.process, "_children", set()).discard(process)
 
 
-class _WorkerHandle:
+class _Worker:
     """The master's end of one worker process. Used by the dispatcher only."""
 
     def __init__(self, context: Any, number: int, boot: bytes, wake: _WakeUp) -> None:
-        with _birth_lock, contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
-
-            def pipe() -> tuple[Any, Any]:
-                ends: tuple[Any, Any] = context.Pipe(duplex=False)
-                for end in ends:
-                    undo.callback(end.close)
-                return ends
-
-            def own(end: Connection) -> Any:
-                owned = _own(end)
-                undo.callback(_disown, owned)
-                return owned
-
-            incoming, their_outgoing = pipe()
-            their_incoming, outgoing = pipe()
-            life_theirs, life_mine = pipe()
-            permits_theirs: Any = None
-            # In the master's keeping before the start, so that a fork closes them.
-            if isinstance(incoming, Connection):
-                permits_theirs, permits_mine = pipe()
-                os.set_blocking(permits_theirs.fileno(), False)
-                copy = Connection(os.dup(permits_theirs.fileno()), writable=False)
-                self._permits, self._unread_permits = own(permits_mine), own(copy)
-                self._ends = [own(life_mine), self._permits, self._unread_permits]
-                self.channel: Any = _Channel(own(incoming), own(outgoing))
-            else:  # Windows has a class of its own for pipes: no selector can wait for them.
-                self._ends = [life_mine]
-                self.channel = _ThreadedChannel(incoming, outgoing, wake.set)
-            undo.callback(self.channel.close)
-            ends = (their_incoming, their_outgoing, permits_theirs, life_theirs)
-            for end in filter(None, ends):
-                theirs.callback(end.close)
-            self.process = context.Process(
-                target=_worker_main,
-                args=ends,
-                name=f"{_WORKER_NAME}{number}",
-                daemon=False,  # So that tasks may start processes.
-            )
-            _start_process(self.process, context.get_start_method())
-            undo.pop_all()
+        with _birth_lock:
+            pipes = _Pipes(context) if _SELECTABLE else _ThreadedPipes(context, wake.set)
+            self.channel: Any = pipes
+            try:
+                self.process = context.Process(
+                    target=_worker_main,
+                    args=tuple(pipes.theirs),
+                    name=f"{_WORKER_NAME}{number}",
+                    daemon=False,  # So that tasks may start processes.
+                )
+                _start_process(self.process, context.get_start_method())
+            except BaseException:
+                pipes.close()
+                raise
+            finally:
+                pipes.close_theirs()
         self.pid: int = self.process.pid
-        self.ready = False
-        self.watched = False  # The dispatcher waits until its channel can be written to.
+        self.ready = False  # It has found its functions.
+        self.open = False  # It is ready, and may get tasks.
         self.stopping = False  # Told to leave, or killed: gets no more tasks.
-        self.killed = False  # By us: what it ran without a verdict is given back.
+        self.killed = False  # By us: what it ran without a verdict is requeued.
         self.runs: collections.deque[_Run] = collections.deque()  # In its hands, in order.
         self.reported = False  # The first of them has reported what the store has not.
         self.load = 0.0  # The sum of their costs; 1 = no room.
         self.given = 0  # Tasks given so far.
+        self.watched = False  # The dispatcher waits until its channel can be written to.
+        self.hung_up_at = math.inf  # Its end of the channel was closed.
+        self.told_to_end_at = math.inf  # It was found dead of SIGTERM.
         self.since = time.monotonic()  # In this state, or with this head of runs.
-        self.kill_at = math.inf  # Monotonic: when patience ends.
-        self.ended_at = math.inf  # Monotonic: when its end of the channel closed.
-        self.told_to_end_at = math.inf  # Monotonic: when it was found dead of SIGTERM.
+        self.kill_at = self.since + BOOT_WARN_SECONDS  # When patience ends.
+        self.check_at = self.since  # When to look whether the process has ended.
         self.channel.send(boot)
 
     @property
@@ -5839,25 +5864,25 @@ class _WorkerHandle:
         return "busy" if self.runs else "idle" if self.ready else "starting"
 
     @property
-    def accepts(self) -> bool:
-        return self.ready and not self.stopping and self.ended_at == math.inf
+    def exit_code(self) -> int | None:
+        return cast("int | None", self.process.exitcode)
 
-    def give(self, runs: list[_Run]) -> None:
+    def get_ready(self, now: float) -> None:
+        self.ready, self.open, self.since, self.kill_at = True, not self.stopping, now, math.inf
+
+    def give(self, runs: list[_Run], now: float) -> None:
         if not self.runs:
-            self.since = time.monotonic()
+            self.since = now
         self.runs += runs
         first, self.given = self.given, self.given + len(runs)
-        if self.channel.takes_back:
-            with contextlib.suppress(OSError):
-                permits = struct.pack(f"!{len(runs)}Q", *range(first, self.given))
-                self._permits.write(permits)
+        self.channel.permit(first, len(runs))
         rows: list[tuple[Any, ...]] = []
         size = 0
         for number, run in enumerate(runs, first):
             row, run.number = run.row, number
             if row.timeout is not None:
                 # The worker tells the start; until then, allow for its getting there.
-                run.deadline = time.monotonic() + row.timeout + 1.0
+                run.deadline = now + row.timeout + 1.0
             rows.append(tuple(row))
             size += len(row.data)
             # In several messages the worker can begin while the rest is on its way.
@@ -5868,35 +5893,31 @@ class _WorkerHandle:
             self.channel.send(_dumps(("run", first, rows)))
 
     def take_back(self) -> list[_Run]:
-        """The runs that had not started; they will not, as their permits are gone."""
-        if not self.channel.takes_back:
-            return []
-        packed = self._unread_permits.read(8 * 4 * AHEAD_TASKS) or b""
-        if len(packed) % 8:  # Its task has read of them.
+        """The runs that had not begun; they will not, as their permits are gone."""
+        numbers = self.channel.revoke()
+        if numbers is None:
             self.end()
-            return []
-        numbers = {number for (number,) in struct.iter_unpack("!Q", packed)}
-        taken = [run for run in self.runs if run.number in numbers]
+        taken = [run for run in self.runs if run.number in numbers] if numbers else []
         for run in taken:
             self.runs.remove(run)
-        self.load = sum(run.cost for run in self.runs)
+        if taken:
+            self.load = sum(run.cost for run in self.runs)
         return taken
-
-    def is_head(self, number: int) -> bool:
-        """Whether that is the number of the run that it is at."""
-        return bool(self.runs) and self.runs[0].number == number
 
     def end_head(self, now: float) -> _Run:
         """The oldest run has ended: the next one is the head."""
         run = self.runs.popleft()
         self.load = self.load - run.cost if self.runs else 0.0
         self.since = now
+        if self.stopping and not self.runs:
+            self.kill_at = min(self.kill_at, now + EXIT_SECONDS)
         return run
 
     def retire(self, now: float) -> None:
-        """Let it end as a process should: exit handlers run, output is flushed."""
-        self.stopping = True
-        self.kill_at = min(self.kill_at, now + EXIT_SECONDS)
+        """Let it end as a process should, after its last run: exit handlers run, output is
+        flushed."""
+        self.stopping, self.open, self.check_at = True, False, now
+        self.kill_at = math.inf if self.runs else now + EXIT_SECONDS
         self.channel.send(_dumps(("stop",)))
 
     def kill(self) -> None:
@@ -5905,13 +5926,12 @@ class _WorkerHandle:
 
     def end(self) -> None:
         """Kill it, but as one that dies by itself: what it runs fails."""
+        self.open, self.check_at, self.kill_at = False, 0.0, math.inf
         with contextlib.suppress(OSError, ValueError):
             self.process.kill()
 
     def close(self) -> None:
         self.channel.close()
-        for end in self._ends:
-            _disown(end)
         with contextlib.suppress(ValueError):
             self.process.close()
 
@@ -5930,7 +5950,7 @@ class _Look(threading.Condition):
 
 
 class _Ended:
-    """In place of that, if nobody had looked before the end: nothing changes any more."""
+    """In place of a _Look, if nobody had looked before the end: nothing changes any more."""
 
     __slots__ = ("left",)
     callbacks = ()
@@ -5982,19 +6002,15 @@ class _TaskFuture(Future[Any]):
 
     # One object where its base makes a dozen: less to look through for the garbage
     # collector, for each of what may be a million Futures.
-    __slots__ = (
-        *("_state", "_inside", "_row", "_cluster"),
-        *("_runs", "_stored", "_foreign", "_before"),
-    )
+    __slots__ = ("_foreign", "_futures", "_held", "_inside", "_row", "_state", "_stored")
 
-    def __init__(self, cluster: Cluster, row: Row) -> None:
+    def __init__(self, futures: _Futures, row: Row) -> None:
         self._state = "PENDING"
         self._inside: Any = None  # A _Look or an _Ended.
-        self._row, self._cluster = row, cluster
-        self._runs = False
+        self._row, self._futures = row, futures
+        self._held = False  # This master has claimed the task, and not yet told its end.
         self._stored = False  # add() has returned.
-        self._foreign = ""  # In _elsewhere: its task was "kept", or its claim "lost".
-        self._before: _TaskFuture | None = None  # That of the task which this one replaces.
+        self._foreign = ""  # Others may run its task: it was "kept", or its claim "lost".
 
     def _look(self, made: _Look | _Ended) -> Any:
         """Have an `_inside`: *made*, or what another thread has made."""
@@ -6049,7 +6065,7 @@ class _TaskFuture(Future[Any]):
             ended = _Ended(left)
             if self._look(ended) is ended:
                 self._state = _FINISHED
-                self._cluster._pending.discard(self)
+                self._futures.discard(self)
                 return True
         return False
 
@@ -6069,10 +6085,10 @@ class _TaskFuture(Future[Any]):
                 else:
                     waiter.add_exception(self) if failed else waiter.add_result(self)
             inside.notify_all()
-        self._cluster._pending.discard(self)
+        self._futures.discard(self)
         calls: list[Any] = [functools.partial(callback, self) for callback in inside.callbacks]
         if calls:
-            (call or self._cluster._call_back)(calls)
+            (call or self._futures.call_back)(calls)
 
     def set_result(self, result: Any) -> None:
         """As Future.set_result; not for you."""
@@ -6085,7 +6101,7 @@ class _TaskFuture(Future[Any]):
     def _wait(self, timeout: float | None) -> None:
         """Until it has ended; raises unless by a result or exception."""
         inside = self._condition
-        if self._state == "PENDING" and self._cluster._is_at_work():
+        if self._state == "PENDING" and self._futures.is_at_work():
             raise RuntimeError("a log handler or finalizer waits in a thread of the cluster")
         with inside:
             if self._state == "PENDING":
@@ -6121,17 +6137,1329 @@ class _TaskFuture(Future[Any]):
         return Task(self._row)
 
     def running(self) -> bool:
-        return self._runs and not self.done()
+        return self._held and not self.done()
 
     def cancel(self) -> bool:
         """Remove the task if it waits. False if it runs or is over."""
         return self._remove(_call_all)
 
     def _remove(self, call: Callable[[list[Any]], None]) -> bool:
-        """The same; *call* calls the callbacks."""
-        if not self.done() and not self._foreign and self._cluster._remove_waiting(self._row):
+        """cancel(), where *call* calls the callbacks."""
+        if not self.done() and not self._foreign and self._futures.remove_task(self._row):
             self._end(_CANCELLED, call=call)
         return self.cancelled()
+
+
+def _waits_for(future: _TaskFuture, row: Row) -> bool:
+    """Whether it waits for this very task. What was stored in place of a task that seems to
+    be younger got a later `created_at`, which add() has perhaps not told yet."""
+    own = future._row
+    if own.created_at == row.created_at or future._stored:
+        return own.created_at == row.created_at
+    return own.created_at < row.created_at and (own.lane, own.data) == (row.lane, row.data)
+
+
+class _Futures:
+    """The Futures of a cluster that have not ended, by the ids of their tasks.
+
+    A Future waits for an incarnation: an id with the instant of its creation. It ends when
+    this master records the end of that task, or a look finds it ended or gone. Used by any
+    thread.
+    """
+
+    def __init__(self, queue: TaskQueue, is_at_work: Callable[[], bool]) -> None:
+        self._queue, self.is_at_work = queue, is_at_work
+        self._by_id: dict[str, _TaskFuture | list[_TaskFuture]] = {}
+        self._lock = threading.RLock()  # Protects it. For a moment only.
+        # Of a cluster that has started: who ends Futures, and who calls callbacks.
+        self.threads: list[_Thread] = []
+        self.failure: TaskPoolError | None = None  # Of the dispatcher.
+        self.opened = 0  # Others may have taken stored tasks that were added until then.
+
+    def __bool__(self) -> bool:
+        return bool(self._by_id)
+
+    def store_of(self, row: Row) -> Store:
+        return self._queue.in_memory._store if row.in_memory else self._queue._store
+
+    # ---- Who waits
+
+    def add(self, future: _TaskFuture) -> None:
+        with self._lock:
+            found = self._by_id.setdefault(future._row.id, future)
+            if found is not future:  # A new list: others may look at the old one.
+                others = found if isinstance(found, list) else [found]
+                self._by_id[future._row.id] = [*others, future]
+
+    def discard(self, future: _TaskFuture) -> None:
+        with self._lock:
+            found = self._by_id.pop(future._row.id, None)
+            if found is not future and found is not None:
+                others = found if isinstance(found, list) else [found]
+                others = [other for other in others if other is not future]
+                if others:
+                    self._by_id[future._row.id] = others if others[1:] else others[0]
+
+    def under(self, task_id: str) -> list[_TaskFuture]:
+        """Those of all incarnations of an id."""
+        found = self._by_id.get(task_id, [])
+        return found if isinstance(found, list) else [found]
+
+    def of(self, row: Row) -> list[_TaskFuture]:
+        """Those that wait for this very task."""
+        if row.id not in self._by_id:
+            return []
+        return [future for future in self.under(row.id) if _waits_for(future, row)]
+
+    def all(self) -> list[_TaskFuture]:
+        """Those that have not ended."""
+        return [future for task_id in list(self._by_id) for future in self.under(task_id)]
+
+    def join(self, future: _TaskFuture, row: Row) -> _TaskFuture:
+        """The Future of a task that was there, in place of that for a task of its own."""
+        self.discard(future)
+        with self._lock:
+            for other in self.of(row):
+                return other
+            future._row, future._foreign = row, "kept"
+            self.add(future)
+        return future
+
+    # ---- How they end
+
+    def call_back(self, calls: list[Callable[[], Any]]) -> None:
+        """Call callbacks in their thread; here if the cluster never started."""
+        if self.threads:
+            self.threads[1].post(functools.partial(_call_all, calls))
+            return
+        try:
+            _call_all(calls)
+        except BaseException:
+            _log.exception("error in a callback of a Future")
+
+    def end(self, future: _TaskFuture, state: str, left: _Left = None) -> None:
+        """End a Future from a thread that must not wait for the Future's lock."""
+        if state == _FINISHED and future._end_unseen(left):
+            return
+        if self.threads:
+            self.threads[0].post(functools.partial(future._end, state, left))
+        else:
+            future._end(state, left)
+
+    def unknown_end(self, future: _TaskFuture) -> tuple[str, _Left]:
+        """How a Future ends if the end of its task is never told here: cancelled, unless its
+        task may have run."""
+        row = future._row
+        if self.failure is not None:
+            return _FINISHED, self.failure
+        if future._foreign == "lost":
+            why = "its claim was lost"
+        elif not (future._foreign or row.in_memory) and row.created_at <= self.opened:
+            why = "this cluster had stood still for longer than a lease"
+        else:
+            return _CANCELLED, None
+        known = "another cluster may have run it, and no result is known here"
+        return _FINISHED, TaskPoolError(f"task {row.id!r}: {why}; {known}")
+
+    def end_all(self) -> None:
+        """The cluster ends."""
+        for future in self.all():
+            self.end(future, *self.unknown_end(future))
+
+    def end_replaced(self, task_id: str, row: Row | None = None) -> None:
+        """End those whose tasks were replaced by *row* (None: removed): not what runs."""
+        for future in self.under(task_id):
+            if future._held or (row is not None and _waits_for(future, row)):
+                continue
+            running = Query(ids=[task_id], states=["running"], created_at=future._row.created_at)
+            found = self.store_of(future._row).find(running, self._queue._now())
+            if not (found or future._held):  # It may have been claimed just now.
+                future._end(*self.unknown_end(future))
+
+    def fail_waiting(self, error: Exception | _Failure) -> None:
+        """No worker can start: end those whose tasks wait here, and remove these tasks."""
+
+        def fail(future: _TaskFuture) -> None:
+            try:
+                if not future._foreign:  # Else it is not ours to remove.
+                    self.remove_task(future._row)
+            except StoreError:
+                pass
+            finally:
+                future._end(_FINISHED, error)
+
+        for future in self.all():
+            if not future._held and self.threads:
+                self.threads[0].post(functools.partial(fail, future))
+
+    def remove_task(self, row: Row) -> bool:
+        query = Query(ids=[row.id], states=["waiting"], created_at=row.created_at)
+        return self.store_of(row).remove(query, self._queue._now()) > 0
+
+    def claimed(self, rows: Iterable[Row]) -> None:
+        """This master has these tasks now."""
+        get = self._by_id.get
+        for row in rows:
+            found = get(row.id)
+            if type(found) is _TaskFuture and found._row.created_at == row.created_at:
+                found._held = True  # As for most: of() takes five times as long.
+            elif found is not None:
+                for future in self.of(row):
+                    future._held = True
+
+    def settled(self, run: _Run, led: str) -> None:
+        """The store has recorded what became of a run."""
+        found = self._by_id.get(run.row.id)
+        if found is None:
+            return
+        if led == "done" and run.verdict is None and type(found) is _TaskFuture:
+            if found._row.created_at == run.row.created_at:
+                self.end(found, _FINISHED, run.left)
+            return
+        for future in self.of(run.row):
+            if led in ("", "waits"):
+                future._held, future._foreign = False, future._foreign or ("" if led else "lost")
+            elif run.event is None or run.verdict == "cancel":
+                self.end(future, _CANCELLED)
+            else:
+                self.end(future, _FINISHED, run.left)
+
+    # ---- Looks
+
+    def look(self, store: Store) -> list[tuple[_TaskFuture, Row | None]]:
+        """Those whose tasks this master does not hold, with what is stored under their ids."""
+        futures = [f for f in self.all() if f._stored and not f._held]
+        futures = [f for f in futures if f._row.in_memory is store.in_memory]
+        found: list[tuple[_TaskFuture, Row | None]] = []
+        for start in range(0, len(futures), 500):
+            part = futures[start : start + 500]
+            query = Query(ids=[future._row.id for future in part])
+            rows = {row.id: row for row in store.find(query, self._queue._now())}
+            found += [(future, rows.get(future._row.id)) for future in part]
+        return found
+
+    def compare(self, future: _TaskFuture, row: Row | None) -> None:
+        """End a Future whose task was found ended or gone; in the dispatcher, after what the
+        store said before that."""
+        became = what_became(future._row, row)
+        if future._held or not became:
+            return
+        if row is None or became in ("gone", "replaced"):
+            kept = future._foreign == "kept"
+            self.end(future, *((_FINISHED, None) if kept else self.unknown_end(future)))
+        elif became == "done" or row.error is None:
+            try:
+                left: _Left = _dumps(Task(row).result)
+            except Exception as error:  # Written by others; the next ones are to be seen.
+                left = StoreError(f"the stored result cannot be decoded: {error!r}")
+            self.end(future, _FINISHED, left)
+        else:
+            name, _, text = row.error.partition("\n")[0].partition(": ")
+            self.end(future, _FINISHED, RemoteError(name, text, row.error))
+
+
+class _Options(NamedTuple):
+    """The arguments of a Cluster, checked; durations in seconds."""
+
+    max_workers: int
+    in_memory_only: bool
+    broker: Broker | None
+    log_all: bool
+    keep_alive: float | str | None
+    auto_initialize: bool
+    start_method: str
+    max_tasks: int | None
+    shutdown_timeout: float
+
+
+def _log_start(row: Row) -> None:
+    _log.info("cluster:%s:%s:\tstarted", row.task_type, row.id)
+
+
+class _Crew:
+    """The workers: which of them has which runs, and whether there are too few or too many.
+
+    It has no clock, and does I/O only through the worker objects that the engine makes in
+    start_worker(). It tells the source of a run what became of it: requeue(), fail(),
+    cancelled(); and the engine to hear() and forget_worker() those that ended.
+    """
+
+    def __init__(self, options: _Options, types: Iterable[str], engine: Any) -> None:
+        self.options, self._engine = options, engine
+        self.workers: list[_Worker] = []
+        self.expected: dict[str, float] = {}  # Seconds, by task type.
+        self.shares = dict.fromkeys(types, 1.0)  # Of a worker's room, by task type.
+        self.freed = False  # A worker has more room than when the dispatcher last asked.
+        self.stopping = False  # Nothing starts any more; SIGTERM fails no run.
+        self.failed_boots, self.boot_after = 0, 0.0  # Back-off of dying starts.
+        self.boot_error: Exception | _Failure | None = None
+        self.last_work = 0.0  # When a task was running, or could.
+        self.logs_runs = False
+
+    # ---- Room
+
+    def room(self) -> float:
+        """How much work may be claimed now, in workers' worth. (P5)"""
+        room = 0.0
+        for worker in self.workers:
+            if worker.open and worker.load < 1.0:
+                room += 1.0 - worker.load
+        return room
+
+    def runs(self) -> list[_Run]:
+        return [run for worker in self.workers for run in worker.runs]
+
+    def costs(self) -> Mapping[str, float]:
+        """How much room a task of each type takes."""
+        if not _SELECTABLE:
+            return dict.fromkeys(self.shares, 1.0)  # What cannot be taken back goes singly.
+        most = self.options.max_tasks
+        if most is None:
+            return self.shares
+        left = [most - worker.given for worker in self.workers if worker.open]
+        least = 1.0 / min(left, default=most)
+        return {task_type: max(cost, least) for task_type, cost in self.shares.items()}
+
+    def learn(self, task_type: str, seconds: float) -> None:
+        expected = learned(self.expected.get(task_type), seconds)
+        self.expected[task_type], self.shares[task_type] = expected, share(expected)
+
+    # ---- Events
+
+    def place(self, runs: Sequence[_Run], now: float) -> None:
+        """Give runs to the workers with the least load; what finds no room is requeued."""
+        workers = [worker for worker in self.workers if worker.open and worker.load < 1.0]
+        # One by one where they are few; several of many, as choosing takes its time.
+        step, most = max(1, len(runs) // (4 * len(workers) or 1)), self.options.max_tasks
+        batches: dict[_Worker, list[_Run]] = {}
+        placed = 0
+        while placed < len(runs) and workers:
+            worker = min(workers, key=_load)
+            batch = batches.setdefault(worker, [])
+            for run in runs[placed : placed + step]:
+                if worker.load > 1.0 - 1e-9 or worker.given + len(batch) == most:
+                    workers.remove(worker)
+                    break
+                worker.load += run.cost
+                batch.append(run)
+                placed += 1
+        for worker, batch in batches.items():
+            if not batch:
+                continue
+            if self.logs_runs and not worker.runs:
+                _log_start(batch[0].row)
+            worker.give(batch, now)
+            if worker.given == most:
+                worker.retire(now)
+        for run in runs[placed:]:
+            run.source.requeue(run)
+
+    def ended(self, worker: _Worker, seconds: float, now: float) -> _Run:
+        """The head of the worker's runs has ended after so many seconds."""
+        run = worker.end_head(now)
+        self.freed = True
+        # Most are as quick as can be, and known to be: nothing to learn.
+        if seconds > LEAST_SECONDS or self.shares[run.row.task_type] > LEAST_SHARE:
+            self.learn(run.row.task_type, seconds)
+        if self.logs_runs and worker.runs:
+            _log_start(worker.runs[0].row)
+        return run
+
+    def got_ready(self, worker: _Worker, now: float) -> None:
+        worker.get_ready(now)
+        self.boot_error, self.failed_boots, self.boot_after, self.freed = None, 0, 0.0, True
+
+    def cancel(self, task_id: str) -> _Run | None:
+        """Take back that task, or kill the worker that runs it."""
+        for worker in self.workers:
+            run = next((run for run in worker.runs if run.row.id == task_id), None)
+            if run is None:
+                continue
+            run.verdict = "cancel"
+            if self._take_back(worker, run):
+                run.source.cancelled(run)
+            else:
+                worker.kill()
+            return run
+        return None
+
+    def _take_back(self, worker: _Worker, wanted: _Run | None = None) -> bool:
+        """Requeue what the worker has not begun; whether *wanted*, which is not, was such."""
+        taken, self.freed = worker.take_back(), True
+        for run in taken:
+            if run is not wanted:
+                run.source.requeue(run)
+        return wanted in taken
+
+    def excuse(self, late: float) -> None:
+        """All of us were stopped, perhaps, for so many seconds: no deadline counts them."""
+        for worker in self.workers:
+            worker.kill_at += late
+            worker.since += late
+            for run in worker.runs:
+                run.deadline += late
+
+    # ---- What time brings
+
+    def tick(self, now: float, available: int = 0, full: bool = False) -> float:
+        """Timeouts, slow heads, workers that ended; and as many workers as *available* tasks
+        need (*full*: as may be). Returns when to call it again."""
+        again, free, works = math.inf, 0, False
+        for worker in self.workers[:]:
+            head = worker.runs[0] if worker.runs else None
+            if head and head.deadline <= now and not worker.killed:
+                self._take_back(worker)
+                head.verdict = "timeout"
+                worker.kill()
+            elif head and head.cost < 1.0 and worker.since + SLOW_SECONDS <= now:
+                self._let_go(worker, head, now)
+            if worker.kill_at <= now:
+                self._lose_patience(worker, now)
+            if worker.check_at <= now:
+                self._look_at_exit(worker, now)
+            again = min(again, worker.kill_at, worker.check_at)
+            if head and head.cost < 1.0:
+                again = min(again, worker.since + SLOW_SECONDS)
+            if head and head.deadline < math.inf:  # Often, to know when we are late.
+                again = min(again, head.deadline, now + LATE_SECONDS / 10)
+            free += not worker.runs and not worker.stopping
+            works = works or bool(worker.runs)
+        if available or works:
+            self.last_work = now
+        wanted = self.options.max_workers if full else available - free
+        if wanted > 0 and len(self.workers) < self.options.max_workers:
+            again = min(again, self._start_workers(wanted, now))
+        keep = self.options.keep_alive
+        if isinstance(keep, float) and self.workers:
+            if self.last_work + keep <= now:
+                self.retire_idle(now)
+            else:
+                again = min(again, self.last_work + keep)
+        return again
+
+    def _let_go(self, worker: _Worker, head: _Run, now: float) -> None:
+        """The head is slow: requeue what waits behind it."""
+        self._take_back(worker)
+        if worker.runs and worker.runs[0] is head:  # Else it had not even begun.
+            task_type, seconds = head.row.task_type, now - worker.since
+            self.learn(task_type, max(self.expected.get(task_type, 0.0), seconds))
+            head.cost = worker.load = 1.0
+
+    def _lose_patience(self, worker: _Worker, now: float) -> None:
+        """It does not end, or not come to the end of its file: that is told of first."""
+        if worker.ready or worker.stopping:
+            worker.kill()
+            return
+        seconds = now - worker.since
+        text = (
+            f"the worker {worker.pid} is still running your file after {seconds:.0f} s; what is "
+            "for the master alone belongs under `if Cluster.is_master():`"
+        )
+        if seconds < BOOT_LIMIT_SECONDS:
+            worker.kill_at = worker.since + BOOT_LIMIT_SECONDS
+            _log.warning("%s; it is killed after %.0f s", text, BOOT_LIMIT_SECONDS)
+        else:
+            worker.kill()
+            self.boot_failed(now, TaskPoolError(text))
+
+    def _look_at_exit(self, worker: _Worker, now: float) -> None:
+        """Bury the worker if it ended: by its exit code, as a grandchild may keep its
+        pipes open, or by the end of its channel, as somebody else may reap it."""
+        code, silent = worker.exit_code, now - worker.hung_up_at
+        if code is None and silent < 1.0:
+            if silent >= 0.05:  # It closed its pipe, but lives.
+                worker.end()
+            worker.check_at = now + (0.002 if worker.stopping or silent >= 0 else 0.5)
+            return
+        self._engine.hear(worker)  # What it said last.
+        if code == -signal.SIGTERM and worker.runs and not self.stopping:
+            # Sent to all of a group, as service managers do? Then run() is about to hear of it.
+            worker.stopping, worker.open = True, False
+            worker.told_to_end_at = min(worker.told_to_end_at, now)
+            worker.check_at = worker.told_to_end_at + 0.2
+            if now < worker.check_at:
+                return
+        self._died(worker, code, now)
+
+    def _died(self, worker: _Worker, code: int | None, now: float) -> None:
+        self.workers.remove(worker)
+        self._engine.forget_worker(worker)
+        self._take_back(worker)
+        head = worker.runs[0] if worker.runs else None  # No other one can have started.
+        spared = worker.killed or (code == -signal.SIGTERM and self.stopping)
+        while worker.runs:
+            run = worker.end_head(now)
+            row = run.row
+            if run.verdict == "cancel":
+                run.source.cancelled(run)
+            elif run.verdict == "timeout":
+                text = f"{row.task_type!r} task {row.id!r} ran over {row.timeout:g} s"
+                run.source.fail(run, TaskTimeout(text))
+            elif spared or run is not head:
+                run.source.requeue(run)
+            else:
+                run.source.fail(run, WorkerDied(code, worker.pid, row.task_type, row.id))
+        if not worker.ready and not worker.stopping:
+            self._died_in_boot(WorkerDied(code, worker.pid), code, now)
+        worker.close()
+
+    # ---- Starts that fail
+
+    def _died_in_boot(self, died: WorkerDied, code: int | None, now: float) -> None:
+        error = None
+        if code == 1:  # Python ended by an exception, of which it told on standard error.
+            error = TaskPoolError(f"{died}: standard error has what {_program()} said")
+        elif self.failed_boots + 1 >= BOOT_TRIES:
+            error = TaskPoolError(f"{died}, {BOOT_TRIES} times in a row, by {_program()}")
+        self.boot_failed(now, error)
+
+    def boot_failed(self, now: float, error: Exception | _Failure | None = None) -> None:
+        """A worker could not start: the others go on. If there is none, that is said once, and
+        the Futures that wait fail. Without an *error*: it is tried again."""
+        self.failed_boots += 1
+        self.boot_after = now + back_off(BOOT_SECONDS, self.failed_boots, BOOT_CAP_SECONDS)
+        if error is None:
+            return
+        text = error.traceback if isinstance(error, _Failure) else str(error)
+        if any(worker.runs or not worker.stopping for worker in self.workers):
+            if self.failed_boots == 1:
+                _log.warning(f"a worker could not start; others go on, or still start: {text}")
+            return
+        if self.boot_error is None:
+            _log.error(f"a worker could not start; stored tasks stay waiting: {text}")  # Lines.
+        self.boot_error = error
+        self._engine.futures.fail_waiting(error)
+
+    # ---- How many workers
+
+    def _start_workers(self, wanted: int, now: float) -> float:
+        """Returns when to try again."""
+        for _ in range(min(wanted, self.options.max_workers - len(self.workers))):
+            if self.boot_after > now:
+                return self.boot_after
+            starting = [worker for worker in self.workers if not worker.stopping]
+            if self.failed_boots and starting and not any(worker.ready for worker in starting):
+                break  # Another is starting: if that fails, too, there is none.
+            if not self._start_worker(now):
+                return self.boot_after
+        return math.inf
+
+    def _start_worker(self, now: float) -> bool:
+        try:
+            self.workers.append(self._engine.start_worker())
+        except Exception as error:
+            # No more processes for now; or the interpreter is going down.
+            what = "a worker process could not be started: %s: %s"
+            _log.error(what, type(error).__name__, error)
+            self.boot_failed(now, error if self.failed_boots + 1 >= BOOT_TRIES else None)
+            return False
+        return True
+
+    def retire_idle(self, now: float) -> None:
+        for worker in self.workers:
+            if worker.ready and not worker.runs and not worker.stopping:
+                worker.retire(now)
+
+    def dismiss(self, now: float) -> None:
+        """The cluster ends: those that are ready retire, the others are killed."""
+        for worker in self.workers:
+            if worker.ready and not worker.stopping:
+                worker.retire(now)
+            elif not worker.stopping:
+                worker.kill()
+
+    def kill_busy(self) -> None:
+        """What runs has had its time."""
+        for worker in self.workers:
+            if worker.runs:
+                worker.kill()
+
+
+class _Watch:
+    """What a cluster does for P3: it tells that it lives, and looks for those that do not."""
+
+    def __init__(self, store: Store, owner: str, types: Iterable[str]) -> None:
+        self._store, self._owner, self._types = store, owner, list(types)
+        self._clock = _ObserverClock()  # Of the store thread.
+        self.next_look = self._next_heartbeat = self._next_warning = 0.0
+        self.heard = time.monotonic()  # When observers last heard of this cluster.
+        self._strays: set[tuple[str, int]] = set()  # Claims that were unknown here.
+
+    def look(self, now: float, wall: int) -> tuple[list[Row], list[str], list[Row]]:
+        """In the store thread: the tasks that ended with their masters; the types of which
+        tasks are due that no cluster here knows; and the claims of this cluster."""
+        store, held, foreign = self._store, [], []
+        try:
+            if self._next_heartbeat <= now:
+                store.renew(self._owner, wall)
+                held = store.held_by(self._owner)
+                self.heard, self._next_heartbeat = now, now + RENEW_SECONDS
+            if self._next_warning <= now:
+                foreign = store.foreign(self._types, wall)
+                self._next_warning = now + WARN_SECONDS
+            seconds = self._clock.look(time.monotonic())
+            return store.recover(self._owner, seconds, wall), foreign, held
+        except BaseException:
+            self._clock.miss()
+            self._next_heartbeat = 0.0
+            raise
+
+    def strays(self, held: Iterable[Row], known: Iterable[_Run]) -> list[Row]:
+        """Claims that the store made and could not tell of, as when an answer is lost: those
+        that are unknown here in two looks in a row."""
+        claims = {(run.row.id, run.row.claim) for run in known}
+        unknown = {(row.id, row.claim): row for row in held if (row.id, row.claim) not in claims}
+        again, self._strays = self._strays & set(unknown), set(unknown)
+        return [unknown[claim] for claim in again]
+
+
+class _Source:
+    """One store as the dispatcher sees it: what ended and is to be recorded there, and when to
+    look for more. One call at a time: in the store thread, or at once for the memory.
+
+    A look starts if something *changed*, if it is time (*look_at*, *next_due*), or if there is
+    something to record. `changed` is cleared before a look starts: what comes in its midst
+    causes another.
+    """
+
+    def __init__(self, store: Store, engine: _Dispatcher) -> None:
+        self.store, self.engine = store, engine
+        self.thread: _Thread | None = None  # None: the calls are made at once.
+        self.watch: _Watch | None = None
+        if not store.in_memory:
+            self.watch = _Watch(store, engine.owner, engine.crew.shares)
+        self.changed = True  # Something may be claimable. Any thread sets it.
+        self.eager = False  # Something was added: claim at once. Any thread sets it.
+        self.check_futures = False  # Tasks of Futures may be gone. Any thread sets it.
+        self.look_at, self.looked_at = math.inf, 0.0  # Monotonic: the next and the last one.
+        self.again = 0.0  # Monotonic: when turn() is to be called though nothing changed.
+        self.due: list[int] = []  # When tasks can start that the last look left.
+        self.available = 0  # So many of them could start then.
+        self.next_due = NEVER  # The first of the others.
+        self.unsettled: list[_Run] = []  # That ended, and are to be recorded.
+        self.busy = False  # A call is under way in the thread.
+        # Failed calls in a row; since when; until when the next one waits; the next log line.
+        self.failures, self.failing_since, self.retry_at, self.log_at = 0, 0.0, 0.0, 0.0
+
+    def is_given_up(self, now: float) -> bool:
+        """Whether a store that fails has had its time, as the cluster ends or is drained."""
+        give_up_at = self.failing_since + self.engine.crew.options.shutdown_timeout
+        return self.failures > 0 and give_up_at <= now < self.retry_at
+
+    # ---- Calls
+
+    def ask(self, work: Callable[[], Any], answer: Callable[[Any], None]) -> None:
+        """Have *work* call the store. *answer* gets the result or, in the back-off after it,
+        the exception."""
+        if self.thread is None:
+            answer(work())
+            return
+        self.busy = True
+        if not self.failures:
+            self.failing_since = time.monotonic()  # If this call fails.
+
+        def call() -> None:
+            try:
+                result: Any = work()
+            except BaseException as error:
+                result = error
+            self.engine.post(functools.partial(end, result))
+
+        def end(result: Any) -> None:
+            self.busy, self.again = False, 0.0
+            if isinstance(result, BaseException):
+                self._on_failure(result)
+            answer(result)
+
+        self.thread.post(call)
+
+    def _on_failure(self, error: BaseException) -> None:
+        self.failures += 1
+        now = time.monotonic()
+        self.retry_at = now + back_off(STORE_SECONDS, self.failures, STORE_CAP_SECONDS)
+        if self.log_at <= now:
+            self.log_at = now + WARN_SECONDS
+            _log.error("the store failed; nothing is lost, trying again: %s", error)
+
+    def turn(self, now: float) -> float:
+        """Do what is to be done with the store. Returns when to come again (monotonic)."""
+        mode, watch = self.engine.ending.mode, self.watch
+        if self.busy or (self.failures and mode == "closing"):  # Then it has had its time.
+            return math.inf
+        if self.retry_at > now:
+            return self.retry_at
+        if watch and mode != "closing" and watch.next_look <= now:
+            self._look_after_masters(watch, now)
+            return math.inf
+        if self.check_futures:
+            self._look_after_futures()
+            if self.busy:
+                return math.inf
+        due = self.next_due < NEVER and self.next_due <= self.engine.cluster.queue._now()
+        if due or self.look_at <= now:
+            self.changed, self.look_at, self.next_due = True, math.inf, NEVER
+        serves = self.engine.ending.serves
+        if self.unsettled or (self.changed and serves):
+            self._look(serves)
+            if self.busy:
+                return math.inf
+        again = self.look_at
+        if self.next_due < NEVER:
+            seconds = (self.next_due - self.engine.cluster.queue._now()) / 1e6
+            again = min(again, now + seconds)
+        return min(again, watch.next_look) if watch and mode != "closing" else again
+
+    def _look(self, serves: bool) -> None:
+        """Settle, claim for the room that there is, and see what comes next."""
+        crew, queue = self.engine.crew, self.engine.cluster.queue
+        runs, self.unsettled = self.unsettled, []
+        eager, self.eager, changed, self.changed = self.eager, False, self.changed, False
+        eager, costs = eager or self.available > 0, crew.costs()
+        outcomes = [run.outcome for run in runs] if runs else []
+        if self.thread is not None:
+            costs = dict(costs)  # The other thread sees no change.
+        most = crew.options.max_workers if serves else 0
+        room = crew.room() if serves and (changed or eager) else 0.0
+        store, owner, until = self.store, self.engine.owner, self.engine.ending.until
+
+        def work() -> tuple[int, Turn]:
+            now = int(queue.clock() * 1e6)
+            return now, store.turn(owner, outcomes, costs, room, most, now, until, eager)
+
+        self.ask(work, functools.partial(self._on_look, runs, costs, room))
+
+    def _on_look(
+        self, runs: list[_Run], costs: Mapping[str, float], room: float, answer: Any
+    ) -> None:
+        if isinstance(answer, BaseException):
+            self.unsettled[:0] = runs
+            self.changed = True
+            return
+        now, (led, rows, self.due) = answer
+        self.failures, self.looked_at = 0, time.monotonic()
+        if self.log_at and (led or rows):  # Only a write proves it: a full disk can be read.
+            self.log_at = 0.0
+            _log.warning("the store works again")
+        self.available, self.next_due = 0, NEVER
+        for instant in self.due:
+            if instant > now:
+                self.next_due = instant
+                break
+            self.available += 1
+        if runs:
+            self._settled(runs, led)
+        if rows:
+            self._take(rows, costs)
+        if self.available and (rows or not room) and self.engine.crew.room() > 0:
+            self.changed = True  # A task that is claimed alone may leave room for others.
+
+    def _look_after_masters(self, watch: _Watch, now: float) -> None:
+        def answer(result: Any) -> None:
+            # From now: else a slow store would have no time for anything else.
+            watch.next_look = time.monotonic() + WATCH_SECONDS
+            if isinstance(result, BaseException):
+                return
+            ended, foreign, held = result
+            for row in ended:
+                self._ended_elsewhere(row, TaskPoolError(row.error))
+            for row in watch.strays(held, [*self.unsettled, *self.engine.crew.runs()]):
+                self.requeue(_Run(self, row, 0.0))
+            self.changed = True  # Tasks of a dead master may wait again.
+            if foreign:
+                names = ", ".join(map(repr, foreign))
+                _log.warning("tasks wait that this cluster has no function for: %s", names)
+
+        self.ask(lambda: watch.look(now, self.engine.cluster.queue._now()), answer)
+
+    def _look_after_futures(self) -> None:
+        """End Futures whose tasks were removed, or ended in another cluster."""
+        self.check_futures, futures = False, self.engine.futures
+
+        def answer(result: Any) -> None:
+            if isinstance(result, BaseException):
+                self.check_futures = True
+                return
+            for future, row in result:
+                futures.compare(future, row)
+
+        if futures:
+            self.ask(lambda: futures.look(self.store), answer)
+
+    def give_up(self) -> None:
+        """The cluster ends: if the store did not come back, say what is lost by that."""
+        what, futures = "the store did not come back", self.engine.futures
+        if self.unsettled:
+            text = "%s: %d outcome(s) are lost, those tasks start again"
+            _log.error(text, what, len(self.unsettled))
+        for run in self.unsettled:
+            for future in futures.of(run.row):
+                futures.end(future, _FINISHED, StoreError(f"{what}: the outcome is lost"))
+        waiting = sum(not (f._row.in_memory or f._held) for f in futures.all())
+        if waiting and self.failures:
+            _log.error("%s: %d submitted task(s) stay waiting", what, waiting)
+
+    def leave(self) -> None:
+        # Closed in any case: the queue may have been, before this cluster used it again.
+        with contextlib.suppress(StoreError), contextlib.closing(self.store):
+            self.store.leave(self.engine.owner, self.engine.cluster.queue._now())
+
+    # ---- Claims and their ends
+
+    def _take(self, rows: list[Row], costs: Mapping[str, float]) -> None:
+        """Have the workers run what was claimed."""
+        runs = []
+        for row in rows:
+            if row.state == "running":
+                runs.append(_Run(self, row, 1.0 if row.interrupted else costs[row.task_type]))
+            else:  # It cannot be read: the store has put it into quarantine.
+                error = StoreError(f"StoreError: the stored task cannot be run: {row.error}")
+                self._ended_elsewhere(row, error)
+        self.engine.futures.claimed(rows)
+        if self.engine.ending.serves:
+            self.engine.crew.place(runs, time.monotonic())
+        else:
+            for run in runs:
+                self.requeue(run)
+
+    def settle(
+        self, run: _Run, outcome: Outcome, event: str | None = None, left: _Left = None
+    ) -> None:
+        """Have the store record how a run ended; who waits for it is told after that."""
+        run.outcome, run.event, run.left = outcome, event, left
+        self.unsettled.append(run)
+
+    def requeue(self, run: _Run) -> None:
+        """running -> waiting, uncharged, for what has not begun, or must stop."""
+        self.settle(run, Outcome(run.row.id, run.row.claim, "ready", charged=False))
+
+    def cancelled(self, run: _Run) -> None:
+        self.settle(run, Outcome(run.row.id, run.row.claim, "removed"))
+
+    def fail(
+        self, run: _Run, error: Exception | _Failure, text: str = "", may_retry: bool = True
+    ) -> None:
+        """A charged start has failed: retry it, or fail it for good."""
+        row, now = run.row, self.engine.cluster.queue._now()
+        text = text or f"{type(error).__name__}: {error}"
+        first_line = text.partition("\n")[0]
+        outcome = failed_start(row, text, now, may_retry)
+        if outcome.state == "ready":
+            delay = (outcome.ready_at - now) / 1e6
+            what = f"attempt {row.attempt} of {row.retries + 1} failed, next in {delay:g} s"
+            _log.warning("cluster:%s:%s:\t%s: %s", row.task_type, row.id, what, first_line)
+        else:
+            _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
+        self.settle(run, outcome, "error", error)
+
+    def _settled(self, runs: list[_Run], led: list[str]) -> None:
+        """The store has recorded how these ended, if their claims were still held."""
+        engine, listeners = self.engine, self.engine.cluster.queue._listeners
+        for run, became in zip(runs, led):
+            if became == "running":
+                continue
+            if not became:
+                text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
+                _log.warning(text, run.row.task_type, run.row.id)
+            engine.futures.settled(run, became)
+            if listeners and became and run.event in listeners:
+                task = Task(as_told(run.row, became, run.outcome))
+                engine.tell(listeners[run.event], run.left, task)
+
+    def _ended_elsewhere(self, row: Row, error: TaskPoolError) -> None:
+        """Tell of the end of a task that this cluster did not run."""
+        _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, error)
+        run = _Run(self, row, 1.0)
+        outcome = Outcome(row.id, row.claim, row.state, error=str(error))
+        run.outcome, run.event, run.left = outcome, "error", error
+        self._settled([run], ["failed" if row.state == "failed" else "repeats"])
+
+
+class _Ending:
+    """How far the end of a cluster is: running -> finishing | stopping -> closing -> closed.
+
+    While finishing, what was due when it began still starts. While stopping, nothing does, and
+    what runs is requeued after its time. While closing, only the workers are still to end.
+    """
+
+    def __init__(self, engine: _Dispatcher) -> None:
+        self._engine = engine
+        self.mode, self.serves = "running", True  # It serves while tasks are started.
+        self.until = NEVER  # The due date up to which tasks are started.
+        self._stop_at = math.inf  # Monotonic: when running tasks are requeued.
+        self._stuck_since = math.inf  # Monotonic: all that runs waits for the broker.
+
+    def excuse(self, late: float) -> None:
+        self._stop_at += late
+        self._stuck_since += late
+
+    def finish(self, until: int, interrupted: bool) -> None:
+        if self.mode != "running":
+            return
+        runs, sources = len(self._engine.crew.runs()), self._engine.sources
+        seconds = self._engine.crew.options.shutdown_timeout
+        if runs or any(source.due or source.changed for source in sources):
+            # Who pressed Ctrl-C inside `with` is to see why nothing happens.
+            (_log.warning if interrupted else _log.info)(
+                "shutting down: %d task(s) run, and what is due by now is still done; "
+                "Ctrl-C (again) starts nothing more and gives running tasks %.1f s",
+                *(runs, seconds),
+            )
+        self.mode, self.until = "finishing", until
+        for source in sources:  # A store that is away has its time, too.
+            source.changed, source.failing_since = True, time.monotonic()
+
+    def stop(self, at: float) -> None:
+        if self.mode in ("running", "finishing"):
+            self.mode, self.serves, self._engine.crew.stopping = "stopping", False, True
+            for source in self._engine.sources:
+                source.failing_since = time.monotonic()
+            _log.info("stopping: running tasks get %.1f s", max(0.0, at - time.monotonic()))
+        self._stop_at = min(self._stop_at, at)
+
+    def advance(self, now: float) -> float:
+        """Take the next step, if it is time. Returns when to come again."""
+        engine, again = self._engine, math.inf
+        works = False
+        for worker in engine.crew.workers:
+            works = works or bool(worker.runs)
+        busy = works
+        for source in engine.sources:
+            if source.failures:
+                give_up_at = source.failing_since + engine.crew.options.shutdown_timeout
+                again = give_up_at if give_up_at > now else again
+            if source.busy or (source.unsettled and (works or not source.is_given_up(now))):
+                busy = True
+        if busy is engine.idle.is_set():
+            engine.idle.clear() if busy else engine.idle.set()
+        if self.mode == "finishing":
+            again = min(again, self._end_stuck_conversations(now))
+            if not busy and not any(self._has_work(source, now) for source in engine.sources):
+                self.mode = "closing"
+        elif self.mode == "stopping":
+            if self._stop_at <= now:
+                engine.crew.kill_busy()
+            again = min(again, self._stop_at) if self._stop_at > now else again
+            if not busy:
+                self.mode = "closing"
+        if self.mode == "closing":
+            self.serves = False
+            engine.crew.dismiss(now)
+            if not (engine.crew.workers or any(source.busy for source in engine.sources)):
+                self.mode = "closed"
+            again = min((worker.check_at for worker in engine.crew.workers), default=again)
+        return again
+
+    def _has_work(self, source: _Source, now: float) -> bool:
+        """Whether tasks that were due when finishing began may be waiting there."""
+        crew = self._engine.crew
+        can_run = crew.boot_error is None or any(worker.open for worker in crew.workers)
+        return not source.is_given_up(now) and (source.changed or (bool(source.due) and can_run))
+
+    def _end_stuck_conversations(self, now: float) -> float:
+        """While finishing, an answer that does not come ends after shutdown_timeout."""
+        runs = self._engine.crew.runs()
+        if not runs or not all(run.asks for run in runs):
+            self._stuck_since = math.inf
+            return math.inf
+        self._stuck_since = min(self._stuck_since, now)
+        ends_at = self._stuck_since + self._engine.crew.options.shutdown_timeout
+        if ends_at > now:
+            return ends_at
+        error = _failure(RuntimeError("the cluster was shut down before the broker answered"))
+        for run in runs:
+            for answer in list((run.asks or {}).values()):
+                answer(False, error)
+        return math.inf
+
+
+_worker_numbers = itertools.count(1)
+
+
+class _Dispatcher:
+    """The engine of a Cluster: one thread that decides, and never blocks but in its own wait.
+
+    All of it belongs to that thread, but for what says otherwise.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        """Registered, not started."""
+        self.cluster = cluster
+        self.owner = ""
+        self.wake: _WakeUp | None = None
+        self.inbox: collections.deque[Callable[[], Any]] = collections.deque()  # Any thread.
+        self.futures = _Futures(cluster.queue, self.is_at_work)  # Any thread.
+        self.crew = _Crew(cluster._options, cluster.task_map, self)
+        self.sources: list[_Source] = []  # In memory, then persistent. (P5)
+        self.ending = _Ending(self)
+        # For Futures, their callbacks, the listeners, the broker, and the store.
+        self.threads: list[_Thread] = []
+        self.thread: threading.Thread | None = None
+        self.closed, self.idle = threading.Event(), threading.Event()  # Idle: for drain().
+        self.idle.set()
+        self.hungry = True  # New tasks could start at once: adding them ends the wait.
+        self.alarm = math.inf  # Monotonic: when the wait ends at the latest.
+        self.next_refresh, self.next_report = 0.0, math.inf  # Monotonic.
+
+    # ---- Any thread
+
+    def post(self, call: Callable[[], Any]) -> None:
+        """Have the dispatcher make a call."""
+        self.inbox.append(call)
+        wake = self.wake  # Read once: the cluster may be closing.
+        if wake is not None:
+            wake.set()
+
+    def queue_changed(self, removed: bool, stored: bool) -> None:
+        """Something was added to the queue, removed or changed."""
+        for source in self.sources[stored : stored + 1]:
+            source.eager = source.changed = True
+            source.check_futures = source.check_futures or removed
+        # First `changed`, then `hungry`; the dispatcher sets `hungry` and then reads `changed`.
+        wake = self.wake
+        if wake is not None and (removed or self.hungry):
+            wake.set()
+
+    def is_at_work(self) -> bool:
+        """Whether this is a thread that others wait for: a finalizer can call us there."""
+        current, store = threading.current_thread(), self.threads[4:]
+        return current is self.thread or (store != [] and store[0].thread is current)
+
+    def event_threads(self) -> list[_Thread]:
+        """Those that call code of the user: Futures, callbacks, listener, broker."""
+        return self.threads[:4]
+
+    def begin_stop(self, seconds: float) -> None:
+        self.post(lambda: self.ending.stop(time.monotonic() + seconds))
+
+    def begin_finish(self, until: int, interrupted: bool = False) -> None:
+        self.post(lambda: self.ending.finish(until, interrupted))
+
+    def take_name(self) -> _WakeUp:
+        """Have an `owner`, which says where to ring."""
+        if self.wake is None:
+            queue, self.wake = self.cluster.queue, _WakeUp()
+            self.owner = _new_owner(self.wake.port)
+            self.sources = [_Source(queue.in_memory._memory, self)]
+            if not self.crew.options.in_memory_only:
+                self.sources.append(_Source(queue._store, self))
+        return self.wake
+
+    def start(self) -> None:
+        """Start all threads; or none, if that raises."""
+        queue, wake = self.cluster.queue, self.take_name()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.threads.clear)
+            names = ["futures", "callbacks", "listener", "broker", "store"]
+            for name in names[: 3 + len(self.sources)]:
+                self.threads.append(_Thread(name))
+                undo.callback(self.threads[-1].stop)
+            self.selector = selectors.DefaultSelector()
+            _master_ends.add(self.selector)
+            undo.callback(_disown, self.selector)
+            self.selector.register(wake.reader, selectors.EVENT_READ, wake.clear)
+            for source in self.sources[1:]:
+                source.thread = self.threads[4]
+                if wake.port:
+                    self.selector.register(wake.bell, selectors.EVENT_READ, self._on_bell)
+                if self.crew.options.log_all:
+                    _log.info("cluster:\tworks on %r", source.store)
+            undo.callback(setattr, self, "thread", None)
+            undo.callback(self.cluster._unregister)
+            queue._watchers += (self,)
+            self.thread = threading.Thread(
+                target=self._work, name="taskpool-dispatcher", daemon=True
+            )  # From here on others do not come through the lock.
+            self.futures.threads = self.threads[:2]
+            self.thread.start()
+            undo.pop_all()  # It has begun.
+
+    # ---- The loop
+
+    def _work(self) -> None:
+        """The body of the thread."""
+        if hasattr(signal, "pthread_sigmask"):
+            # Workers are born with SIGINT blocked, so that Ctrl-C cannot kill them before
+            # they ignore it. The tracker first: starting it may unblock SIGINT here.
+            with contextlib.suppress(Exception):
+                from multiprocessing import resource_tracker
+
+                resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            while self.ending.mode != "closed":
+                self.turn()
+        except BaseException as error:
+            _log.exception("the dispatcher failed; its tasks start again in another cluster")
+            self.futures.failure = TaskPoolError(f"the dispatcher failed: {error!r}")
+            self.futures.end_all()
+        finally:
+            try:
+                self._close()
+            finally:
+                self.idle.set()
+                self.closed.set()
+
+    def turn(self) -> None:
+        """One pass of the loop: look, decide, hand out, wait."""
+        now, crew, available = time.monotonic(), self.crew, 0
+        if now - self.alarm >= LATE_SECONDS:
+            self._excuse(now - self.alarm)
+        crew.logs_runs = crew.options.log_all and _log.isEnabledFor(logging.INFO)
+        while self.inbox:
+            self.inbox.popleft()()
+        if self.next_refresh <= now:
+            self.refresh()
+        if self.next_report <= now:
+            self._store_reports()
+        alarm = min(self.next_refresh, self.next_report)
+        freed, crew.freed = crew.freed, False
+        for source in self.sources:
+            if freed and (source.available or source.busy):
+                source.changed = True  # A look that is under way has seen no room.
+            if source.changed or source.unsettled or source.check_futures or source.again <= now:
+                source.again = source.turn(now)
+            alarm = min(alarm, source.again)
+            available += source.available
+        serves, full = self.ending.serves, crew.options.keep_alive == "always"
+        ticks = crew.tick(now, serves and available, full and self.ending.mode == "running")
+        self.alarm = max(min(alarm, ticks, self.ending.advance(now)), now)
+        if self.ending.mode != "closed":
+            self._wait(now)
+
+    def _excuse(self, late: float) -> None:
+        """The turn is late: perhaps all of us were stopped. No deadline counts that time."""
+        self.crew.excuse(late)
+        self.ending.excuse(late)
+        for source in self.sources:
+            source.failing_since += late
+
+    def _wait(self, now: float) -> None:
+        """The only wait: for workers, other threads, or the alarm."""
+        # When all workers have work, a turn follows soon anyhow: new tasks need not end
+        # the wait, and add up meanwhile.
+        hungry = len(self.crew.workers) < self.crew.options.max_workers
+        for worker in self.crew.workers:
+            hungry = hungry or not worker.runs
+            if bool(worker.channel.unsent) != worker.watched:
+                self._watch_outgoing(worker)
+        self.hungry = hungry
+        timeout = min(max(0.0, self.alarm - time.monotonic()), WAIT_SECONDS)
+        if self.inbox or self.crew.freed:
+            timeout = 0.0
+        elif hungry and self.ending.serves:
+            for source in self.sources:
+                if source.changed and not source.busy and source.retry_at <= now:
+                    timeout = 0.0
+        for key, events in self.selector.select(timeout):
+            worker = key.data
+            if not isinstance(worker, _Worker):
+                worker()
+                continue
+            if events & selectors.EVENT_WRITE:
+                worker.channel.flush()
+            if events & selectors.EVENT_READ:
+                self.hear(worker)
+        if not _SELECTABLE:
+            for worker in self.crew.workers:
+                self.hear(worker)
+
+    def refresh(self) -> None:
+        """Look for what no event announced."""
+        now = time.monotonic()
+        self.next_refresh = now + self.cluster._refresh
+        cast(_WakeUp, self.wake).clear()  # Ctrl-C may have come before its byte.
+        wall, waits = self.cluster.queue._now(), False
+        self.sources[0].store.renew(self.owner, wall)
+        for source in self.sources:
+            if source.looked_at + self.cluster._refresh <= now or not source.watch:
+                source.changed = True
+            source.check_futures = source.check_futures or self.idle.is_set()
+            waits = waits or source.busy or source.available > 0
+            if source.watch and source.watch.heard + LEASE_SECONDS <= now:
+                self.futures.opened = wall
+        if self.crew.options.keep_alive is None and self.ending.mode == "running" and not waits:
+            self.crew.retire_idle(now)
+
+    def _on_bell(self) -> None:
+        """Another process has added a task, and perhaps more, for which it did not ring."""
+        cast(_WakeUp, self.wake).clear_bell()
+        stored = self.sources[1]
+        stored.changed = stored.eager = True
+        stored.look_at = time.monotonic() + 2 * KNOCK_SECONDS
+
+    # ---- Workers
+
+    def start_worker(self) -> _Worker:
+        boot = _dumps(("boot", _boot_now(self.cluster._boot)))
+        context = multiprocessing.get_context(self.crew.options.start_method)
+        worker = _Worker(context, next(_worker_numbers), boot, cast(_WakeUp, self.wake))
+        if _SELECTABLE:
+            self.selector.register(worker.channel, selectors.EVENT_READ, worker)
+        return worker
+
+    def _watch_outgoing(self, worker: _Worker) -> None:
+        """Wait until the worker reads, or no more."""
+        worker.watched = not worker.watched
+        if worker.watched:
+            self.selector.register(worker.channel.outgoing, selectors.EVENT_WRITE, worker)
+        else:
+            self.selector.unregister(worker.channel.outgoing)
+
+    def forget_worker(self, worker: _Worker) -> None:
+        if _SELECTABLE and worker.hung_up_at == math.inf:
+            self.selector.unregister(worker.channel)
+        if worker.watched:
+            self._watch_outgoing(worker)
+
+    def hear(self, worker: _Worker) -> None:
+        """Take in what a worker has sent. One that sends nonsense is killed."""
+        if worker.hung_up_at < math.inf:
+            return
+        now = time.monotonic()
+        try:
+            for packed in worker.channel.receive():
+                self._take_in(worker, now, _read_message(packed))
+        except _Nonsense as error:
+            what = "worker process %d is killed: its pipe brought what no worker sends (%s)"
+            _log.warning(what, worker.pid, error)
+            worker.end()
+            worker.channel.ended = True
+        if worker.channel.ended:
+            worker.hung_up_at, worker.open, worker.check_at = now, False, 0.0
+            if _SELECTABLE:
+                self.selector.unregister(worker.channel)
+
+    def _take_in(self, worker: _Worker, now: float, message: tuple[Any, ...]) -> None:
+        kind = message[0]
+        if kind in _OF_ITS_HEAD and not (worker.runs and worker.runs[0].number == message[1]):
+            raise _Nonsense(f"{kind!r} of a task that it does not run")
+        if worker.ready and kind in ("ready", "boot error"):
+            raise _Nonsense(f"a second {kind!r}")
+        if kind == "done":
+            self._on_done(worker, now, message)
+        elif kind == "fail":
+            _, _, seconds, failure, may_retry = message
+            run = self.crew.ended(worker, seconds, now)
+            run.source.fail(run, failure, _error_text(failure), may_retry)
+        elif kind == "start":
+            run = worker.runs[0]
+            if run.row.timeout is not None:
+                run.deadline = time.monotonic() + run.row.timeout
+        elif kind == "ask":
+            self._on_ask(worker, *message[1:])
+        elif kind == "progress":
+            self._on_progress(worker, now, message[2])
+        elif kind == "changed":
+            self.sources[-1].changed = True
+        elif kind == "ready":
+            self.crew.got_ready(worker, now)
+        elif kind == "boot error":
+            worker.stopping = True  # So that its exit is not counted as another failed start.
+            self.crew.boot_failed(now, message[1])
+
+    def _on_done(self, worker: _Worker, now: float, message: tuple[Any, ...]) -> None:
+        _, _, seconds, packed, kept, problem, opened = message
+        run = self.crew.ended(worker, seconds, now)
+        row = run.row
+        if self.crew.logs_runs:
+            ms = round(seconds * 1000)
+            _log.info("cluster:%s:%s:\tdone in %d ms", row.task_type, row.id, ms)
+        if opened:
+            what = "conversation was" if opened == 1 else "conversations were"
+            _log.warning(
+                "cluster:%s:%s:\tended while %d %s open; return the Future of toggle_ipc "
+                "to wait for it",
+                *(row.task_type, row.id, opened, what),
+            )
+        outcome = Outcome(row.id, row.claim, "done", True, 0, kept, problem, row.progress)
+        run.source.settle(run, outcome, "done", packed)
+
+    def _on_progress(self, worker: _Worker, now: float, report: str) -> None:
+        run = worker.runs[0]
+        run.row = run.row._replace(progress=report)
+        worker.reported = True
+        self.next_report = min(self.next_report, now + REPORT_STORE_SECONDS)
+        listener = self.cluster.queue._listeners.get("progress")
+        if listener is not None:
+            task = Task(run.row)
+            self.tell(listener, _dumps(task.progress), task)
+
+    def _store_reports(self) -> None:
+        """Have the stores record what running tasks reported, once a second."""
+        self.next_report = math.inf
+        for worker in self.crew.workers:
+            if worker.runs and worker.reported:
+                source, row = worker.runs[0].source, worker.runs[0].row
+                report = Outcome(row.id, row.claim, "running", progress=row.progress)
+                source.settle(_Run(source, row, 0.0), report)
+            worker.reported = False
+
+    def tell(self, listener: Listener, left: _Left, task: Task) -> None:
+        """Have a listener called, with what a task has left."""
+
+        def call() -> None:
+            result, error = _unpacked(left)
+            _awaited(listener(result if error is None else error, task))
+
+        self.threads[2].post(call)
+
+    def _on_ask(self, worker: _Worker, number: int, conversation: int, packed: bytes) -> None:
+        """A task opens a conversation with the broker."""
+        run = next((run for run in worker.runs if run.number == number), None)
+        if run is None:
+            return
+
+        def answer(ok: bool, value: Any) -> None:
+            message = _dumps(("answer", conversation, ok, value))
+            self.post(lambda: pass_on(message))
+
+        def pass_on(message: bytes) -> None:
+            if run in worker.runs and run.asks and run.asks.pop(conversation, None):
+                worker.channel.send(message)
+
+        run.asks = run.asks or {}
+        run.asks[conversation] = answer
+        about = {"worker": worker.pid, "task_id": run.row.id, "task_type": run.row.task_type}
+        broker = self.crew.options.broker
+        self.threads[3].post(functools.partial(_consult, broker, packed, about, answer))
+
+    def cancel(self, task_id: str, answer: Callable[[_Run | None], None]) -> None:
+        """cancel() of a task that did not wait when it looked."""
+        for source in self.sources[1:]:
+            if source.busy:  # The claim may be on its way.
+                later = functools.partial(self.cancel, task_id, answer)
+                self.threads[4].post(functools.partial(self.post, later))
+                return
+        answer(self.crew.cancel(task_id))
+
+    # ---- The end
+
+    def _close(self) -> None:
+        """The dispatcher's last act."""
+        self.ending.mode = "closed"  # Futures made from here on are cancelled by submit().
+        for source in self.sources:
+            source.give_up()
+        for worker in self.crew.workers:
+            worker.kill()
+            worker.close()
+        self.crew.workers.clear()
+        for source in self.sources[1:]:
+            self.threads[4].post(source.leave)
+            # A store that has just failed was waited for already.
+            self.threads[4].flush(0.0 if source.failures else BUSY_SECONDS)
+            self.threads[4].stop()
+        types = list(self.cluster.task_map)
+        left = self.cluster.queue.in_memory.count(task_type=types, state="waiting")
+        if left:
+            _log.warning("%d in-memory tasks had not started at shutdown; they end here", left)
+        self.futures.end_all()
+        self.threads[0].post(self.threads[1].stop)  # After what it posts itself.
+        for thread in (self.threads[0], self.threads[2], self.threads[3]):
+            thread.stop()
+        _disown(self.selector)
+        wake, self.wake = self.wake, None
+        cast(_WakeUp, wake).close()
+        self.cluster._unregister()
 
 
 def _checked_keep_alive(keep_alive: Any) -> float | str | None:
@@ -6153,6 +7481,9 @@ def _usable_cpus() -> int:
     if quota.isdigit() and period.isdigit():
         cpus = min(cpus, math.ceil(int(quota) / int(period)))
     return max(cpus, 1)
+
+
+_warned_all_cpus = False
 
 
 def _allowed_workers(wanted: Any, oversubscribe: bool) -> int:
@@ -6205,20 +7536,20 @@ _running: set[Cluster] = set()
 def _at_exit() -> None:
     """The end of the main script: what leaving `with` does, for clusters still running."""
     for cluster in list(_running):
-        if cluster._started:  # Not those of the parent, in a fork.
+        engine = cluster._engine
+        if engine.thread:  # Not those of the parent, in a fork.
             try:
                 cluster.shutdown()
             except KeyboardInterrupt:
-                patience = min(cluster._shutdown_timeout, WAIT_SECONDS) + EXIT_SECONDS
+                patience = min(cluster._options.shutdown_timeout, WAIT_SECONDS) + EXIT_SECONDS
                 try:
-                    cluster._closed.wait(patience)
+                    engine.closed.wait(patience)
                 except KeyboardInterrupt:  # The second one: at once.
-                    cluster._begin_stop(0.0)
-                    cluster._closed.wait(EXIT_SECONDS)
+                    engine.begin_stop(0.0)
+                    engine.closed.wait(EXIT_SECONDS)
 
 
 KeepAlive = Union[int, timedelta, str, None]
-_warned_all_cpus = False
 
 
 class Cluster(concurrent.futures.Executor):
@@ -6270,87 +7601,33 @@ class Cluster(concurrent.futures.Executor):
         _check_broker(message_broker)
         self.queue = TaskQueue() if queue is None else queue
         _checked_bool("oversubscribe", oversubscribe)
-        self._max_workers = _allowed_workers(max_available_workers, oversubscribe)
         self._refresh = _checked_milliseconds("refresh_rate", refresh_rate)
-        self._in_memory_only = _checked_bool("in_memory_only", in_memory_only)
-        self._broker = message_broker
-        self._log_all = _checked_choice("logs", logs, ("all", "error")) == "all"
-        self._keep_alive = _checked_keep_alive(keep_alive)
-        self._auto_initialize = _checked_bool("auto_initialize", auto_initialize)
-        self._start_method = _checked_choice(
-            "start_method", start_method, ("spawn", "forkserver", "fork")
+        if max_tasks_per_worker is not None:
+            _checked_int("max_tasks_per_worker", max_tasks_per_worker, 1)
+        methods = ("spawn", "forkserver", "fork")
+        self._options = _Options(
+            max_workers=_allowed_workers(max_available_workers, oversubscribe),
+            in_memory_only=_checked_bool("in_memory_only", in_memory_only),
+            broker=message_broker,
+            log_all=_checked_choice("logs", logs, ("all", "error")) == "all",
+            keep_alive=_checked_keep_alive(keep_alive),
+            auto_initialize=_checked_bool("auto_initialize", auto_initialize),
+            start_method=_checked_choice("start_method", start_method, methods),
+            max_tasks=max_tasks_per_worker,
+            shutdown_timeout=_checked_seconds("shutdown_timeout", shutdown_timeout, zero=True),
         )
         if start_method not in multiprocessing.get_all_start_methods():
             raise _wrong_value("start_method", start_method, "one that this system has")
-        self._max_tasks = max_tasks_per_worker
-        if max_tasks_per_worker is not None:
-            _checked_int("max_tasks_per_worker", max_tasks_per_worker, 1)
-        self._shutdown_timeout = _checked_seconds("shutdown_timeout", shutdown_timeout, zero=True)
         self._boot = _register(self, sys._getframe(1))
         self._reset_after_fork()
         _reset_in_forks.add(self)
-        if self._auto_initialize:
+        if auto_initialize:
             self.initialize()
 
     def _reset_after_fork(self) -> None:
-        """Registered, not started: also what a forked child finds. All below belongs to
-        the dispatcher, but for what says otherwise."""
-        self._owner = ""
+        """Registered, not started: also what a forked child finds."""
         self._start_lock = threading.Lock()
-        self._started = False
-        self._wake: _WakeUp | None = None
-        self._inbox: collections.deque[Callable[[], Any]] = collections.deque()  # Any thread.
-        self._futures: dict[str, _TaskFuture] = {}  # Of waiting tasks. Any thread adds.
-        self._elsewhere: set[_TaskFuture] = set()  # Whose tasks others may run. Any thread adds.
-        self._pending: set[_TaskFuture] = set()  # That have not ended. Any thread.
-        self._ids_lock = threading.RLock()  # Held while a task of a given id is submitted.
-        self._chain_lock = threading.RLock()  # Protects Futures of one id. For a moment only.
-        self._ids_are_given = False  # Some task was submitted under an id of the caller's.
-        self._workers: list[_WorkerHandle] = []
-        self._hand: collections.deque[_Run] = collections.deque()  # Claimed, not yet given.
-        self._hand_since = 0.0
-        self._unsettled_here: list[_Run] = []  # Ended, in memory: until the next turn.
-        self._unsettled: list[_Run] = []  # Ended, persistent: until the store has it.
-        self._expected: dict[str, float] = {}  # Seconds, by task type.
-        self._shares = dict.fromkeys(self.task_map, 1.0)
-        self._logs_runs = False
-        self._alarm = math.inf  # Monotonic: when the next wait ends at the latest.
-        self._next_refresh = self._next_watch = self._next_renew = self._next_foreign = 0.0
-        self._observer_clock = _ObserverClock()  # Of the store thread.
-        self._next_failure_log = 0.0  # 0: the store has not failed since it last wrote.
-        self._last_available = 0.0
-        self._worker_numbers = itertools.count(1)
-        self._boot_after, self._failed_boots = 0.0, 0  # Back-off of dying starts.
-        self._boot_error: Exception | _Failure | None = None
-        self._failure: TaskPoolError | None = None  # Of the dispatcher.
-        self._renewed = 0.0  # Monotonic: when observers last heard of this cluster.
-        self._opened = 0  # Others may have taken tasks that were added here until then.
-        self._look = True  # Something may be claimable in the store. Any thread sets it.
-        self._added = False  # Something was added since the last look: claim first.
-        self._look_again = math.inf  # Monotonic: a second look after the bell.
-        self._news = False  # Something was added since this turn began. Any thread sets it.
-        self._hungry = True  # New tasks could start at once: adding them ends the wait.
-        # At most one: what a producer may claim as it adds. Any thread takes it.
-        self._offers: collections.deque[tuple[Mapping[str, float], float, int]]
-        self._offers = collections.deque()
-        self._upcoming: list[int] | None = []  # What next_due said; None: more than we take.
-        self._store_due = NEVER  # When the first of them that was not yet due is.
-        self._backlog = True  # Some of them are due: look when a worker has room.
-        self._reported, self._next_report = False, 0.0  # Some worker has; when it is stored.
-        self._store_busy = False  # A call is under way in the store thread...
-        self._in_flight = 0  # ... with so many outcomes.
-        # Failed calls in a row; since when; until when the next one waits.
-        self._store_failures, self._failing_since, self._store_retry = 0, 0.0, 0.0
-        self._check_futures = False
-        self._until = NEVER  # While finishing: the due date up to which tasks are run.
-        self._mode = "running"  # -> finishing | stopping -> closing -> closed
-        self._stop_at = math.inf  # Monotonic: when running tasks are given back.
-        self._stuck_since = math.inf
-        self._closed = threading.Event()
-        self._idle = threading.Event()  # Nothing in hand: for drain().
-        self._idle.set()
-
-    # ---- For users, from any thread
+        self._engine = _Dispatcher(self)
 
     @staticmethod
     def is_master() -> bool:
@@ -6367,58 +7644,23 @@ class Cluster(concurrent.futures.Executor):
         if not _is_master():
             return
         self._raise_failure()
-        with self._start_lock, contextlib.ExitStack() as undo:
-            if self._started:
-                return
-
-            def calls(name: str) -> _Calls:
-                thread = _Calls(name)
-                undo.callback(thread.stop)
-                return thread
-
-            if not self._in_memory_only:
-                self._store_thread = calls("store")
-            self._future_thread, self._callback_thread = calls("futures"), calls("callbacks")
-            self._listener_thread, self._broker_thread = calls("listener"), calls("broker")
-            wake = self._take_name()
-            self._context = multiprocessing.get_context(self._start_method)
-            self._selector = selectors.DefaultSelector()
-            _master_ends.add(self._selector)
-            undo.callback(_disown, self._selector)
-            self._selector.register(wake.reader, selectors.EVENT_READ, wake.clear)
-            if wake.port and not self._in_memory_only:
-                self._selector.register(wake.bell, selectors.EVENT_READ, self._on_bell)
-            undo.callback(setattr, self, "_started", False)
-            undo.callback(self._unregister)
-            self.queue._watchers += (self,)
-            _running.add(self)
-            atexit.unregister(_at_exit)  # It runs once.
-            atexit.register(_at_exit)
-            name = "taskpool-dispatcher"
-            self._dispatcher = threading.Thread(target=self._dispatch, name=name, daemon=True)
-            if self._log_all and not self._in_memory_only:
-                _log.info("cluster:\tworks on %r", self.queue._store)
-            self._started = True  # From here on others do not come through this lock.
-            self._dispatcher.start()
-            undo.pop_all()  # It has begun.
+        with self._start_lock:
+            if not self._engine.thread:
+                self._engine.start()
+                _running.add(self)
+                atexit.unregister(_at_exit)  # It runs once.
+                atexit.register(_at_exit)
 
     def _unregister(self) -> None:
-        self.queue._watchers = tuple(w for w in self.queue._watchers if w is not self)
+        watchers = self.queue._watchers
+        self.queue._watchers = tuple(w for w in watchers if w is not self._engine)
         _running.discard(self)
-
-    def _take_name(self) -> _WakeUp:
-        """Have an `_owner`, which says where to ring."""
-        if self._wake is None:
-            self._wake, self._renewed = _WakeUp(), time.monotonic()
-            self._owner = _new_owner(self._wake.port)
-        return self._wake
 
     def set_refresh_rate(self, refresh_rate: int | timedelta) -> None:
         """Change `refresh_rate` (milliseconds). Does nothing in a worker."""
         self._refresh = _checked_milliseconds("refresh_rate", refresh_rate)
         if _is_master():
-            self._next_refresh = 0.0
-            self._wake_up()
+            self._engine.post(self._engine.refresh)
 
     def submit(  # type: ignore[override]
         self, task_type: str, data: Any = None, **options: Any
@@ -6432,18 +7674,44 @@ class Cluster(concurrent.futures.Executor):
         `in_memory_only` cluster the default is in_memory=True. Raises what add_task raises,
         and RuntimeError after shutdown().
         """
-        if not self._started:
+        engine, futures = self._engine, self._engine.futures
+        if not engine.thread:
             self._use("submit")
-            if self._auto_initialize:
+            if self._options.auto_initialize:
                 self.initialize()  # Again, in a fork.
-            elif self._mode == "running":
+            elif engine.ending.mode == "running":
                 with self._start_lock:
-                    self._take_name()  # So that no other cluster runs the task.
-        if self._mode != "running":
+                    engine.take_name()  # So that no other cluster runs the task.
+        if engine.ending.mode != "running":
             self._raise_failure()
             raise RuntimeError("cannot submit after shutdown")
-        if self._in_memory_only:
+        self._check_submit(task_type, options)
+        now = self.queue._now()
+        row, if_exists = _make_row(now, task_type, data, lane=engine.owner, **options)
+        future = _TaskFuture(futures, row)
+        futures.add(future)  # First: the task may start before _add() returns.
+        try:
+            (stored,) = self.queue._add([(row, if_exists)])
+        except BaseException:
+            futures.discard(future)
+            raise
+        if stored is not row:
+            if stored == row._replace(created_at=stored.created_at):
+                future._row = stored
+            else:  # Kept: another task stands for this one.
+                future = futures.join(future, stored)
+        future._stored = True  # Last: from here on it is compared with the store.
+        if if_exists == "replace":
+            futures.end_replaced(row.id, stored)
+        if engine.ending.mode == "closed":  # Meanwhile; the task stays waiting, as others do.
+            future._end(*futures.unknown_end(future))
+        return future
+
+    def _check_submit(self, task_type: Any, options: dict[str, Any]) -> None:
+        if self._options.in_memory_only:
             options.setdefault("in_memory", True)
+            if options["in_memory"] is False:
+                raise _wrong_value("in_memory", False, "True, as this cluster is in_memory_only")
         if type(task_type) is str and task_type and task_type not in self.task_map:
             known = ", ".join(map(repr, self.task_map))
             raise _wrong_value("task_type", task_type, f"one of this cluster's: {known}")
@@ -6454,91 +7722,6 @@ class Cluster(concurrent.futures.Executor):
         if not options.keys() <= _ADD_PARAMETERS:
             unknown = min(options.keys() - _ADD_PARAMETERS)
             raise TypeError(f"submit() takes the parameters of add_task, not {unknown!r}")
-        if self._in_memory_only and options["in_memory"] is False:
-            raise _wrong_value("in_memory", False, "True, as this cluster is in_memory_only")
-        if options.get("task_id") is None:
-            return self._submit(task_type, data, options)[0]
-        self._ids_are_given = True
-        with self._ids_lock:  # What is stored last is the last in _futures.
-            future, replaced = self._submit(task_type, data, options)
-        if replaced is not None:
-            replaced._end(_CANCELLED)
-        if options.get("if_exists") == "replace":
-            self._end_elsewhere(future._row.id)
-        return future
-
-    def _end_elsewhere(self, task_id: str) -> None:
-        """End the Futures of that id whose tasks wait no more, and do not run."""
-        for future in [other for other in list(self._elsewhere) if other._row.id == task_id]:
-            if not self._is_running(future._row):
-                self._elsewhere.discard(future)
-                future._end(*self._unknown_end(future))
-
-    def _submit(
-        self, task_type: str, data: Any, options: dict[str, Any]
-    ) -> tuple[_TaskFuture, _TaskFuture | None]:
-        """The Future of a new task, or of the one that is kept; and that of a replaced one."""
-        row, if_exists = _make_row(self.queue._now(), task_type, data, lane=self._owner, **options)
-        future = _TaskFuture(self, row)
-        self._pending.add(future)
-        before = None
-        if options.get("task_id") is None:
-            self._futures[row.id] = future  # First: it may start before _add returns.
-        else:
-            with self._chain_lock:
-                before = future._before = self._futures.get(row.id)
-                self._futures[row.id] = future
-        try:
-            (stored,) = self.queue._add([(row, if_exists)])
-        except BaseException:
-            self._withdraw(future)
-            raise
-        if stored is not row:  # Kept: another task stands for this one.
-            self._withdraw(future)
-            if before is not None:
-                return before, None
-            future._row, future._foreign = stored, "kept"
-            self._pending.add(future)
-            self._elsewhere.add(future)
-        future._stored = True  # Last: from here on it is compared with the store.
-        if self._mode == "closed":  # Meanwhile; the task stays waiting, as others do.
-            future._end(*self._unknown_end(future))
-        if stored is row and before is not None and not self._is_running(before._row):
-            if future._before is before:  # Replaced; else it was claimed, and is over.
-                future._before = before._before
-                return future, before
-        return future, None
-
-    def _withdraw(self, future: _TaskFuture) -> None:
-        """Undo the entry of a Future whose task was not stored."""
-        self._pending.discard(future)
-        with self._chain_lock:
-            if self._futures.get(future._row.id) is future:
-                del self._futures[future._row.id]
-                if future._before is not None:  # Whose task was not claimed meanwhile.
-                    self._futures[future._row.id] = future._before
-
-    def _is_running(self, row: Row) -> bool:
-        """Whether that task runs: not one that replaces it under its id."""
-        store = self.queue.in_memory._store if row.in_memory else self.queue._store
-        running = store.find(Query(ids=[row.id], states=["running"]), self.queue._now())
-        return any(other.created_at == row.created_at for other in running)
-
-    def _take_future(self, row: Row) -> _TaskFuture | None:
-        """The Future of the task that was claimed: not of one that replaces it, or is to."""
-        if not self._ids_are_given:  # Then no other thread looks at that entry.
-            future = self._futures.get(row.id)
-            if future is not None and future._row.created_at == row.created_at:
-                return self._futures.pop(row.id, None)
-        with self._chain_lock:
-            latest = future = self._futures.pop(row.id, None)
-            later = None
-            while future is not None and future._row.created_at != row.created_at:
-                later, future = future, future._before
-            if latest is not None and later is not None:
-                later._before = None
-                self._futures.setdefault(row.id, latest)
-            return future
 
     def map(  # type: ignore[override]
         self, task_type: str, data: Iterable[Any], timeout: float | timedelta | None = None
@@ -6547,6 +7730,10 @@ class Cluster(concurrent.futures.Executor):
         seconds = None if timeout is None else _checked_seconds("timeout", timeout, zero=True)
         return super().map(task_type, data, timeout=seconds)  # type: ignore[arg-type]
 
+    def _stores(self) -> list[Store]:
+        stored = [] if self._options.in_memory_only else [self.queue._store]
+        return [self.queue.in_memory._store, *stored]
+
     def cancel(self, task_id: str) -> bool:
         """Remove a waiting task, or kill the worker that runs it. Its Future is cancelled.
 
@@ -6554,26 +7741,31 @@ class Cluster(concurrent.futures.Executor):
         """
         self._use("cancel")
         _checked_text("task_id", task_id)
-        query = Query(ids=[task_id], states=["waiting"])
-        stores = [self.queue.in_memory._store] + [self.queue._store] * (not self._in_memory_only)
-        if any(store.remove(query, self.queue._now()) for store in stores):
-            future = self._futures.pop(task_id, None)
-            if future is not None:
-                future._end(_CANCELLED)
-            self._end_elsewhere(task_id)
+        engine, query = self._engine, Query(ids=[task_id], states=["waiting"])
+        if any(store.remove(query, self.queue._now()) for store in self._stores()):
+            engine.futures.end_replaced(task_id)
             return True
-        if not self._started:
+        if not engine.thread:
             return False
-        answer: _queues.SimpleQueue[tuple[bool, _TaskFuture | None]] = _queues.SimpleQueue()
-        self._post(lambda: self._cancel_run(task_id, answer.put))
-        while not self._closed.is_set() and not self._is_at_work():
+        answer: _queues.SimpleQueue[_Run | None] = _queues.SimpleQueue()
+        engine.post(lambda: engine.cancel(task_id, answer.put))
+        while not engine.closed.is_set() and not engine.is_at_work():
             with contextlib.suppress(_queues.Empty):
-                found, future = answer.get(timeout=0.1)
-                if future is not None:
+                run = answer.get(timeout=0.1)
+                for future in [] if run is None else engine.futures.of(run.row):
                     future._end(_CANCELLED)
-                return found
+                return run is not None
         self._raise_failure()
         return False
+
+    def _is_pending(self, until: int) -> bool:
+        """Whether a task due by *until* waits or runs. Asks the stores, in this thread."""
+        now, types, owner = self.queue._now(), list(self.task_map), self._engine.owner
+        running = Query(types=types, states=["running"], until=until, limit=1)
+        return any(
+            store.next_due(owner, types, 1, now, until) or store.find(running, now)
+            for store in self._stores()
+        )
 
     def drain(self, timeout: float | timedelta | None = None) -> bool:
         """Wait until nothing that was due at the call is waiting or running.
@@ -6582,35 +7774,40 @@ class Cluster(concurrent.futures.Executor):
         Raises the error of workers that cannot start.
         """
         self._use("drain")
+        engine = self._engine
         seconds = math.inf if timeout is None else _checked_seconds("timeout", timeout, zero=True)
         deadline, until = time.monotonic() + seconds, self.queue._now()
         patience = math.inf  # Monotonic: when that with a store that fails ends.
-        while not self._closed.is_set():
-            if self._boot_error and not any(worker.ready for worker in self._workers):
-                raise cast(Exception, _unpacked(self._boot_error)[1])
+        while not engine.closed.is_set():
+            self._raise_boot_error()
             try:
-                if self._idle.is_set() and not self._is_pending(until):
+                if engine.idle.is_set() and not self._is_pending(until):
                     break
                 patience = math.inf
             except StoreError:
-                patience = min(patience, time.monotonic() + self._shutdown_timeout)
+                patience = min(patience, time.monotonic() + self._options.shutdown_timeout)
                 if time.monotonic() >= min(patience, deadline):
                     raise
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            if self._is_at_work():
+            if engine.is_at_work():
                 raise RuntimeError("drain() was called by a finalizer in a thread of the cluster")
-            if not self._idle.wait(min(left, 0.2)):
+            if not engine.idle.wait(min(left, 0.2)):
                 continue
             time.sleep(min(left, 0.01))  # Idle, but something waits, or runs elsewhere.
         self._raise_failure()
-        threads = self._event_threads()
-        if any(thread.is_current() for thread in threads):
-            return True  # Two of them could wait for each other.
-        for thread in threads:
-            thread.flush(max(0.0, min(deadline - time.monotonic(), 60.0)))
+        self._flush(min(deadline - time.monotonic(), 60.0))
         return True
+
+    def _flush(self, seconds: float) -> None:
+        """Wait until callbacks, listeners and the broker were called; not in one of these, as
+        two of them could wait for each other."""
+        threads = self._engine.event_threads()
+        deadline = time.monotonic() + seconds
+        if not any(thread.is_current() for thread in threads):
+            for thread in threads:
+                thread.flush(max(0.0, deadline - time.monotonic()))
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM, or shutdown() from elsewhere; then stop.
@@ -6621,26 +7818,33 @@ class Cluster(concurrent.futures.Executor):
         """
         self._use("run")
         self.initialize()
-        patience = [0.0, self._shutdown_timeout]  # Of the second signal, and of the first.
-        with _signals(lambda: self._begin_stop(patience.pop() if patience else 0.0)):
-            while not self._closed.wait(0.5):
-                if self._boot_error and not any(worker.ready for worker in self._workers):
-                    self._begin_stop(0.0)
-                    raise cast(Exception, _unpacked(self._boot_error)[1])
-        for thread in self._event_threads():
-            thread.flush(self._shutdown_timeout)
+        engine, seconds = self._engine, self._options.shutdown_timeout
+        patience = [0.0, seconds]  # Of the second signal, and of the first.
+        with _signals(lambda: engine.begin_stop(patience.pop() if patience else 0.0)):
+            while not engine.closed.wait(0.5):
+                try:
+                    self._raise_boot_error()
+                except BaseException:
+                    engine.begin_stop(0.0)
+                    raise
+        self._flush(seconds)
         self._raise_failure()
 
     def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        if self._engine.futures.failure is not None:
+            raise self._engine.futures.failure
+
+    def _raise_boot_error(self) -> None:
+        crew = self._engine.crew
+        if crew.boot_error and not any(worker.ready for worker in crew.workers):
+            raise cast(Exception, _unpacked(crew.boot_error)[1])
 
     def workers(self) -> list[dict[str, Any]]:
         """The worker processes: pid, state (starting, idle, busy), task_id, task_type,
         and since when (an aware UTC datetime)."""
         self._use("workers")
         shown = []
-        for worker in list(self._workers):
+        for worker in list(self._engine.crew.workers):
             row = next((run.row for run in list(worker.runs)), None)
             since = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - worker.since)
             shown.append({
@@ -6659,1167 +7863,46 @@ class Cluster(concurrent.futures.Executor):
         as shutdown(). Called by a listener, broker or Future callback it does not wait.
         """
         self._use("shutdown")
-        if not self._started:
-            self._mode = "closed"
-            self._closed.set()
-            self._end_pending()  # The tasks stay waiting.
-            wake, self._wake = self._wake, None
+        engine, seconds = self._engine, self._options.shutdown_timeout
+        if not engine.thread:
+            engine.ending.mode = "closed"
+            engine.closed.set()
+            engine.futures.end_all()  # The tasks stay waiting.
+            wake, engine.wake = engine.wake, None
             if wake is not None:
                 wake.close()
-                if not self._in_memory_only:
-                    self._leave()
+                for source in engine.sources[1:]:
+                    source.leave()
             return
         if cancel_futures:
-            for future in list(self._futures.values()):
-                future._remove(self._call_back)
+            for future in engine.futures.all():
+                future._remove(engine.futures.call_back)
         if not wait:
-            self._begin_stop(self._shutdown_timeout)
+            engine.begin_stop(seconds)
             return
-        now = self.queue._now()
         interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)  # Inside `with`, say.
-        self._post(lambda: self._begin_finish(now, interrupted))
-        if self._is_at_work() or any(thread.is_current() for thread in self._event_threads()):
+        engine.begin_finish(self.queue._now(), interrupted)
+        threads = engine.event_threads()
+        if engine.is_at_work() or any(thread.is_current() for thread in threads):
             return
         try:
-            while not self._closed.wait(0.5):
+            while not engine.closed.wait(0.5):
                 pass
         except KeyboardInterrupt:
-            self._begin_stop(self._shutdown_timeout)
+            engine.begin_stop(seconds)
             raise
-        for thread in self._event_threads():
-            thread.flush(self._shutdown_timeout)
+        self._flush(seconds)
         self._raise_failure()
 
     def __enter__(self) -> Cluster:
         self._use("with")
         return self
 
-    # ---- Other threads' way in
-
     def _use(self, what: str) -> None:
         _refuse_rerun(f"Cluster.{what}")
         if _worker is not None:
             raise RuntimeError(f"Cluster.{what} was called in a worker; only the master can")
         self._raise_failure()
-
-    def _wake_up(self) -> None:
-        wake = self._wake  # Read once: the cluster may be closing.
-        if wake is not None:
-            wake.set()
-
-    def _post(self, call: Callable[[], Any]) -> None:
-        """Have the dispatcher make a call."""
-        self._inbox.append(call)
-        self._wake_up()
-
-    def _queue_changed(self, removed: bool, stored: bool) -> None:
-        if stored:
-            self._look = self._added = True
-        self._news = True
-        self._offers.clear()  # What was added may have to start first.
-        if removed:
-            self._check_futures = True
-        if removed or self._hungry:
-            self._wake_up()
-
-    def _add_running(self, row: Row) -> bool:
-        """Add a task as one that is claimed, if an idle worker offers room; False if not.
-
-        In the producer's thread: that saves a write and the way through the dispatcher.
-        """
-        if not self._offers or row.state != "ready":
-            return False
-        try:
-            types, room, before = self._offers.pop()
-        except IndexError:
-            return False
-        now, owner = self.queue._now(), self._owner
-        if (
-            types.get(row.task_type, math.inf) > room
-            or row.lane not in ("", owner)
-            or now >= before
-        ):
-            return False
-        running = claimed(row, owner, now)
-        added: bool | None = None
-        try:
-            added = getattr(self.queue._store, "add_running", lambda row: False)(running)
-        except Exception:
-            added = False
-            raise
-        finally:
-            if added:
-                self._post(lambda: self._start_at_once(running))
-            elif added is None:  # A Ctrl-C, perhaps after the write.
-                self._post(lambda: self._give_back([_Run(running, 1.0, None)]))
-        if added and self._mode == "closed":  # Perhaps it had left the store already.
-            self.queue._store.leave(owner, now)
-        return added
-
-    def _start_at_once(self, row: Row) -> None:
-        self._take_in_hand([row])
-        self._assign(time.monotonic())  # Before all else of this turn.
-
-    def _begin_stop(self, seconds: float) -> None:
-        self._post(lambda: self._stop(time.monotonic() + seconds))
-
-    def _event_threads(self) -> list[_Calls]:
-        if not self._started:
-            return []
-        threads = [self._future_thread, self._callback_thread]  # The first posts to the second.
-        return [*threads, self._listener_thread, self._broker_thread]
-
-    def _is_at_work(self) -> bool:
-        """Whether this is a thread that others wait for: a finalizer can call us there."""
-        if not self._started:
-            return False
-        store = None if self._in_memory_only else self._store_thread
-        return threading.current_thread() is self._dispatcher or bool(store and store.is_current())
-
-    def _remove_waiting(self, row: Row) -> bool:
-        store = self.queue.in_memory._store if row.in_memory else self.queue._store
-        query = Query(ids=[row.id], states=["waiting"], created_at=row.created_at)
-        if not store.remove(query, self.queue._now()):
-            return False
-        with self._chain_lock:
-            future = self._futures.get(row.id)
-            if future is not None and future._row is row:
-                del self._futures[row.id]
-        return True
-
-    # ---- Ends of Futures
-
-    def _call_back(self, calls: list[Callable[[], Any]]) -> None:
-        """Call callbacks in their thread; here if the cluster never started."""
-        if self._started:
-            self._callback_thread.post(functools.partial(_call_all, calls))
-            return
-        try:
-            _call_all(calls)
-        except BaseException:
-            _log.exception("error in a callback of a Future")
-
-    def _end_future(self, future: _TaskFuture, state: str, left: _Left = None) -> None:
-        """End a Future from any thread, which does not wait for the Future's lock."""
-        if state == _FINISHED and future._end_unseen(left):
-            return
-        if self._started:
-            self._future_thread.post(functools.partial(future._end, state, left))
-        else:
-            future._end(state, left)
-
-    def _may_be_elsewhere(self, row: Row) -> bool:
-        """Whether other clusters could take a task that was submitted here, and waited."""
-        return row.created_at <= self._opened and not row.in_memory
-
-    def _unknown_end(self, future: _TaskFuture) -> tuple[str, _Left]:
-        """How a Future ends if the end of its task is never told here: cancelled, unless its
-        task may have run."""
-        if self._failure is not None:
-            return _FINISHED, self._failure
-        if future._foreign == "lost":
-            why = "its claim was lost"
-        elif not future._foreign and self._may_be_elsewhere(future._row):
-            why = "this cluster had stood still for longer than a lease"
-        else:
-            return _CANCELLED, None
-        known = "another cluster may have run it, and no result is known here"
-        return _FINISHED, TaskPoolError(f"task {future._row.id!r}: {why}; {known}")
-
-    def _end_pending(self) -> None:
-        """End all Futures, as the cluster ends."""
-        for future in list(self._pending):
-            self._end_future(future, *self._unknown_end(future))
-
-    def _is_pending(self, until: int) -> bool:
-        """Whether a task due by *until* waits or runs. Asks the stores, in this thread."""
-        now, types = self.queue._now(), list(self.task_map)
-        running = Query(types=types, states=["running"], until=until, limit=1)
-        stores = [self.queue.in_memory._store] + [self.queue._store] * (not self._in_memory_only)
-        return any(
-            store.next_due(self._owner, types, 1, now, until) or store.find(running, now)
-            for store in stores
-        )
-
-    # ---- The dispatcher
-
-    def _dispatch(self) -> None:
-        """The body of the dispatcher thread."""
-        if hasattr(signal, "pthread_sigmask"):
-            # Workers are born with SIGINT blocked, so that Ctrl-C cannot kill them before
-            # they ignore it. The tracker first: starting it may unblock SIGINT here.
-            with contextlib.suppress(Exception):
-                from multiprocessing import resource_tracker
-
-                resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            while self._mode != "closed":
-                self._turn()
-        except BaseException as error:
-            _log.exception("the dispatcher failed; its tasks start again in another cluster")
-            self._failure = TaskPoolError(f"the dispatcher failed: {error!r}")
-            self._end_pending()
-        finally:
-            try:
-                self._close()
-            finally:
-                self._idle.set()
-                self._closed.set()
-
-    def _turn(self) -> None:
-        """One pass of the loop: look, decide, hand out, wait."""
-        self._offers.clear()
-        now = time.monotonic()  # Once: what comes later than this is late in the next turn.
-        self._excuse(now - self._alarm)
-        self._alarm, self._news = math.inf, False
-        self._logs_runs = self._log_all and _log.isEnabledFor(logging.INFO)
-        while self._inbox:
-            self._inbox.popleft()()
-        self._watch_workers(now)
-        self._keep_house(now)
-        self._settle_in_memory()
-        self._claim_in_memory()
-        self._assign(now)
-        self._use_store(now)
-        self._look_after_futures(now)
-        self._scale(now)
-        self._progress(now)
-        self._alarm = max(self._alarm, now)
-        if self._mode != "closed":
-            self._receive()
-
-    def _excuse(self, late: float) -> None:
-        """The turn is *late*: perhaps all of us were stopped. No deadline counts that time."""
-        if late < LATE_SECONDS:
-            return
-        for worker in self._workers:
-            worker.kill_at += late
-            for run in worker.runs:
-                run.deadline += late
-        self._stop_at += late
-        self._stuck_since += late
-        self._failing_since += late
-
-    def _wake_at(self, instant: float) -> None:
-        """Do not wait beyond *instant* (monotonic)."""
-        self._alarm = min(self._alarm, instant)
-
-    def _receive(self) -> None:
-        """The only wait: for workers, other threads, or the alarm."""
-        # When all workers have work, a turn follows soon anyhow: new tasks need not end
-        # the wait, and add up meanwhile.
-        self._hungry = len(self._workers) < self._max_workers or any(
-            not worker.runs for worker in self._workers
-        )
-        timeout = min(max(0.0, self._alarm - time.monotonic()), WAIT_SECONDS)
-        if self._inbox or (self._news and self._hungry):
-            timeout = 0.0
-        elif self._hungry:
-            self._offer_room()
-        for key, events in self._selector.select(timeout):
-            worker = key.data
-            if not isinstance(worker, _WorkerHandle):
-                worker()
-                continue
-            if events & selectors.EVENT_WRITE:
-                worker.channel.flush()
-            if events & selectors.EVENT_READ:
-                self._hear(worker)
-        for worker in self._workers:
-            if not worker.channel.takes_back:
-                self._hear(worker)
-
-    def _offer_room(self) -> None:
-        """Let the next producer claim what it adds, if nothing else is about to be claimed."""
-        busy = self._store_busy or self._look or self._unsettled or self._hand
-        if self._mode != "running" or self._in_memory_only or busy:
-            return
-        if any(worker.accepts and not worker.runs for worker in self._workers):
-            self._offers.append((dict(self._claimable()), self._room(), self._store_due))
-            if self._look or self._news:  # Meanwhile; see _queue_changed.
-                self._offers.clear()
-
-    def _on_bell(self) -> None:
-        """Another process has added a task, and perhaps more, for which it did not ring."""
-        cast(_WakeUp, self._wake).clear_bell()
-        self._look = self._added = True
-        self._look_again = time.monotonic() + 2 * KNOCK_SECONDS
-
-    def _hear(self, worker: _WorkerHandle) -> None:
-        """Take in what a worker has sent. One that sends nonsense is killed."""
-        if worker.ended_at < math.inf:
-            return
-        now = time.monotonic()
-        try:
-            for packed in worker.channel.receive():
-                self._take_in(worker, now, _read_message(packed))
-        except _Nonsense as error:
-            what = "worker process %d is killed: its pipe brought what no worker sends (%s)"
-            _log.warning(what, worker.pid, error)
-            worker.end()
-            worker.channel.ended = True
-        if worker.channel.ended:
-            worker.ended_at = time.monotonic()
-            if worker.channel.takes_back:
-                self._selector.unregister(worker.channel)
-
-    def _take_in(self, worker: _WorkerHandle, now: float, message: tuple[Any, ...]) -> None:
-        kind = message[0]
-        if kind in _OF_ITS_HEAD and not worker.is_head(message[1]):
-            raise _Nonsense(f"{kind!r} of a task that it does not run")
-        if worker.ready and kind in ("ready", "boot error"):
-            raise _Nonsense(f"a second {kind!r}")
-        if kind == "done":
-            self._on_done(worker, now, message)
-        elif kind == "fail":
-            _, _, seconds, failure, may_retry = message
-            run = self._ended(worker, now, seconds)
-            self._fail(run, failure, _error_text(failure), may_retry)
-        elif kind == "start":
-            run = worker.runs[0]
-            if run.row.timeout is not None:
-                run.deadline = time.monotonic() + run.row.timeout
-        elif kind == "ask":
-            self._on_ask(worker, *message[1:])
-        elif kind == "progress":
-            self._on_progress(worker, message[2])
-        elif kind == "changed":
-            self._look = True
-        elif kind == "ready":
-            self._on_ready(worker)
-        elif kind == "boot error":
-            worker.stopping = True  # Its end will be no second failure.
-            self._on_failed_boot()
-            self._on_boot_error(message[1])
-
-    def _on_ready(self, worker: _WorkerHandle) -> None:
-        worker.ready, worker.since, worker.kill_at = True, time.monotonic(), math.inf
-        self._boot_error, self._failed_boots, self._boot_after = None, 0, 0.0
-        self._look = True
-
-    def _on_progress(self, worker: _WorkerHandle, report: str) -> None:
-        run = worker.runs[0]
-        run.row = run.row._replace(progress=report)
-        worker.reported = self._reported = True
-        listener = self.queue._listeners.get("progress")
-        if listener is not None:
-            task = Task(run.row)
-            self._listener_thread.post(lambda: _awaited(listener(task.progress, task)))
-
-    def _store_reports(self, now: float) -> None:
-        """Have the stores record what running tasks reported, once a second."""
-        if self._store_failures:
-            self._next_report = now + REPORT_STORE_SECONDS
-        if now < self._next_report:
-            self._wake_at(self._next_report)
-            return
-        self._next_report, self._reported = now + REPORT_STORE_SECONDS, False
-        for worker in self._workers:
-            row = worker.runs[0].row if worker.runs and worker.reported else None
-            worker.reported = False
-            if row is not None and row.progress is not None:
-                report = _Run(row, 0.0, None)
-                report.end(Outcome(row.id, row.claim, "running", progress=row.progress))
-                self._settle(report)
-
-    def _on_done(self, worker: _WorkerHandle, now: float, message: tuple[Any, ...]) -> None:
-        _, _, seconds, packed, kept, problem, opened = message
-        run = self._ended(worker, now, seconds)
-        row = run.row
-        if self._logs_runs:
-            ms = round(seconds * 1000)
-            _log.info("cluster:%s:%s:\tdone in %d ms", row.task_type, row.id, ms)
-        if opened:
-            what = "conversation was" if opened == 1 else "conversations were"
-            _log.warning(
-                "cluster:%s:%s:\tended while %d %s open; return the Future of toggle_ipc "
-                "to wait for it",
-                *(row.task_type, row.id, opened, what),
-            )
-        outcome = Outcome(row.id, row.claim, "done", True, 0, kept, problem, row.progress)
-        run.end(outcome, "done", packed)
-        self._settle(run)
-
-    def _ended(self, worker: _WorkerHandle, now: float, seconds: float) -> _Run:
-        """The head of the worker's runs, which has ended after *seconds*."""
-        run = worker.end_head(now)
-        # A look that is under way has seen no room.
-        self._look = self._look or self._backlog or self._store_busy
-        # Most are as quick as can be, and known to be: nothing to learn.
-        if seconds > LEAST_SECONDS or self._shares[run.row.task_type] > LEAST_SHARE:
-            self._learn(run.row.task_type, seconds)
-        if self._logs_runs and worker.runs:
-            self._log_start(worker.runs[0])
-        return run
-
-    def _learn(self, task_type: str, seconds: float) -> None:
-        expected = learned(self._expected.get(task_type), seconds)
-        self._expected[task_type], self._shares[task_type] = expected, share(expected)
-
-    def _log_start(self, run: _Run) -> None:
-        if self._logs_runs:
-            _log.info("cluster:%s:%s:\tstarted", run.row.task_type, run.row.id)
-
-    def _fail(
-        self, run: _Run, error: Exception | _Failure, text: str, may_retry: bool = True
-    ) -> None:
-        """A charged start has failed: retry it, or fail it for good."""
-        row = run.row
-        first_line, now = text.partition("\n")[0], self.queue._now()
-        outcome = failed_start(row, text, now, may_retry)
-        if outcome.state == "ready":
-            delay = (outcome.ready_at - now) / 1e6
-            what = f"attempt {row.attempt} of {row.retries + 1} failed, next in {delay:g} s"
-            _log.warning("cluster:%s:%s:\t%s: %s", row.task_type, row.id, what, first_line)
-        else:
-            _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
-        run.end(outcome, "error", error)
-        self._settle(run)
-
-    # ---- Conversations
-
-    def _on_ask(
-        self, worker: _WorkerHandle, number: int, conversation: int, packed: bytes
-    ) -> None:
-        run = next((run for run in worker.runs if run.number == number), None)
-        if run is None:
-            return
-
-        def answer(ok: bool, value: Any) -> None:
-            packed = _dumps(("answer", conversation, ok, value))
-            self._post(lambda: self._answer(worker, run, conversation, packed))
-
-        run.asks = run.asks or {}
-        run.asks[conversation] = answer
-        about = {"worker": worker.pid, "task_id": run.row.id, "task_type": run.row.task_type}
-        self._broker_thread.post(lambda: _consult(self._broker, packed, about, answer))
-
-    def _answer(self, worker: _WorkerHandle, run: _Run, conversation: int, packed: bytes) -> None:
-        if run in worker.runs and run.asks and run.asks.pop(conversation, None):
-            worker.channel.send(packed)
-
-    # ---- Outcomes
-
-    def _settle(self, run: _Run) -> None:
-        """Have the store record how a run ended; who waits for it is told after that."""
-        (self._unsettled_here if run.row.in_memory else self._unsettled).append(run)
-
-    def _settle_in_memory(self) -> None:
-        if self._unsettled_here:
-            runs, self._unsettled_here = self._unsettled_here, []
-            self._settled(runs, self._record(self.queue.in_memory._memory, runs))
-
-    def _record(self, store: Store, runs: list[_Run]) -> list[str]:
-        """Have the store record how these ended: see Store.settle."""
-        return store.settle(self._owner, [run.outcome for run in runs], self.queue._now())
-
-    def _settled(self, runs: list[_Run], led: list[str]) -> None:
-        """The store has recorded how these ended, if their claims were still held."""
-        listeners = self.queue._listeners
-        kept: dict[str, list[_TaskFuture]] = {}
-        for found in list(self._elsewhere):
-            kept.setdefault(found._row.id, []).append(found)
-        for run, became in zip(runs, led):
-            row, future = run.row, run.future
-            if not became:
-                text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
-                _log.warning(text, row.task_type, row.id)
-                if future is not None:  # Another cluster has it now.
-                    future._foreign = "lost"
-                    self._elsewhere.add(future)
-                continue
-            if row.id in kept and became not in ("running", "waits"):
-                for found in kept[row.id]:  # Those that found it there share in its end.
-                    if found._row.created_at == row.created_at:
-                        self._elsewhere.discard(found)
-                        self._end_by(found, run)
-            if future is not None:
-                future._runs = False
-                if became != "waits" or self._futures.setdefault(row.id, future) is not future:
-                    self._end_by(future, run)
-            listener = listeners.get(run.event) if run.event and listeners else None
-            if listener is not None:
-                self._call_listener(listener, run, became)
-
-    def _end_by(self, future: _TaskFuture, run: _Run) -> None:
-        if run.event is None or run.verdict == "cancel":
-            self._end_future(future, _CANCELLED)
-        else:
-            self._end_future(future, _FINISHED, run.left)
-
-    def _call_listener(self, listener: Listener, run: _Run, led: str) -> None:
-        task = Task(as_told(run.row, led, run.outcome))
-        self._listener_thread.post(lambda: _awaited(listener(run.value(), task)))
-
-    def _give_back(self, runs: Iterable[_Run]) -> None:
-        """running -> waiting, uncharged, for what has not started (or must stop)."""
-        for run in runs:
-            run.end(Outcome(run.row.id, run.row.claim, "ready", charged=False))
-            self._settle(run)
-        self._look = True
-
-    # ---- Workers
-
-    def _watch_workers(self, now: float) -> None:
-        """Timeouts, slow heads, and workers that ended."""
-        for worker in list(self._workers):
-            head = worker.runs[0] if worker.runs else None
-            if head is not None and head.deadline <= now and not worker.killed:
-                self._give_back(worker.take_back())
-                head.verdict = "timeout"
-                worker.kill()
-            elif head and len(worker.runs) > 1 and worker.since + SLOW_SECONDS <= now:
-                self._give_back(worker.take_back())
-                if head in worker.runs:  # Else the system is so slow that it has not begun.
-                    slow = head.row.task_type
-                    self._learn(slow, max(self._expected.get(slow, 0.0), now - worker.since))
-                    head.cost = worker.load = 1.0
-            if not (worker.ready or worker.stopping):
-                self._watch_boot(worker, now)
-            elif worker.kill_at <= now:
-                worker.kill()
-            self._look_at_exit(worker, now)
-            if len(worker.runs) > 1:
-                self._wake_at(worker.since + SLOW_SECONDS)
-            if head is not None and head.deadline < math.inf:  # Often, to know when we are late.
-                self._wake_at(min(head.deadline, now + LATE_SECONDS / 10))
-
-    def _watch_boot(self, worker: _WorkerHandle, now: float) -> None:
-        """Warn of a file that does not come to its end in the worker, then give it up."""
-        seconds = now - worker.since
-        text = (
-            f"the worker {worker.pid} is still running your file after {seconds:.0f} s; what is "
-            "for the master alone belongs under `if Cluster.is_master():`"
-        )
-        if worker.kill_at <= now:
-            worker.kill()
-            self._on_failed_boot()
-            self._on_boot_error(TaskPoolError(text))
-        elif seconds >= BOOT_WARN_SECONDS and worker.kill_at == math.inf:
-            worker.kill_at = worker.since + BOOT_LIMIT_SECONDS
-            _log.warning("%s; it is killed after %.0f s", text, BOOT_LIMIT_SECONDS)
-
-    def _look_at_exit(self, worker: _WorkerHandle, now: float) -> None:
-        """Bury the worker if it ended: by its exit code, as a grandchild may keep its
-        pipes open, or by the end of its channel, as somebody else may reap it."""
-        code: int | None = worker.process.exitcode
-        silent = now - worker.ended_at
-        if code is None and silent < 1.0:
-            if silent >= 0.05:  # It closed its pipe, but lives.
-                worker.end()
-            ending = worker.stopping or worker.ended_at < math.inf
-            self._wake_at(now + (0.002 if ending else 0.5))
-            return
-        self._hear(worker)
-        if code == -signal.SIGTERM and worker.runs and self._mode == "running":
-            # Sent to all of a group, as service managers do? Then run() is about to hear of it.
-            worker.stopping, worker.told_to_end_at = True, min(worker.told_to_end_at, now)
-            if now < worker.told_to_end_at + 0.2:
-                self._wake_at(worker.told_to_end_at + 0.2)
-                return
-        self._bury(worker, code)
-
-    def _bury(self, worker: _WorkerHandle, code: int | None) -> None:
-        if worker.channel.takes_back and worker.ended_at == math.inf:
-            self._selector.unregister(worker.channel)
-        self._watch_outgoing(worker, False)
-        self._workers.remove(worker)
-        self._give_back(worker.take_back())
-        stopped = code == -signal.SIGTERM and self._mode == "stopping"
-        head = worker.runs[0] if worker.runs else None  # No other one can have started.
-        while worker.runs:
-            run = worker.end_head(time.monotonic())
-            row = run.row
-            if run.verdict == "cancel":
-                self._end_cancelled(run)
-            elif run.verdict == "timeout":
-                late = TaskTimeout(f"{row.task_type!r} task {row.id!r} ran over {row.timeout:g} s")
-                self._fail(run, late, f"TaskTimeout: {late}")
-            elif worker.killed or run is not head or stopped:
-                self._give_back([run])
-            else:
-                died = WorkerDied(code, worker.pid, row.task_type, row.id)
-                self._fail(run, died, f"WorkerDied: {died}")
-        if not worker.ready and not worker.stopping:
-            self._on_silent_boot(worker, code)
-        worker.close()
-        self._look = True
-
-    def _on_failed_boot(self) -> None:
-        self._failed_boots += 1
-        wait = back_off(BOOT_SECONDS, self._failed_boots, BOOT_CAP_SECONDS)
-        self._boot_after = time.monotonic() + wait
-
-    def _on_silent_boot(self, worker: _WorkerHandle, code: int | None) -> None:
-        self._on_failed_boot()
-        died = WorkerDied(code, worker.pid)
-        if code == 1:  # Python ended by an exception, of which it told on standard error.
-            why = f"standard error has what {_program()} said"
-            self._on_boot_error(TaskPoolError(f"{died}: {why}"))
-        elif self._failed_boots >= BOOT_TRIES:
-            text = f"{died}, {BOOT_TRIES} times in a row, by {_program()}"
-            self._on_boot_error(TaskPoolError(text))
-
-    def _on_boot_error(self, error: Exception | _Failure) -> None:
-        """A worker could not start: the others go on. If there is none, say so once, and fail
-        the Futures that wait."""
-        text = error.traceback if isinstance(error, _Failure) else str(error)
-        if any(worker.runs or not worker.stopping for worker in self._workers):
-            if self._failed_boots == 1:
-                _log.warning(f"a worker could not start; others go on, or still start: {text}")
-            return
-        if self._boot_error is None:
-            _log.error(f"a worker could not start; stored tasks stay waiting: {text}")  # Lines.
-        self._boot_error = error
-        self._fail_futures(error)
-
-    def _fail_futures(self, error: Exception | _Failure) -> None:
-        for task_id, future in list(self._futures.items()):
-            self._futures.pop(task_id, None)
-
-            def fail(future: _TaskFuture = future) -> None:
-                try:
-                    self._remove_waiting(future._row)
-                except StoreError:
-                    pass
-                finally:
-                    future._end(_FINISHED, error)
-
-            self._future_thread.post(fail)
-        while self._elsewhere:  # Their tasks are not ours to remove.
-            self._end_future(self._elsewhere.pop(), _FINISHED, error)
-
-    def _scale(self, now: float) -> None:
-        """Start the workers that are needed, close those that are not."""
-        if self._mode not in ("running", "finishing"):
-            return
-        wall, memory = self.queue._now(), self.queue.in_memory._memory
-        due = memory.next_due(self._owner, self._shares, self._max_workers, wall, self._until)
-        due = due + (self._upcoming or [])
-        available = sum(instant <= wall for instant in due) + len(self._hand)
-        if self._upcoming is None:
-            available += self._max_workers
-        later = min((instant for instant in due if instant > wall), default=NEVER)
-        self._wake_at(now + (later - wall) / 1e6)
-        if available or any(worker.runs for worker in self._workers):
-            self._last_available = now
-        free = sum(not worker.runs and not worker.stopping for worker in self._workers)
-        wanted = available - free
-        if self._keep_alive == "always" and self._mode == "running":
-            wanted = self._max_workers
-        while wanted > 0 and len(self._workers) < self._max_workers:
-            if self._boot_after > now:
-                self._wake_at(self._boot_after)
-                break
-            there = [worker for worker in self._workers if not worker.stopping]
-            if self._failed_boots and there and not any(worker.ready for worker in there):
-                break  # Another is starting: if that fails, too, there is none.
-            if not self._start_worker():
-                break
-            wanted -= 1
-        if isinstance(self._keep_alive, float):
-            if now - self._last_available >= self._keep_alive:
-                self._retire_idle(now)
-            elif self._workers:
-                self._wake_at(self._last_available + self._keep_alive)
-
-    def _start_worker(self) -> bool:
-        wake = cast(_WakeUp, self._wake)
-        number = next(self._worker_numbers)
-        try:
-            boot = _dumps(("boot", _boot_now(self._boot)))
-            worker = _WorkerHandle(self._context, number, boot, wake)
-        except Exception as error:
-            # No more processes for now; or the interpreter is going down.
-            self._on_failed_boot()
-            text = f"{type(error).__name__}: {error}"
-            _log.error("a worker process could not be started: %s", text)
-            if self._failed_boots >= BOOT_TRIES:
-                self._on_boot_error(error)
-            return False
-        self._workers.append(worker)
-        if worker.channel.takes_back:
-            self._selector.register(worker.channel, selectors.EVENT_READ, worker)
-        return True
-
-    def _retire_idle(self, now: float) -> None:
-        for worker in self._workers:
-            if worker.ready and not worker.runs and not worker.stopping:
-                worker.retire(now)
-
-    # ---- Claiming
-
-    def _accepting(self) -> list[_WorkerHandle]:
-        return [w for w in self._workers if w.load < 1.0 and w.accepts]
-
-    def _room(self) -> float:
-        """How much work may be claimed now, in workers' worth (P5)."""
-        room = sum(1.0 - worker.load for worker in self._accepting())
-        return room - sum(run.cost for run in self._hand)
-
-    def _claimable(self) -> Mapping[str, float]:
-        """How much room a task of each type takes."""
-        if self._workers and not self._workers[0].channel.takes_back:
-            return dict.fromkeys(self._shares, 1.0)  # What cannot be taken back goes singly.
-        if self._max_tasks is None:
-            return self._shares
-        most = self._max_tasks
-        least = 1.0 / min((most - worker.given for worker in self._accepting()), default=most)
-        return {task_type: max(cost, least) for task_type, cost in self._shares.items()}
-
-    def _claim_in_memory(self) -> None:
-        if self._mode not in ("running", "finishing"):
-            return
-        room = self._room()
-        if room > 0:
-            memory, now = self.queue.in_memory._memory, self.queue._now()
-            rows = memory.claim(self._owner, self._claimable(), room, now, self._until)
-            self._take_in_hand(rows)
-
-    def _take_in_hand(self, rows: list[Row]) -> None:
-        if not rows:
-            return
-        if not self._hand:
-            self._hand_since = time.monotonic()
-        shares, futures = self._claimable(), self._futures
-        for row in rows:
-            if row.state != "running":  # It cannot be decoded: the store has set it aside.
-                reason = f"StoreError: the stored task cannot be run: {row.error}"
-                self._on_failed_in_store(row, StoreError(reason))
-                continue
-            cost = 1.0 if row.interrupted else shares[row.task_type]
-            run = _Run(row, cost, self._take_future(row) if row.id in futures else None)
-            self._hand.append(run)
-
-    def _on_failed_in_store(self, row: Row, error: TaskPoolError) -> None:
-        """Tell of the end of a task that this cluster did not run."""
-        _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, error)
-        run = _Run(row, 1.0, self._take_future(row))
-        run.end(Outcome(row.id, row.claim, row.state, error=str(error)), "error", error)
-        self._settled([run], [row.state])
-
-    def _ask_store(self, work: Callable[[], Any], answer: Callable[[Any], None]) -> None:
-        """Have the store thread make a call: one at a time, so that none waits behind others.
-        *answer* gets the result or, in the back-off after it, the exception."""
-        self._store_busy = True
-        if not self._store_failures:
-            self._failing_since = time.monotonic()  # If this call fails.
-
-        def call() -> None:
-            try:
-                result: Any = work()
-            except BaseException as error:
-                result = error
-            self._post(functools.partial(end, result))
-
-        def end(result: Any) -> None:
-            self._store_busy = False
-            if isinstance(result, BaseException):
-                self._on_store_failure(result)
-            answer(result)
-
-        self._store_thread.post(call)
-
-    def _use_store(self, now: float) -> None:
-        """Send the store what ended, and for what can be claimed: one transaction."""
-        if self._in_memory_only or self._store_busy:
-            return
-        given_up = self._store_failures and self._mode == "closing"  # It had its time.
-        if self._store_retry > now or given_up:
-            self._wake_at(max(self._store_retry, now + STORE_SECONDS))
-            return
-        claiming = self._mode in ("running", "finishing")
-        room = self._room() if claiming else 0.0
-        if self._look_again <= now:
-            self._look, self._look_again = True, math.inf
-        self._wake_at(self._look_again)
-        if self._store_due <= self.queue._now():
-            self._look, self._store_due = True, NEVER
-        if not self._unsettled and not (self._look and claiming):
-            return
-        runs, self._unsettled = self._unsettled, []
-        added, self._look, self._added = self._added, False, False
-        self._in_flight = len(runs)
-        owner, types, until = self._owner, dict(self._claimable()), self._until
-        most = self._max_workers if claiming else 0
-        self._ask_store(
-            lambda: self._store_turn(owner, runs, types, room, most, until, added),
-            lambda answer: self._on_store_answer(runs, answer),
-        )
-
-    def _store_turn(
-        self, owner: str, runs: list[_Run], types: Mapping[str, float], room: float,
-        most: int, until: int, added: bool,
-    ) -> tuple[list[str], list[Row], list[int] | None, int]:  # fmt: skip
-        """What the store thread does for a turn, and when it looked. A look at an empty queue
-        writes nothing."""
-        now = self.queue._now()
-        outcomes = [run.outcome for run in runs]
-        turn = self.queue._store.turn(owner, outcomes, types, room, most, now, until, added)
-        looked_on = bool(most and turn.rows)  # The next turn looks on.
-        return turn.led, turn.rows, None if looked_on else turn.due, now
-
-    def _on_store_answer(self, runs: list[_Run], answer: Any) -> None:
-        self._in_flight = 0
-        if isinstance(answer, BaseException):
-            self._unsettled = runs + self._unsettled
-            self._look = True
-            return
-        self._store_failures = 0
-        held, rows, self._upcoming, looked = answer
-        if self._next_failure_log and (held or rows):  # Reading proves nothing: a full disk.
-            self._next_failure_log = 0.0
-            _log.warning("the store works again")
-        upcoming = self._upcoming or ()
-        self._store_due = min((due for due in upcoming if due > looked), default=NEVER)
-        self._backlog = self._upcoming is None or any(due <= looked for due in upcoming)
-        self._settled(runs, held)
-        self._take_in_hand(rows)
-        self._look = self._look or self._upcoming is None
-        # Now, as the next turn with the store would go first.
-        self._look_after_futures(time.monotonic())
-
-    def _on_store_failure(self, error: BaseException) -> None:
-        self._store_failures += 1
-        now = time.monotonic()
-        self._store_retry = now + back_off(STORE_SECONDS, self._store_failures, STORE_CAP_SECONDS)
-        if self._next_failure_log <= now:
-            self._next_failure_log = now + WARN_SECONDS
-            _log.error("the store failed; nothing is lost, trying again: %s", error)
-
-    def _assign(self, now: float) -> None:
-        """Give the tasks in hand to the workers with the most room."""
-        batches: dict[_WorkerHandle, list[_Run]] = {}
-        starting = self._mode in ("running", "finishing")
-        workers = self._accepting() if starting else []
-        while self._hand and workers:
-            worker = min(workers, key=_load)
-            batch = batches.setdefault(worker, [])
-            # One by one where they are few; several of many, as choosing takes its time.
-            most = max(1, len(self._hand) // (4 * len(workers)))
-            if self._max_tasks is not None:
-                most = min(most, self._max_tasks - worker.given - len(batch))
-            if not self._deal(worker, batch, most):
-                workers.remove(worker)
-        for worker, runs in batches.items():
-            if not runs:
-                continue
-            if not worker.runs:
-                self._log_start(runs[0])
-            worker.give(runs)
-            if self._max_tasks is not None and worker.given >= self._max_tasks:
-                worker.retire(now)
-                worker.kill_at = math.inf  # When its last task has ended: see _progress.
-        if self._hand:
-            if self._hand_since + 0.05 <= now or not starting:
-                runs = list(self._hand)
-                self._hand.clear()
-                self._give_back(runs)
-            self._wake_at(self._hand_since + 0.05)
-
-    def _deal(self, worker: _WorkerHandle, batch: list[_Run], most: int) -> bool:
-        """Move up to *most* tasks from hand to *batch*. False if the worker takes none."""
-        before = len(batch)
-        while self._hand and len(batch) < before + most:
-            run = self._hand[0]
-            if worker.load > 0 and worker.load + run.cost > 1.0 + 1e-9:
-                break
-            worker.load += run.cost
-            batch.append(self._hand.popleft())
-            if run.future is not None:
-                run.future._runs = True
-        return len(batch) > before
-
-    # ---- Housekeeping and the end
-
-    def _keep_house(self, now: float) -> None:
-        """What is done every so often."""
-        if self._renewed + LEASE_SECONDS <= now and not self._in_memory_only:
-            self._opened = self.queue._now()
-        for worker in self._workers:
-            if worker.channel.is_full != worker.watched:
-                self._watch_outgoing(worker, worker.channel.is_full)
-        if self._next_refresh <= now:
-            self._next_refresh = now + self._refresh
-            self.queue.in_memory._memory.renew(self._owner, self.queue._now())
-            cast(_WakeUp, self._wake).clear()  # Ctrl-C may have come before its byte.
-            self._look = True
-            self._check_futures = self._check_futures or self._idle.is_set()
-            asking = not self._in_memory_only and (self._store_busy or self._backlog)
-            if self._keep_alive is None and self._mode == "running":
-                if not (self._hand or asking):  # Else what waits may be about to come.
-                    self._retire_idle(now)
-        self._wake_at(self._next_refresh)
-        if self._reported:
-            self._store_reports(now)
-        if not self._in_memory_only and self._mode != "closing":
-            self._watch_masters(now)
-
-    def _watch_outgoing(self, worker: _WorkerHandle, watched: bool) -> None:
-        if watched != worker.watched:
-            worker.watched = watched
-            if watched:
-                self._selector.register(worker.channel.outgoing, selectors.EVENT_WRITE, worker)
-            else:
-                self._selector.unregister(worker.channel.outgoing)
-
-    def _watch_masters(self, now: float) -> None:
-        """Tell the others that this master lives, then look for those that died."""
-        if self._store_busy or self._store_retry > now:
-            return
-        if self._next_watch > now:
-            self._wake_at(self._next_watch)
-            return
-        store, clock, owner = self.queue._store, self._observer_clock, self._owner
-        renew, warn = self._next_renew <= now, self._next_foreign <= now
-        if renew:
-            self._next_renew = now + RENEW_SECONDS
-        if warn:
-            self._next_foreign = now + WARN_SECONDS
-
-        def work() -> tuple[list[Row], list[str]]:
-            wall = self.queue._now()
-            try:
-                if renew:
-                    store.renew(owner, wall)
-                    self._renewed = now
-                foreign = store.foreign(self.task_map, wall) if warn else []
-                return store.recover(owner, clock.look(time.monotonic()), wall), foreign
-            except BaseException:
-                clock.miss()
-                raise
-
-        self._ask_store(work, self._on_watched)
-
-    def _on_watched(self, answer: Any) -> None:
-        # From now: else a slow store would have no time for anything else.
-        self._next_watch = time.monotonic() + WATCH_SECONDS
-        if isinstance(answer, BaseException):
-            self._next_renew = 0.0
-            return
-        ended, foreign = answer
-        self._look = True  # Tasks of a dead master may wait again.
-        for row in ended:
-            self._on_failed_in_store(row, TaskPoolError(row.error))
-        if foreign:
-            names = ", ".join(map(repr, foreign))
-            _log.warning("tasks wait that this cluster has no function for: %s", names)
-
-    def _unresolved(self) -> list[_TaskFuture]:
-        """The Futures of tasks that do not run here."""
-        return [*list(self._futures.values()), *list(self._elsewhere)]
-
-    def _look_after_futures(self, now: float) -> None:
-        """Resolve Futures whose tasks were removed, or ended in another cluster."""
-        if not self._check_futures or self._store_busy or self._store_retry > now:
-            return
-        if not (self._futures or self._elsewhere):
-            return
-        self._check_futures = False
-        futures = [future for future in self._unresolved() if future._stored]
-
-        def work() -> None:
-            for in_memory in (True, False):
-                mine = [future for future in futures if future._row.in_memory is in_memory]
-                store = self.queue.in_memory._memory if in_memory else self.queue._store
-                for start in range(0, len(mine), 500):
-                    part = mine[start : start + 500]
-                    query = Query(ids=[future._row.id for future in part])
-                    rows = {row.id: row for row in store.find(query, self.queue._now())}
-                    for future in part:
-                        self._compare(future, rows.get(future._row.id))
-
-        def answer(result: Any) -> None:
-            self._check_futures = self._check_futures or isinstance(result, BaseException)
-
-        if self._in_memory_only:
-            work()
-        else:
-            self._ask_store(work, answer)
-
-    def _compare(self, future: _TaskFuture, row: Row | None) -> None:
-        foreign, added = future in self._elsewhere, future._row.created_at
-        if not foreign and self._futures.get(future._row.id) is not future:
-            return  # It was claimed in between.
-        if row is not None and foreign and row.created_at != added:
-            row = None  # Another task has its id by now.
-        if row is not None and row.state != "done":
-            taken = foreign or (self._may_be_elsewhere(row) and row.created_at == added)
-            if not (taken and what_became(future._row, row) in ("failed", "repeated")):
-                return
-        if foreign:
-            self._elsewhere.discard(future)
-        else:
-            self._futures.pop(future._row.id, None)
-        if row is None and future._foreign == "kept":
-            self._end_future(future, _FINISHED)
-        elif row is None:
-            self._end_future(future, *self._unknown_end(future))
-        elif row.state == "done" or row.error is None:
-            try:
-                left: _Left = _dumps(Task(row).result)
-            except Exception as error:  # Written by others; the next ones are to be seen.
-                left = StoreError(f"the stored result cannot be decoded: {error!r}")
-            self._end_future(future, _FINISHED, left)
-        else:
-            name, _, text = row.error.partition("\n")[0].partition(": ")
-            self._end_future(future, _FINISHED, RemoteError(name, text, row.error))
-
-    def _cancel_run(
-        self, task_id: str, answer: Callable[[tuple[bool, _TaskFuture | None]], None]
-    ) -> None:
-        """cancel() of a task that did not wait when it looked."""
-        if self._store_busy:  # The claim may be on its way.
-            self._store_thread.post(lambda: self._post(lambda: self._cancel_run(task_id, answer)))
-            return
-        for held in list(self._hand):
-            if held.row.id == task_id:
-                self._hand.remove(held)
-                self._end_cancelled(held)
-                answer((True, held.future))
-                return
-        for worker in self._workers:
-            run = next((run for run in worker.runs if run.row.id == task_id), None)
-            if run is None:
-                continue
-            taken = worker.take_back()
-            if run in taken:
-                taken.remove(run)
-                self._end_cancelled(run)
-            else:
-                run.verdict = "cancel"
-                worker.kill()
-            self._give_back(taken)
-            answer((True, run.future))
-            return
-        answer((False, None))
-
-    def _end_cancelled(self, run: _Run) -> None:
-        run.end(Outcome(run.row.id, run.row.claim, "removed"))
-        self._settle(run)
-
-    def _begin_finish(self, until: int, interrupted: bool = False) -> None:
-        if self._mode == "running":
-            runs = sum(len(worker.runs) for worker in self._workers)
-            if runs or self._futures or self._upcoming != []:
-                # Who pressed Ctrl-C inside `with` is to see why nothing happens.
-                (_log.warning if interrupted else _log.info)(
-                    "shutting down: %d task(s) run, and what is due by now is still done; "
-                    "Ctrl-C (again) starts nothing more and gives running tasks %.1f s",
-                    *(runs, self._shutdown_timeout),
-                )
-            self._mode, self._until, self._look = "finishing", until, True
-            self._failing_since = time.monotonic()  # A store that is away has its time, too.
-            self._upcoming = None if not self._in_memory_only else []
-
-    def _stop(self, at: float) -> None:
-        if self._mode in ("running", "finishing"):
-            self._mode, self._failing_since = "stopping", time.monotonic()
-            _log.info("stopping: running tasks get %.1f s", max(0.0, at - time.monotonic()))
-        self._stop_at = min(self._stop_at, at)
-
-    def _progress(self, now: float) -> None:
-        """Towards the end of a worker, of a drain, of the cluster."""
-        for worker in self._workers:
-            if worker.stopping and not worker.runs and worker.kill_at == math.inf:
-                worker.kill_at = now + EXIT_SECONDS
-                self._wake_at(worker.kill_at)
-        working = self._hand or any(worker.runs for worker in self._workers)
-        # Only in the back-off after a failed call: the next one may go well.
-        give_up_at = self._failing_since + self._shutdown_timeout
-        given_up = give_up_at <= now < self._store_retry and not working
-        if now < give_up_at <= self._store_retry:
-            self._wake_at(give_up_at)
-        busy = working or ((self._unsettled or self._in_flight) and not given_up)
-        if busy or self._store_busy:
-            self._idle.clear()
-        else:
-            self._idle.set()
-        if self._mode == "running":
-            return
-        if self._mode == "finishing":
-            self._end_stuck_conversations(now)
-            memory, wall = self.queue.in_memory._memory, self.queue._now()
-            here = memory.next_due(self._owner, self._shares, 1, wall, self._until)
-            stored = self._upcoming is None or self._upcoming
-            cannot = self._boot_error is not None and not self._accepting()
-            to_look = self._look and not self._in_memory_only
-            unknown = self._store_busy or to_look or (stored and not cannot)
-            if busy or (here and not cannot) or (unknown and not given_up):
-                return
-            self._mode = "closing"
-        elif self._mode == "stopping":
-            if self._stop_at <= now:
-                for worker in self._workers:
-                    if worker.runs:
-                        worker.kill()
-            self._wake_at(self._stop_at)
-            if busy:
-                return
-            self._mode = "closing"
-        for worker in self._workers:
-            if worker.ready and not worker.stopping:
-                worker.retire(now)
-            elif not worker.stopping:
-                worker.kill()
-            self._wake_at(worker.kill_at)
-        if not self._workers and not self._store_busy:
-            self._mode = "closed"
-
-    def _end_stuck_conversations(self, now: float) -> None:
-        """While finishing, an answer that does not come ends after shutdown_timeout."""
-        runs = [run for worker in self._workers for run in worker.runs]
-        if not runs or not all(run.asks for run in runs):
-            self._stuck_since = math.inf
-            return
-        self._stuck_since = min(self._stuck_since, now)
-        if self._stuck_since + self._shutdown_timeout > now:
-            self._wake_at(self._stuck_since + self._shutdown_timeout)
-            return
-        error = _failure(RuntimeError("the cluster was shut down before the broker answered"))
-        for run in runs:
-            for answer in list((run.asks or {}).values()):
-                answer(False, error)
-
-    def _close(self) -> None:
-        """The dispatcher's last act."""
-        self._mode = "closed"  # Futures made from here on are cancelled by submit().
-        if self._unsettled:
-            text = "the store did not come back: %d outcome(s) are lost, those tasks start again"
-            _log.error(text, len(self._unsettled))
-            error = StoreError("the store did not come back: the outcome is lost")
-            for future in [run.future for run in self._unsettled if run.future is not None]:
-                self._end_future(future, _FINISHED, error)
-        for worker in self._workers:
-            worker.kill()
-            worker.close()
-        self._workers.clear()
-        if not self._in_memory_only:
-            self._store_thread.post(lambda: self._leave())
-            # A store that has just failed was waited for already.
-            self._store_thread.flush(0.0 if self._store_failures else BUSY_SECONDS)
-            self._store_thread.stop()
-        left = self.queue.in_memory.count(task_type=list(self.task_map), state="waiting")
-        if left:
-            _log.warning("%d in-memory tasks had not started at shutdown; they end here", left)
-        waiting = sum(not future._row.in_memory for future in self._unresolved())
-        if waiting and self._store_failures:
-            _log.error("the store did not come back: %d submitted task(s) stay waiting", waiting)
-        self._end_pending()
-        self._future_thread.post(self._callback_thread.stop)  # After what it posts itself.
-        for thread in (self._future_thread, self._listener_thread, self._broker_thread):
-            thread.stop()
-        _disown(self._selector)
-        wake, self._wake = self._wake, None
-        cast(_WakeUp, wake).close()
-        self._unregister()
-
-    def _leave(self) -> None:
-        store = self.queue._store
-        # Closed in any case: the queue may have been, before this cluster used it again.
-        with contextlib.suppress(StoreError), contextlib.closing(store):
-            store.leave(self._owner, self.queue._now())
 
 
 OK, FAILURE, USAGE = 0, 1, 2  # Exit codes; argparse exits with 2 itself.

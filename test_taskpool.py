@@ -236,7 +236,7 @@ class InFolder(unittest.TestCase):
         """Stop it at once, and wait: what it logs as it ends belongs to this test."""
         with contextlib.suppress(taskpool.TaskPoolError):  # Its dispatcher failed.
             cluster.shutdown(wait=False)
-            cluster._begin_stop(0.0)  # inside
+            cluster._engine.begin_stop(0.0)  # inside
         closes(cluster)
 
     def script(self, source, name="script.py"):
@@ -1557,19 +1557,10 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
     def open(self):
         return SQLiteStore(self.folder / "store.db")
 
-    def other(self):
-        store = SQLiteStore(self.folder / "store.db")
-        self.addCleanup(store.close)
-        return store
-
     def sql(self, statement, values=()):
         """What another program does to the file."""
         with contextlib.closing(sqlite3.connect(self.folder / "store.db", isolation_level=None)) as db:
             return db.execute(statement, values).fetchall()
-
-    def test_another_process_sees_what_was_stored(self):
-        self.add(row("a"), row("b"))
-        self.assertEqual([r.id for r in self.other().find(Query(), NOW)], ["a", "b"])
 
     def test_an_index_serves_every_statement(self):
         """EXPLAIN of the constants: no scan of the table, no sorting (PF-01, MG-09)."""
@@ -1582,7 +1573,7 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
             "_ERASE": by_id, "_WRITE": by_id, "_HELD_ROW": by_id, "_REMOVE": by_id, "_MARK": by_id, "_FINISH": by_id,
             "_CLAIM": "PRIMARY KEY", "_READY": f"{ready}.*{running}", "_HEADS": f"PRIMARY KEY .*{ready}", "_PROMOTE": scheduled, "_DUE": scheduled[-18:],
             "_NEXT_DUE": f"{ready}.*{scheduled}", "_STARTABLE": f"{ready} .*taskpool_scheduled .*taskpool_scheduled ",
-            "_HELD_BY": running, "_OWNERS": running, "_OPEN_LANE": "taskpool_lane",
+            "_HELD_BY": running, "_OWNERS": running, "_OPEN_LANE": f"{ready}.*taskpool_scheduled",
             "_EXPIRE": "taskpool_expires", "_MASTERS": masters, "_RENEW": masters, "_LEAVE": masters,
         }  # fmt: skip
         statements = {
@@ -1747,39 +1738,30 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
     def test_a_write_in_the_midst_of_a_write_of_its_thread_is_refused_and_spoils_nothing(self):
         """As that of a signal handler or a finalizer."""
         queue = self.queue()
-        store, refused, added, interrupted = queue._store, [], [], []
+        store, refused, added, points = queue._store, [], [], []
 
-        def interrupt():
-            if interrupted:
-                return
-            interrupted.append(True)
-            queue.count()  # Reading goes on.
-            try:
-                added.append(queue.add_task("handler"))
-            except StoreError as error:
-                refused.append(str(error))
-            interrupted.clear()
-
-        def within(real, *arguments):
-            interrupt()
-            result = real(*arguments)
-            interrupt()
-            return result
+        def interrupted(real, *arguments):
+            points.append(real)
+            if points == [real]:  # Not in what the handler itself does.
+                queue.count()  # Reading goes on.
+                try:
+                    added.append(queue.add_task("handler"))
+                except StoreError as error:
+                    refused.append(str(error))
+            points.pop()
+            return real(*arguments)
 
         for owner, name in ((store, "_is_current"), (taskpool, "_add_together"), (store, "take")):
             refused.clear()
-            with mock.patch.object(owner, name, functools.partial(within, getattr(owner, name))):
+            with mock.patch.object(owner, name, functools.partial(interrupted, getattr(owner, name))):
                 queue.add_tasks([{"task_type": "x"}] * 20)
                 store.claim("me|", ["x"], 20, int(time.time() * 1e6))
                 self.assertEqual(store.count(Query(states=["running"]), 0), 20)
             self.assertRegex(refused[0], "signal handler")
             self.assertEqual((queue.count(task_type="x"), queue.count(task_type="handler")), (20, len(added)))
             queue.remove(task_type="x"), store.leave("me|", 0)
-        self.assertEqual(queue.remove(task_type="handler"), len(added))
-        reader = store._reader.execute("SELECT 1")
-        with store._read_lock:
-            self.assertEqual(queue.count(), 0)
-        reader.close()
+        with store._read_lock, contextlib.closing(store._reader.execute("SELECT 1")):
+            self.assertEqual((queue.remove(task_type="handler"), queue.count()), (len(added), 0))
 
     @unittest.skipUnless(LINUX and hasattr(os, "getuid") and os.getuid() == 0, "becomes another user")
     def test_to_look_as_another_user_leaves_no_file_that_stops_the_owner(self):
@@ -2303,6 +2285,21 @@ class WithMongo(InFolder):
 
     def uri(self):
         return f"mongodb://127.0.0.1:{self.server.port}"
+
+    def counted(self, **options):
+        """A store, and a function that tells which commands it has sent since the last time."""
+        events = []
+
+        class Listener(pymongo.monitoring.CommandListener):
+            started = lambda self, event: events.append(event)  # noqa: E731
+            succeeded = failed = lambda self, event: None
+
+        client = self.server.client(event_listeners=[Listener()], **options)
+        self.addCleanup(client.close)
+        store = taskpool.MongoStore(client.test[self.collection.name])
+        store.count(Query(), NOW)  # The indexes are there.
+        events.clear()
+        return store, lambda: [events.pop(0) for _ in list(events)]
 
 
 class MongoContract(StoreContract):
@@ -2982,21 +2979,6 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
         self.assertEqual([r.state for r in self.claim()], ["failed"])
         self.assertEqual(self.store.remove(Query(states=["failed", "waiting"]), NOW), len(failed) + 1)
 
-    def counted(self, **options):
-        """A store, and a function that tells which commands it has sent since the last time."""
-        events = []
-
-        class Listener(pymongo.monitoring.CommandListener):
-            started = lambda self, event: events.append(event)  # noqa: E731
-            succeeded = failed = lambda self, event: None
-
-        client = self.server.client(event_listeners=[Listener()], **options)
-        self.addCleanup(client.close)
-        store = taskpool.MongoStore(client.test[self.collection.name])
-        store.count(Query(), NOW)  # The indexes are there.
-        events.clear()
-        return store, lambda: [events.pop(0) for _ in list(events)]
-
     def test_a_task_costs_at_most_five_commands_and_an_idle_master_three_a_second(self):
         store, commands = self.counted()
         for types, room in (({"x": 1.0}, 1.0), ({"x": 1.0}, 8.0), ({"x": 0.1, "y": 1.0}, 2.0)):
@@ -3287,6 +3269,32 @@ def fast_back_off():
         yield
     finally:
         taskpool.STORE_SECONDS, taskpool.STORE_CAP_SECONDS = before
+
+
+class TestMongoCommands(WithMongo):
+    """What a cluster asks of the server, told by a listener of the driver."""
+
+    MOST_A_TASK = 5
+    MOST_A_SECOND = 3
+
+    def test_a_task_takes_few_commands_and_an_idle_cluster_sends_few(self):
+        store, commands = self.counted()
+        options = {"max_available_workers": 1, "keep_alive": "always", "refresh_rate": 1000}
+        with self.cluster({"echo": echo}, TaskQueue(store), **options) as cluster:
+            counts = []
+            for i in range(9):  # The least: others are sent once a second.
+                commands()
+                self.assertEqual(cluster.submit("echo", i).result(PATIENCE), i)
+                counts.append(len(commands()))
+            self.assertLessEqual(min(counts), self.MOST_A_TASK)
+            sent, masters = [], f"{self.collection.name}.masters"
+
+            def seconds():
+                sent.extend(commands())
+                return sum(event.command.get("find") == masters for event in sent)
+
+            eventually(lambda: seconds() > 5)
+            self.assertLessEqual(len(sent), self.MOST_A_SECOND * seconds())
 
 
 class TestMongoManyMachines(WithMongo):
@@ -3646,8 +3654,8 @@ class TestExecutor(WithCluster):
         results, made = [], self.submit("echo").task._row  # inside
 
         def handle(*_):
-            future = taskpool._TaskFuture(self.shared, made)
-            self.shared._future_thread.post(lambda: future.set_result(len(results)))  # inside
+            future = taskpool._TaskFuture(self.shared._engine.futures, made)
+            self.shared._engine.threads[0].post(lambda: future.set_result(len(results)))  # inside
             results.append(future.result(PATIENCE))
             signal.setitimer(signal.ITIMER_REAL, 0.0005)
 
@@ -3655,7 +3663,7 @@ class TestExecutor(WithCluster):
         self.addCleanup(signal.setitimer, signal.ITIMER_REAL, 0)
         signal.setitimer(signal.ITIMER_REAL, 0.0005)
         while len(results) < 300:
-            for future in [taskpool._TaskFuture(self.shared, made) for _ in range(50)]:
+            for future in [taskpool._TaskFuture(self.shared._engine.futures, made) for _ in range(50)]:
                 self.assertFalse(future.done())
         signal.setitimer(signal.ITIMER_REAL, 0)
         self.assertEqual(results, list(range(len(results))))
@@ -3666,7 +3674,7 @@ class TestExecutor(WithCluster):
         self.addCleanup(sys.settrace, sys.gettrace())
         for ends_first in (True, False):
             for moment in itertools.count():
-                future, called = taskpool._TaskFuture(self.shared, row), []
+                future, called = taskpool._TaskFuture(self.shared._engine.futures, row), []
                 packed = pickle.dumps(moment)
                 calls = [lambda: future._end_unseen(packed) or future._end("FINISHED", packed), lambda: future.add_done_callback(called.append)]
                 other = threading.Thread(target=calls.pop(ends_first))
@@ -3688,7 +3696,7 @@ class TestExecutor(WithCluster):
                 if other.ident is None:  # That were all.
                     break
                 other.join(PATIENCE)
-                self.shared._callback_thread.flush(PATIENCE)  # inside
+                self.shared._engine.threads[1].flush(PATIENCE)  # inside
                 self.assertEqual((future.result(0), called), (moment, [future]), (ends_first, moment))
                 self.assertEqual(vars(future), {})  # Not in use: two threads may find two, with Python 3.11.
             self.assertGreater(moment, 10)
@@ -3753,7 +3761,7 @@ class TestExecutor(WithCluster):
     def test_a_future_is_cancelled_if_cancel_says_so_although_its_task_has_just_ended(self):
         block = threading.Event()
         future, path, _ = self.hold("hold", in_memory=True)
-        (worker,) = [worker for worker in self.shared._workers if worker.runs]  # inside
+        (worker,) = [worker for worker in self.shared._engine.crew.workers if worker.runs]  # inside
         call_in_thread(self.shared, "dispatcher", lambda: block.wait(PATIENCE))  # It hears nothing.
         let_end(path)
         eventually(lambda: select.select([worker.channel], [], [], 0)[0])  # It has said so.
@@ -3860,7 +3868,7 @@ class TestExecutor(WithCluster):
     def test_cancel_of_a_run_that_has_ended_leaves_the_task_that_has_its_id_now(self):
         for in_memory in (False, True):
             block, verbs = threading.Event(), self.verbs(in_memory)
-            self.shared._future_thread.post(lambda block=block: block.wait(PATIENCE))  # inside
+            self.shared._engine.threads[0].post(lambda block=block: block.wait(PATIENCE))  # inside
             first = self.submit("echo", 1, task_id="y", in_memory=in_memory)
             eventually(lambda verbs=verbs: verbs.count() == 0)  # It has ended, but nobody was told.
             second = self.submit("echo", 2, task_id="y", in_memory=in_memory, due_date=timedelta(hours=1))
@@ -4518,7 +4526,7 @@ class TestClusterOptions(InFolder):
                 logging.getLogger("taskpool").warning("none")
                 cluster = self.cluster({"x": echo}, max_available_workers=given, oversubscribe=oversubscribe, auto_initialize=False)
             self.assertEqual(f"using {used}" in logs.output[-1], not oversubscribe)
-            self.assertEqual(cluster._max_workers, used)  # inside
+            self.assertEqual(cluster._options.max_workers, used)  # inside
 
     def test_using_all_cpus_warns_once(self):
         source = """
@@ -4561,6 +4569,7 @@ class TestClusterOptions(InFolder):
             self.assertGreaterEqual(time.monotonic() - ended, least)
             self.assertFalse(LINUX and is_alive(pid))
             self.assertNotEqual(cluster.submit("pid").result(PATIENCE), pid)
+            self.end(cluster)
         longer = self.cluster({"pid": pid_of_worker}, keep_alive=timedelta(hours=1), refresh_rate=10)
         pid = longer.submit("pid").result(PATIENCE)
         other = self.queue().add_task("pid", keep_result=60)  # Only a refresh finds it.
@@ -4837,7 +4846,8 @@ class TestP1NothingIsLost(InFolder):
             path = str(self.folder / f"{groups}")
 
             def fail_after_a_claim(name, result, store=store):
-                store.fails["next_due"] = int(name == "claim" and bool(result))
+                if name == "claim" and result:
+                    store.fails["next_due"] = 2
 
             def fail_at_every_second_claim(name):
                 if name == "claim" and next(claims) % 2 == 0:
@@ -4846,7 +4856,7 @@ class TestP1NothingIsLost(InFolder):
             if groups:
                 store.after = fail_after_a_claim
             else:
-                store.before, store.transaction = fail_at_every_second_claim, contextlib.nullcontext
+                store.before, store.atomic = fail_at_every_second_claim, False
             with mock.patch.object(taskpool, "STORE_CAP_SECONDS", 0.01), self.assertLogs("taskpool", "WARNING") as logs:
                 cluster.initialize()
                 futures = [cluster.submit("line", {"file": path}) for _ in range(40)]
@@ -5326,10 +5336,10 @@ class TestNonsenseFromAWorker(InFolder):
     def test_what_a_worker_sends_arrives_whole_however_the_pipe_cuts_it(self):
         """Also what fills several pieces, or exactly one."""
         piece = taskpool._PIECE_BYTES
-        theirs, ours = multiprocessing.Pipe(duplex=False)
-        channel = taskpool._Channel(taskpool._own(theirs), io.BytesIO())
+        channel = taskpool._Pipes(multiprocessing)  # inside
+        self.addCleanup(channel.close_theirs)
+        ours = channel.theirs[1]
         self.addCleanup(channel.close)
-        self.addCleanup(ours.close)
         sizes = [0, 1, 3, piece - 1, piece, piece + 1, 2 * piece, 3 * piece + 7]
         worker = taskpool._WorkerProcess(None, ours, None)  # inside
         thread = threading.Thread(target=lambda: [worker._put(bytes([i]) * size) for i, size in enumerate(sizes)])
@@ -5406,7 +5416,7 @@ class TestP5Order(InFolder):
         """As happens to all on a machine that has too much to do."""
         cluster = self.cluster({"echo": echo}, keep_alive="always", max_available_workers=1, in_memory_only=True)
         self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(20)], list(range(20)))
-        (worker,) = cluster._workers  # inside
+        (worker,) = cluster._engine.crew.workers  # inside
         os.kill(worker.pid, signal.SIGSTOP)
         self.addCleanup(os.kill, worker.pid, signal.SIGCONT)
         futures = [cluster.submit("echo", i) for i in range(50)]
@@ -5420,6 +5430,120 @@ def mixed(job):
     if isinstance(job.data, dict):
         hold_the_gil(job)
     return hold(job) if job.data else None
+
+
+class TestCrew(unittest.TestCase):
+    """P4 and P5, whatever comes in whatever order: workers, store and time are made up here."""
+
+    class Channel:
+        """Pipes to nowhere, with the permits that the worker has not read."""
+
+        theirs = unsent = ()
+
+        def __init__(self, _context):
+            self.unread = []
+
+        def permit(self, first, count):
+            self.unread += range(first, first + count)
+
+        def revoke(self):
+            unread, self.unread = set(self.unread), []
+            return unread
+
+        def send(self, message):
+            pass
+
+        close = close_theirs = lambda self: None
+
+    class Process:
+        def __init__(self, **_):
+            self.pid, self.exitcode = 1, None
+
+        def kill(self):
+            self.exitcode = self.exitcode or -9
+
+        close = lambda self: None  # noqa: E731
+
+    def setUp(self):
+        for name, fake in (("_Pipes", self.Channel), ("_start_process", lambda *_: None), ("_SELECTABLE", True)):
+            patch = mock.patch.object(taskpool, name, fake)
+            patch.start()
+            self.addCleanup(patch.stop)
+        logging.disable()
+        self.addCleanup(logging.disable, logging.NOTSET)
+
+    # The engine and the source of the crew:
+    hear = forget_worker = lambda self, worker: None
+    futures = mock.Mock()
+
+    def start_worker(self):
+        worker = taskpool._Worker(mock.Mock(Process=self.Process), 1, b"", None)
+        worker.since = worker.check_at = self.now
+        worker.kill_at = self.now + taskpool.BOOT_WARN_SECONDS
+        return worker
+
+    def source(self):
+        end = lambda run, how: self.ends[run.row.id].append(how)  # noqa: E731
+        return mock.Mock(
+            requeue=lambda run: end(run, "requeued"), cancelled=lambda run: end(run, "cancelled"),
+            fail=lambda run, error: end(run, type(error).__name__),
+        )
+
+    def test_each_run_ends_once_and_only_what_had_begun_is_charged(self):
+        for seed in range(200):
+            with self.subTest(seed=seed):
+                self.drive(random.Random(seed))
+
+    def drive(self, chance):
+        options = taskpool._Options(2, True, None, False, None, True, "spawn", chance.choice([None, 3]), 1.0)
+        self.now, self.ends = 1000.0, collections.defaultdict(list)
+        placed, begun, source = set(), set(), self.source()
+        crew = taskpool._Crew(options, ["quick", "slow"], self)
+        crew.learn("quick", 0.0005)
+        for step in range(120):
+            self.now += chance.choice([0.0, 0.0005, 0.03, 1.6])
+            worker = chance.choice(crew.workers) if crew.workers else None
+            lives = worker is not None and worker.process.exitcode is None
+            head = worker.runs[0] if lives and worker.runs else None
+            event = chance.choice(["claim", "claim", "begin", "end", "end", "die", "cancel", "ready", "ready"])
+            if event == "claim":
+                late = chance.random() < 0.1  # The room has gone while the claim was under way.
+                costs, room, runs = crew.costs(), crew.room() + 3 * late, []
+                for number in range(chance.choice([1, 5, 40])):
+                    task = row(f"{step} {number}", chance.choice(["quick", "quick", "slow"]), timeout=chance.choice([None, 0.5]))
+                    room -= costs[task.task_type]
+                    if room < -1e-9:
+                        break
+                    runs.append(taskpool._Run(source, task, costs[task.task_type]))
+                placed.update(run.row.id for run in runs)
+                crew.place(runs, self.now)
+                self.assertTrue(late or not any(run.row.id in self.ends for run in runs), "there was room for all")
+            elif event == "ready" and lives and not worker.ready:
+                crew.got_ready(worker, self.now)
+            elif event in ("begin", "end") and head and worker.channel.unread[:1] == [head.number]:
+                begun.add(head.row.id)
+                worker.channel.unread.pop(0)
+            if event == "end" and head and head.row.id in begun:
+                self.ends[crew.ended(worker, 0.0005, self.now).row.id].append("done")
+            elif event == "die" and lives:
+                worker.process.exitcode, worker.check_at = chance.choice([1, -9]), 0.0
+            elif event == "cancel" and head:
+                self.assertIs(crew.cancel(head.row.id), head)
+            crew.tick(self.now, chance.randrange(3))
+            self.assertLessEqual(len(crew.workers), 2)
+            for worker in crew.workers:
+                *ahead, _last = [0.0, *(run.cost for run in worker.runs)]
+                self.assertLess(sum(ahead), 1.0 + 1e-9)
+                self.assertLessEqual(worker.given, options.max_tasks or math.inf)
+                if worker.runs and self.now - worker.since > taskpool.SLOW_SECONDS:
+                    self.assertEqual((len(worker.runs), worker.load), (1, max(worker.load, 1.0)))
+        for worker in crew.workers:
+            worker.kill()
+        crew.tick(self.now)
+        self.assertEqual((crew.runs(), set(self.ends)), ([], placed), "none was lost")
+        self.assertEqual({task_id: ends for task_id, ends in self.ends.items() if len(ends) != 1}, {})
+        charged = {task_id for task_id, (end,) in self.ends.items() if end in ("WorkerDied", "TaskTimeout")}
+        self.assertLessEqual(charged, begun)
 
 
 class TestNoWakeUpIsMissed(InFolder):
@@ -7175,14 +7299,14 @@ class TestHostileTasks(WithCluster):
     def test_a_flood_of_submits_while_the_dispatcher_is_held_up_blocks_nobody(self):
         """ENGINE 29: the wake-up pipe is not filled by them."""
         release = threading.Event()
-        self.shared._post(lambda: release.wait(PATIENCE))
+        self.shared._engine.post(lambda: release.wait(PATIENCE))
         with concurrent.futures.ThreadPoolExecutor(4) as threads:
             work = threads.map(lambda i: self.submit("echo", i, in_memory=True), range(4000), timeout=PATIENCE)
             futures = list(work)
             release.set()
         self.assertEqual(sum(future.result(PATIENCE) for future in futures), sum(range(4000)))
-        self.shared._wake._pending = True  # As a Ctrl-C before its byte leaves it.
-        eventually(lambda: not self.shared._wake._pending)
+        self.shared._engine.wake._pending = True  # As a Ctrl-C before its byte leaves it.
+        eventually(lambda: not self.shared._engine.wake._pending)
 
     def test_no_attempt_runs_beside_the_next_one(self):
         """TO-05."""
@@ -7217,7 +7341,7 @@ class TestHostileTasks(WithCluster):
         pid = os.fork()
         if pid == 0:
             try:
-                ok = not self.shared._started and self.shared.workers() == []
+                ok = not self.shared._engine.thread and self.shared.workers() == []
             finally:
                 os._exit(0 if ok else 1)
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
@@ -7343,7 +7467,7 @@ class TestOddPlaces(InFolder):
 
     def test_the_channel_of_windows_bears_it_too(self):
         """ENGINE 58: what TestWithoutSelectablePipes leaves out."""
-        with unittest.mock.patch.object(taskpool, "Connection", socket.socket):  # Pipes are none.
+        with unittest.mock.patch.object(taskpool, "_SELECTABLE", False):  # Pipes are none.
             cluster = self.cluster({**EVERYTHING, "misbehave": misbehave}, keep_alive="always", refresh_rate=20)
             self.assertEqual(len(cluster.submit("return_kind", "large").result(PATIENCE)), 3_000_000)
             for task_type, how, kind, options in (
@@ -7630,7 +7754,7 @@ class TestNothingPilesUp(InFolder):
                     room += 1
                     resource.setrlimit(resource.RLIMIT_NOFILE, (before + room, hard))
                     try:
-                        worker = taskpool._WorkerHandle(context, 1, b"", wake)  # inside
+                        worker = taskpool._Worker(context, 1, b"", wake)  # inside
                     except OSError as error:
                         assert error.errno == errno.EMFILE, error
                         failed += 1
@@ -7833,8 +7957,8 @@ class TestStoresUnderPressure(InFolder):
         self.assertEqual(queue.count(state="waiting"), acknowledged)
         with self.warnings() as records:  # Failing writes and working reads take turns.
             for _ in range(2):
-                renewed = cluster._next_watch
-                eventually(lambda: cluster._next_watch > renewed)
+                renewed = cluster._engine.sources[1].watch.next_look
+                eventually(lambda: cluster._engine.sources[1].watch.next_look > renewed)
         self.assertLessEqual(len(records), 2)
         subprocess.run([mount, "-o", "remount,size=20m", disk], check=True)
         queue.add_task("line", {"file": lines}, task_id="after")
@@ -8633,7 +8757,7 @@ class TestWithoutSelectablePipes(InFolder):
 
     def setUp(self):
         super().setUp()
-        patched = unittest.mock.patch.object(taskpool, "Connection", socket.socket)  # Pipes are none.
+        patched = unittest.mock.patch.object(taskpool, "_SELECTABLE", False)  # Pipes are none.
         patched.start()
         self.addCleanup(patched.stop)
 
