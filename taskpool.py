@@ -18,15 +18,21 @@ One file, standard library only. Copy it into your project:
 
 Who does what
 
-    your program        master process (yours too)            worker processes
-    ------------   ------------------------------------   ------------------------
-                                                   run
-    add_task() --> Store <-- store thread <-+   ---------> _worker_main
-                                            |                 your function(job)
-    Future     <-- futures thread  <--  dispatcher         done, fail, progress
-    listeners  <-- listener thread <--  (one thread)   <---------
-    broker     <-- broker thread   <--      ^            ask (toggle_ipc)
-                                            +------------------
+    your program    master process (yours too)                       worker processes
+    ------------    -------------------------------------------      ----------------
+    add_task() ---> Store <---- store thread <---- _Source
+                                                   |     ^
+                                rows it has claimed|     |how their runs ended
+                                                   v     |
+                                                   _Crew --- run -------------> your
+                                                     ^                      function(job)
+    submit() -----> _Futures                         +--- done, fail, progress ---+
+    Future    <---- futures, callbacks threads                                    |
+    listeners <---- listener thread                                               |
+    broker    <---- broker thread <---------------------- ask (toggle_ipc) -------+
+
+    One thread, the dispatcher, has the _Source, the _Crew and the loop: it hears, looks,
+    decides and hands out, and never waits but for events (_Dispatcher.turn).
 
 The life of a task (each arrow is a method of Store)
 
@@ -35,12 +41,11 @@ The life of a task (each arrow is a method of Store)
                 ^                      |  |                     if keep_result was given
                 |  settle: retry, next |  |    settle: failed
                 |  slot of `repeat`, or|  +------------------> failed
-                |  given back; recover |                         |
+                |  requeued;   recover |                         |
                 +----------------------+                         |
                 |                retry                           |
                 +------------------------------------------------+
     remove: waiting, failed, done --> (removed)      update: waiting --> waiting
-    add_running: add and claim in one write, while a worker is idle
 
 What is promised (the tests and the README carry the same numbers)
 
@@ -4372,9 +4377,10 @@ class _Reports:
     def flush(self) -> None:
         """Send what waits, if its run has not ended meanwhile."""
         with self._lock:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer, unsent = None, self._unsent
+            timer, self._timer = self._timer, None
+            if timer is not None:
+                timer.cancel()  # Never twice at a time, by a signal handler: it has a lock.
+            unsent = self._unsent
             if unsent is not None:
                 if unsent[0] == self._number:
                     self._next = time.monotonic() + REPORT_SECONDS

@@ -4242,6 +4242,23 @@ class TestListeners(InFolder):
 class TestProgress(InFolder):
     """job.progress(done, total=None, note=None) shows how far a task is."""
 
+    def test_a_report_in_the_midst_of_another_waits_for_nothing(self):
+        """As that of a signal handler: a Timer must not be cancelled within its cancel()."""
+        sent, cancelled = [], []
+        reports = taskpool._Reports(lambda number, report: sent.append(json.loads(report)[0]))  # inside
+        progress = reports.begin(1)
+
+        def cancel(timer):
+            self.assertNotIn(timer, cancelled)
+            cancelled.append(timer)
+            reports._next = 0.0
+            progress(3)
+
+        progress(1), progress(2)
+        with mock.patch.object(threading.Timer, "cancel", cancel):
+            reports.end()
+        self.assertEqual((sent[0], sent[-1], len(cancelled)), (1, 3, 1))
+
     def test_the_timer_and_a_handler_in_the_midst_of_a_send_do_not_wait_for_each_other(self):
         lock, sent = threading.RLock(), []
         reports = taskpool._Reports(lambda number, report: sent.append(report), lock)
