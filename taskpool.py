@@ -1657,8 +1657,8 @@ def _ring(ports: Iterable[int]) -> None:
 
 
 # --- Stores --------------------------------------------------------------------------
-# A store decides nothing. It moves a task along the arrow that it was asked for, if the
-# task is still at the arrow's foot, by the functions above. It reads no clock.
+# A store decides nothing and reads no clock. It moves a task along an arrow of the drawing,
+# as the policies above say, if the task is still where the arrow begins.
 
 
 # Task types, with what one task of each uses up of the room that claim() is given.
@@ -5474,9 +5474,9 @@ def _worker_main(
 
 
 # --- Master --------------------------------------------------------------------------
-# Code that runs in the parent process. One thread, the dispatcher, decides everything
-# and never blocks but in its own wait. Whatever may block has a thread of its own: the
-# store, Futures (unpickling and callbacks), the listeners, the broker.
+# Code that runs in the parent process. One thread, the dispatcher, decides everything and
+# never blocks but in its own wait. Whatever may block has a thread of its own: the store,
+# Futures, their callbacks, the listeners, the broker.
 
 
 class _Thread:
@@ -6399,7 +6399,7 @@ class _Crew:
         self.stopping = False  # Nothing starts any more; SIGTERM fails no run.
         self.failed_boots, self.boot_after = 0, 0.0  # Back-off of dying starts.
         self.boot_error: Exception | _Failure | None = None
-        self.last_work = 0.0  # When a task was running, or could.
+        self.last_work = 0.0  # When a task last ran, or could start.
         self.logs_runs = False
 
     # ---- Room
@@ -6418,7 +6418,8 @@ class _Crew:
     def costs(self) -> Mapping[str, float]:
         """How much room a task of each type takes."""
         if not _SELECTABLE:
-            return dict.fromkeys(self.shares, 1.0)  # What cannot be taken back goes singly.
+            # Without permits no run can be taken back: each worker gets one at a time.
+            return dict.fromkeys(self.shares, 1.0)
         most = self.options.max_tasks
         if most is None:
             return self.shares
@@ -6435,7 +6436,7 @@ class _Crew:
     def place(self, runs: Sequence[_Run], now: float) -> None:
         """Give runs to the workers with the least load; what finds no room is requeued."""
         workers = [worker for worker in self.workers if worker.open and worker.load < 1.0]
-        # One by one where they are few; several of many, as choosing takes its time.
+        # A few runs are placed one by one, many in chunks, as choosing a worker takes time.
         step, most = max(1, len(runs) // (4 * len(workers) or 1)), self.options.max_tasks
         batches: dict[_Worker, list[_Run]] = {}
         placed = 0
@@ -6464,7 +6465,7 @@ class _Crew:
         """The head of the worker's runs has ended after so many seconds."""
         run = worker.end_head(now)
         self.freed = True
-        # Most are as quick as can be, and known to be: nothing to learn.
+        # Most types are known to be as quick as this counts. Then there is nothing to learn.
         if seconds > LEAST_SECONDS or self.shares[run.row.task_type] > LEAST_SHARE:
             self.learn(run.row.task_type, seconds)
         if self.logs_runs and worker.runs:
@@ -6476,7 +6477,7 @@ class _Crew:
         self.boot_error, self.failed_boots, self.boot_after, self.freed = None, 0, 0.0, True
 
     def cancel(self, task_id: str) -> _Run | None:
-        """Take back that task, or kill the worker that runs it."""
+        """Take the task back from its worker, or kill the worker if it runs the task."""
         for worker in self.workers:
             run = next((run for run in worker.runs if run.row.id == task_id), None)
             if run is None:
@@ -6490,7 +6491,7 @@ class _Crew:
         return None
 
     def _take_back(self, worker: _Worker, wanted: _Run | None = None) -> bool:
-        """Requeue what the worker has not begun; whether *wanted*, which is not, was such."""
+        """Requeue what the worker has not begun, but for *wanted*: whether it was among them."""
         taken, self.freed = worker.take_back(), True
         for run in taken:
             if run is not wanted:
@@ -6498,7 +6499,7 @@ class _Crew:
         return wanted in taken
 
     def excuse(self, late: float) -> None:
-        """All of us were stopped, perhaps, for so many seconds: no deadline counts them."""
+        """Move all deadlines by *late* seconds, in which this process was perhaps stopped."""
         for worker in self.workers:
             worker.kill_at += late
             worker.since += late
@@ -6508,8 +6509,8 @@ class _Crew:
     # ---- What time brings
 
     def tick(self, now: float, available: int = 0, full: bool = False) -> float:
-        """Timeouts, slow heads, workers that ended; and as many workers as *available* tasks
-        need (*full*: as may be). Returns when to call it again."""
+        """See to timeouts, slow heads and workers that ended; start workers for *available*
+        tasks, or as many as are allowed (*full*). Returns when to call tick() again."""
         again, free, works = math.inf, 0, False
         for worker in self.workers[:]:
             head = worker.runs[0] if worker.runs else None
@@ -6526,7 +6527,7 @@ class _Crew:
             again = min(again, worker.kill_at, worker.check_at)
             if head and head.cost < 1.0:
                 again = min(again, worker.since + SLOW_SECONDS)
-            if head and head.deadline < math.inf:  # Often, to know when we are late.
+            if head and head.deadline < math.inf:  # Wakes often, to see if all were stopped.
                 again = min(again, head.deadline, now + LATE_SECONDS / 10)
             free += not worker.runs and not worker.stopping
             works = works or bool(worker.runs)
@@ -6546,13 +6547,13 @@ class _Crew:
     def _let_go(self, worker: _Worker, head: _Run, now: float) -> None:
         """The head is slow: requeue what waits behind it."""
         self._take_back(worker)
-        if worker.runs and worker.runs[0] is head:  # Else it had not even begun.
+        if worker.runs and worker.runs[0] is head:  # Else the head had not begun.
             task_type, seconds = head.row.task_type, now - worker.since
             self.learn(task_type, max(self.expected.get(task_type, 0.0), seconds))
             head.cost = worker.load = 1.0
 
     def _lose_patience(self, worker: _Worker, now: float) -> None:
-        """It does not end, or not come to the end of its file: that is told of first."""
+        """Kill a worker that does not end. One that still runs the file is warned of first."""
         if worker.ready or worker.stopping:
             worker.kill()
             return
@@ -6577,9 +6578,9 @@ class _Crew:
                 worker.end()
             worker.check_at = now + (0.002 if worker.stopping or silent >= 0 else 0.5)
             return
-        self._engine.hear(worker)  # What it said last.
+        self._engine.hear(worker)  # The last messages of the worker.
         if code == -signal.SIGTERM and worker.runs and not self.stopping:
-            # Sent to all of a group, as service managers do? Then run() is about to hear of it.
+            # A service manager sends SIGTERM to the whole group: see if run() hears of it, too.
             worker.stopping, worker.open = True, False
             worker.told_to_end_at = min(worker.told_to_end_at, now)
             worker.check_at = worker.told_to_end_at + 0.2
@@ -6591,7 +6592,7 @@ class _Crew:
         self.workers.remove(worker)
         self._engine.forget_worker(worker)
         self._take_back(worker)
-        head = worker.runs[0] if worker.runs else None  # No other one can have started.
+        head = worker.runs[0] if worker.runs else None  # Only the head can have begun.
         spared = worker.killed or (code == -signal.SIGTERM and self.stopping)
         while worker.runs:
             run = worker.end_head(now)
@@ -6613,15 +6614,15 @@ class _Crew:
 
     def _died_in_boot(self, died: WorkerDied, code: int | None, now: float) -> None:
         error = None
-        if code == 1:  # Python ended by an exception, of which it told on standard error.
+        if code == 1:  # Python has printed an exception on standard error.
             error = TaskPoolError(f"{died}: standard error has what {_program()} said")
         elif self.failed_boots + 1 >= BOOT_TRIES:
             error = TaskPoolError(f"{died}, {BOOT_TRIES} times in a row, by {_program()}")
         self.boot_failed(now, error)
 
     def boot_failed(self, now: float, error: Exception | _Failure | None = None) -> None:
-        """A worker could not start: the others go on. If there is none, that is said once, and
-        the Futures that wait fail. Without an *error*: it is tried again."""
+        """A worker could not start. If there is no other one, *error* is logged once and the
+        Futures that wait fail. Without an *error*, another start is tried first."""
         self.failed_boots += 1
         self.boot_after = now + back_off(BOOT_SECONDS, self.failed_boots, BOOT_CAP_SECONDS)
         if error is None:
@@ -6682,7 +6683,7 @@ class _Crew:
 
 
 class _Watch:
-    """What a cluster does for P3: it tells that it lives, and looks for those that do not."""
+    """The heartbeats of a cluster, and its look for clusters whose heartbeats stopped. (P3)"""
 
     def __init__(self, store: Store, owner: str, types: Iterable[str]) -> None:
         self._store, self._owner, self._types = store, owner, list(types)
@@ -6711,8 +6712,8 @@ class _Watch:
             raise
 
     def strays(self, held: Iterable[Row], known: Iterable[_Run]) -> list[Row]:
-        """Claims that the store made and could not tell of, as when an answer is lost: those
-        that are unknown here in two looks in a row."""
+        """The claims of this cluster that it does not know, in two looks in a row: the store
+        made them, and its answer was lost."""
         claims = {(run.row.id, run.row.claim) for run in known}
         unknown = {(row.id, row.claim): row for row in held if (row.id, row.claim) not in claims}
         again, self._strays = self._strays & set(unknown), set(unknown)
@@ -6861,7 +6862,7 @@ class _Source:
 
     def _look_after_masters(self, watch: _Watch, now: float) -> None:
         def answer(result: Any) -> None:
-            # From now: else a slow store would have no time for anything else.
+            # Counted from now, so that a slow store has time for other calls.
             watch.next_look = time.monotonic() + WATCH_SECONDS
             if isinstance(result, BaseException):
                 return
@@ -6905,7 +6906,7 @@ class _Source:
             _log.error("%s: %d submitted task(s) stay waiting", what, waiting)
 
     def leave(self) -> None:
-        # Closed in any case: the queue may have been, before this cluster used it again.
+        # leave() opens a store again that the program has closed.
         with contextlib.suppress(StoreError), contextlib.closing(self.store):
             self.store.leave(self.engine.owner, self.engine.cluster.queue._now())
 
@@ -6992,7 +6993,7 @@ class _Ending:
         self.mode, self.serves = "running", True  # It serves while tasks are started.
         self.until = NEVER  # The due date up to which tasks are started.
         self._stop_at = math.inf  # Monotonic: when running tasks are requeued.
-        self._stuck_since = math.inf  # Monotonic: all that runs waits for the broker.
+        self._stuck_since = math.inf  # Since then all that runs waits for the broker.
 
     def excuse(self, late: float) -> None:
         self._stop_at += late
@@ -7004,14 +7005,14 @@ class _Ending:
         runs, sources = len(self._engine.crew.runs()), self._engine.sources
         seconds = self._engine.crew.options.shutdown_timeout
         if runs or any(source.due or source.changed for source in sources):
-            # Who pressed Ctrl-C inside `with` is to see why nothing happens.
+            # A user who pressed Ctrl-C inside `with` must see what the end waits for.
             (_log.warning if interrupted else _log.info)(
                 "shutting down: %d task(s) run, and what is due by now is still done; "
                 "Ctrl-C (again) starts nothing more and gives running tasks %.1f s",
                 *(runs, seconds),
             )
         self.mode, self.until = "finishing", until
-        for source in sources:  # A store that is away has its time, too.
+        for source in sources:  # A store that fails is given time from now on.
             source.changed, source.failing_since = True, time.monotonic()
 
     def stop(self, at: float) -> None:
@@ -7126,13 +7127,9 @@ class _Dispatcher:
             wake.set()
 
     def is_at_work(self) -> bool:
-        """Whether this is a thread that others wait for: a finalizer can call us there."""
+        """Whether this is the dispatcher or the store thread, where a finalizer may run."""
         current, store = threading.current_thread(), self.threads[4:]
         return current is self.thread or (store != [] and store[0].thread is current)
-
-    def event_threads(self) -> list[_Thread]:
-        """Those that call code of the user: Futures, callbacks, listener, broker."""
-        return self.threads[:4]
 
     def begin_stop(self, seconds: float) -> None:
         self.post(lambda: self.ending.stop(time.monotonic() + seconds))
@@ -7174,10 +7171,10 @@ class _Dispatcher:
             queue._watchers += (self,)
             self.thread = threading.Thread(
                 target=self._work, name="taskpool-dispatcher", daemon=True
-            )  # From here on others do not come through the lock.
+            )  # From here on, other threads do not wait for the start.
             self.futures.threads = self.threads[:2]
             self.thread.start()
-            undo.pop_all()  # It has begun.
+            undo.pop_all()  # The thread runs.
 
     # ---- The loop
 
@@ -7233,7 +7230,7 @@ class _Dispatcher:
             self._wait(now)
 
     def _excuse(self, late: float) -> None:
-        """The turn is late: perhaps all of us were stopped. No deadline counts that time."""
+        """Move all deadlines by *late* seconds, in which this process was perhaps stopped."""
         self.crew.excuse(late)
         self.ending.excuse(late)
         for source in self.sources:
@@ -7273,7 +7270,7 @@ class _Dispatcher:
         """Look for what no event announced."""
         now = time.monotonic()
         self.next_refresh = now + self.cluster._refresh
-        cast(_WakeUp, self.wake).clear()  # Ctrl-C may have come before its byte.
+        cast(_WakeUp, self.wake).clear()  # A Ctrl-C may have kept its byte back.
         wall, waits = self.cluster.queue._now(), False
         self.sources[0].store.renew(self.owner, wall)
         for source in self.sources:
@@ -7287,7 +7284,7 @@ class _Dispatcher:
             self.crew.retire_idle(now)
 
     def _on_bell(self) -> None:
-        """Another process has added a task, and perhaps more, for which it did not ring."""
+        """Another process has added a task. It does not ring for each: look again soon."""
         cast(_WakeUp, self.wake).clear_bell()
         stored = self.sources[1]
         stored.changed = stored.eager = True
@@ -7296,15 +7293,15 @@ class _Dispatcher:
     # ---- Workers
 
     def start_worker(self) -> _Worker:
-        boot = _dumps(("boot", _boot_now(self.cluster._boot)))
         context = multiprocessing.get_context(self.crew.options.start_method)
+        boot = _dumps(("boot", _boot_now(self.cluster._boot)))
         worker = _Worker(context, next(_worker_numbers), boot, cast(_WakeUp, self.wake))
         if _SELECTABLE:
             self.selector.register(worker.channel, selectors.EVENT_READ, worker)
         return worker
 
     def _watch_outgoing(self, worker: _Worker) -> None:
-        """Wait until the worker reads, or no more."""
+        """Begin or cease to wait until the worker reads."""
         worker.watched = not worker.watched
         if worker.watched:
             self.selector.register(worker.channel.outgoing, selectors.EVENT_WRITE, worker)
@@ -7401,7 +7398,7 @@ class _Dispatcher:
             worker.reported = False
 
     def tell(self, listener: Listener, left: _Left, task: Task) -> None:
-        """Have a listener called, with what a task has left."""
+        """Have the listener thread call *listener* with what a task has left."""
 
         def call() -> None:
             result, error = _unpacked(left)
@@ -7430,7 +7427,7 @@ class _Dispatcher:
         self.threads[3].post(functools.partial(_consult, broker, packed, about, answer))
 
     def cancel(self, task_id: str, answer: Callable[[_Run | None], None]) -> None:
-        """cancel() of a task that did not wait when it looked."""
+        """Cluster.cancel() of a task that was not waiting in a store."""
         for source in self.sources[1:]:
             if source.busy:  # The claim may be on its way.
                 later = functools.partial(self.cancel, task_id, answer)
@@ -7459,7 +7456,7 @@ class _Dispatcher:
         if left:
             _log.warning("%d in-memory tasks had not started at shutdown; they end here", left)
         self.futures.end_all()
-        self.threads[0].post(self.threads[1].stop)  # After what it posts itself.
+        self.threads[0].post(self.threads[1].stop)  # After the calls that the first posts.
         for thread in (self.threads[0], self.threads[2], self.threads[3]):
             thread.stop()
         _disown(self.selector)
@@ -7684,7 +7681,7 @@ class Cluster(concurrent.futures.Executor):
         if not engine.thread:
             self._use("submit")
             if self._options.auto_initialize:
-                self.initialize()  # Again, in a fork.
+                self.initialize()  # A fork starts a cluster of its own.
             elif engine.ending.mode == "running":
                 with self._start_lock:
                     engine.take_name()  # So that no other cluster runs the task.
@@ -7709,7 +7706,7 @@ class Cluster(concurrent.futures.Executor):
         future._stored = True  # Last: from here on it is compared with the store.
         if if_exists == "replace":
             futures.end_replaced(row.id, stored)
-        if engine.ending.mode == "closed":  # Meanwhile; the task stays waiting, as others do.
+        if engine.ending.mode == "closed":  # A stored task stays waiting.
             future._end(*futures.unknown_end(future))
         return future
 
@@ -7809,7 +7806,7 @@ class Cluster(concurrent.futures.Executor):
     def _flush(self, seconds: float) -> None:
         """Wait until callbacks, listeners and the broker were called; not in one of these, as
         two of them could wait for each other."""
-        threads = self._engine.event_threads()
+        threads = self._engine.threads[:4]
         deadline = time.monotonic() + seconds
         if not any(thread.is_current() for thread in threads):
             for thread in threads:
@@ -7888,8 +7885,7 @@ class Cluster(concurrent.futures.Executor):
             return
         interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)  # Inside `with`, say.
         engine.begin_finish(self.queue._now(), interrupted)
-        threads = engine.event_threads()
-        if engine.is_at_work() or any(thread.is_current() for thread in threads):
+        if engine.is_at_work() or any(thread.is_current() for thread in engine.threads[:4]):
             return
         try:
             while not engine.closed.wait(0.5):
