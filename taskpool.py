@@ -7090,8 +7090,7 @@ class _Dispatcher:
 
     def __init__(self, cluster: Cluster) -> None:
         """Registered, not started."""
-        self.cluster = cluster
-        self.owner = ""
+        self.cluster, self.owner = cluster, ""
         self.wake: _WakeUp | None = None
         self.inbox: collections.deque[Callable[[], Any]] = collections.deque()  # Any thread.
         self.futures = _Futures(cluster.queue, self.is_at_work)  # Any thread.
