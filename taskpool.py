@@ -7198,6 +7198,7 @@ class _Dispatcher:
             try:
                 self._close()
             finally:
+                self.cluster._unregister()
                 self.idle.set()
                 self.closed.set()
 
@@ -7461,7 +7462,6 @@ class _Dispatcher:
         _disown(self.selector)
         wake, self.wake = self.wake, None
         cast(_WakeUp, wake).close()
-        self.cluster._unregister()
 
 
 def _checked_keep_alive(keep_alive: Any) -> float | str | None:
