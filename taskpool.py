@@ -6692,10 +6692,11 @@ class _Watch:
         self.heard = time.monotonic()  # When observers last heard of this cluster.
         self._strays: set[tuple[str, int]] = set()  # Claims that were unknown here.
 
-    def look(self, now: float, wall: int) -> tuple[list[Row], list[str], list[Row]]:
+    def look(self, now: float, wall: int) -> tuple[list[Row], list[str], list[Row] | None]:
         """In the store thread: the tasks that ended with their masters; the types of which
-        tasks are due that no cluster here knows; and the claims of this cluster."""
-        store, held, foreign = self._store, [], []
+        tasks are due that no cluster here knows; with a heartbeat, the claims of this cluster."""
+        store, foreign = self._store, []
+        held: list[Row] | None = None
         try:
             if self._next_heartbeat <= now:
                 store.renew(self._owner, wall)
@@ -6712,8 +6713,8 @@ class _Watch:
             raise
 
     def strays(self, held: Iterable[Row], known: Iterable[_Run]) -> list[Row]:
-        """The claims of this cluster that it does not know, in two looks in a row: the store
-        made them, and its answer was lost."""
+        """The claims of this cluster that it does not know, at two heartbeats in a row: the
+        store made them, and its answer was lost."""
         claims = {(run.row.id, run.row.claim) for run in known}
         unknown = {(row.id, row.claim): row for row in held if (row.id, row.claim) not in claims}
         again, self._strays = self._strays & set(unknown), set(unknown)
@@ -6869,7 +6870,8 @@ class _Source:
             ended, foreign, held = result
             for row in ended:
                 self._ended_elsewhere(row, TaskPoolError(row.error))
-            for row in watch.strays(held, [*self.unsettled, *self.engine.crew.runs()]):
+            known = [*self.unsettled, *self.engine.crew.runs()]
+            for row in [] if held is None else watch.strays(held, known):
                 self.requeue(_Run(self, row, 0.0))
             self.changed = True  # Tasks of a dead master may wait again.
             if foreign:

@@ -4854,6 +4854,22 @@ class TestP1NothingIsLost(InFolder):
             self.assertEqual("1 outcome(s) are lost" in "\n".join(logs.output), bool(left))
             os.remove(path)
 
+    @mock.patch.multiple(taskpool, RENEW_SECONDS=0.05, WATCH_SECONDS=0.01)
+    def test_a_claim_of_which_the_answer_was_lost_is_made_again(self):
+        """As where a COMMIT fails that was done."""
+        store, queue = self.hooked()
+        lost = []
+
+        def lose(name, result):
+            if name == "turn" and result.rows and not lost:
+                lost.extend(result.rows)
+                raise StoreError("the answer was lost")
+
+        store.after = lose
+        with self.cluster({"echo": echo}, queue, refresh_rate=10**6) as cluster:
+            self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
+        self.assertEqual([row.attempt for row in lost], [1])
+
     def test_what_was_recorded_or_claimed_is_kept_when_the_next_call_fails(self):
         """The store fails after each claim; or between two calls that it cannot group."""
         claims = itertools.count()
