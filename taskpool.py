@@ -6799,18 +6799,16 @@ class _Source:
         if watch and mode != "closing" and watch.next_look <= now:
             self._look_after_masters(watch, now)
             return math.inf
-        if self.check_futures:
-            self._look_after_futures()
-            if self.busy:
-                return math.inf
         due = self.next_due < NEVER and self.next_due <= self.engine.cluster.queue._now()
         if due or self.look_at <= now:
             self.changed, self.look_at, self.next_due = True, math.inf, NEVER
         serves = self.engine.ending.serves
         if self.unsettled or (self.changed and serves):
             self._look(serves)
-            if self.busy:
-                return math.inf
+        if self.check_futures and serves and not self.busy:
+            self._look_after_futures()
+        if self.busy:
+            return math.inf
         again = self.look_at
         if self.next_due < NEVER:
             seconds = (self.next_due - self.engine.cluster.queue._now()) / 1e6
@@ -6860,6 +6858,8 @@ class _Source:
             self._take(rows, costs)
         if self.available and (rows or not room) and self.engine.crew.room() > 0:
             self.changed = True  # A task that is claimed alone may leave room for others.
+        if self.check_futures and self.engine.ending.serves:
+            self._look_after_futures()  # Now, as the next turn looks for tasks first.
 
     def _look_after_masters(self, watch: _Watch, now: float) -> None:
         def answer(result: Any) -> None:

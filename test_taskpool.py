@@ -5623,6 +5623,21 @@ class TestNoWakeUpIsMissed(InFolder):
         self.delay_answers(lambda: datetime.now(timezone.utc) > due)
         self.assertEqual(cluster.submit("echo", 3, due_date=due).result(PATIENCE), 3)
 
+    def test_tasks_that_are_removed_all_the_time_hold_up_no_other(self):
+        """As each removal has the cluster look after its Futures."""
+        cluster = self.one_worker()
+        removed = cluster.submit("echo", due_date=timedelta(hours=1))
+
+        def remove_more(name, result):
+            if name == "find" and threading.current_thread().name == "taskpool-store":
+                self.stored._changed(removed=True)  # inside
+
+        self.store.after = remove_more
+        self.stored._changed(removed=True)  # inside
+        self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(3)], [0, 1, 2])
+        self.store.remove(Query(ids=[removed.task.id]), 0)
+        self.assertRaises(concurrent.futures.CancelledError, removed.result, PATIENCE)
+
     def test_answers_of_the_store_that_come_late_at_random_hide_no_task(self):
         """While threads add tasks, and others end or come due; after each burst all is quiet."""
         chance = random.Random(7)
