@@ -6199,12 +6199,12 @@ class _Futures:
 
     def discard(self, future: _TaskFuture) -> None:
         with self._lock:
-            found = self._by_id.pop(future._row.id, None)
-            if found is not future and found is not None:
-                others = found if isinstance(found, list) else [found]
-                others = [other for other in others if other is not future]
-                if others:
-                    self._by_id[future._row.id] = others if others[1:] else others[0]
+            found = self._by_id.get(future._row.id)
+            if found is future:
+                del self._by_id[future._row.id]
+            elif isinstance(found, list):  # Others look at it meanwhile: it is never missing.
+                others = [other for other in found if other is not future]
+                self._by_id[future._row.id] = others if others[1:] else others[0]
 
     def under(self, task_id: str) -> list[_TaskFuture]:
         """Those of all incarnations of an id."""
