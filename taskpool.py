@@ -6319,9 +6319,9 @@ class _Futures:
         if found is None:
             return
         if led == "done" and run.verdict is None and type(found) is _TaskFuture:
-            if found._row.created_at == run.row.created_at:
+            if found._row.created_at == run.row.created_at:  # As for most; else see of().
                 self.end(found, _FINISHED, run.left)
-            return
+                return
         for future in self.of(run.row):
             if led in ("", "waits"):
                 future._held, future._foreign = False, future._foreign or ("" if led else "lost")
