@@ -6180,6 +6180,7 @@ class _Futures:
         # Of a cluster that has started: who ends Futures, and who calls callbacks.
         self.threads: list[_Thread] = []
         self.failure: TaskPoolError | None = None  # Of the dispatcher.
+        self.replacements = 0  # Calls of end_replaced().
         self.opened = 0  # Others may have taken stored tasks that were added until then.
 
     def __bool__(self) -> bool:
@@ -6272,14 +6273,15 @@ class _Futures:
         for future in self.all():
             self.end(future, *self.unknown_end(future))
 
-    def end_replaced(self, task_id: str, row: Row | None = None) -> None:
-        """End those whose tasks were replaced by *row* (None: removed): not what runs."""
+    def end_replaced(self, task_id: str) -> None:
+        """End those of an id whose tasks are no longer there: replaced, or removed."""
+        self.replacements += 1  # First: submit() sees this, or here its Future is `_stored`.
         for future in self.under(task_id):
-            if future._held or (row is not None and _waits_for(future, row)):
+            if future._held or not future._stored:
                 continue
-            running = Query(ids=[task_id], states=["running"], created_at=future._row.created_at)
-            found = self.store_of(future._row).find(running, self._queue._now())
-            if not (found or future._held):  # It may have been claimed just now.
+            found = self.store_of(future._row).find(Query(ids=[task_id]), self._queue._now())
+            became = what_became(future._row, next(iter(found), None))
+            if became in ("gone", "replaced") and not future._held:
                 future._end(*self.unknown_end(future))
 
     def fail_waiting(self, error: Exception | _Failure) -> None:
@@ -7694,6 +7696,7 @@ class Cluster(concurrent.futures.Executor):
         row, if_exists = _make_row(now, task_type, data, lane=engine.owner, **options)
         future = _TaskFuture(futures, row)
         futures.add(future)  # First: the task may start before _add() returns.
+        replacements = futures.replacements
         try:
             (stored,) = self.queue._add([(row, if_exists)])
         except BaseException:
@@ -7705,8 +7708,9 @@ class Cluster(concurrent.futures.Executor):
             else:  # Kept: another task stands for this one.
                 future = futures.join(future, stored)
         future._stored = True  # Last: from here on it is compared with the store.
-        if if_exists == "replace":
-            futures.end_replaced(row.id, stored)
+        others = if_exists == "replace" and len(futures.under(row.id)) > 1
+        if others or replacements != futures.replacements:
+            futures.end_replaced(row.id)
         if engine.ending.mode == "closed":  # A stored task stays waiting.
             future._end(*futures.unknown_end(future))
         return future

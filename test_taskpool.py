@@ -3901,6 +3901,103 @@ class TestExecutor(WithCluster):
         future.result(PATIENCE)
 
 
+class TestFutures(InFolder):
+    """Which Futures wait for which incarnation of a task."""
+
+    def test_a_task_that_ends_before_submit_returns_with_a_later_creation_ends_its_future(self):
+        """What is added under the id of one that seems to be younger gets a later `created_at`."""
+        store, queue = self.hooked()
+        cluster = self.cluster({"echo": echo}, queue)
+        queue.clock = clock = Clock()
+        clock.offset = 100.0
+        queue.add_task("echo", task_id="x", due_date=timedelta(hours=1))
+        clock.offset = 0.0
+
+        def until_it_has_run(name, result):
+            if name == "add":
+                eventually(lambda: not queue.find())
+                eventually(cluster._engine.idle.is_set)  # inside
+
+        store.after = until_it_has_run
+        self.assertEqual(cluster.submit("echo", 5, task_id="x", if_exists="replace").result(5.0), 5)
+
+    def test_two_who_replace_one_task_at_once_end_the_future_of_the_first(self):
+        store, queue = self.hooked()
+        cluster, made = self.cluster({"echo": echo}, queue, auto_initialize=False), {}
+        stored = {"first": threading.Event(), "second": threading.Event()}
+
+        def order(name, result):
+            me = threading.current_thread().name
+            if name == "add" and me in stored:
+                stored[me].set()
+                stored["second"].wait(PATIENCE)
+                if me == "second":
+                    eventually(lambda: "first" in made)
+
+        def submit(name):
+            made[name] = cluster.submit("echo", name, task_id="x", if_exists="replace")
+
+        store.after = order
+        threads = [threading.Thread(target=submit, args=[name], name=name) for name in stored]
+        for thread, event in zip(threads, stored.values()):
+            thread.start()
+            self.assertTrue(event.wait(PATIENCE))
+        for thread in threads:
+            thread.join()
+        self.assertEqual((made["first"].cancelled(), made["second"].done()), (True, False))
+        self.assertTrue(made["second"].cancel())
+
+    def test_a_cancel_beside_a_submit_ends_its_future_if_its_task_is_removed(self):
+        for moment in ("before", "after"):
+            with self.subTest(moment):
+                store, queue = self.hooked(f"{moment}.db")
+                cluster, made = self.cluster({"echo": echo}, queue, auto_initialize=False), []
+                old, come, go_on = cluster.submit("echo", 1, task_id="x"), threading.Event(), threading.Event()
+
+                def hold_up(name, *_, come=come, go_on=go_on):
+                    if name == "add":
+                        come.set()
+                        go_on.wait(PATIENCE)
+
+                setattr(store, moment, hold_up)
+                submit = functools.partial(cluster.submit, "echo", 2, task_id="x", if_exists="replace")
+                thread = threading.Thread(target=lambda made=made, submit=submit: made.append(submit()))
+                thread.start()
+                self.assertTrue(come.wait(PATIENCE))
+                self.assertTrue(cluster.cancel("x"))
+                go_on.set()
+                thread.join()
+                self.assertEqual((old.cancelled(), made[0].cancelled()), (True, moment == "after"))
+
+    def test_a_future_is_found_while_another_of_its_id_ends(self):
+        queue, switch = self.queue(), sys.getswitchinterval()
+        futures = self.cluster({"echo": echo}, queue, auto_initialize=False)._engine.futures  # inside
+        row = taskpool._make_row(NOW, "echo", task_id="x")[0]
+        one, other = (taskpool._TaskFuture(futures, row._replace(created_at=NOW + i)) for i in range(2))
+        futures.add(one)
+        looks, missed, end = [], [], threading.Event()
+
+        def look():
+            while not end.is_set():
+                looks.append(1)
+                if not futures.of(one._row):
+                    missed.append(1)
+
+        thread = threading.Thread(target=look)
+        self.addCleanup(sys.setswitchinterval, switch)
+        sys.setswitchinterval(1e-6)
+        thread.start()
+        eventually(looks.__len__)
+        for _ in range(20_000):
+            futures.add(other)
+            futures.discard(other)
+        end.set()
+        thread.join()
+        self.assertEqual(missed, [])
+        futures.discard(one)
+        self.assertFalse(futures)
+
+
 class Outside(BaseException):
     """As what pytest.fail() raises."""
 
