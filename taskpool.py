@@ -6936,6 +6936,8 @@ class _Source:
         self, run: _Run, outcome: Outcome, event: str | None = None, left: _Left = None
     ) -> None:
         """Have the store record how a run ended; who waits for it is told after that."""
+        if run.verdict == "cancel" and (outcome.state == "ready" or run.row.repeat is not None):
+            outcome, event = outcome._replace(state="removed"), None  # It came to its end first.
         run.outcome, run.event, run.left = outcome, event, left
         self.unsettled.append(run)
 

@@ -3998,6 +3998,39 @@ class TestFutures(InFolder):
         self.assertFalse(futures)
 
 
+class TestCancelledRuns(InFolder):
+    def test_what_ends_as_it_is_cancelled_is_not_retried_and_not_repeated(self):
+        functions = {"hold": hold, "hold_and_fail": hold_and_fail}
+        cluster = self.cluster(functions, max_available_workers=1, refresh_rate=10**7)
+        cases = ("hold_and_fail", {"retries": 3, "retry_delay": 0}), ("hold", {"repeat": timedelta(seconds=1)})
+        for in_memory, (kind, options) in itertools.product((False, True), cases):
+            with self.subTest(kind, in_memory=in_memory):
+                path = str(self.folder / f"{kind} {in_memory}")
+                future = cluster.submit(kind, path, task_id=path, in_memory=in_memory, **options)
+                begun(path)
+                go_on, ended = threading.Event(), threading.Event()
+
+                def hold_up(go_on=go_on, ended=ended):
+                    ended.set()
+                    go_on.wait(PATIENCE)
+
+                cluster._engine.post(hold_up)  # inside
+                self.assertTrue(ended.wait(PATIENCE))
+                let_end(path)
+                channel = cluster._engine.crew.workers[0].channel  # inside
+                eventually(lambda channel=channel: select.select([channel], [], [], 0)[0])
+                with concurrent.futures.ThreadPoolExecutor(1) as threads:
+                    answer = threads.submit(cluster.cancel, path)
+                    eventually(lambda: len(cluster._engine.inbox))  # inside
+                    go_on.set()
+                    self.assertTrue(answer.result(PATIENCE))
+                self.assertTrue(future.cancelled())
+                eventually(cluster._engine.idle.is_set)  # inside
+                self.assertTrue(cluster.drain(PATIENCE))
+                verbs = cluster.queue.in_memory if in_memory else cluster.queue
+                self.assertEqual(verbs.find(), [])
+
+
 class Outside(BaseException):
     """As what pytest.fail() raises."""
 
