@@ -5915,8 +5915,6 @@ class _Worker:
         run = self.runs.popleft()
         self.load = self.load - run.cost if self.runs else 0.0
         self.since = now
-        if self.stopping and not self.runs:
-            self.kill_at = min(self.kill_at, now + EXIT_SECONDS)
         return run
 
     def retire(self, now: float) -> None:
@@ -6522,6 +6520,8 @@ class _Crew:
                 worker.kill()
             elif head and head.cost < 1.0 and worker.since + SLOW_SECONDS <= now:
                 self._let_go(worker, head, now)
+            if worker.stopping and not worker.runs and worker.kill_at == math.inf:
+                worker.kill_at, worker.check_at = now + EXIT_SECONDS, now
             if worker.kill_at <= now:
                 self._lose_patience(worker, now)
             if worker.check_at <= now:
@@ -6578,7 +6578,8 @@ class _Crew:
         if code is None and silent < 1.0:
             if silent >= 0.05:  # It closed its pipe, but lives.
                 worker.end()
-            worker.check_at = now + (0.002 if worker.stopping or silent >= 0 else 0.5)
+            ends = silent >= 0 or worker.killed or (worker.stopping and not worker.runs)
+            worker.check_at = now + (0.002 if ends else 0.5)
             return
         self._engine.hear(worker)  # The last messages of the worker.
         if code == -signal.SIGTERM and worker.runs and not self.stopping:
@@ -7363,7 +7364,8 @@ class _Dispatcher:
         elif kind == "ready":
             self.crew.got_ready(worker, now)
         elif kind == "boot error":
-            worker.stopping = True  # So that its exit is not counted as another failed start.
+            # So that its exit is not counted as another failed start.
+            worker.stopping, worker.kill_at = True, math.inf
             self.crew.boot_failed(now, message[1])
 
     def _on_done(self, worker: _Worker, now: float, message: tuple[Any, ...]) -> None:

@@ -3998,6 +3998,36 @@ class TestFutures(InFolder):
         self.assertFalse(futures)
 
 
+class TestWorkersThatEnd(InFolder):
+    def test_a_worker_that_ends_after_its_task_is_not_waited_for_while_the_task_runs(self):
+        cluster, path = self.cluster({"hold": hold}, max_tasks_per_worker=1, refresh_rate=10**7), str(self.folder / "held")
+        future = cluster.submit("hold", path)
+        begun(path)
+        with mock.patch.object(cluster._engine, "turn", side_effect=cluster._engine.turn) as turn:  # inside
+            time.sleep(1.0)
+            self.assertLess(turn.call_count, 50)
+            let_end(path)
+            self.assertEqual(future.result(PATIENCE), "held")
+        eventually(lambda: not cluster.workers())
+
+    def test_a_worker_without_functions_that_does_not_end_is_killed_soon(self):
+        out = self.run_script(
+            """
+            import threading, time
+            from taskpool import Cluster, TaskQueue
+            if Cluster.is_master():
+                cluster = Cluster({"lambda": lambda job: 1}, TaskQueue("tasks.db"))
+                print(type(cluster.submit("lambda").exception()).__name__)
+                began = time.monotonic()
+                cluster.shutdown()
+                print(time.monotonic() - began < 6.0)
+            else:
+                threading.Thread(target=time.sleep, args=(600,)).start()
+            """
+        )
+        self.assertEqual(out, "RuntimeError\nTrue\n")
+
+
 class TestCancelledRuns(InFolder):
     def test_what_ends_as_it_is_cancelled_is_not_retried_and_not_repeated(self):
         functions = {"hold": hold, "hold_and_fail": hold_and_fail}
