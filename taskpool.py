@@ -7178,7 +7178,6 @@ class _Dispatcher:
             self.thread = threading.Thread(
                 target=self._work, name="taskpool-dispatcher", daemon=True
             )  # From here on, other threads do not wait for the start.
-            self.futures.threads = self.threads[:2]
             self.thread.start()
             undo.pop_all()  # The thread runs.
 
@@ -7186,6 +7185,7 @@ class _Dispatcher:
 
     def _work(self) -> None:
         """The body of the thread."""
+        self.futures.threads = self.threads[:2]
         if hasattr(signal, "pthread_sigmask"):
             # Workers are born with SIGINT blocked, so that Ctrl-C cannot kill them before
             # they ignore it. The tracker first: starting it may unblock SIGINT here.
@@ -7364,8 +7364,7 @@ class _Dispatcher:
         elif kind == "ready":
             self.crew.got_ready(worker, now)
         elif kind == "boot error":
-            # So that its exit is not counted as another failed start.
-            worker.stopping, worker.kill_at = True, math.inf
+            worker.stopping, worker.kill_at = True, math.inf  # Its exit is no second failure.
             self.crew.boot_failed(now, message[1])
 
     def _on_done(self, worker: _Worker, now: float, message: tuple[Any, ...]) -> None:

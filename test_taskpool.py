@@ -4819,6 +4819,21 @@ class TestClusterOptions(InFolder):
         cluster.initialize()
         self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
 
+    def test_futures_end_with_a_cluster_whose_dispatcher_could_not_start(self):
+        cluster, start = self.cluster({"echo": echo}, auto_initialize=False), threading.Thread.start
+
+        def start_others(thread):
+            if thread.name == "taskpool-dispatcher":
+                raise RuntimeError("no new thread")
+            start(thread)
+
+        called, future = threading.Event(), cluster.submit("echo", 1)
+        future.add_done_callback(lambda _: called.set())
+        with mock.patch.object(threading.Thread, "start", start_others):
+            self.assertRaisesRegex(RuntimeError, "no new thread", cluster.initialize)
+        cluster.shutdown()
+        self.assertTrue(called.wait(PATIENCE) and future.cancelled())
+
     def test_a_finalizer_in_a_thread_of_the_cluster_stops_nothing(self):
         """shutdown(), cancel() and drain() there cannot wait for that very thread."""
         calls = Cluster.drain, Cluster.shutdown, lambda cluster: cluster.cancel("x")
