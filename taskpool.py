@@ -1501,7 +1501,7 @@ def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now:
 
 _reset_in_forks: weakref.WeakSet[Any] = weakref.WeakSet()  # Have _reset_after_fork().
 _carried_over_fork: list[Any] = []  # Kept, so that nobody closes them in this process.
-_forking = threading.local()  # Of each thread: the locks that _before_fork took.
+_forking = threading.local()  # Of each thread: the locks that each _before_fork took.
 _master_ends: set[Any] = set()  # Files and sockets that must not live on in a fork.
 # Held while a worker's pipes are created, so that a concurrent fork cannot inherit them.
 _birth_lock = threading.RLock()
@@ -1519,22 +1519,25 @@ def _after_fork_in_child() -> None:
     _birth_lock, _nonce = threading.RLock(), os.urandom(8).hex()
     for thing in list(_reset_in_forks):
         thing._reset_after_fork()
+    _forking.locks.pop()
 
 
 def _before_fork() -> None:
     # A fork in the middle of a transaction would copy SQLite's own table of locks, and
     # the child would take its parent's for its own: "database is locked", for ever.
-    _forking.locks = []
+    taken: list[Any] = []
+    # A list of lists, as a signal handler may fork in the midst of this.
+    _forking.__dict__.setdefault("locks", []).append(taken)
     things = sorted(_reset_in_forks, key=id)  # In one order, as others may fork, too.
     locks = (lock for thing in things for lock in getattr(thing, "_fork_locks", ()))
     for lock in itertools.chain([_birth_lock], locks):
         if lock.acquire(timeout=BUSY_SECONDS):
-            _forking.locks.append(lock)
+            taken.append(lock)
 
 
 def _after_fork_in_parent() -> None:
-    while _forking.locks:
-        _forking.locks.pop().release()
+    for lock in _forking.locks.pop():
+        lock.release()
 
 
 if hasattr(os, "register_at_fork"):

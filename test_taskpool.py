@@ -7601,6 +7601,35 @@ class TestHostileTasks(WithCluster):
         self.assertEqual((out, self.stderr), ("held [None, None]\n", ""))
 
     @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
+    def test_a_fork_in_a_signal_handler_in_the_midst_of_a_fork_keeps_no_lock(self):
+        out = self.run_script(
+            """
+            import os, threading, taskpool
+            store = taskpool.TaskQueue("tasks.db")._store
+            class Lock:
+                def __init__(self, lock): self.lock, self.forks = lock, 1
+                def acquire(self, timeout):
+                    if self.forks:  # As a signal handler does.
+                        self.forks = 0
+                        fork()
+                    return self.lock.acquire(timeout=timeout)
+                def release(self): self.lock.release()
+            def fork():
+                pid = os.fork()
+                if not pid: os._exit(0)
+                os.waitpid(pid, 0)
+            write, read = store._fork_locks
+            store._fork_locks = write, Lock(read)
+            fork()
+            def look(): print(*(lock.acquire(timeout=1) for lock in (taskpool._birth_lock, write, read)))
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+            """
+        )
+        self.assertEqual(out, "True True True\n")
+
+    @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
     def test_a_fork_that_comes_back_from_its_task_is_no_worker(self):
         for how in ("return", "raise", "exit"):
             forks = self.submit("fork and come back", how)
