@@ -6844,7 +6844,10 @@ class _Source:
         self, runs: list[_Run], costs: Mapping[str, float], room: float, answer: Any
     ) -> None:
         if isinstance(answer, BaseException):
-            self.unsettled[:0] = runs
+            # Of the reports of a run, the last one is enough: they come while the store fails.
+            last = {run.row.id: run for run in runs if run.outcome.state == "running"}
+            ends = [run for run in runs if run.outcome.state != "running"]
+            self.unsettled[:0] = [*last.values(), *ends]
             self.changed = True
             return
         now, (led, rows, self.due) = answer

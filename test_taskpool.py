@@ -361,6 +361,19 @@ def hold(job):
     return "held"
 
 
+def report_and_hold(job):
+    """Report without an end, beside hold()."""
+    threading.Thread(target=report_on_and_on, args=(job,), daemon=True).start()
+    return hold(job)
+
+
+def report_on_and_on(job):
+    with contextlib.suppress(RuntimeError):  # The task has ended.
+        for step in itertools.count():
+            job.progress(step)
+            time.sleep(0.01)
+
+
 def hold_and_fail(job):
     hold(job)
     raise OSError("late")
@@ -3996,6 +4009,24 @@ class TestFutures(InFolder):
         self.assertEqual(missed, [])
         futures.discard(one)
         self.assertFalse(futures)
+
+
+class TestReportsToAStoreThatFails(InFolder):
+    def test_only_the_last_report_of_a_run_waits(self):
+        store, queue = self.hooked()
+        path = str(self.folder / "held")
+        with mock.patch.object(taskpool, "REPORT_STORE_SECONDS", 0.001), mock.patch.object(taskpool, "STORE_CAP_SECONDS", 0.1):
+            cluster = self.cluster({"report": report_and_hold}, queue)
+            future = cluster.submit("report", path)
+            begun(path)
+            store.fails["turn"] = 10**6
+            eventually(lambda: store.fails["turn"] < 10**6 - 20)
+            source = cluster._engine.sources[1]  # inside
+            counts = [(time.sleep(0.01), len(source.unsettled))[1] for _ in range(50)]
+            self.assertLess(max(counts), 10)
+            store.fails.clear()
+            let_end(path)
+            self.assertEqual(future.result(PATIENCE), "held")
 
 
 class TestWorkersThatEnd(InFolder):
