@@ -4024,7 +4024,7 @@ def _cut(text: str, most: int = ERROR_CHARS) -> str:
 
 
 def _failure(error: BaseException) -> _Failure:
-    """Describe *error*, whatever it does to those who look at it."""
+    """Describe *error*, even if its own methods raise."""
     kind = type(error)
     plain = kind.__module__ in ("builtins", "__main__", "__mp_main__")
     name = _cut(kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}")
@@ -4053,8 +4053,8 @@ def _error_text(failure: _Failure) -> str:
 
 
 def _loaded(packed: bytes) -> tuple[Any, BaseException | None]:
-    """What *packed* unpickles to, and what that raised: but for the user's own Ctrl-C, which
-    comes to the main thread only."""
+    """What *packed* unpickles to, and the error that unpickling raised. Only the user's Ctrl-C,
+    which comes to the main thread, is raised here."""
     try:
         return pickle.loads(packed), None
     except BaseException as error:
@@ -4069,17 +4069,17 @@ def _rebuilt(failure: _Failure) -> Exception:
     error = None if failure.pickled is None else _loaded(failure.pickled)[0]
     if not isinstance(error, Exception):
         error = RemoteError(failure.type_name, failure.text, failure.traceback)
-    # As `error.__cause__ = ...`, but past a __setattr__ of its class.
+    # Like `error.__cause__ = ...`, but a __setattr__ of the user's class is not called.
     cause = _RemoteTraceback(failure.traceback)
     BaseException.__dict__["__cause__"].__set__(error, cause)
     return error
 
 
-_Left = Union[bytes, _Failure, Exception, None]  # Of a run: a pickled result (None = None).
+_Left = Union[bytes, _Failure, Exception, None]  # What a run left; bytes: its pickled result.
 
 
 def _unpacked(left: _Left) -> tuple[Any, Exception | None]:
-    """The result of a run, and its exception. Runs code of the user's classes."""
+    """The result and the exception of a run. Unpickling runs code of the user's classes."""
     if isinstance(left, _Failure):
         return None, _rebuilt(left)
     if not isinstance(left, bytes):
@@ -4098,7 +4098,7 @@ def _signature(function: Any) -> Any:
 
     options: dict[str, Any] = {}
     default = (inspect.signature.__kwdefaults__ or {}).get("annotation_format")
-    if default is not None:  # Python 3.14: annotations may name what is not there.
+    if default is not None:  # Python 3.14: annotations may name what is not defined (yet).
         options["annotation_format"] = type(default).FORWARDREF
     with contextlib.suppress(TypeError, ValueError):
         return inspect.signature(function, follow_wrapped=False, **options)
@@ -4108,12 +4108,12 @@ def _signature(function: Any) -> Any:
 def _wants_toggle_ipc(function: TaskFunction) -> str | None:
     """How to pass toggle_ipc: "name", "position", or None for not at all.
 
-    Raises TypeError for what can be called neither as function(job) nor with toggle_ipc. A
-    decorator that takes anything is trusted to know what the function inside needs.
+    Raises TypeError for a function that can be called neither as function(job) nor with
+    toggle_ipc. A decorator that takes any arguments may pass them on: ask its inner function.
     """
     signature, style = _signature(function), None
-    if signature is None or isinstance(function, BuiltinFunctionType):  # Only some have one.
-        return None
+    if signature is None or isinstance(function, BuiltinFunctionType):
+        return None  # Only some builtins have a signature, so none is checked.
     parameters = list(signature.parameters.values())
     anything = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -4136,10 +4136,12 @@ def _wants_toggle_ipc(function: TaskFunction) -> str | None:
 
 
 def _check_broker(broker: Any) -> None:
+    if broker is None:
+        return
     allowed = "None or a function of (respond, message)"
-    if broker is not None and not callable(broker):
+    if not callable(broker):
         raise _wrong_type("message_broker", broker, allowed)
-    signature = _signature(broker) if broker is not None else None
+    signature = _signature(broker)
     try:
         signature and signature.bind(None, None)
     except TypeError as error:
@@ -4176,7 +4178,7 @@ def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
 
 
 def _awaited(value: Any) -> Any:
-    """What was returned; by a function that is `async def`, what it returns in the end."""
+    """The value itself; of a coroutine, what it returns in the end."""
     if type(value) is CoroutineType:
         import asyncio
 
@@ -4184,7 +4186,8 @@ def _awaited(value: Any) -> Any:
             asyncio.get_running_loop()
         except RuntimeError:
             return asyncio.run(value)
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:  # This one has a loop (run_due).
+        # run_due was called inside a running loop: a second one needs another thread.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
             return thread.submit(asyncio.run, value).result()
     return value
 
@@ -4192,14 +4195,13 @@ def _awaited(value: Any) -> Any:
 def _call(
     function: TaskFunction, style: str | None, job: Task, toggle_ipc: Callable[[], Any]
 ) -> Any:
-    """The result of a task's function, awaited where it is to be awaited."""
+    """The result of a task's function: of a coroutine or a Future, what that ends with."""
     if style is None:
-        value = function(job)
+        value = _awaited(function(job))
     elif style == "name":
-        value = function(job, toggle_ipc=toggle_ipc())
+        value = _awaited(function(job, toggle_ipc=toggle_ipc()))
     else:
-        value = function(job, toggle_ipc())
-    value = _awaited(value)
+        value = _awaited(function(job, toggle_ipc()))
     while isinstance(value, Future):
         value = value.result()
     return value
@@ -4214,7 +4216,7 @@ def _packed(value: Any) -> bytes:
 
 
 def _kept(row: Row, value: Any) -> tuple[str | None, str | None]:
-    """The result as JSON, and why it is not kept: for tasks that stay."""
+    """For a task that stays in its store: the result as JSON, and why it cannot be kept."""
     if row.keep_result is None and row.repeat is None:
         return None, None
     try:
@@ -4238,7 +4240,7 @@ _following = threading.local()  # Of each thread: the calls that _follow is maki
 
 
 def _follow(future: Future[Any], result: Any) -> None:
-    """Resolve *future* with *result*; with its result, if that is a Future too."""
+    """Resolve *future* with *result*. If that is a Future itself, wait for what it ends with."""
     if not isinstance(result, Future):
         _resolve(future, result)
         return
@@ -4252,7 +4254,7 @@ def _follow(future: Future[Any], result: Any) -> None:
             _follow(future, result.result())
 
     def copy_in_turn(_: Future[Any]) -> None:
-        # Calls within calls, as of a long chain of Futures, would not fit on the stack.
+        # A long chain of Futures must not nest its calls: the stack would overflow.
         calls: list[Callable[[], None]] = vars(_following).setdefault("calls", [])
         calls.append(copy)
         if len(calls) == 1:
@@ -4265,15 +4267,14 @@ def _follow(future: Future[Any], result: Any) -> None:
     result.add_done_callback(copy_in_turn)
 
 
-# Is told of a conversation, and returns what sends its pickled message away.
-_Begin = Callable[["_Conversation"], Callable[[bytes], None]]
-
-
 class _Conversation(Future[Any]):
-    """What toggle_ipc(on_message, initialize) makes and returns: a message to the broker, the
-    answer, and the Future of what on_message makes of the answer."""
+    """What toggle_ipc(on_message, initialize) returns: the Future of what on_message returns
+    for the broker's answer to the one message that `initialize` sends. *begin* registers the
+    conversation, and returns the function that sends the pickled message."""
 
-    def __init__(self, begin: _Begin, on_message: Any, initialize: Any) -> None:
+    def __init__(
+        self, begin: Callable[[Any], Callable[[bytes], None]], on_message: Any, initialize: Any
+    ) -> None:
         if not callable(on_message) or not callable(initialize):
             raise TypeError("toggle_ipc(on_message, initialize) takes two functions")
         super().__init__()
@@ -4312,6 +4313,10 @@ def _consult(
 
     Calls answer(True, a pickle) or answer(False, a _Failure): once at most, now or later.
     """
+    if broker is None:
+        text = "there is no message_broker to answer toggle_ipc; give one to Cluster or run_due"
+        answer(False, _failure(RuntimeError(text)))
+        return
     answered = threading.Lock()  # Held from the first answer on.
 
     def answer_once(ok: bool, value: bytes | _Failure) -> None:
@@ -4326,10 +4331,6 @@ def _consult(
             answer_once(False, _failure(error))
             raise
 
-    if broker is None:
-        text = "there is no message_broker to answer toggle_ipc; give one to Cluster or run_due"
-        answer(False, _failure(RuntimeError(text)))
-        return
     try:
         _awaited(broker(respond, {**pickle.loads(packed), **about}))
     except BaseException as error:
@@ -4342,13 +4343,13 @@ class _Reports:
 
     def __init__(self, send: Callable[[int, str], None], lock: Any = None) -> None:
         self._send = send  # Given the number of the run and the JSON of a Progress.
-        # Protects all below, from the timer. The lock of send(), if it has one: with two, the
-        # timer and a signal handler within send() could wait for each other.
+        # Protects all attributes below. If send() has a lock, this is the same one: with two
+        # locks, the timer and a signal handler inside send() could wait for each other.
         self._lock = lock or threading.RLock()
         self._number = -1  # Of the running task, or -1.
         self._unsent: tuple[int, Progress] | None = None
-        self._next = 0.0  # Monotonic: when the next one may go.
-        self._timer: threading.Timer | None = None  # Sends what waits for that.
+        self._next = 0.0  # Monotonic: when the next report may be sent.
+        self._timer: threading.Timer | None = None  # Sends the unsent report then.
 
     def begin(self, number: int) -> Callable[..., None]:
         """The `job.progress` of a run that begins."""
@@ -4356,7 +4357,7 @@ class _Reports:
         return functools.partial(self._report, number)
 
     def end(self) -> None:
-        """The run has ended: send what is left."""
+        """The run has ended: send its last report."""
         if self._unsent is not None or self._timer is not None:
             self.flush()
         self._number = -1
@@ -4378,7 +4379,7 @@ class _Reports:
                 self._timer.start()
 
     def flush(self) -> None:
-        """Send what waits, if its run has not ended meanwhile."""
+        """Send the unsent report, if its run has not ended meanwhile."""
         with self._lock:
             timer, self._timer = self._timer, None
             if timer is not None:
@@ -4412,7 +4413,7 @@ class _RunHere:
         queue, clock = self._queue, self._queue.clock
         now, last = queue._now(), NEVER if until is None else until
         if until is not None:
-            # Half a microsecond more, so that no rounding leads to before *now*.
+            # Half a microsecond more: rounding must not set the clock back.
             queue.clock = lambda: (now + 0.5) / 1e6
         try:
             queue._store.recover(self._owner, time.monotonic(), now)
@@ -4420,7 +4421,7 @@ class _RunHere:
                 now, due = queue._now() if until is None else now, [NEVER]
                 for store in self._stores:
                     turn = store.turn(self._owner, [], self._costs, 1, 1, now, last)
-                    for row in turn.rows:  # The first; before it those that cannot be read.
+                    for row in turn.rows:  # One that can run, after any unreadable ones.
                         self._run(store, row)
                     if turn.rows:
                         break
@@ -4432,21 +4433,21 @@ class _RunHere:
         finally:
             queue.clock = clock
             for store in self._stores:
-                store.leave(self._owner, now)  # Interrupted by Ctrl-C: given back.
+                store.leave(self._owner, now)  # After Ctrl-C this requeues the running task.
 
     def _run(self, store: Store, row: Row) -> None:
         self._store, self._row = store, row
         value: Any = None
         error: BaseException | None = None
         try:
-            if row.state == "failed":  # The store has set it aside.
+            if row.state == "failed":  # The store could not read it: quarantine.
                 raise StoreError(f"the stored task cannot be run: {row.error}")
             function = self._task_map[row.task_type]
             job = Task(row, self._reports.begin(next(self._numbers)))
             value = _call(function, _wants_toggle_ipc(function), job, self._toggle_ipc)
-            _packed(value)  # As a worker does.
+            _packed(value)  # Raises where a worker would.
             outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
-        except KeyboardInterrupt:  # Of the caller: the task is given back.
+        except KeyboardInterrupt:  # The caller's Ctrl-C: run() requeues the task.
             raise
         except BaseException as raised:
             error = raised
@@ -4455,16 +4456,13 @@ class _RunHere:
         finally:
             self._reports.end()
         outcome, row = outcome._replace(progress=self._row.progress), self._row
-        now = self._queue._now()
-        (led,) = store.settle(self._owner, [outcome], now)
+        (led,) = store.settle(self._owner, [outcome], self._queue._now())
         told = as_told(row, led or outcome.state, outcome)
         result = None if error is not None else _kept(row._replace(keep_result=0.0), value)[0]
         self._ended.append(Task(told._replace(result=result)))
-        if error is None:
-            self._tell("done", value, Task(told))
-            return
-        self._tell("error", error, Task(told))
-        if self._raise_errors:
+        event, value = ("done", value) if error is None else ("error", error)
+        self._tell(event, value, Task(told))
+        if error is not None and self._raise_errors:
             raise error
 
     def _tell(self, event: str, value: Any, task: Task) -> None:
@@ -4541,7 +4539,7 @@ class _Tasks:
 
     Filters: `task_id`, `task_type` and `state` (a value or a list of values; states are
     waiting, running, failed, done), `due` (True: could run now; False: waiting for its
-    time). Tasks that fit every filter are meant.
+    time). A task must fit all filters that are given.
     """
 
     _store: Store
@@ -4550,15 +4548,12 @@ class _Tasks:
     def _now(self) -> int:
         return int(self.clock() * 1e6)
 
-    def _usable(self, what: str) -> Store:
-        _refuse_rerun(what)
-        return self._store
-
     def _changed(self, removed: bool = False) -> None:
-        """Called after every change, to wake who waits for it."""
+        """Called after every change: wakes the clusters of this queue."""
 
     def find(self, *, limit: int | None = None, offset: int = 0, **filters: Any) -> list[Task]:
-        """The tasks that fit the filters, oldest first: *limit* of them, after *offset*."""
+        """The tasks that fit the filters, oldest first: at most *limit*, without the first
+        *offset*."""
         query = _make_query("find", filters)._replace(
             limit=None if limit is None else _checked_int("limit", limit, 0),
             offset=_checked_int("offset", offset, 0),
@@ -4580,11 +4575,12 @@ class _Tasks:
         A running task ends its run, after which it is neither retried nor repeated.
         Raises ValueError without a filter (say `state=[...]` to mean all).
         """
+        _refuse_rerun("remove")
         query = _make_query("remove", filters)
         if query == Query():
             states = ", ".join(map(repr, STATES))
             raise ValueError(f"remove() without a filter; to mean all tasks give state=[{states}]")
-        removed = self._usable("remove").remove(query, self._now())
+        removed = self._store.remove(query, self._now())
         self._changed(removed=True)
         return removed
 
@@ -4593,7 +4589,8 @@ class _Tasks:
 
         They get a fresh set of attempts and are due now.
         """
-        retried = self._usable("retry").retry(_make_query("retry", filters), self._now())
+        _refuse_rerun("retry")
+        retried = self._store.retry(_make_query("retry", filters), self._now())
         self._changed()
         return retried
 
@@ -4601,28 +4598,26 @@ class _Tasks:
         """Change a waiting task and return it.
 
         *changes*: data, priority, due_date, repeat, retries, retry_delay, timeout and
-        keep_result, as in add_task. A new *repeat* without *due_date* has its first run as
-        there; None leaves one run, at the due date. Raises ValueError if the task is not
-        waiting.
+        keep_result, as in add_task. A new *repeat* without *due_date* starts at its first
+        slot, as in add_task; repeat=None leaves a single run at the due date. Raises
+        ValueError if the task is not waiting.
         """
-        store, now = self._usable("update"), self._now()
+        _refuse_rerun("update")
         _checked_text("task_id", task_id)
-        columns: dict[str, tuple[str, ...]] = {"due_date": ("due_at", "ready_at")}
+        allowed = "data priority due_date repeat retries retry_delay timeout keep_result".split()
+        columns: dict[str, tuple[str, ...]] = {name: (name,) for name in allowed}
+        columns["due_date"] = ("due_at", "ready_at")
         if changes.get("repeat") is not None:
             columns["repeat"] = ("repeat", "due_at", "ready_at", "attempt")
-        allowed = "data priority due_date repeat retries retry_delay timeout keep_result".split()
         for name in changes:
-            if name not in allowed:
+            if name not in columns:
                 raise TypeError(f"update() cannot change {name!r}; give {', '.join(allowed)}")
-        checked = _make_row(now, "any", **changes)[0]
-        values = {
-            column: getattr(checked, column)
-            for name in changes
-            for column in columns.get(name, (name,))
-        }
-        row = store.update(task_id, values, now)
+        now = self._now()
+        row = _make_row(now, "any", **changes)[0]
+        values = {c: getattr(row, c) for name in changes for c in columns[name]}
+        changed = self._store.update(task_id, values, now)
         self._changed()
-        return Task(row)
+        return Task(changed)
 
 
 class InMemoryTasks(_Tasks):
@@ -4685,9 +4680,9 @@ class TaskQueue(_Tasks):
         self._store = store if isinstance(store, Store) else SQLiteStore(store)
         self.clock = time.time
         self.in_memory = InMemoryTasks(self)
-        self._watchers: tuple[Any, ...] = ()  # Engines of clusters that run: have queue_changed().
+        self._watchers: tuple[Any, ...] = ()  # The dispatchers of running clusters.
         self._listeners: dict[str, Listener] = {}
-        self._ports: list[int] = []  # Of other masters, as of when we looked last.
+        self._ports: list[int] = []  # Where the other masters hear of new tasks.
         self._next_owners = self._next_knock = 0.0  # Monotonic.
 
     def __enter__(self) -> TaskQueue:
@@ -4710,8 +4705,8 @@ class TaskQueue(_Tasks):
             watcher.queue_changed(removed, stored)
 
     def _wake_others(self) -> None:
-        """Have the masters in other processes look at the store, so that they need not
-        poll it. Not for each of many tasks: who is woken looks again a little later."""
+        """Have the masters in other processes look at the store, so that they need not poll
+        it. Of many tasks in a row not each wakes them: a woken master looks twice."""
         now = time.monotonic()
         if now >= self._next_owners:
             self._next_owners = now + OWNERS_SECONDS
@@ -4811,7 +4806,7 @@ class TaskQueue(_Tasks):
         else:
             rows = store.add_through(connection, additions)
             if connection.in_transaction:
-                return rows  # Nobody else can see them yet.
+                return rows  # Others see them only after the caller's commit.
         self._changed(stored=not row.in_memory)
         if not row.in_memory:
             self._wake_others()
@@ -4820,10 +4815,10 @@ class TaskQueue(_Tasks):
     def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
         """Wait until a task ended, in whatever process it runs, and return it.
 
-        Its state is `done` or `failed`; or `waiting`, if it repeats: then the end of the run
-        that is under way, or comes next, is waited for. A task that is gone is taken for
-        done without a kept result (its task_type is "" if this call never saw it). Raises
-        TimeoutError after *timeout* seconds.
+        Its state is `done` or `failed`. For a task that repeats this waits for the end of the
+        run that is under way or comes next; its state is `waiting` then. A task that is gone
+        counts as done without a kept result (its task_type is "" if this call never saw
+        it). Raises TimeoutError after *timeout* seconds.
         """
         _refuse_rerun("wait")
         query = Query(ids=[_checked_text("task_id", task_id)])
@@ -4834,9 +4829,8 @@ class TaskQueue(_Tasks):
             rows = (row for store in stores for row in store.find(query, self._now()))
             found = next(rows, None)
             before = before or found
-            if before is None:
-                gone = Row(task_id, "", "null", 0, 0, 0, 0, 0, 0.0, None, None, "", "done")
-                return Task(gone)
+            if before is None:  # It was never seen.
+                return Task(Row(task_id, "", "null", 0, 0, 0, 0, 0, 0.0, None, None, "", "done"))
             became = what_became(before, found)
             if found is None or became == "replaced":
                 return Task(before._replace(state="done", owner=""))
@@ -4877,14 +4871,14 @@ class TaskQueue(_Tasks):
         return _RunHere(self, functions, raise_errors, message_broker).run(last)
 
     def add_event_listener(self, event: str, callback: Listener) -> None:
-        """Have *callback(value, task)* called for each event of a cluster here.
+        """Have *callback(value, task)* called for each such event of a cluster on this queue.
 
         *event* is "done", "error" or "progress"; *value* is the result, the exception, or
         what `job.progress` was given. "error" comes for every failed attempt;
-        `task.state` tells whether it waits for a retry or `failed` for good. It is called
-        in a thread of its own, after the state was stored; what it raises is logged. A
-        second listener of an event replaces the first. Master only: does nothing while a
-        worker runs your file again.
+        `task.state` tells whether it waits for a retry or `failed` for good. Listeners are
+        called in a thread of their own, after the state was stored; errors that they raise
+        are logged. A second listener of an event replaces the first. Master only: does
+        nothing while a worker runs your file again.
         """
         _checked_choice("event", event, EVENTS)
         if not callable(callback):
@@ -4901,44 +4895,43 @@ _ADD_PARAMETERS = frozenset({"task_type", "data", *(TaskQueue.add_task.__kwdefau
 
 
 # --- Messages ------------------------------------------------------------------------
-# All that crosses a pipe: tuples, of which the first item says the kind. Messages to a worker
-# are pickled. Messages to the master are packed by marshal, which knows no classes: nothing
-# that a task writes to the pipe of its worker can run in the master.
+# What crosses a pipe: tuples whose first item is their kind. Messages to a worker are pickled.
+# Messages to the master are packed by marshal, which knows no classes: nothing that a task
+# writes to the pipe of its worker can run code in the master.
 #
-#   to a worker   ("boot", _Boot)                      first of all
+#   to a worker   ("boot", _Boot)                      the first message
 #                 ("run", number, rows)                numbered from `number` on
-#                 ("answer", conversation, ok, value)  of the broker: a pickle or a _Failure
+#                 ("answer", conversation, ok, value)  ok: a pickle; else a _Failure
 #                 ("stop",)
 #   to the master: see _SHAPES
 #
-# Only processes that we started speak here; what is stored never comes near pickle (P8).
+# Only processes that we started write to these pipes. What is stored is never unpickled (P8).
 
-_NONE: type = type(None)
-_FAILURE = (str, str, str, (bytes, _NONE))  # A _Failure as a plain tuple.
-_SHAPES: dict[str, tuple[Any, ...]] = {  # Kinds of messages to the master, and what follows.
+_FAILURE = (str, str, str, (bytes, _NULL))  # A _Failure as a plain tuple.
+_SHAPES: dict[str, tuple[Any, ...]] = {  # Messages to the master: {kind: the other items}.
     "ready": (),
     "boot error": (tuple,),  # _FAILURE
     "start": (int,),  # number: of a run that has a timeout
     "progress": (int, str),  # number, JSON of a Progress
-    # number, seconds, pickled result, result as JSON, why not, open conversations
-    "done": (int, float, (bytes, tuple, _NONE), (str, _NONE), (str, _NONE), int),
+    # number, seconds, pickled result, JSON result, why there is none, open conversations
+    "done": (int, float, (bytes, tuple, _NULL), (str, _NULL), (str, _NULL), int),
     "fail": (int, float, tuple, bool),  # number, seconds, _FAILURE, may retry
     "ask": (int, int, bytes),  # number, conversation, pickled message
-    "changed": (),  # A task called its queue.
+    "changed": (),  # A task changed its queue.
 }
-_OF_ITS_HEAD = frozenset({"start", "done", "fail", "progress"})  # What is said of a run.
-_MARSHAL_BYTES = 1 << 30  # marshal takes no bytes of 2 GiB.
-# What a worker says at once. A piece of just that size is continued by the next one, so that
-# the master sees from its head whether what has come can be a message.
+_OF_ITS_HEAD = frozenset({"start", "done", "fail", "progress"})  # Kinds that name a run.
+_MARSHAL_BYTES = 1 << 30  # marshal refuses bytes of 2 GiB.
+# A worker sends long messages in pieces of this size; a shorter piece is the last. So a head
+# that announces a longer piece is nonsense, and the master need not wait for its end.
 _PIECE_BYTES = 1 << 20
 
 
 class _Nonsense(Exception):
-    """A worker's pipe has brought what no worker sends: some task has written to it."""
+    """A worker's pipe brought what no worker sends: a task has written to the pipe."""
 
 
 def _pieces(packed: bytes) -> bytes | tuple[bytes, ...]:
-    """A packed result as marshal takes it, however long it is."""
+    """A pickled result of any length, in parts that marshal takes."""
     if len(packed) <= _MARSHAL_BYTES:
         return packed
     starts = range(0, len(packed), _MARSHAL_BYTES)
@@ -4975,16 +4968,15 @@ def _read_message(packed: bytes | bytearray) -> tuple[Any, ...]:
 
 
 # --- Worker --------------------------------------------------------------------------
-# First how a worker finds its functions and files: what the master sends of them, and what
-# the worker makes of that. Then what a worker does. It knows no store: tasks come down a pipe.
+# First, how a worker finds its functions and files: what the master sends, and what the
+# worker makes of that. Then, how it runs tasks. It knows no store: tasks come down a pipe.
 
 _Key = tuple[str, tuple[int, ...], int]
 
 # The Clusters made in this process, by module, lines of the calls that led there from the
-# top level, and id(). In a worker that is how the task map is found, so there they are kept
-# alive as well.
+# top level, and id(). A worker finds its task map in one of them.
 _registry: weakref.WeakValueDictionary[_Key, Any] = weakref.WeakValueDictionary()
-_registered: list[Any] = []
+_registered: list[Any] = []  # In a worker: keeps these Clusters alive.
 
 
 class _Boot(NamedTuple):
@@ -4992,13 +4984,12 @@ class _Boot(NamedTuple):
 
     key: _Key
     types: tuple[str, ...]
-    path: str | None  # Of its queue's file, ...
-    synchronous: str  # ... and how that is written; "" for another kind of store.
-    entry: tuple[str, str, str] | None  # Of __main__: "path" or "module", its name, the file.
-    files: dict[str, str]  # Of the modules of the Cluster and of its functions.
+    path: str | None  # The file of the queue.
+    synchronous: str  # Of its SQLiteStore; "" for another kind of store.
+    entry: tuple[str, str, str] | None  # __main__: "path" or "module", its name, the file.
+    files: dict[str, str]  # {module: file} of the Cluster and of its functions.
     pickled_map: bytes | None
-    # What holds as the worker starts:
-    inherits: bool = False  # It is a fork of the master.
+    inherits: bool = False  # The worker is a fork of the master.
     alone: bool = True  # No other Cluster was made in the same place.
     known: _Known = _Known([], set())
 
@@ -5024,10 +5015,10 @@ def _as_main(names: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _entry_of(main: Mapping[str, Any], codes: list[Any]) -> tuple[str, str, str] | None:
-    """How to run __main__ again; None if it is in no file. *codes* are of its code, and tell
-    the file when the script has ended: __file__ is gone then."""
+    """How to run __main__ again; None if it is in no file. Once the script has ended,
+    __file__ is gone, and *codes*, of functions of __main__, tell the file."""
     file = _absolute(str(main.get("__file__") or (codes[0].co_filename if codes else "")))
-    # What is not there may be in an archive: that is run as Python runs it.
+    # A file that does not exist may be in a zip archive: Python runs the archive.
     path = file if os.path.exists(file) else os.path.dirname(file)
     if not os.path.isfile(path):
         return None
@@ -5038,7 +5029,7 @@ def _entry_of(main: Mapping[str, Any], codes: list[Any]) -> tuple[str, str, str]
 
 
 def _boot_now(boot: _Boot) -> _Boot:
-    """What a worker is sent that starts now."""
+    """The _Boot for a worker that starts now."""
     with contextlib.suppress(FileNotFoundError):
         _folders.add(_absolute("."))
     made = [(store._place, store._given, store.path) for store in _living_stores()]
@@ -5047,10 +5038,10 @@ def _boot_now(boot: _Boot) -> _Boot:
 
 
 def _register(cluster: Cluster, frame: Any) -> _Boot:
-    """Register a new Cluster, and remember how a worker finds its task map.
+    """Register a new Cluster, and note how a worker finds its task map.
 
-    From the globals of the code that makes it, in *frame*, now: later __main__ forgets its
-    file, and under a profiler sys.modules["__main__"] is another.
+    The globals are those of *frame*, which makes the Cluster: __main__ forgets its file when
+    the script ends, and a profiler puts itself into sys.modules["__main__"].
     """
     home, place, store = frame.f_globals, _place_of(frame), cluster.queue._store
     key = (*place, id(cluster))
@@ -5066,8 +5057,8 @@ def _register(cluster: Cluster, frame: Any) -> _Boot:
     with contextlib.suppress(Exception):  # Most lambdas cannot be pickled.
         with _as_main(home) if in_main else contextlib.nullcontext():
             pickled = _dumps(cluster.task_map)
-    spaces: dict[str, Any] = {} if in_main else {place[0]: home}  # The globals of modules.
-    own: dict[str, Any] = {}  # The code of functions of __main__, by task type.
+    spaces: dict[str, Any] = {} if in_main else {place[0]: home}  # {module: its globals}
+    own: dict[str, Any] = {}  # {task type: code} of the functions of __main__.
     for task_type, function in cluster.task_map.items():
         while isinstance(function, functools.partial):
             function = function.func
@@ -5093,8 +5084,8 @@ def _register(cluster: Cluster, frame: Any) -> _Boot:
 
 
 class _ByFile:
-    """Finds modules that Python does not, by their files in the master; and the packages that
-    their names have, by their folders."""
+    """Finds modules that Python does not find, by their files in the master, and the packages
+    around them, by their folders."""
 
     def __init__(self, files: Mapping[str, str]) -> None:
         self._files = {name: file for name, file in files.items() if os.path.exists(file)}
@@ -5132,13 +5123,14 @@ def _run_entry(kind: str, name: str) -> None:
 
 
 def _cluster_of(boot: _Boot) -> Any:
-    """The Cluster of this process for which it was started, or None: never a guess."""
+    """The Cluster for which this worker was started, or None: never a guess."""
     made = [
         cluster
         for key, cluster in list(_registry.items())
         if key[:2] == boot.key[:2] and set(cluster.task_map) >= set(boot.types)
     ]
-    # Those of a loop have different files, and perhaps another order here (that of a set).
+    # Clusters made in a loop share a call site: tell them apart by the files of their queues,
+    # as their order may differ here.
     same = [cluster for cluster in made if _path_of(cluster) == boot.path]
     if len(made) == 1 and not same and not boot.alone:
         return None
@@ -5148,13 +5140,13 @@ def _cluster_of(boot: _Boot) -> Any:
     kinds = [[getattr(f, part, f) for f in fs for part in parts] for fs in functions]
     try:
         return made[0] if made and all(kind == kinds[0] for kind in kinds) else None
-    except Exception:  # Some values, as those of NumPy, cannot be compared so.
+    except Exception:  # A comparison may raise, as that of NumPy arrays does.
         return None
 
 
 def _use_masters_files(boot: _Boot) -> Any:
-    """Have the queues that this process made mean the files that they are in the master.
-    Returns the Cluster for which it was started, or None."""
+    """Have the queues that this process made use the files that the master's queues use.
+    Returns the Cluster for which this worker was started, or None."""
     global _known
     _known = boot.known
     for store in _living_stores():
@@ -5171,8 +5163,8 @@ def _use_masters_files(boot: _Boot) -> Any:
 def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
     """The task map of the Cluster for which this worker was started.
 
-    It is the one that was sent, where it can be pickled; else that of the Cluster that the
-    entry file, run again, or the module that made it, registers here.
+    Either the master could pickle and send it, or it belongs to the Cluster that is
+    registered here when the entry file is run again, or its module is imported.
     """
     import importlib
 
@@ -5188,8 +5180,8 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
             if os.path.exists(file):
                 raise
     sent, error, packed = None, None, boot.pickled_map or _dumps(None)
-    # multiprocessing has not run __main__ again if the script had ended, for `python -m
-    # package`, and under a profiler, which is another __main__, with other functions.
+    # multiprocessing does not run __main__ again if the script has ended, or for `python -m
+    # package`; under a profiler it runs the profiler's __main__, without our functions.
     main: Any = sys.modules["__main__"]
     ran = main.__name__ == "__mp_main__" and os.path.abspath(getattr(main, "__file__", None) or "")
     if boot.entry is None or ran == boot.entry[2] or b"__main__" not in packed:
@@ -5215,11 +5207,11 @@ _WORKER_NAME = "taskpool-worker-"
 
 
 def _keep_pipes() -> None:
-    """Have programs that tasks start get no pipe of this worker: spawn and forkserver leave
-    all that they hand over inheritable, and one of the pipes is multiprocessing's own."""
+    """Keep programs that tasks start from inheriting the pipes of this worker: spawn and
+    forkserver leave them inheritable, and one more that is multiprocessing's own."""
     with contextlib.suppress(OSError):
         for number in map(int, os.listdir("/dev/fd")):
-            with contextlib.suppress(OSError):  # The listing has closed its own.
+            with contextlib.suppress(OSError):  # listdir() has closed its own.
                 if number > 2 and stat.S_ISFIFO(os.fstat(number).st_mode):
                     os.set_inheritable(number, False)
 
@@ -5227,10 +5219,10 @@ def _keep_pipes() -> None:
 def _keep_signals() -> None:
     """Ctrl-C reaches the whole process group; only the master answers to it. Signals that
     were ignored from the start, as under nohup or in `script &`, stay ignored."""
-    # A program that a task starts would inherit SIG_IGN and a blocked signal, a handler not.
+    # A handler, as a program that a task starts would inherit SIG_IGN or a blocked signal.
     default: Any = signal.SIG_DFL
     handlers = {"SIGINT": lambda *_: None, "SIGTERM": default, "SIGHUP": default}
-    signal.set_wakeup_fd(-1)  # Under fork it is that of the master's asyncio loop.
+    signal.set_wakeup_fd(-1)  # A fork inherits that of the master's asyncio loop.
     for name, handler in handlers.items():
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
@@ -5243,8 +5235,8 @@ def _keep_signals() -> None:
 
 
 if _is_rerun() and multiprocessing.process.current_process().name.startswith(_WORKER_NAME):
-    # The entry file, which is run again now, may start programs, too.
-    with contextlib.suppress(ValueError):  # It is imported by another thread.
+    # Before _worker_main(): the entry file, which runs again now, may start programs, too.
+    with contextlib.suppress(ValueError):  # Not in the main thread.
         _keep_signals()
     _keep_pipes()
 
@@ -5259,8 +5251,8 @@ def _die_with_master(life: Connection) -> None:
 
     threading.Thread(target=watch, name="taskpool-life-line", daemon=True).start()
     with contextlib.suppress(ImportError, AttributeError, OSError):
-        # A task in C code that keeps the GIL would stop the thread. Where the kernel
-        # signals a hang-up (Linux), SIGIO's default action kills us even then.
+        # C code that keeps the GIL stops the thread above. On Linux a closed life line also
+        # sends SIGIO, whose default action ends the process even then.
         import fcntl
 
         fcntl.fcntl(life.fileno(), fcntl.F_SETOWN, os.getpid())
@@ -5268,21 +5260,22 @@ def _die_with_master(life: Connection) -> None:
         fcntl.fcntl(life.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
-# What a pipe takes in one piece, less the head of a message. Windows' pipes do not say.
+# The largest message that one os.write sends atomically: PIPE_BUF less the 4 bytes of the head.
 _WHOLE_BYTES = getattr(select, "PIPE_BUF", 4) - 4
 
 
 class _WorkerProcess:
-    """This process, while it is a worker: it runs tasks one after another.
+    """A worker's own view: it runs tasks one after another, in the main thread.
 
-    Tasks run in the main thread. Once a task has opened a conversation, a thread reads
-    the channel, so that answers come through while the task runs.
+    Once a task has opened a conversation, another thread reads the incoming pipe, so that
+    answers arrive while the task runs.
     """
 
     def __init__(self, incoming: Connection, outgoing: Connection, permits: Any) -> None:
         self.task_map: Mapping[str, TaskFunction] = {}
         self._incoming, self._outgoing = incoming, outgoing
-        # A message must not be cut by another, also not by that of a signal handler.
+        # Messages are written one after another, also one that a signal handler sends while
+        # its thread writes another: that one waits in _late.
         self._send_lock, self._sending = threading.RLock(), False
         self._late: collections.deque[bytes] = collections.deque()
         self._permits = permits and permits.fileno()
@@ -5301,7 +5294,7 @@ class _WorkerProcess:
         packed = marshal.dumps(message)
         with self._send_lock:
             self._late.append(packed)
-            if self._sending:  # We are in a signal handler or finalizer within what follows.
+            if self._sending:  # A signal handler or finalizer inside the loop below.
                 return
             self._sending = True
             try:
@@ -5311,21 +5304,20 @@ class _WorkerProcess:
                 self._sending = False
 
     def _put(self, packed: bytes) -> None:
-        if len(packed) < _WHOLE_BYTES:  # As send_bytes, in two thirds of its time.
+        if len(packed) < _WHOLE_BYTES:  # What send_bytes does, in two thirds of its time.
             os.write(self._outgoing.fileno(), struct.pack("!i", len(packed)) + packed)
             return
         for start in range(0, len(packed) + 1, _PIECE_BYTES):
             self._outgoing.send_bytes(memoryview(packed)[start : start + _PIECE_BYTES])
 
     def tell(self, *message: Any) -> None:
-        """Send what no longer matters if the master is gone."""
+        """Send what does not matter any more if the master is gone."""
         with contextlib.suppress(OSError):
             self.send(message)
 
     def serve(self) -> None:
-        """Run what comes down the channel until told to stop."""
+        """Run what comes down the pipe, until told to stop."""
         while True:
-            # Nothing of the last task is held while waiting for the next.
             message = self._received.get() if self._reader else self._receive()
             if message is None or message[0] == "stop":
                 return
@@ -5333,13 +5325,12 @@ class _WorkerProcess:
             for offset, values in enumerate(rows):
                 if self._permitted(number + offset):
                     self._run(number + offset, Row._make(values))
-            del message, rows, values
+            del message, rows, values  # Else the wait for the next task keeps the last in memory.
 
     def _receive(self) -> Any:
         return pickle.loads(self._incoming.recv_bytes())
 
     def _read(self) -> None:
-        """The body of the reader thread."""
         try:
             with contextlib.suppress(EOFError, OSError):
                 while True:
@@ -5352,8 +5343,8 @@ class _WorkerProcess:
             self._received.put(None)
 
     def _permitted(self, number: int) -> bool:
-        """Whether the task may start. The master writes one permit per task, before the
-        task; those that it reads back itself are taken back."""
+        """Whether the task may start. The master writes a permit for each task, before the
+        task; to take tasks back, it reads their permits itself."""
         if self._permits is None:
             return True
         while self._permit < number:
@@ -5376,7 +5367,7 @@ class _WorkerProcess:
         report: tuple[Any, ...]
         try:
             task = Task(row, self._reports.begin(number))
-            try:  # Here, so that what cannot be decoded fails for good.
+            try:  # Data that cannot be decoded fail the task for good.
                 object.__setattr__(task, "_data", _decode(row.data))
             except ValueError as error:
                 raise RuntimeError(f"the stored data cannot be decoded: {error}") from None
@@ -5396,7 +5387,7 @@ class _WorkerProcess:
                 self._end_fork(error)
             seconds = max(time.perf_counter() - started, 0.0)
             report = ("fail", number, seconds, tuple(_failure(error)), may_retry)
-            traceback.clear_frames(error.__traceback__)  # Frees what they hold.
+            traceback.clear_frames(error.__traceback__)  # Frees the task's variables.
         if os.getpid() != self._pid:
             self._end_fork(SystemExit())
         self._current = -1
@@ -5413,7 +5404,7 @@ class _WorkerProcess:
         self.send((*report, opened) if report[0] == "done" else report)
 
     def _end_fork(self, error: BaseException) -> None:
-        """End a process that the task made by os.fork() and that came back: it is no worker."""
+        """End this process, which a task made by os.fork(), and which is no worker."""
         code = error.code if isinstance(error, SystemExit) else 1
         if not isinstance(error, SystemExit):
             traceback.print_exception(type(error), error, error.__traceback__)
@@ -5439,8 +5430,8 @@ class _WorkerProcess:
         return functools.partial(_Conversation, begin)
 
     def _hear(self, key: int, ok: bool, value: Any) -> None:
-        """Take the broker's answer. on_message gets a thread of its own, as it may wait
-        for conversations that it opens itself."""
+        """Take the broker's answer. on_message runs in a thread of its own, as it may wait
+        for further conversations, whose answers come through this thread."""
         conversation = self._conversations.get(key)
         if conversation is not None and not conversation.done():
             try:
@@ -5485,8 +5476,8 @@ def _worker_main(
 class _Thread:
     """A daemon thread that makes the calls posted to it, in order.
 
-    Not ThreadPoolExecutor: that takes no calls once the main script has ended, and a cluster
-    finishes the due tasks then.
+    A ThreadPoolExecutor would not do: it takes no calls once the main script has ended, and
+    that is when a cluster finishes the due tasks.
     """
 
     def __init__(self, name: str) -> None:
@@ -5503,13 +5494,13 @@ class _Thread:
         return threading.current_thread() is self.thread
 
     def flush(self, timeout: float) -> None:
-        """Wait until the calls posted so far were made; never for itself."""
+        """Wait until the calls posted so far were made; not in the thread itself."""
         if self.is_current():
             return
         done, deadline = threading.Event(), time.monotonic() + timeout
         self._calls.put(done.set)
         while not done.wait(0.02):
-            # A thread that is not alive was stopped, and has made all calls.
+            # A thread that has ended had made all of its calls.
             if not self.thread.is_alive() or time.monotonic() > deadline:
                 return
 
@@ -5532,14 +5523,14 @@ def _disown(end: Any) -> None:
 class _WakeUp:
     """Ends the dispatcher's wait, from any thread: at most one byte is under way.
 
-    Other processes that add tasks use `bell`, a datagram socket on loopback. What a datagram
-    says is not read: whoever sends one causes a look at the store, no more.
+    Other processes that add tasks send a datagram to `bell`, a socket on loopback. Its content
+    does not matter: whoever sends one causes a look at the store, no more.
     """
 
     def __init__(self) -> None:
         self.reader, self._writer = socket.socketpair()
         self.bell, self.port = socket.socket(type=socket.SOCK_DGRAM), 0
-        with contextlib.suppress(OSError):  # Without it others wait for `refresh_rate`.
+        with contextlib.suppress(OSError):  # Without a port, `refresh_rate` brings their tasks.
             self.bell.bind(("127.0.0.1", 0))
             self.port = self.bell.getsockname()[1]
         self._pending = False
@@ -5554,7 +5545,7 @@ class _WakeUp:
                 self._writer.send(b"!")
 
     def clear(self) -> None:
-        # Drain first: the other order can leave the flag set and the socket empty.
+        # The byte first: else a set() in between leaves the flag set without a byte.
         with contextlib.suppress(OSError):
             self.reader.recv(64)
         self._pending = False
@@ -5570,7 +5561,7 @@ class _WakeUp:
 
 
 _READ_BYTES = 1 << 18
-_PIPE_BYTES = 1 << 20  # What Linux allows to all.
+_PIPE_BYTES = 1 << 20  # The largest size of a pipe that Linux allows to every user.
 _SELECTABLE = os.name != "nt"  # Whether a selector can wait for pipes.
 
 
@@ -5581,7 +5572,7 @@ def _own(connection: Connection) -> Any:
     connection.close()
     os.set_blocking(descriptor, False)
     with contextlib.suppress(ImportError, AttributeError, OSError):
-        # Large data in fewer pieces, where a pipe can be made larger than 64 kB (Linux).
+        # Linux can make a pipe larger than 64 kB: large data then need fewer turns.
         import fcntl
 
         fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
@@ -5591,20 +5582,17 @@ def _own(connection: Connection) -> Any:
 
 
 class _Pipes:
-    """The master's ends of a worker's pipes, without blocking: buffers both ways.
+    """The master's ends of a worker's pipes, non-blocking, with buffers for both directions.
 
-    The framing is that of multiprocessing's Connection, which the worker uses; its messages
-    come in pieces. Pipes, as a small message through a socket costs three times as much.
+    The worker uses multiprocessing's Connection, so messages have its framing; those of the
+    worker come in pieces. A small message through a socket would cost three times as much.
     """
 
-    revocable = True  # A run that has not begun can be taken back: by its permit.
-
     def __init__(self, context: Any) -> None:
-        # In the master's keeping before the worker starts, so that a fork closes them.
-        self._ends: list[Any] = []
-        self.theirs: list[Any] = []  # The worker's ends: to be closed once it has started.
+        self._ends: list[Any] = []  # The master's.
+        self.theirs: list[Any] = []  # The worker's ends: closed here once it has started.
         self._received, self._pieces = bytearray(), bytearray()
-        self.unsent: collections.deque[memoryview] = collections.deque()  # Until it is read.
+        self.unsent: collections.deque[memoryview] = collections.deque()
         self.ended = False  # The worker has closed its end, and all was read.
         try:
             self.outgoing, self._incoming = self._pipe(context, 1), self._pipe(context, 0)
@@ -5620,7 +5608,7 @@ class _Pipes:
             raise
 
     def _pipe(self, context: Any, mine: int) -> Any:
-        """A new pipe: the master's end, which reads (0) or writes (1)."""
+        """Make a pipe. Returns the master's end, which reads (0) or writes (1)."""
         ends = context.Pipe(duplex=False)
         self.theirs.append(ends[1 - mine])
         self._ends.append(ends[mine])
@@ -5650,13 +5638,12 @@ class _Pipes:
                     self.unsent[0] = chunk[sent:]
                 else:
                     self.unsent.popleft()
-        except OSError:  # Nobody reads; what the worker has sent is still to be read.
+        except OSError:  # The worker is gone. Its own messages are still to be read.
             self.unsent.clear()
 
     def receive(self) -> Iterator[bytearray]:
-        """The messages that have arrived; of a flood, a part, so that others get a turn.
-
-        Raises _Nonsense."""
+        """The messages that have arrived: not all of a flood, so that other workers get
+        their turn. Raises _Nonsense."""
         try:
             for _ in range(16):
                 chunk = self._incoming.read(_READ_BYTES)
@@ -5687,8 +5674,8 @@ class _Pipes:
             self._permits.write(struct.pack(f"!{count}Q", *range(first, first + count)))
 
     def revoke(self) -> set[int] | None:
-        """The numbers of the permits that the worker has not read, and never will. None if
-        its task has read a part of them: nobody knows what it began."""
+        """Read the permits that the worker has not read, and return their numbers. None if a
+        task has read a part of one: then it is unknown which runs may begin."""
         packed = self._unread_permits.read(8 * 4 * AHEAD_TASKS) or b""
         return None if len(packed) % 8 else {n for (n,) in struct.iter_unpack("!Q", packed)}
 
@@ -5702,12 +5689,11 @@ class _Pipes:
 
 
 class _ThreadedPipes:
-    """The master's ends of pipes that no selector can wait for (Windows): with two threads.
+    """The master's ends where no selector can wait for pipes (Windows): with two threads.
 
-    Without permits, so that a worker gets one task at a time.
+    There are no permits, so a worker gets one task at a time.
     """
 
-    revocable = False
     unsent = ()
 
     def __init__(self, context: Any, wake: Callable[[], None]) -> None:
@@ -5745,7 +5731,7 @@ class _ThreadedPipes:
         self._wake()
 
     def receive(self) -> Iterator[bytes]:
-        hung_up = self._hung_up  # Looked at first: what came before it is in the deque.
+        hung_up = self._hung_up  # Read first: all that came before it is in the deque.
         while self._received:
             yield self._received.popleft()
         self.ended = hung_up
@@ -5767,22 +5753,19 @@ class _ThreadedPipes:
 
 
 class _Run:
-    """One claim, while this master holds it, and until the store has recorded its end."""
+    """One claim of this master, until the store has recorded how it ended."""
 
-    __slots__ = (
-        *("source", "row", "cost", "number", "deadline", "asks", "verdict"),
-        *("outcome", "event", "left"),
-    )
-    # Set when it has ended:
+    __slots__ = "asks cost deadline event left number outcome row source verdict".split()
+    # Set when the run has ended:
     outcome: Outcome
     event: str | None  # done, error; None: requeued or cancelled.
     left: _Left
 
     def __init__(self, source: _Source, row: Row, cost: float) -> None:
         self.source, self.row, self.cost = source, row, cost
-        self.number = -1  # In the order in which its worker gets tasks.
-        self.deadline = math.inf  # Monotonic, of its timeout.
-        self.asks: dict[int, Any] | None = None  # Conversations that wait for an answer.
+        self.number = -1  # Of the runs of its worker, from 0.
+        self.deadline = math.inf  # Monotonic: when its timeout ends.
+        self.asks: dict[int, Any] | None = None  # How to answer its open conversations.
         self.verdict: str | None = None  # Why its worker was killed: timeout, cancel.
 
 
@@ -5796,16 +5779,16 @@ def _program() -> str:
 def _startable() -> contextlib.AbstractContextManager[None]:
     """Hides from multiprocessing a __main__ that it cannot run again: one that is missing,
     from standard input, of a debugger, or without sys.argv. A worker that needs it runs it
-    itself. Raises what would keep the new process from starting without a word."""
+    itself. Raises for what would end the new process without a message."""
     from multiprocessing import spawn
 
-    _absolute(".")  # Tells of a folder that was deleted.
+    _absolute(".")  # Raises if the current folder was deleted.
     program = _program()
     able = os.path.isfile(program) and os.access(program, os.X_OK)
-    if not able and os.name == "posix":  # Windows says so itself.
+    if not able and os.name == "posix":  # On Windows start() raises.
         text = "sys.executable is no program; call multiprocessing.set_executable()"
         raise FileNotFoundError(errno.ENOENT, text, program)
-    with contextlib.suppress(KeyError, AttributeError):  # It, or its __spec__, is missing.
+    with contextlib.suppress(KeyError, AttributeError):  # No __main__, or no __spec__ in it.
         data = spawn.get_preparation_data("")
         name, path = map(data.get, ("init_main_from_name", "init_main_from_path"))
         is_there = type(name) is str if path is None else os.path.isfile(path)
@@ -5816,7 +5799,7 @@ def _startable() -> contextlib.AbstractContextManager[None]:
 
 
 def _start_process(process: Any, method: str) -> None:
-    """Start it without side effects on the program's own use of multiprocessing."""
+    """Start the process, and leave the program's own use of multiprocessing as it was."""
     unset = multiprocessing.get_start_method(allow_none=True) is None
     try:
         with contextlib.nullcontext() if method == "fork" else _startable():
@@ -5826,8 +5809,8 @@ def _start_process(process: Any, method: str) -> None:
     finally:
         if unset:  # spawn and forkserver fix the default method as they start.
             multiprocessing.set_start_method(None, force=True)
-        # A fork of the program that exits would send SIGTERM to our worker, and other
-        # threads' active_children() would take its exit code.
+        # Else a fork of the program sends SIGTERM to our worker as it exits, and
+        # active_children() in another thread takes the worker's exit code.
         getattr(multiprocessing.process, "_children", set()).discard(process)
 
 
@@ -5836,8 +5819,8 @@ class _Worker:
 
     def __init__(self, context: Any, number: int, boot: bytes, wake: _WakeUp) -> None:
         with _birth_lock:
-            pipes = _Pipes(context) if _SELECTABLE else _ThreadedPipes(context, wake.set)
-            self.channel: Any = pipes
+            pipes: Any = _Pipes(context) if _SELECTABLE else _ThreadedPipes(context, wake.set)
+            self.channel = pipes
             try:
                 self.process = context.Process(
                     target=_worker_main,
@@ -5856,14 +5839,15 @@ class _Worker:
         self.open = False  # It is ready, and may get tasks.
         self.stopping = False  # Told to leave, or killed: gets no more tasks.
         self.killed = False  # By us: what it ran without a verdict is requeued.
-        self.runs: collections.deque[_Run] = collections.deque()  # In its hands, in order.
-        self.reported = False  # The first of them has reported what the store has not.
-        self.load = 0.0  # The sum of their costs; 1 = no room.
-        self.given = 0  # Tasks given so far.
-        self.watched = False  # The dispatcher waits until its channel can be written to.
-        self.hung_up_at = math.inf  # Its end of the channel was closed.
-        self.told_to_end_at = math.inf  # It was found dead of SIGTERM.
-        self.since = time.monotonic()  # In this state, or with this head of runs.
+        self.runs: collections.deque[_Run] = collections.deque()  # The head is running.
+        self.reported = False  # The head has progress that the store does not know.
+        self.load = 0.0  # The sum of the costs of its runs; 1 = no room.
+        self.given = 0  # How many tasks it has got so far.
+        self.watched = False  # The selector waits until its channel can be written to.
+        # Monotonic:
+        self.hung_up_at = math.inf  # When it closed its end of the channel.
+        self.told_to_end_at = math.inf  # When SIGTERM was seen to have ended it.
+        self.since = time.monotonic()  # Since when it is in this state, or runs this head.
         self.kill_at = self.since + BOOT_WARN_SECONDS  # When patience ends.
         self.check_at = self.since  # When to look whether the process has ended.
         self.channel.send(boot)
@@ -5890,7 +5874,7 @@ class _Worker:
         for number, run in enumerate(runs, first):
             row, run.number = run.row, number
             if row.timeout is not None:
-                # The worker tells the start; until then, allow for its getting there.
+                # A second more, for the way there; set anew when the worker tells the start.
                 run.deadline = now + row.timeout + 1.0
             rows.append(tuple(row))
             size += len(row.data)
@@ -5902,7 +5886,7 @@ class _Worker:
             self.channel.send(_dumps(("run", first, rows)))
 
     def take_back(self) -> list[_Run]:
-        """The runs that had not begun; they will not, as their permits are gone."""
+        """The runs that have not begun, and cannot begin any more without their permits."""
         numbers = self.channel.revoke()
         if numbers is None:
             self.end()
@@ -5914,14 +5898,14 @@ class _Worker:
         return taken
 
     def end_head(self, now: float) -> _Run:
-        """The oldest run has ended: the next one is the head."""
+        """The head has ended: the next run is the head."""
         run = self.runs.popleft()
         self.load = self.load - run.cost if self.runs else 0.0
         self.since = now
         return run
 
     def retire(self, now: float) -> None:
-        """Let it end as a process should, after its last run: exit handlers run, output is
+        """Let it end by itself after its last run: with its exit handlers, and its output
         flushed."""
         self.stopping, self.open, self.check_at = True, False, now
         self.kill_at = math.inf if self.runs else now + EXIT_SECONDS
@@ -5932,7 +5916,7 @@ class _Worker:
         self.end()
 
     def end(self) -> None:
-        """Kill it, but as one that dies by itself: what it runs fails."""
+        """Kill the process, as if it died by itself: what it runs fails."""
         self.open, self.check_at, self.kill_at = False, 0.0, math.inf
         with contextlib.suppress(OSError, ValueError):
             self.process.kill()
@@ -5947,17 +5931,18 @@ _load = operator.attrgetter("load")
 
 
 class _Look(threading.Condition):
-    """The lock of a Future, and who waits for its end: made when somebody looks into it."""
+    """A Future's lock, waiters and callbacks, created on first use."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waiters: list[Any] = []
         self.callbacks: list[Any] = []
-        self.left: Any = None  # By its task: packed, then the result and the exception.
+        self.left: Any = None  # A _Left; once unpacked, the result and the exception.
 
 
 class _Ended:
-    """In place of a _Look, if nobody had looked before the end: nothing changes any more."""
+    """Instead of a _Look, in a Future that ended before its first use. Nothing changes any
+    more, so its lock need not lock."""
 
     __slots__ = ("left",)
     callbacks = ()
@@ -5975,14 +5960,14 @@ class _Ended:
     append = remove = acquire = release = __enter__ = __exit__ = _do_nothing
 
 
-_first_looks: dict[_TaskFuture, _Look | _Ended] = {}  # For a moment: see _TaskFuture._look.
-_unpacking = threading.RLock()  # Held for a moment, by who has unpacked a result.
-_CANCELLED, _FINISHED = "CANCELLED_AND_NOTIFIED", "FINISHED"  # As concurrent.futures says.
+_first_looks: dict[_TaskFuture, _Look | _Ended] = {}  # Used by _TaskFuture._look only.
+_unpacking = threading.RLock()  # Held while an unpacked result is stored.
+_CANCELLED, _FINISHED = "CANCELLED_AND_NOTIFIED", "FINISHED"  # States of concurrent.futures.
 
 
 def _call_all(calls: Iterable[Callable[[], Any]]) -> None:
-    """Call the callbacks of a Future, all of them. The first that raises what is no Exception
-    has that raised in the end; other errors are logged."""
+    """Call all callbacks of a Future. Exceptions are logged; the first error that is not an
+    Exception, as SystemExit, is raised in the end."""
     raised: BaseException | None = None
     for call in calls:
         try:
@@ -5999,30 +5984,29 @@ def _call_all(calls: Iterable[Callable[[], Any]]) -> None:
 class _TaskFuture(Future[Any]):
     """The Future of a submitted task. `task` is the Task as it was added.
 
-    What its task left is kept as it came, until somebody asks: only who asks waits for the
-    imports and the code of its classes. No thread of the cluster calls a callback but the
-    one that is there for them.
+    The result stays pickled until somebody asks for it: only the thread that asks waits for
+    the imports and the code of the classes in it. Callbacks have a thread of their own.
     """
 
-    # Its base stays in the state PENDING until the end, as only then cancel() works at
-    # any time; whether the task runs is kept apart.
+    # The state stays PENDING until the end, so that cancel() works at any time; _held says
+    # whether the task runs.
 
-    # One object where its base makes a dozen: less to look through for the garbage
-    # collector, for each of what may be a million Futures.
+    # A Future of concurrent.futures consists of a dozen objects; this is one, as there may be
+    # a million, and the garbage collector visits each.
     __slots__ = ("_foreign", "_futures", "_held", "_inside", "_row", "_state", "_stored")
 
     def __init__(self, futures: _Futures, row: Row) -> None:
         self._state = "PENDING"
         self._inside: Any = None  # A _Look or an _Ended.
         self._row, self._futures = row, futures
-        self._held = False  # This master has claimed the task, and not yet told its end.
-        self._stored = False  # add() has returned.
-        self._foreign = ""  # Others may run its task: it was "kept", or its claim "lost".
+        self._held = False  # This master has claimed the task, and its end is not recorded.
+        self._stored = False  # TaskQueue._add() has returned.
+        self._foreign = ""  # Others may run the task: it was "kept", or its claim "lost".
 
     def _look(self, made: _Look | _Ended) -> Any:
-        """Have an `_inside`: *made*, or what another thread has made."""
-        # In one step. All who come before there is one get the same, as the entry is taken
-        # away after that.
+        """Set `_inside` to *made*, unless another thread has set it; return `_inside`."""
+        # setdefault() is one step: all threads that come here before _inside is set get the
+        # same object, as its entry is removed only after that.
         made = _first_looks.setdefault(self, made)
         if self._inside is None:
             self._inside = made
@@ -6033,7 +6017,7 @@ class _TaskFuture(Future[Any]):
     def _condition(self) -> Any:  # type: ignore[override]
         inside = self._inside or self._look(_Look())
         if type(inside) is _Ended:
-            self._state = _FINISHED  # As _end_unseen() is about to say.
+            self._state = _FINISHED  # _end_unseen() may be just about to set it.
         return inside
 
     @property
@@ -6053,21 +6037,19 @@ class _TaskFuture(Future[Any]):
         return self._unpack()[1]
 
     def _unpack(self) -> tuple[Any, Exception | None]:
-        """The result and the exception: made in the thread of who asks first."""
-        if self._state == "PENDING":
+        """The result and the exception: unpickled in the thread that asks first."""
+        if self._state == "PENDING" or self._inside.left is None:
             return None, None
         inside = self._inside
-        if inside.left is None:
-            return None, None
         if type(inside.left) is not tuple:
             made = _unpacked(inside.left)
-            with _unpacking:  # Two who ask at once get one and the same object.
+            with _unpacking:  # Two threads that ask at once get the same object.
                 if type(inside.left) is not tuple:
                     inside.left = made
         return cast("tuple[Any, Exception | None]", inside.left)
 
     def _end_unseen(self, left: _Left) -> bool:
-        """End, if nobody has looked so far: without a lock, for threads that must not wait."""
+        """End, if nobody has used `_inside` so far: needs no lock, so it never waits."""
         if self._inside is None:
             ended = _Ended(left)
             if self._look(ended) is ended:
@@ -6079,7 +6061,7 @@ class _TaskFuture(Future[Any]):
     def _end(
         self, state: str, left: Any = None, call: Callable[[list[Any]], None] | None = None
     ) -> None:
-        """End, unless it has. Who waits is told before any callback is called, by *call*."""
+        """End, unless it has ended. Waiters are told first; then *call* calls the callbacks."""
         with self._condition:
             if self._state != "PENDING":
                 return
@@ -6093,9 +6075,9 @@ class _TaskFuture(Future[Any]):
                     waiter.add_exception(self) if failed else waiter.add_result(self)
             inside.notify_all()
         self._futures.discard(self)
-        calls: list[Any] = [functools.partial(callback, self) for callback in inside.callbacks]
-        if calls:
-            (call or self._futures.call_back)(calls)
+        if inside.callbacks:
+            call = call or self._futures.call_back
+            call([functools.partial(callback, self) for callback in inside.callbacks])
 
     def set_result(self, result: Any) -> None:
         """As Future.set_result; not for you."""
@@ -6105,38 +6087,33 @@ class _TaskFuture(Future[Any]):
         """As Future.set_exception; not for you."""
         self._end(_FINISHED, exception)
 
-    def _wait(self, timeout: float | None) -> None:
-        """Until it has ended; raises unless by a result or exception."""
-        inside = self._condition
-        if self._state == "PENDING" and self._futures.is_at_work():
-            raise RuntimeError("a log handler or finalizer waits in a thread of the cluster")
-        with inside:
-            if self._state == "PENDING":
-                inside.wait(timeout)
-        state = self._state
-        del self, inside  # As in Future.result: the error does not keep it alive.
-        if state == "PENDING":
-            raise concurrent.futures.TimeoutError
-        if state != _FINISHED:
-            raise concurrent.futures.CancelledError
+    def _wait(self, timeout: float | None) -> tuple[Any, Exception | None]:
+        """The result and the exception, once it has ended: unpacked without the lock."""
+        if self._state == "PENDING":
+            if self._futures.is_at_work():
+                raise RuntimeError("a log handler or finalizer waits in a thread of the cluster")
+            inside = self._condition
+            with inside:
+                if self._state == "PENDING":
+                    inside.wait(timeout)
+        if self._state != _FINISHED:
+            super().result(0)  # Raises TimeoutError or CancelledError.
+        return self._unpack()
 
     def result(self, timeout: float | None = None) -> Any:
         """As Future.result."""
-        if self._state != _FINISHED:  # Most have ended when asked.
-            self._wait(timeout)
-        result, error = self._unpack()
-        if error is None:
-            return result
+        error = None
         try:
+            result, error = self._wait(timeout)
+            if error is None:
+                return result
             raise error
         finally:
-            del self, error
+            del self, error  # As its base does: else the error would keep the Future alive.
 
     def exception(self, timeout: float | None = None) -> Any:
         """As Future.exception."""
-        if self._state != _FINISHED:
-            self._wait(timeout)
-        return self._unpack()[1]
+        return self._wait(timeout)[1]
 
     @property
     def task(self) -> Task:
@@ -6158,8 +6135,8 @@ class _TaskFuture(Future[Any]):
 
 
 def _waits_for(future: _TaskFuture, row: Row) -> bool:
-    """Whether it waits for this very task. What was stored in place of a task that seems to
-    be younger got a later `created_at`, which add() has perhaps not told yet."""
+    """Whether *future* waits for this incarnation of its id. The store may have raised the
+    `created_at` of a new task; until add() returns, the Future does not know the new one."""
     own = future._row
     if own.created_at == row.created_at or future._stored:
         return own.created_at == row.created_at
