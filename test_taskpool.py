@@ -1477,6 +1477,19 @@ class StoreContract:
             self.store.add([(row("a"), "raise"), (row("b"), "replace"), (row("a"), "raise")], NOW)
         self.assertEqual([(r.id, r.priority) for r in self.store.find(Query(), NOW)], [("b", 7)])
 
+    def test_a_turn_tells_that_more_could_start_now_than_there_is_room_for(self):
+        """Or else a further worker would start late."""
+        for eager in (False, True):
+            for number, cost in (2, 1.0), (4, 0.5), (3, 1.0):
+                with self.subTest(eager=eager, number=number, cost=cost):
+                    self.add(*[row(f"{i}") for i in range(number)], row("later", due_date=timedelta(seconds=5)))
+                    _led, claimed, due = self.store.turn("me", [], {"x": cost}, number * cost - 1, 3, NOW, eager=eager)
+                    left = number - len(claimed)
+                    self.assertEqual(len(claimed), round((number * cost - 1) / cost))
+                    self.assertEqual([at <= NOW for at in due], [*[True] * left, False])
+                    self.store.leave("me", NOW)
+                    self.store.remove(Query(), NOW)
+
 
 class InOrder:
     """Part of the contract of the stores here."""
@@ -1492,10 +1505,6 @@ class InOrder:
             claimed = self.claim()
             self.assertEqual([r.id for r in claimed], [r.id for r in rows])
             self.store.settle(self.OWNER, [Outcome(r.id, r.claim, "done") for r in claimed], NOW)
-
-    def test_a_turn_tells_that_more_could_start_now_than_there_is_room_for(self):
-        self.add(row("a"), row("b"), row("later", due_date=timedelta(seconds=5)))
-        self.assertEqual([at <= NOW for at in self.store.turn("me", [], {"x": 1.0}, 1.0, 2, NOW).due], [True, False])
 
     def test_tasks_added_together_keep_their_order_whenever_they_come_due(self):
         rows = [row(f"{i}")._replace(state="scheduled", due_at=NOW + 10 - i, ready_at=NOW + 10 - i) for i in range(5)]
@@ -1587,7 +1596,7 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
             "_CLAIM": "PRIMARY KEY", "_READY": f"{ready}.*{running}", "_HEADS": f"PRIMARY KEY .*{ready}", "_PROMOTE": scheduled, "_DUE": scheduled[-18:],
             "_NEXT_DUE": f"{ready}.*{scheduled}", "_STARTABLE": f"{ready} .*taskpool_scheduled .*taskpool_scheduled ",
             "_HELD_BY": running, "_OWNERS": running, "_OPEN_LANE": f"{ready}.*taskpool_scheduled",
-            "_EXPIRE": "taskpool_expires", "_MASTERS": masters, "_RENEW": masters, "_LEAVE": masters,
+            "_EXPIRE": "taskpool_expires", "_MASTERS": masters, "_LEAVE": masters,
         }  # fmt: skip
         statements = {
             name: value for name, value in vars(taskpool).items()
@@ -1734,6 +1743,27 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         self.sql("CREATE TRIGGER one BEFORE UPDATE ON taskpool_task WHEN NEW.id = 'a' BEGIN SELECT RAISE(IGNORE); END")
         self.assertEqual([r.id for r in self.claim()], ["b"])
 
+    def test_a_trigger_that_ignores_the_end_of_one_run_holds_up_no_other(self):
+        """That claim counts as lost. What a run leaves behind is written whole, or not at all."""
+        for change, event, end in [
+            ("DELETE", "OLD.id = 'a'", {"state": "done"}), ("UPDATE", "NEW.id = 'a'", {"state": "failed"}),
+            ("INSERT", "NEW.id = 'a'", {"state": "done"}), ("UPDATE", "NEW.id = 'a'", {"state": "done"}),
+        ]:  # fmt: skip
+            with self.subTest(change=change):
+                self.add(row("a"), row("b"), row("c"))
+                rows = self.claim(2)
+                if end["state"] == "done" and change != "DELETE":
+                    self.add(row("a", data=2), if_exists="replace")
+                self.sql(f"CREATE TRIGGER quiet BEFORE {change} ON taskpool_task WHEN {event} BEGIN SELECT RAISE(IGNORE); END")
+                outcomes = [Outcome(r.id, r.claim, **end) for r in rows]
+                led, claimed, _ = self.store.turn("me", outcomes, {"x": 1.0}, 1.0, 1, NOW)
+                self.assertEqual((bool(led[0]), led[1], claimed[0].id), (change == "INSERT", end["state"], "c"))
+                self.sql("DROP TRIGGER quiet")
+                left = self.look("a")
+                self.assertEqual((left.state, left.data), ("ready", "2") if change == "INSERT" else ("running", "{}"))
+                self.store.leave("me", NOW)
+                self.store.remove(Query(), NOW)
+
     def test_a_turn_in_which_nothing_is_due_writes_nothing(self):
         """Or else each idle master would keep the disk busy."""
         self.add(row(due_date=timedelta(seconds=1)))
@@ -1764,7 +1794,7 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
             points.pop()
             return real(*arguments)
 
-        for owner, name in ((store, "_is_current"), (taskpool, "_add_together"), (store, "take")):
+        for owner, name in ((store, "_is_current"), (store, "write_all"), (store, "take")):
             refused.clear()
             with mock.patch.object(owner, name, functools.partial(interrupted, getattr(owner, name))):
                 queue.add_tasks([{"task_type": "x"}] * 20)
@@ -6443,7 +6473,7 @@ class TestWhatAWorkerRunsAgain(InFolder):
 
         def path(given, made, living, folders=folders):
             here = [mock.Mock(_given=name, _place=place) for name in (given, *living)]
-            with mock.patch.object(taskpool, "_living_stores", lambda: here):
+            with mock.patch.object(taskpool, "_living", lambda: here):
                 return taskpool._masters_path(here[0], taskpool._Known(made, folders))
 
         for given, made, living, expected in [
@@ -8174,9 +8204,10 @@ class TestStoresUnderPressure(InFolder):
     def test_a_fork_waits_for_the_transactions_of_other_threads(self):
         """SQ-02: else SQLite in the child would take its parent's locks for its own."""
         queue, begun, release = self.queue(), threading.Event(), threading.Event()
+        write_all = queue._store.write_all
 
         def write():
-            with mock.patch.object(taskpool, "_add_together", lambda *_: begun.set() or release.wait(0.2)):
+            with mock.patch.object(queue._store, "write_all", lambda pairs: begun.set() or release.wait(0.2) or write_all(pairs)):
                 queue._store.add([(row(f"{i} of the thread"), "raise") for i in range(2)], NOW)
 
         thread = threading.Thread(target=write)
