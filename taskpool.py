@@ -2074,44 +2074,61 @@ class Store:
 
 
 _Place = tuple[str, str]  # (lane, task_type)
-_ReadyRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
+_RankedRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
 _DatedRow = tuple[int, int, Row]  # (instant, insertion, row)
 
 
-class _Line:
-    """The ready tasks of one lane and type. Most come in the order in which they will start:
-    a queue holds those, in two thirds of a heap's time. The others are in a heap."""
+_ROW_OF = operator.itemgetter(3)
 
-    __slots__ = ("heap", "queue")
+
+def _ranked(number: int, row: Row) -> _RankedRow:
+    return -row.priority, row.created_at, number, row
+
+
+class _Line:
+    """The ready tasks of one lane and type.
+
+    Most come in the order in which they will start: a queue holds those, in two thirds of
+    a heap's time and with nothing for the garbage collector. The others are in a heap.
+    """
+
+    __slots__ = ("heap", "numbers", "queue")
 
     def __init__(self) -> None:
-        self.queue: collections.deque[_ReadyRow] = collections.deque()
-        self.heap: list[_ReadyRow] = []
+        self.queue: collections.deque[Row] = collections.deque()
+        self.numbers: collections.deque[int] = collections.deque()  # Of the rows in it.
+        self.heap: list[_RankedRow] = []
 
     def push(self, number: int, row: Row) -> None:
-        entry = -row.priority, row.created_at, number, row
-        if self.queue and entry < self.queue[-1]:
-            heapq.heappush(self.heap, entry)
+        last, behind = (self.queue[-1], self.numbers[-1]) if self.queue else (row, -1)
+        if row.priority <= last.priority and row.created_at >= last.created_at and number > behind:
+            self.queue.append(row)
+            self.numbers.append(number)
         else:
-            self.queue.append(entry)
+            heapq.heappush(self.heap, _ranked(number, row))
 
-    def pop(self, rows: Mapping[str, Row]) -> Iterator[_ReadyRow]:
-        """The living entries, in order. Who asks for another has taken the last."""
-        queue, heap = self.queue, self.heap
+    def take(self, rows: Mapping[str, Row]) -> Iterator[_RankedRow]:
+        """The entries that are alive, in order. Who asks for another has taken the last."""
+        queue, numbers, heap = self.queue, self.numbers, self.heap
         while queue or heap:
-            is_heaped = heap and (not queue or heap[0] < queue[0])
-            entry = heap[0] if is_heaped else queue[0]
-            if rows.get(entry[3].id) is entry[3]:
-                yield entry
-            heapq.heappop(heap) if is_heaped else queue.popleft()
+            if heap and not (queue and _ranked(numbers[0], queue[0]) < heap[0]):
+                if rows.get(heap[0][3].id) is heap[0][3]:
+                    yield heap[0]
+                heapq.heappop(heap)
+                continue
+            row = queue[0]
+            if rows.get(row.id) is row:
+                yield _ranked(numbers[0], row)
+            queue.popleft()
+            numbers.popleft()
 
 
 class MemoryStore(Store):
-    """Tasks in this process only: for each lane and type a line of those that are ready, and
-    a heap of those that are scheduled.
+    """Tasks in this process only: for each lane and type a line of those that are ready,
+    and a heap of those that are scheduled.
 
-    An entry of these is alive while its Row is the one in `_rows`. Changed and removed tasks
-    leave dead entries, which are skipped, and swept when they outnumber the rest.
+    An entry of these is alive while its Row is the one in `_rows`. Changed and removed
+    tasks leave dead entries, which are skipped, and swept when they outnumber the rest.
     """
 
     in_memory = True
@@ -2194,34 +2211,44 @@ class MemoryStore(Store):
         elif row.expires_at is not None:
             heapq.heappush(self._dated[None], (row.expires_at, number, row))
 
-    def _pop_due(self, place: _Place | None, now: int) -> Iterator[tuple[int, Row]]:
-        """Take the living Rows whose instant has come, with their numbers, from a heap."""
+    def _is_alive(self, row: Row) -> bool:
+        return self._rows.get(row.id) is row
+
+    def _come(self, place: _Place | None, now: int) -> Iterator[tuple[int, Row]]:
+        """Take from a heap what its instant has come for, with its numbers of insertion."""
         heap = self._dated.get(place)
-        while heap and (heap[0][0] <= now or self._rows.get(heap[0][2].id) is not heap[0][2]):
-            _, number, row = heapq.heappop(heap)
-            if self._rows.get(row.id) is row:
+        while heap:
+            instant, number, row = heap[0]
+            is_alive = self._is_alive(row)
+            if is_alive and instant > now:
+                return
+            heapq.heappop(heap)
+            if is_alive:
                 yield number, row
 
-    def _places(self, owner: str, types: Iterable[str], now: int) -> list[_Place]:
-        """Of which *owner* may claim: what arrived, and what became due, is in the lines."""
+    def _lines(self, owner: str, types: Iterable[str], now: int) -> list[_Line]:
+        """The lines of ready tasks, after what arrived and what became due moved there."""
         if self._arrived:
             self._take_in()
         places = [place for name in types for place in {("", name), (owner, name)}]
         for place in places:
             if place in self._dated:
-                for number, row in itertools.islice(self._pop_due(place, now), PROMOTE_TASKS):
+                for number, row in itertools.islice(self._come(place, now), PROMOTE_TASKS):
                     self._rows[row.id] = row = row._replace(state="ready")
                     self._ready[place].push(number, row)
-        return places
+        return [self._ready[place] for place in places if place in self._ready]
 
     def candidates(
         self, owner: str, types: Iterable[str], most: int, now: int, until: int
-    ) -> Iterator[Row]:
-        places = self._places(owner, types, now)
-        lines = [self._ready[place].pop(self._rows) for place in places if place in self._ready]
+    ) -> Iterable[Row]:
+        lines = [line.take(self._rows) for line in self._lines(owner, types, now)]
+        ranked = lines[0] if len(lines) == 1 else heapq.merge(*lines)
+        return map(_ROW_OF, ranked) if until == NEVER else self._due_by(until, ranked)
+
+    def _due_by(self, until: int, ranked: Iterable[_RankedRow]) -> Iterator[Row]:
         later: list[tuple[int, Row]] = []
         try:
-            for _, _, number, row in lines[0] if len(lines) == 1 else heapq.merge(*lines):
+            for _, _, number, row in ranked:
                 if row.due_at <= until:
                     yield row
                 else:
@@ -2253,7 +2280,7 @@ class MemoryStore(Store):
         return led
 
     def expire(self, now: int) -> None:
-        for _, row in self._pop_due(None, now):
+        for _, row in self._come(None, now):
             del self._rows[row.id]
 
     def next_due(
@@ -2263,14 +2290,14 @@ class MemoryStore(Store):
         if not self._rows:
             return due
         with self._lock:
-            for place in self._places(owner, types, now):
-                if line := self._ready.get(place):
-                    next(line.pop(self._rows), None)  # Drops the dead before it.
-                    rows = (entry[3] for entry in itertools.chain(line.queue, line.heap))
-                    ready = (now for r in rows if self._rows.get(r.id) is r and r.due_at <= until)
-                    due += itertools.islice(ready, limit - len(due))
+            for line in self._lines(owner, types := list(types), now):
+                next(line.take(self._rows), None)  # Drops the dead before it.
+                rows = itertools.chain(line.queue, (row for *_, row in line.heap))
+                ready = (now for row in rows if self._is_alive(row) and row.due_at <= until)
+                due.extend(itertools.islice(ready, limit - len(due)))
+            for place in itertools.product(("", owner), types):
                 for at, _, row in self._dated.get(place, ()):
-                    if self._rows.get(row.id) is row and row.due_at <= until:
+                    if self._is_alive(row) and row.due_at <= until:
                         due.append(at)
                         break  # The earliest, usually: that is all a timer needs.
         return sorted(due)[:limit]
@@ -6434,7 +6461,7 @@ class _Crew:
             again = min(again, worker.kill_at, worker.check_at)
             if head and head.cost < 1.0:
                 again = min(again, worker.since + SLOW_SECONDS)
-            if head and head.deadline < math.inf:  # Wakes often, to see if all were stopped.
+            if head and head.deadline < math.inf and not worker.killed:  # Wakes often, to see if all were stopped.
                 again = min(again, head.deadline, now + LATE_SECONDS / 10)
             free += not worker.runs and not worker.stopping
             works = works or bool(worker.runs)

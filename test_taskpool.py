@@ -207,6 +207,14 @@ class Hooked(SQLiteStore):
 class InFolder(unittest.TestCase):
     """A test with a folder of its own."""
 
+    FILE = "tasks.db"
+    IMPORTS = (
+        "import logging, multiprocessing, os, random, signal, sqlite3, subprocess, sys, threading, time\n"
+        "from datetime import timedelta\n"
+        "import taskpool\n"
+        "from taskpool import Cluster, SQLiteStore, StoreError, TaskQueue, main\n"
+    )
+
     def setUp(self):
         self.folder = Path(tempfile.mkdtemp(prefix="taskpool-test-"))
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
@@ -222,6 +230,11 @@ class InFolder(unittest.TestCase):
         queue = TaskQueue(store)
         self.addCleanup(queue.close)
         return store, queue
+
+    def sql(self, statement, *values):
+        """What another program does to the file."""
+        with contextlib.closing(sqlite3.connect(self.folder / self.FILE, isolation_level=None, timeout=PATIENCE)) as db:
+            return db.execute(statement, values).fetchall()
 
     def cluster(self, task_map, queue=None, **options):
         options.setdefault("oversubscribe", True)
@@ -240,8 +253,11 @@ class InFolder(unittest.TestCase):
         closes(cluster)
 
     def script(self, source, name="script.py"):
-        path = self.folder / name
-        path.write_text(textwrap.dedent(source), encoding="utf-8")
+        """A file with that source, and the usual imports if it uses them and makes none of its own."""
+        path, source = self.folder / name, textwrap.dedent(source)
+        if re.search(r"(Cluster|Queue)\(", source) and not re.search("(from|import) taskpool", source):
+            source = self.IMPORTS + source
+        path.write_text(source, encoding="utf-8")
         return path
 
     def start(self, path, *arguments, **options):
@@ -326,10 +342,6 @@ def pid_of_worker(job):
     return os.getpid()
 
 
-def data_and_pid(job):
-    return job.data, os.getpid()
-
-
 def what_programs_get(job=None):
     """The pipes that a program started here gets, and the signals that are blocked and ignored there."""
     program = (
@@ -379,12 +391,6 @@ def hold_and_fail(job):
     raise OSError("late")
 
 
-def leave_a_thread(job):
-    """Leave a thread that keeps the process from its end."""
-    threading.Thread(target=time.sleep, args=(2 * PATIENCE,)).start()
-    return os.getpid()
-
-
 def hold_the_gil(job):
     """Sleep in C code that does not let go of the interpreter."""
     import ctypes
@@ -429,18 +435,14 @@ class Leaving(Exception):
         raise SystemExit(3)
 
 
-class Exploding:
+class OnLoad:
+    """Makes a call in the process that unpickles it."""
+
+    def __init__(self, *call):
+        self.call = call
+
     def __reduce__(self):
-        return (explode, ())
-
-
-def explode():
-    raise RuntimeError("exploded while loading")
-
-
-class ExitsOnLoad:
-    def __reduce__(self):
-        return (sys.exit, (4,))
+        return self.call[0], self.call[1:]
 
 
 class Known:
@@ -476,7 +478,11 @@ def known(job):
 
 
 class Bare(BaseException):
-    pass
+    """As what pytest.fail() raises."""
+
+
+def throw(error):
+    raise error
 
 
 def with_a_lock():
@@ -513,8 +519,8 @@ def return_kind(job):
         "lambda": lambda: 1,
         "generator": (i for i in range(3)),
         "lock": threading.Lock(),
-        "exploding": Exploding(),
-        "exits": ExitsOnLoad(),
+        "exploding": OnLoad(throw, RuntimeError("exploded while loading")),
+        "exits": OnLoad(sys.exit, 4),
         "tuple": (1, 2),
         "large": b"x" * 3_000_000,
     }[job.data]
@@ -587,10 +593,8 @@ def ping_many_deep(job, toggle_ipc):
 
 
 def ping_and_wait_inside(job, toggle_ipc):
-    def on_message(answer):
-        return [answer, ask(toggle_ipc, "inner").result(PATIENCE)]
-
-    return ask(toggle_ipc, "outer", on_message).result(PATIENCE)
+    inner = lambda answer: [answer, ask(toggle_ipc, "inner").result(PATIENCE)]  # noqa: E731
+    return ask(toggle_ipc, "outer", inner).result(PATIENCE)
 
 
 async def ping_async(job, toggle_ipc):
@@ -598,10 +602,8 @@ async def ping_async(job, toggle_ipc):
 
 
 def ping_later(job, toggle_ipc):
-    def initialize(send):
-        threading.Timer(0.02, send, [{"status": 2, "data": "late"}]).start()
-
-    return toggle_ipc(lambda answer: answer, initialize)
+    message = {"status": 2, "data": "late"}
+    return toggle_ipc(lambda answer: answer, lambda send: threading.Timer(0.02, send, [message]).start())
 
 
 def ping_status(job, toggle_ipc):
@@ -632,17 +634,11 @@ def ping_and_die(job, toggle_ipc):
 
 
 def fail_in_on_message(job, toggle_ipc):
-    def on_message(answer):
-        raise LookupError(answer)
-
-    return ask(toggle_ipc, "x", on_message)
+    return ask(toggle_ipc, "x", lambda answer: throw(LookupError(answer)))
 
 
 def fail_in_initialize(job, toggle_ipc):
-    def initialize(send):
-        raise LookupError("initialize")
-
-    return toggle_ipc(lambda answer: answer, initialize)
+    return toggle_ipc(lambda answer: answer, lambda send: throw(LookupError("initialize")))
 
 
 def add_from_task(job):
@@ -705,8 +701,9 @@ class TestWhatAddTaskTakes(InFolder):
         *[("if_exists", v, TypeError) for v in (None, 1)],
         ("if_exists", "ignore", ValueError),
         *[("connection", v, TypeError) for v in ("tasks.db", 5)],
-        *[("repeat", v, TypeError) for v in (5, b"@daily")],
-        *[("repeat", v, ValueError) for v in (timedelta(0), "61 * * * *")],
+        # CN-06: never taken for "now".
+        *[("repeat", v, TypeError) for v in (5, 0, 1.5, True, b"@daily", ["* * * * *"], datetime.max)],
+        *[("repeat", v, ValueError) for v in (timedelta(0), -timedelta(seconds=1), "", "* * * *", "61 * * * *", "@every 5m", "5")],
     ]
 
     def test_a_wrong_argument_raises_and_names_its_parameter(self):
@@ -714,10 +711,10 @@ class TestWhatAddTaskTakes(InFolder):
         for parameter, value, error in self.WRONG:
             with self.subTest(parameter=parameter, value=repr(value)[:40]):
                 task = {"task_type": "x", parameter: value}
-                with self.assertRaisesRegex(error, parameter):
-                    queue.add_task(**task)
-                with self.assertRaisesRegex(error, parameter):
-                    queue.add_tasks([{"task_type": "good"}, task])
+                for add in (lambda task=task: queue.add_task(**task), lambda task=task: queue.add_tasks([{"task_type": "good"}, task])):
+                    with self.assertRaisesRegex(error, rf"^(tasks\[1\]: )?{parameter}") as caught:
+                        add()
+                    self.assertIs(type(caught.exception), error)
         self.assertEqual(queue.count(), 0)
 
     def test_data_that_json_would_alter_is_refused_with_the_path_to_it(self):
@@ -1038,7 +1035,8 @@ class TestPolicies(unittest.TestCase):
             (later._replace(state="running", successor=taskpool._packed_row(before)), ""),
             (later._replace(state="running", successor="x"), "replaced"),
             (runs._replace(state="scheduled", due_at=NOW + 9), ""), (runs._replace(state="scheduled", due_at=NOW + 9, repeat="9"), "repeated"),
-            (before._replace(due_at=NOW + 9, repeat="9"), ""),
+            # Of a repeat only the end of a run, not an update(), nor a claim given back.
+            (before._replace(due_at=NOW + 9, repeat="9"), ""), (runs._replace(state="scheduled", repeat="9"), ""),
         ):
             with self.subTest(found=found):
                 self.assertEqual(taskpool.what_became(before, found), expected)
@@ -1079,12 +1077,17 @@ class StoreContract:
         found = self.store.find(Query(ids=[task_id]), now)
         return found[0] if found else None
 
-    def test_add_claim_settle_done_removes_the_task(self):
+    def test_a_claim_given_back_is_not_charged_and_its_number_is_used_up(self):
         self.add(row())
-        (claimed,) = self.claim()
-        self.assertEqual((claimed.state, claimed.attempt, claimed.owner), ("running", 1, "me"))
-        self.assertEqual(self.claim(), [])
-        self.assertTrue(self.settle(claimed, "done"))
+        (first,) = self.claim()
+        self.assertEqual((first.state, first.attempt, first.owner, self.claim()), ("running", 1, "me", []))
+        self.assertTrue(self.settle(first, "ready", charged=False))
+        (second,) = self.claim()
+        self.assertEqual((second.attempt, second.claim), (1, first.claim + 1))
+        self.assertFalse(self.settle(first, "done"))
+        self.assertFalse(self.settle(second, "done", owner="other"))
+        self.assertTrue(self.settle(second, "done"))
+        self.assertFalse(self.settle(second, "done"))
         self.assertIsNone(self.look())
 
     def test_a_kept_result_stays_until_it_expires(self):
@@ -1118,17 +1121,6 @@ class StoreContract:
         (second,) = self.claim(now=NOW + SECOND)
         self.assertEqual((second.attempt, second.due_at, second.claim), (2, NOW, first.claim + 1))
         self.assertEqual(second.error, "E: once")
-
-    def test_a_claim_given_back_is_not_charged_and_its_number_is_used_up(self):
-        self.add(row())
-        (first,) = self.claim()
-        self.assertTrue(self.settle(first, "ready", charged=False))
-        (second,) = self.claim()
-        self.assertEqual((second.attempt, second.claim), (1, first.claim + 1))
-        self.assertFalse(self.settle(first, "done"))
-        self.assertFalse(self.settle(second, "done", owner="other"))
-        self.assertTrue(self.settle(second, "done"))
-        self.assertFalse(self.settle(second, "done"))
 
     def test_one_settle_takes_many_outcomes_and_tells_them_apart(self):
         self.add(*[row(str(i)) for i in range(4)])
@@ -1240,16 +1232,12 @@ class StoreContract:
         self.assertEqual(self.store.foreign(["x", "y"], NOW), [])
         self.assertEqual([r.id for r in self.claim(types=["y"])], ["b"])
 
-    def test_only_due_tasks_are_claimed(self):
-        self.add(row("now"), row("soon", due_date=timedelta(seconds=1), priority=9))
-        self.assertEqual([r.id for r in self.claim()], ["now"])
+    def test_only_due_tasks_are_claimed_and_a_clock_set_back_holds_back_nothing_that_was_due(self):
+        self.add(row("now"), row("soon", due_date=timedelta(seconds=1), priority=9), row("second"))
+        self.assertEqual([r.id for r in self.claim(1)], ["now"])
+        self.assertEqual([r.id for r in self.claim(now=NOW - 3600 * SECOND)], ["second"])
         self.assertEqual(self.claim(now=NOW + SECOND - 1), [])
         self.assertEqual([r.id for r in self.claim(now=NOW + SECOND)], ["soon"])
-
-    def test_a_clock_set_back_holds_back_nothing_that_was_due(self):
-        self.add(row("a"), row("b", due_date=timedelta(seconds=1)))
-        self.store.next_due("me", ["x"], 5, NOW)
-        self.assertEqual([r.id for r in self.claim(now=NOW - 3600 * SECOND)], ["a"])
 
     def test_a_lane_is_claimed_by_its_owner_only(self):
         self.add(row("mine", lane="me"), row("theirs", lane="you"), row("free"))
@@ -1341,14 +1329,12 @@ class StoreContract:
         with self.assertRaisesRegex(ValueError, "running"):
             self.store.update("t", {"priority": 8}, NOW)
 
-    def test_leave_gives_back_all_that_an_owner_holds(self):
+    def test_leave_gives_back_all_that_an_owner_holds_but_no_removed_task_and_forgets_no_successor(self):
         self.add(row("a"), row("b", lane="me"), row("c", lane="me", due_date=timedelta(1)))
         self.claim(1)
         self.store.leave("me", NOW)
         got = self.claim(owner="you", now=NOW + 90_000 * SECOND)
         self.assertEqual([(r.id, r.attempt) for r in got], [("a", 1), ("b", 1), ("c", 1)])
-
-    def test_leave_gives_back_no_removed_task_and_forgets_no_successor(self):
         self.add(row("removed"), row("replaced"))
         self.claim()
         self.store.remove(Query(ids=["removed"]), NOW)
@@ -1549,6 +1535,42 @@ class InOrder:
         self.assertGreater(next(ages), 100)
 
 
+class Spoiled:
+    """Stores in which others write: spoil() puts a value into the stored task "bad"."""
+
+    def test_whatever_is_stored_no_verb_raises_and_the_others_run(self):
+        """It becomes `failed` with the reason, also at the end of its run; it can be found, retried and removed."""
+        now = NOW + 60 * SECOND
+        for state, (column, value) in itertools.product(("ready", "running"), self.spoils()):
+            with self.subTest(state=state, column=column, value=str(value)[:30]):
+                self.add(row("bad", priority=9, keep_result=5), row("good", now=NOW + 1))
+                claimed = self.claim(1) if state == "running" else []
+                self.spoil(column, value)
+                self.store.find(Query(), now), self.store.next_due("me", ["x"], 9, now)
+                for held in claimed:
+                    ends = (
+                        lambda: self.settle(held, "done", result="1"), lambda: self.store.leave("me", now),
+                        lambda: [self.store.recover("you", seconds, now) for seconds in (0.0, 99.0)],
+                    )
+                    ends[len(column + str(value)) % 3]()
+                got = [r for limit in (1, 9, 1, 9) for r in self.claim(limit, now=now)]
+                self.assertIn(("good", "running"), [(r.id, r.state) for r in got])
+                self.store.next_due("me", ["x"], 9, now), self.store.foreign(["y"], now), self.store.owners()
+                for task in map(taskpool.Task, self.store.find(Query(), now)):
+                    repr(task), task.created_at, task.due_date, task.result, task.progress, task.repeat
+                self.store.retry(Query(), now), self.store.renew("me", now), self.claim(now=now)
+                self.store.add([(row("bad"), "replace")], now)
+                self.store.leave("me", now)
+                self.assertGreaterEqual(self.store.remove(Query(types=["x"]), now), 1)
+            self.clear()
+
+    def test_only_done_tasks_expire(self):
+        self.add(row("bad"))
+        self.spoil("expires_at", 1)
+        self.store.renew("me", NOW)
+        self.assertIsNotNone(self.look("bad"))
+
+
 class TestMemoryStore(InOrder, StoreContract, unittest.TestCase):
     """The in-memory store keeps the contract."""
 
@@ -1573,21 +1595,16 @@ class TestMemoryStore(InOrder, StoreContract, unittest.TestCase):
         self.assertEqual(self.entries(), 1)
 
 
-class TestSQLiteStore(InOrder, StoreContract, InFolder):
+class TestSQLiteStore(InOrder, Spoiled, StoreContract, InFolder):
     """The SQLite store keeps the contract, in a file."""
 
     def open(self):
-        return SQLiteStore(self.folder / "store.db")
-
-    def sql(self, statement, values=()):
-        """What another program does to the file."""
-        with contextlib.closing(sqlite3.connect(self.folder / "store.db", isolation_level=None)) as db:
-            return db.execute(statement, values).fetchall()
+        return SQLiteStore(self.folder / self.FILE)
 
     def test_an_index_serves_every_statement(self):
         """EXPLAIN of the constants: no scan of the table, no sorting (PF-01, MG-09)."""
         self.add(row())
-        db = sqlite3.connect(self.folder / "store.db")
+        db = sqlite3.connect(self.folder / "tasks.db")
         self.addCleanup(db.close)
         by_id, masters = "sqlite_autoindex_taskpool_task_1", "sqlite_autoindex_taskpool_master_1"
         ready, scheduled, running = "taskpool_ready", "PRIMARY KEY .*taskpool_scheduled", "taskpool_running"
@@ -1644,70 +1661,58 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
                 self.assertIn(str(path), str(caught.exception))
 
     @unittest.skipUnless(LINUX, "uses setuid and RLIMIT_NOFILE")
-    def test_what_a_process_may_not_do_is_told_with_the_file_or_folder(self):
+    def test_what_a_process_may_not_do_is_told_with_the_file_or_folder_and_what_is_read_only_can_be_looked_at(self):
         out = self.run_script(
             """
-            import os, resource
-            from taskpool import TaskQueue, StoreError
-            for folder, mode in ("free", 0o777), ("full", 0o555), ("shut", 0o600):
+            import resource
+            for folder, mode in ("free", 0o777), ("full", 0o555), ("shut", 0o600), ("read", 0o555):
                 os.mkdir(folder)
                 with TaskQueue(f"{folder}/tasks.db") as queue:
-                    queue.count()
-                os.chmod(f"{folder}/tasks.db", 0o666)
+                    queue.add_task("x")
+                os.chmod(f"{folder}/tasks.db", 0o444 if folder == "read" else 0o666)
                 os.chmod(folder, mode)
             TaskQueue("free/hidden.db").count()
             os.chmod("free/hidden.db", 0)
             os.chmod("free/tasks.db", 0o444)
             os.chmod(".", 0o755)
+            main(["list", "free/tasks.db", "--json"])  # Nobody, below, may find no more modules.
             if os.getuid() == 0:
                 os.setgid(65534), os.setuid(65534)
+            print("seen", main(["list", "read/tasks.db", "--json"]))
             def tell(path):
                 try:
                     TaskQueue(path).add_task("x")
                 except StoreError as error:
                     print(str(error).replace(os.getcwd(), ""))
-            for path in "free/tasks.db", "free/hidden.db", "full/tasks.db", "full/new.db", "shut/tasks.db":
+            for path in "free/tasks.db", "free/hidden.db", "full/tasks.db", "full/new.db", "shut/tasks.db", "read/tasks.db":
                 tell(path)
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
             tell("free/new.db")
             """)
-        for line, words in zip(out.splitlines(), (
+        shown, _, told = out.partition("seen 0\n")
+        self.assertEqual(shown.count('"task_type": "x"'), 2, out)
+        for line, words in zip(told.splitlines(), (
             "/free/tasks.db: .* is not writable", "/free/hidden.db: .* is not readable",
             "/full/tasks.db: .*; the folder /full is not writable", "/full/new.db: .*; the folder /full is not writable",
-            "/shut/tasks.db: .*; Permission denied", "/free/new.db: .*; Too many open files",
+            "/shut/tasks.db: .*; Permission denied", "/read/tasks.db: .* is not writable", "/free/new.db: .*; Too many open files",
         )):
             self.assertRegex(line, words)
-        self.assertEqual(out.count("\n"), 6, out)
+        self.assertEqual(told.count("\n"), 7, out)
 
     BAD = (
         "'x'", "x'ff00'", "CAST(x'ff41' AS TEXT)", "9e999", "-9e999", "9223372036854775807", "4611686018427387904",
         "1.5", "1e300", "'[[[['", f"'{'[' * 5000}'", "'{\"a\":1}'", "NULL", "-1",
     )  # fmt: skip
 
-    def test_whatever_a_row_holds_no_verb_raises_and_the_others_run(self):
-        """It becomes `failed` with the reason, also at the end of its run; it can be found, retried and removed."""
-        now = NOW + 60 * SECOND
-        for state, column, value in itertools.product(("ready", "running"), taskpool._COLUMNS[2:], self.BAD):
-            with self.subTest(state=state, column=column, value=value[:30]):
-                self.add(row("bad", priority=9, keep_result=5), row("good", now=NOW + 1))
-                claimed = self.claim(1) if state == "running" else []
-                with contextlib.suppress(sqlite3.IntegrityError):
-                    self.sql(f"UPDATE taskpool_task SET {column} = {value} WHERE id = 'bad'")
-                for held in claimed:
-                    ends = (
-                        lambda: self.settle(held, "done", result="1"), lambda: self.store.leave("me", now),
-                        lambda: [self.store.recover("you", seconds, now) for seconds in (0.0, 99.0)],
-                    )
-                    ends[len(column + value) % 3]()
-                got = [r for _ in range(3) for r in self.claim(now=now)]
-                self.assertIn(("good", "running"), [(r.id, r.state) for r in got])
-                self.store.next_due("me", ["x"], 9, now), self.store.foreign(["y"], now), self.store.owners()
-                for task in map(taskpool.Task, self.store.find(Query(), now)):
-                    repr(task), task.created_at, task.due_date, task.result, task.progress, task.repeat
-                self.store.retry(Query(), now), self.store.renew("me", now), self.claim(now=now)
-                self.store.add([(row("bad"), "replace")], now)
-                self.store.leave("me", now)
-            self.sql("DELETE FROM taskpool_task")
+    def spoils(self):
+        return itertools.product(taskpool._COLUMNS[2:], self.BAD)
+
+    def spoil(self, column, value):
+        with contextlib.suppress(sqlite3.IntegrityError):
+            self.sql(f"UPDATE taskpool_task SET {column} = {value} WHERE id = 'bad'")
+
+    def clear(self):
+        self.sql("DELETE FROM taskpool_task")
 
     def test_a_row_that_cannot_be_run_fails_with_the_reason_and_can_be_retried_and_removed(self):
         """CR-08, SQ-05, TT-05: and the others run."""
@@ -1718,7 +1723,7 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         }  # fmt: skip
         self.add(*[row(column, due_date=timedelta(seconds=1), priority=9) for column in bad], row("good"))
         for column, value in bad.items():
-            self.sql(f"UPDATE taskpool_task SET {column} = {value} WHERE id = ?", [column])
+            self.sql(f"UPDATE taskpool_task SET {column} = {value} WHERE id = ?", column)
             with self.subTest(column=column), self.assertRaisesRegex(ValueError, f"column {column}"):
                 self.store.update(column, {"lane": ""}, NOW)
         got = [r for _ in range(3) for r in self.claim(50, now=NOW + SECOND)]
@@ -1767,16 +1772,10 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
     def test_a_turn_in_which_nothing_is_due_writes_nothing(self):
         """Or else each idle master would keep the disk busy."""
         self.add(row(due_date=timedelta(seconds=1)))
-        with contextlib.closing(sqlite3.connect(self.folder / "store.db")) as db:
+        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
             before = db.execute("PRAGMA data_version").fetchone()
             self.assertEqual(self.store.turn("me", [], {"x": 1.0}, 1.0, 2, NOW).due, [NOW + SECOND])
             self.assertEqual(db.execute("PRAGMA data_version").fetchone(), before)
-
-    def test_only_done_rows_expire(self):
-        self.add(row())
-        self.sql("UPDATE taskpool_task SET expires_at = 1")
-        self.store.renew("me", NOW)
-        self.assertIsNotNone(self.look())
 
     def test_a_write_in_the_midst_of_a_write_of_its_thread_is_refused_and_spoils_nothing(self):
         """As that of a signal handler or a finalizer."""
@@ -1833,40 +1832,9 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
             self.assertEqual({path.stat().st_uid for path in self.folder.glob("tasks.db*")}, {0})
             queue.close()
 
-    @unittest.skipUnless(LINUX, "uses setuid")
-    def test_a_read_only_file_is_a_store_error_but_can_be_looked_at(self):
-        out = self.run_script(
-            """
-            import os, sys
-            from taskpool import TaskQueue, StoreError, main
-            queue = TaskQueue("tasks.db")
-            queue.add_task("x")
-            queue.close()
-            main(["list", "tasks.db", "--json"])  # Nobody, below, may find no more modules.
-            print("seen")
-            for name in os.listdir("."):
-                os.chmod(name, 0o444)
-            os.chmod(".", 0o555)
-            if os.getuid() == 0:
-                os.setgid(65534), os.setuid(65534)
-            try:
-                queue.add_task("y")
-            except StoreError as error:
-                print(error)
-            print(main(["list", "tasks.db", "--json"]), flush=True)
-            os._exit(0)
-            """,
-            env={"TMPDIR": "/tmp"},
-        )
-        self.assertIn("tasks.db", out)
-        self.assertIn('"task_type": "x"', out.partition("seen")[2])
-        self.assertIn("not writable", out)
-        os.chmod(self.folder, 0o755)
-
     def test_a_program_that_closes_nothing_ends_without_a_warning(self):
         self.run_script(
             """
-            from taskpool import TaskQueue
             queue = TaskQueue("tasks.db")
             queue.add_task("x")
             print(queue.count())
@@ -1969,20 +1937,16 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
 
     def test_reading_and_running_keep_what_another_version_stored(self):
         """TT-05: a state, a type and a column that this version does not know."""
-        queue = self.queue("store.db")
+        queue = self.queue()
         for task_id in ("state", "type", "good"):
             queue.add_task("unknown" if task_id == "type" else "echo", task_id=task_id)
-        with contextlib.closing(sqlite3.connect(self.folder / "store.db")) as db:
-            db.execute("ALTER TABLE taskpool_task ADD COLUMN colour TEXT")
-            db.execute("UPDATE taskpool_task SET state = 'paused', colour = 'red' WHERE id = 'state'")
-            db.commit()
-            self.cluster({"echo": echo}, queue).shutdown()
-            self.assertEqual(queue.count(), 2)
-            self.assertEqual({t.id: t.state for t in queue.find()}, {"state": "paused", "type": "waiting"})
-            self.assertEqual(queue.find(due=True, state="waiting")[0].id, "type")
-            self.assertEqual((queue.retry(), queue.find_one(task_id="state").task_type), (0, "echo"))
-            found = db.execute("SELECT state, colour FROM taskpool_task WHERE id = 'state'").fetchall()
-        self.assertEqual(found, [("paused", "red")])
+        self.sql("ALTER TABLE taskpool_task ADD COLUMN colour TEXT")
+        self.sql("UPDATE taskpool_task SET state = 'paused', colour = 'red' WHERE id = 'state'")
+        self.cluster({"echo": echo}, queue).shutdown()
+        self.assertEqual({t.id: t.state for t in queue.find()}, {"state": "paused", "type": "waiting"})
+        self.assertEqual((queue.count(), queue.find(due=True, state="waiting")[0].id), (2, "type"))
+        self.assertEqual((queue.retry(), queue.find_one(task_id="state").task_type), (0, "echo"))
+        self.assertEqual(self.sql("SELECT state, colour FROM taskpool_task WHERE id = 'state'"), [("paused", "red")])
 
     def test_where_wal_is_impossible_it_works_with_one_warning(self):
         """SQ-07."""
@@ -2053,15 +2017,9 @@ class TestSQLiteStore(InOrder, StoreContract, InFolder):
         """SM-03; an empty file is as good as none."""
         (self.folder / "empty.db").touch()
         self.assertEqual(self.queue("empty.db").add_task("x").state, "waiting")
-        path = self.folder / "app.db"
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            db.execute("CREATE TABLE task (id)")
-            db.execute("INSERT INTO task VALUES (1)")
-            db.commit()
-        with TaskQueue(path) as queue:
-            queue.add_task("x")
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            self.assertEqual(db.execute("SELECT * FROM task").fetchall(), [(1,)])
+        self.sql("CREATE TABLE task (id)"), self.sql("INSERT INTO task VALUES (1)")
+        self.queue().add_task("x")
+        self.assertEqual(self.sql("SELECT * FROM task"), [(1,)])
 
 
 class TestOwnTransaction(InFolder):
@@ -2079,8 +2037,7 @@ class TestOwnTransaction(InFolder):
         return connection
 
     def invoices(self):
-        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
-            return [number for (number,) in db.execute("SELECT id FROM invoice")]
+        return [number for (number,) in self.sql("SELECT id FROM invoice")]
 
     def add(self, task_id, connection=None, **options):
         return self.tasks.add_task("mail", task_id=task_id, connection=connection or self.connection, **options)
@@ -2092,9 +2049,7 @@ class TestOwnTransaction(InFolder):
         for end in ("rollback", "commit"):
             self.connection.execute("INSERT INTO invoice VALUES (1)")
             self.add("receipt")
-            with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as other:
-                tables = "SELECT count(*) FROM sqlite_master WHERE name = 'taskpool_task'"
-                self.assertEqual(other.execute(tables).fetchone(), (0,))
+            self.assertEqual(self.sql("SELECT count(*) FROM sqlite_master WHERE name = 'taskpool_task'"), [(0,)])
             getattr(self.connection, end)()
             committed = end == "commit"
             self.assertEqual((self.ids(), self.invoices()), (["receipt"], [1]) if committed else ([], []))
@@ -2329,6 +2284,17 @@ class WithMongo(InFolder):
     def uri(self):
         return f"mongodb://127.0.0.1:{self.server.port}"
 
+    def open(self):
+        return taskpool.MongoStore(self.collection)
+
+    def queue(self, collection=None):
+        return TaskQueue(taskpool.MongoStore(self.collection if collection is None else collection))
+
+    def proxy(self):
+        proxy = Proxy(self.server.port)
+        self.addCleanup(proxy.close)
+        return proxy
+
     def counted(self, **options):
         """A store, and a function that tells which commands it has sent since the last time."""
         events = []
@@ -2345,7 +2311,7 @@ class WithMongo(InFolder):
         return store, lambda: [events.pop(0) for _ in list(events)]
 
 
-class MongoContract(StoreContract):
+class MongoContract(Spoiled, StoreContract):
     """What holds for MongoStore on whatever has a Collection."""
 
     FLOOD = 600  # Documents.
@@ -2493,30 +2459,18 @@ class MongoContract(StoreContract):
 
     BAD = ("x", -1e300, float("nan"), 2**63 - 1, ["x"], datetime(2001, 2, 3))
 
-    def test_whatever_a_document_holds_no_verb_raises_and_the_others_run(self):
-        """It becomes `failed` with the reason, and can be found, retried and removed."""
-        fields = ["priority", "data", *(f"taskpool.{name}" for name in (*taskpool._COLUMNS[4:], "json", "seq", "promoted_at"))]
-        for running, field, value in itertools.product((False, True), fields, self.BAD):
-            if field == "taskpool.state" or (self.faulty_kind is Faulty and field in ("taskpool.claim", "taskpool.attempt")):
-                continue  # mongomock adds to whatever it finds.
-            with self.subTest(field=field, value=value, running=running):
-                self.add(row("bad", priority=9, keep_result=9), row("good", now=NOW + 1))
-                claimed = self.claim(1) if running else []
-                self.collection.update_one({"_id": "bad"}, {"$set": {field: value}})
-                self.store.find(Query(), NOW), self.store.next_due("me", ["x"], 9, NOW), self.store.foreign(["y"], NOW)
-                for held in claimed:
-                    if len(field) % 2:
-                        self.settle(held, "done", result="1")
-                    else:
-                        self.store.leave("me", NOW)
-                got = [r for limit in (1, 9, 1, 9) for r in self.claim(limit, now=NOW + 9)]
-                self.assertIn(("good", "running"), [(r.id, r.state) for r in got])
-                self.store.renew("me", NOW), self.store.leave("me", NOW)
-                self.store.retry(Query(), NOW)
-                for task in map(taskpool.Task, self.store.find(Query(), NOW)):
-                    repr(task), task.created_at, task.due_date, task.result, task.progress, task.repeat
-                self.assertEqual(self.store.remove(Query(types=["x"]), NOW), 2)
-            self.collection.delete_many({})
+    def spoils(self):
+        names = [name for name in (*taskpool._COLUMNS[2:], "json", "seq", "promoted_at") if name not in ("data", "task_type")]
+        if self.faulty_kind is Faulty:  # mongomock adds to whatever it finds.
+            names = [name for name in names if name not in ("claim", "attempt")]
+        return [(n, v) for n, v in itertools.product(["data", *names], self.BAD) if n != "state"]
+
+    def spoil(self, column, value):
+        field = column if column in ("priority", "data") else f"taskpool.{column}"
+        self.collection.update_one({"_id": "bad"}, {"$set": {field: value}})
+
+    def clear(self):
+        self.collection.delete_many({})
 
     def test_no_field_of_an_application_is_taken_for_ours(self):
         theirs = {
@@ -2562,12 +2516,6 @@ class MongoContract(StoreContract):
         self.assertTrue(all(self.store.settle("me", outcomes, NOW)))
         self.assertEqual([self.store.retry(Query(ids=[i]), NOW) for i in ids], [1] * len(ids))
         self.assertEqual([self.store.remove(Query(ids=[i]), NOW) for i in ids], [1] * len(ids))
-
-    def test_only_done_documents_expire(self):
-        self.add(row())
-        self.collection.update_one({"_id": "t"}, {"$set": {"taskpool.expires_at": 1}})
-        self.store.renew("me", NOW)
-        self.assertIsNotNone(self.look())
 
     def test_remove_and_leave_miss_nothing_that_changes_between_their_writes(self):
         store, faults = self.faulty()
@@ -2759,7 +2707,8 @@ class MongoContract(StoreContract):
             self.collection.delete_many({})
 
     def test_a_claim_that_the_server_made_late_is_given_back_at_the_next_renewal(self):
-        self.add(row())
+        """And no other: one whose run goes on after a report is kept."""
+        self.add(row(keep_result=9))
         self.store.renew("me", NOW)
         late = {"taskpool.state": "running", "taskpool.owner": "me", "taskpool.claim": 1, "taskpool.attempt": 1}
         self.collection.update_one({"_id": "t"}, {"$set": late})
@@ -2767,12 +2716,7 @@ class MongoContract(StoreContract):
         (claimed,) = self.claim()
         self.assertEqual((claimed.attempt, claimed.claim), (1, 2))
         self.store.renew("me", NOW)
-        self.assertTrue(self.settle(claimed, "done"))
-
-    def test_a_run_that_goes_on_after_a_report_keeps_its_claim_at_the_next_renewal(self):
-        self.add(row(keep_result=9))
-        (claimed,) = self.claim()
-        self.settle(claimed, "running", progress="[1,2,null]")
+        self.assertTrue(self.settle(claimed, "running", progress="[1,2,null]"))
         self.store.renew("me", NOW)
         self.assertTrue(self.settle(claimed, "done", result="1"))
 
@@ -2827,10 +2771,8 @@ class MongoContract(StoreContract):
         faults.before("find", lambda: self.store.renew("far", NOW), skip=1)
         self.assertEqual(store.recover("me", 30.0, NOW), [])
         self.assertEqual((faults.left(), self.look().state), (False, "running"))
-        store.recover("me", 31.0, NOW)
-        store.recover("me", 60.9, NOW)
-        self.assertEqual(self.look().state, "running")
-        store.recover("me", 61.0, NOW)
+        for seconds in (31.0, 61.0):
+            store.recover("me", seconds, NOW)
         self.assertEqual(self.look().state, "ready")
 
     def test_an_interrupted_task_is_not_taken_together_with_those_before_it(self):
@@ -3022,25 +2964,6 @@ class TestMongoStoreOnAServer(MongoContract, WithMongo):
         self.assertEqual([r.state for r in self.claim()], ["failed"])
         self.assertEqual(self.store.remove(Query(states=["failed", "waiting"]), NOW), len(failed) + 1)
 
-    def test_a_task_costs_at_most_five_commands_and_an_idle_master_three_a_second(self):
-        store, commands = self.counted()
-        for types, room in (({"x": 1.0}, 1.0), ({"x": 1.0}, 8.0), ({"x": 0.1, "y": 1.0}, 2.0)):
-            store.turn("me", [], types, room, 4, NOW), commands()
-            store.add([(row(), "raise")], NOW)
-            ((claimed,), _) = store.turn("me", [], types, room, 4, NOW, eager=True)[1:]
-            turn = store.turn("me", [Outcome("t", claimed.claim, "done")], types, room, 4, NOW)
-            self.assertEqual(turn, (["done"], [], []))
-            self.assertLessEqual(len(commands()), 5)
-        store.renew("me", NOW), commands()
-        store.add([(row(f"{i}", due_date=timedelta(1)), "raise") for i in range(9)], NOW), commands()
-        for second in range(60):  # As a master with its refresh_rate.
-            store.turn("me", [], types, room, 4, NOW + second * SECOND)
-            store.recover("me", float(second), NOW + second * SECOND)
-            if second % 10 == 0:
-                store.renew("me", NOW + second * SECOND)
-        store.foreign(["x"], NOW)
-        self.assertLessEqual(len(commands()), 180)
-
     def test_an_end_and_the_next_start_are_two_commands_for_one_task_and_four_for_many(self):
         store, commands = self.counted()
         self.add(*[row(str(i)) for i in range(203)])
@@ -3168,9 +3091,6 @@ class TestMongoFaults(WithMongo):
 
     QUICK = {"serverSelectionTimeoutMS": 300, "connectTimeoutMS": 1000, "heartbeatFrequencyMS": 500}
 
-    def mongo_queue(self, collection=None):
-        return TaskQueue(taskpool.MongoStore(self.collection if collection is None else collection))
-
     def through(self, port, **options):
         """The collection, by another way."""
         client = pymongo.MongoClient("127.0.0.1", port, directConnection=True, **{**self.QUICK, **options})
@@ -3179,19 +3099,19 @@ class TestMongoFaults(WithMongo):
 
     def left(self):
         with contextlib.suppress(StoreError):
-            return self.mongo_queue().count()
+            return self.queue().count()
 
     def add_lines(self, count, **options):
         """Tasks that write a line each, added on a way without faults."""
         self.lines = str(self.folder / "lines")
         tasks = [{"task_type": "line", "data": {"file": self.lines}, **options} for _ in range(count)]
-        return sorted(task.id for task in self.mongo_queue().add_tasks(tasks))
+        return sorted(task.id for task in self.queue().add_tasks(tasks))
 
     def run_all(self, ids, collection, meanwhile=lambda: None, **options):
         """Run these tasks; each must start exactly once, as no process is killed."""
         with self.assertLogs("taskpool", "WARNING") as logs:
             logging.getLogger("taskpool").warning("at least one line")
-            cluster = self.cluster({"line": add_line}, self.mongo_queue(collection), keep_alive="always", **options)
+            cluster = self.cluster({"line": add_line}, self.queue(collection), keep_alive="always", **options)
             meanwhile()
             eventually(lambda: self.left() == 0, "the end of all tasks")
             cluster.shutdown()
@@ -3228,19 +3148,14 @@ class TestMongoFaults(WithMongo):
 
     def test_replies_that_get_lost_on_the_way_are_survived(self):
         """The server has done it, and the driver cannot know."""
-        proxy = Proxy(self.server.port)
-        self.addCleanup(proxy.close)
-        random_ = random.Random(5)
-        ids = self.add_lines(200)
+        proxy, random_, ids = self.proxy(), random.Random(5), self.add_lines(200)
         proxy.lose = lambda: random_.random() < 0.1
         with fast_back_off():
             text = self.run_all(ids, self.through(proxy.port, retryWrites=False, retryReads=False))
         self.assertIn("the store failed", text)
 
     def test_a_connection_that_is_cut_for_a_while_is_survived(self):
-        proxy = Proxy(self.server.port)
-        self.addCleanup(proxy.close)
-        ids = self.add_lines(300)
+        proxy, ids = self.proxy(), self.add_lines(300)
 
         def cut():
             for _ in range(3):
@@ -3253,32 +3168,26 @@ class TestMongoFaults(WithMongo):
 
         self.run_all(ids, self.through(proxy.port), cut)
 
-    def test_a_change_of_the_primary_is_survived(self):
-        """Commands whose connection is closed, and such that are refused as not on the primary."""
-        ids = self.add_lines(200)
+    def test_commands_that_a_server_drops_refuses_or_cannot_confirm_are_survived(self):
+        """A change of the primary, and writes that were done but that no majority has."""
         self.addCleanup(fail_point, self.client, "off")
-        commands = ["find", "update", "delete", "findAndModify", "distinct"]
-
-        def change():
-            fail_point(self.client, {"times": 12}, failCommands=commands, closeConnection=True)
-            eventually(lambda: len(lines_of(self.lines)) > 60)
-            fail_point(self.client, {"times": 12}, failCommands=commands, errorCode=10107)
-
-        with fast_back_off():
-            self.run_all(ids, self.through(self.server.port), change)
-
-    def test_without_a_majority_nothing_is_lost_or_run_twice(self):
-        """The server does the write, and says that no majority has it."""
-        ids = self.add_lines(200)
-        self.addCleanup(fail_point, self.client, "off")
+        reads = ["find", "update", "delete", "findAndModify", "distinct"]
         wrong = {"code": 64, "errmsg": "waiting for replication timed out"}
+        for options, *points in (
+            ({}, {"failCommands": reads, "closeConnection": True}, {"failCommands": reads, "errorCode": 10107}),
+            ({"w": "majority"}, {"failCommands": ["update", "delete"], "writeConcernError": wrong}),
+        ):
+            ids = self.add_lines(200)
 
-        def lonely():
-            fail_point(self.client, {"times": 30}, failCommands=["update", "delete"], writeConcernError=wrong)
+            def fail(points=points):
+                for enough, point in zip((0, 60), points):
+                    eventually(lambda enough=enough: len(lines_of(self.lines)) >= enough)
+                    fail_point(self.client, {"times": 12 if len(points) == 2 else 30}, **point)
 
-        with fast_back_off():
-            text = self.run_all(ids, self.through(self.server.port, w="majority"), lonely)
-        self.assertIn("waiting for replication", text)
+            with self.subTest(**options), fast_back_off():
+                text = self.run_all(ids, self.through(self.server.port, **options), fail)
+                self.assertIn("waiting for replication" if options else "the store", text)
+            os.remove(self.lines)
 
     def test_a_server_that_is_killed_and_comes_back_has_lost_nothing(self):
         server = MongoServer()
@@ -3295,10 +3204,10 @@ class TestMongoFaults(WithMongo):
                 server.kill()
                 if enough == 150:
                     with self.assertRaises(StoreError):
-                        self.mongo_queue().add_task("line")
+                        self.queue().add_task("line")
                 server.start()
             eventually(lambda: self.left() == 5)
-            self.mongo_queue().remove(task_id=waiting)
+            self.queue().remove(task_id=waiting)
 
         self.run_all(ids, self.collection, kill)
 
@@ -3372,12 +3281,6 @@ class TestMongoManyMachines(WithMongo):
     def lines(self):
         return [line.split() for line in lines_of(self.folder / "lines")]
 
-    def queue(self):
-        return TaskQueue(self.open())
-
-    def open(self):
-        return taskpool.MongoStore(self.collection)
-
     def test_clusters_with_clocks_apart_run_each_task_once_and_recover_nobody_who_lives(self):
         """DU-01: for several leases; by each one's own clock, and by no other."""
         queue = self.queue()
@@ -3426,8 +3329,7 @@ class TestMongoManyMachines(WithMongo):
         second.kill()
 
     def test_masters_that_were_cut_off_together_lose_nothing_to_each_other(self):
-        proxy = Proxy(self.server.port)
-        self.addCleanup(proxy.close)
+        proxy = self.proxy()
         uri = f"mongodb://127.0.0.1:{proxy.port}/?directConnection=true&serverSelectionTimeoutMS=300"
         self.queue().add_task("hold", task_id="t")
         script = self.script(self.MASTER)
@@ -3866,28 +3768,6 @@ class TestExecutor(WithCluster):
             for future in filter(None, (first, joins)):
                 self.assertEqual(future.result(PATIENCE), "held")
 
-    def test_a_future_that_found_its_task_in_another_cluster_ends_whatever_comes_after_it(self):
-        for how in ("nothing", "follows", "follows later", "is removed"):
-            (store, queue), now, seen = self.hooked(f"{how}.db"), int(time.time() * 1e6), []
-            queue.add_task("echo", task_id="x")
-            (theirs,) = store.claim("another|", {"echo": 1.0}, 1, now)
-            cluster = self.cluster({"echo": echo}, queue)
-            found = [cluster.submit("echo", 0, task_id="x", if_exists="keep") for _ in range(2)]
-            if how != "nothing":
-                due_date = timedelta(days=how == "follows later")
-                follows = cluster.submit("echo", 1, task_id="x", if_exists="replace", due_date=due_date)
-            if how == "is removed":
-                queue.remove(task_id="x")
-            store.after = lambda name, result, seen=seen: seen.append(name)
-            eventually(lambda seen=seen: "find" in seen)  # It has looked, and seen it running.
-            self.assertFalse(any(future.done() for future in found))
-            store.settle("another|", [Outcome("x", theirs.claim, "done")], now)
-            self.assertEqual([future.result(PATIENCE) for future in found], [None, None])
-            if how == "follows":
-                self.assertEqual(follows.result(PATIENCE), 1)
-            elif how != "nothing":
-                self.assertTrue(follows.cancel() if how == "follows later" else eventually(follows.cancelled))
-
     def test_of_threads_that_submit_one_id_each_has_its_due(self):
         """Who was stored has a result, whatever the others do meanwhile."""
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
@@ -3907,19 +3787,6 @@ class TestExecutor(WithCluster):
                         self.assertIn(future.result(PATIENCE), [future.task.data, None] if if_exists == "keep" else [future.task.data])
                     except concurrent.futures.CancelledError:
                         self.assertEqual(if_exists, "replace")
-
-    def test_cancel_of_a_run_that_has_ended_leaves_the_task_that_has_its_id_now(self):
-        for in_memory in (False, True):
-            block, verbs = threading.Event(), self.verbs(in_memory)
-            self.shared._engine.threads[0].post(lambda block=block: block.wait(PATIENCE))  # inside
-            first = self.submit("echo", 1, task_id="y", in_memory=in_memory)
-            eventually(lambda verbs=verbs: verbs.count() == 0)  # It has ended, but nobody was told.
-            second = self.submit("echo", 2, task_id="y", in_memory=in_memory, due_date=timedelta(hours=1))
-            self.assertFalse(first.cancel())
-            self.assertEqual(verbs.count(task_id="y"), 1)
-            block.set()
-            self.assertEqual(first.result(PATIENCE), 1)
-            self.assertTrue(second.cancel())
 
     def test_submit_refuses_what_can_never_run(self):
         with self.assertRaisesRegex(ValueError, "task_type.*'none'.*'echo'"):
@@ -4126,7 +3993,52 @@ class Outside(BaseException):
     """As what pytest.fail() raises."""
 
 
-KILLERS = [asyncio.CancelledError, SystemExit, KeyboardInterrupt, Outside, ValueError]
+class TestFuturesOfOthers(InFolder):
+    """Futures of tasks that others run: looks at the store, in a cluster without a process."""
+
+    def setUp(self):
+        super().setUp()
+        self.store, self.tasks = self.hooked()
+        self.waits = self.cluster({"echo": echo}, self.tasks, auto_initialize=False)
+
+    def claim(self, owner):
+        now = self.tasks._now()
+        (row,) = self.store.claim(owner, {"echo": 1.0}, 1, now)
+        return lambda: self.store.settle(owner, [Outcome(row.id, row.claim, "done")], now)
+
+    def look(self):
+        futures = self.waits._engine.futures  # inside
+        for found in futures.look(self.store):
+            futures.compare(*found)
+
+    def test_a_future_that_found_its_task_in_another_cluster_ends_whatever_comes_after_it(self):
+        for how in ("nothing", "follows", "follows later", "is removed"):
+            self.tasks.add_task("echo", task_id=how)
+            settle = self.claim("another|")
+            found = [self.waits.submit("echo", 0, task_id=how, if_exists="keep") for _ in range(2)]
+            if how != "nothing":
+                due_date = timedelta(days=how == "follows later")
+                follows = self.waits.submit("echo", 1, task_id=how, if_exists="replace", due_date=due_date)
+            if how == "is removed":
+                self.tasks.remove(task_id=how)
+            self.look()
+            self.assertFalse(any(future.done() for future in found))
+            settle(), self.look()
+            self.assertEqual([future.result(0) for future in found], [None, None])
+            if how != "nothing":
+                self.assertEqual(follows.cancelled(), how == "is removed")
+                self.assertTrue(follows.cancel())
+
+    def test_cancel_of_a_run_that_has_ended_leaves_the_task_that_has_its_id_now(self):
+        first = self.waits.submit("echo", 1, task_id="y")
+        self.claim(self.waits._engine.owner)()  # inside. It has ended, but nobody was told.
+        second = self.waits.submit("echo", 2, task_id="y", due_date=timedelta(hours=1))
+        self.assertFalse(first.cancel())
+        self.assertEqual(self.tasks.count(task_id="y"), 1)
+        self.assertTrue(second.cancel())
+
+
+KILLERS = [asyncio.CancelledError, SystemExit, KeyboardInterrupt, Bare, ValueError]
 
 
 class TestCodeOfUsers(WithCluster):
@@ -4165,7 +4077,7 @@ class TestCodeOfUsers(WithCluster):
     def test_a_callback_of_ones_own_cancel_is_called_at_once(self):
         future, called = self.submit("echo", due_date=timedelta(hours=1)), []
         for error in KILLERS:
-            future.add_done_callback(lambda _, error=error: called.append(error) or (_ for _ in ()).throw(error))
+            future.add_done_callback(lambda _, error=error: called.append(error) or throw(error))
         with self.assertLogs("taskpool", "ERROR") as logs, self.assertRaises(asyncio.CancelledError):
             future.cancel()
         self.assertEqual((called, len(logs.output)), (KILLERS, 4))
@@ -4179,7 +4091,7 @@ class TestCodeOfUsers(WithCluster):
                 options = {"due_date": due_date, "in_memory": starts}
                 futures = [cluster.submit("echo", i, **options) for i in range(60)]
                 for i, future in enumerate(futures):
-                    future.add_done_callback(lambda _, i=i: (_ for _ in ()).throw(KILLERS[i % 5]))
+                    future.add_done_callback(lambda _, i=i: throw(KILLERS[i % 5]))
                     future.add_done_callback(called.put)
                 if how == "cancel":
                     for future in futures:
@@ -4244,7 +4156,7 @@ class TestCodeOfUsers(WithCluster):
                 self.assertEqual({type(called.get(timeout=PATIENCE).exception()) for _ in futures}, {ValueError})
             logger.removeHandler(handler)
         self.assertLessEqual({"taskpool-dispatcher", "taskpool-callbacks"}, set(raised))
-        self.assertIn("Outside", shown.getvalue())
+        self.assertIn("Bare", shown.getvalue())
 
     def test_to_wait_in_a_thread_of_the_cluster_is_an_error(self):
         future, said = self.submit("echo", due_date=timedelta(hours=1)), queues.SimpleQueue()
@@ -4768,8 +4680,6 @@ class TestClusterOptions(InFolder):
 
     def test_using_all_cpus_warns_once(self):
         source = """
-            import logging, sys
-            from taskpool import Cluster
             logging.basicConfig(stream=sys.stdout)
             for _ in range(3):
                 Cluster({"x": print}, auto_initialize=False)
@@ -4799,12 +4709,11 @@ class TestClusterOptions(InFolder):
             os.kill(idle_pids(cluster)[0], signal.SIGKILL)
 
     def test_idle_workers_are_closed_at_a_refresh_or_after_keep_alive_milliseconds(self):
-        for keep_alive, least in ((None, 0.0), (400, 0.35)):
+        for keep_alive in (None, 40):
             cluster = self.cluster({"pid": pid_of_worker}, keep_alive=keep_alive, refresh_rate=10)
             self.assertEqual(cluster.workers(), [])
-            pid, ended = cluster.submit("pid").result(PATIENCE), time.monotonic()
+            pid = cluster.submit("pid").result(PATIENCE)
             eventually(lambda cluster=cluster: not cluster.workers())
-            self.assertGreaterEqual(time.monotonic() - ended, least)
             self.assertFalse(LINUX and is_alive(pid))
             self.assertNotEqual(cluster.submit("pid").result(PATIENCE), pid)
             self.end(cluster)
@@ -4812,7 +4721,6 @@ class TestClusterOptions(InFolder):
         pid = longer.submit("pid").result(PATIENCE)
         other = self.queue().add_task("pid", keep_result=60)  # Only a refresh finds it.
         self.assertEqual(self.queue().wait(other.id, PATIENCE).result, pid)
-        self.assertEqual(longer.submit("pid").result(PATIENCE), pid)
 
     def test_in_memory_only_never_touches_the_store(self):
         queue = self.queue()
@@ -4914,7 +4822,7 @@ class TestClusterOptions(InFolder):
             cluster.shutdown()
 
     def test_a_worker_is_replaced_after_max_tasks_per_worker(self):
-        """SG-11, ENGINE 10, 28. One that does not end is killed."""
+        """SG-11, ENGINE 10, 28."""
         for most in (1, 3):
             cluster = self.cluster(
                 {"pid": pid_of_worker}, max_tasks_per_worker=most, max_available_workers=1, keep_alive="always"
@@ -4923,37 +4831,10 @@ class TestClusterOptions(InFolder):
             counts = collections.Counter(f.result(PATIENCE) for f in futures)
             self.assertEqual(sorted(counts.values()), [most] * (9 // most))
             cluster.shutdown()
-        task_map = {"large": return_kind, "stay": leave_a_thread, "pid": pid_of_worker}
-        cluster = self.cluster(task_map, max_tasks_per_worker=1, max_available_workers=1)
-        pid = cluster.submit("stay", in_memory=True).result(PATIENCE)
-        self.assertNotEqual(cluster.submit("pid", in_memory=True).result(PATIENCE), pid)
-        self.assertFalse(is_alive(pid))
+        cluster = self.cluster({"large": return_kind}, max_tasks_per_worker=1, max_available_workers=1)
         futures = [cluster.submit("large", "large") for _ in range(3)]
         cluster.shutdown()  # At once: what is due is finished first.
         self.assertEqual([len(f.result(0)) for f in futures], [3_000_000] * 3)
-
-    def test_the_last_task_of_a_retiring_worker_times_out_and_is_charged(self):
-        """RT-03: as any other task."""
-        cluster = self.cluster({"badly": end_badly}, max_tasks_per_worker=1)
-        for how, kind in [("kill", WorkerDied), ("sleep", TaskTimeout)]:
-            path = str(self.folder / how)
-            future = cluster.submit("badly", {"file": path, "how": how}, timeout=0.2, retries=1, retry_delay=0)
-            self.assertIsInstance(future.exception(PATIENCE), kind)
-            self.assertEqual([line.split()[1] for line in lines_of(path)], ["1", "2"])
-
-    def test_a_worker_that_is_closed_for_idleness_gets_no_task(self):
-        """ENGINE 11: tasks come just as their worker is closed."""
-        cluster = self.cluster(
-            {"echo": data_and_pid}, keep_alive=4, refresh_rate=4, in_memory_only=True, max_available_workers=1,
-            start_method="fork" if "fork" in METHODS else "spawn",
-        )
-        chance, pids = random.Random(1), set()
-        for i in range(120):
-            data, pid = cluster.submit("echo", i).result(PATIENCE)
-            self.assertEqual(data, i)
-            pids.add(pid)
-            threading.Event().wait(chance.uniform(0.002, 0.010))
-        self.assertGreater(len(pids), 5)
 
     def test_max_workers_counts_usable_cpus(self):
         """ENGINE 61: by affinity, and by the quota of a container."""
@@ -4986,7 +4867,6 @@ class TestClusterOptions(InFolder):
         cluster.submit("echo").result(PATIENCE)
         self.run_script(
             """
-            from taskpool import TaskQueue
             queue = TaskQueue("tasks.db")
             for burst in range(5):
                 for task in [queue.add_task("echo", keep_result=60) for _ in range(10)]:
@@ -5001,8 +4881,6 @@ class TestClusterOptions(InFolder):
         """ENGINE 52, WP-04."""
         out = self.run_script(
             """
-            import multiprocessing, os
-            from taskpool import Cluster, TaskQueue
             if __name__ == "__main__":
                 with Cluster({"pid": os.getpid}, TaskQueue("x.db"), max_available_workers=1) as cluster:
                     pass
@@ -5027,11 +4905,8 @@ class TestP1NothingIsLost(InFolder):
         queue.add_event_listener("error", lambda value, task: told.append((task.id, str(value))))
         for i in range(3):
             queue.add_task("echo", task_id=f"bad{i}", retries=5, priority=5)
-        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
-            db.execute("UPDATE taskpool_task SET data = '{' WHERE id = 'bad0'")
-            db.execute("UPDATE taskpool_task SET data = CAST(x'ff' AS TEXT) WHERE id = 'bad1'")
-            db.execute("UPDATE taskpool_task SET retries = 'many' WHERE id = 'bad2'")
-            db.commit()
+        for number, change in enumerate(("data = '{'", "data = CAST(x'ff' AS TEXT)", "retries = 'many'")):
+            self.sql(f"UPDATE taskpool_task SET {change} WHERE id = 'bad{number}'")
         with self.cluster({"echo": echo}, queue) as cluster:
             self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(5)], list(range(5)))
         self.assertEqual(sorted(task_id for task_id, _ in told), ["bad0", "bad1", "bad2"])
@@ -5215,17 +5090,6 @@ class TestP1NothingIsLost(InFolder):
 class TestP2OnceAndOnlyOnce(InFolder):
     """P2 Each charged start runs once; a late outcome of a lost claim is discarded."""
 
-    def test_two_clusters_share_a_queue_and_run_each_task_once(self):
-        """DU-05, SQ-04."""
-        path = str(self.folder / "lines")
-        first, second = self.queue(), self.queue()
-        ids = [t.id for t in first.add_tasks({"task_type": "line", "data": {"file": path}} for _ in range(300))]
-        clusters = [self.cluster({"line": add_line}, queue) for queue in (first, second)]
-        for cluster in clusters:
-            self.assertTrue(cluster.drain(PATIENCE))
-        self.assertEqual(sorted(line.split()[0] for line in lines_of(path)), sorted(ids))
-        self.assertEqual(first.count(), 0)
-
     def test_a_claim_is_kept_for_longer_than_a_lease_by_a_master_that_lives(self):
         """DU-01, DU-10: also while the task holds the GIL of its worker."""
         leases = {"LEASE_SECONDS": 2.0, "RENEW_SECONDS": 0.05, "WATCH_SECONDS": 0.05}
@@ -5243,12 +5107,7 @@ class TestP2OnceAndOnlyOnce(InFolder):
         cluster = self.cluster({"hold": hold}, queue)
         future = cluster.submit("hold", path, task_id="lost")
         begun(path)
-
-        def change(statement):
-            with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db, db:
-                db.execute(statement)
-
-        change("UPDATE taskpool_task SET owner = 'another', claim = claim + 1")
+        self.sql("UPDATE taskpool_task SET owner = 'another', claim = claim + 1")
         with self.assertLogs("taskpool", "WARNING") as logs:
             let_end(path)
             eventually(lambda: logs.output)
@@ -5257,7 +5116,7 @@ class TestP2OnceAndOnlyOnce(InFolder):
         self.assertEqual(queue.find_one().state, "running")
         self.assertEqual([w["state"] for w in cluster.workers() if w["state"] == "busy"], [])
         self.assertFalse(future.done())
-        change("DELETE FROM taskpool_task")  # It has ended there.
+        self.sql("DELETE FROM taskpool_task")  # It has ended there.
         with self.assertRaisesRegex(taskpool.TaskPoolError, "'lost': its claim was lost"):
             future.result(PATIENCE)
 
@@ -5291,8 +5150,6 @@ class TestP3MasterDead(InFolder):
     """P3 The running tasks of a dead master start again, uncharged."""
 
     MASTER = """
-        import os, sys, time
-        from taskpool import Cluster, TaskQueue
         def note(job):
             fd = os.open("lines", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.write(fd, f"{job.id} {job.attempt}\\n".encode())
@@ -5378,15 +5235,13 @@ class TestSilence(InFolder):
         self.assertIsNone(self.dead_at(flapping))
 
     MASTER = """
-        import logging, os, sys, time, taskpool
-        from taskpool import Cluster, TaskQueue
         taskpool.LEASE_SECONDS, taskpool.RENEW_SECONDS, taskpool.WATCH_SECONDS = 3.0, 1.0, 0.1
         taskpool.BUSY_SECONDS = taskpool.STORE_CAP_SECONDS = 0.5
         logging.basicConfig(filename=sys.argv[1] + ".log", format="%(message)s")
         def hold(job):
             fd = os.open("lines", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.write(fd, f"{job.id} {job.attempt}\\n".encode())
-            while not os.path.exists("end"):
+            while not os.path.exists(sys.argv[1] + ".end"):
                 time.sleep(0.005)
             return "held"
         if __name__ == "__main__":
@@ -5406,8 +5261,7 @@ class TestSilence(InFolder):
         return queue, masters
 
     def beats(self):
-        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
-            return dict(db.execute("SELECT owner, beat FROM taskpool_master"))
+        return dict(self.sql("SELECT owner, beat FROM taskpool_master"))
 
     def check_that_it_runs_once(self, queue, first):
         """Although the second master looks before the first, which is stopped, can renew."""
@@ -5415,7 +5269,7 @@ class TestSilence(InFolder):
         eventually(lambda: before != self.beats())
         os.killpg(first.pid, signal.SIGCONT)
         eventually(lambda: all(before.get(owner) != beat for owner, beat in self.beats().items()))
-        (self.folder / "end").touch()
+        (self.folder / "first.end").touch()
         eventually(lambda: queue.count() == 0)
         self.assertEqual(lines_of(self.folder / "lines"), ["t 1"])
         self.assertNotIn("claim was lost", (self.folder / "first.log").read_text())
@@ -5440,6 +5294,19 @@ class TestSilence(InFolder):
         self.check_that_it_runs_once(queue, masters[0])
 
     @unittest.skipUnless(LINUX, "stops a group of processes")
+    def test_a_master_stopped_longer_than_its_lease_has_its_late_outcome_discarded(self):
+        queue, (first, _) = self.masters()
+        os.killpg(first.pid, signal.SIGSTOP)
+        eventually(lambda: len(lines_of(self.folder / "lines")) == 2)  # The other took the task over.
+        (self.folder / "first.end").touch()
+        os.killpg(first.pid, signal.SIGCONT)
+        eventually(lambda: "its claim was lost" in (self.folder / "first.log").read_text())
+        self.assertEqual((queue.find_one().state, lines_of(self.folder / "lines")), ("running", ["t 1"] * 2))
+        (self.folder / "second.end").touch()
+        eventually(lambda: queue.count() == 0)
+        self.assertNotIn("lost", (self.folder / "second.log").read_text())
+
+    @unittest.skipUnless(LINUX, "stops a group of processes")
     def test_time_in_which_the_master_was_stopped_counts_for_no_timeout(self):
         master = self.start(self.script(self.MASTER), "timeout", start_new_session=True)
         for _ in range(2):
@@ -5447,7 +5314,7 @@ class TestSilence(InFolder):
             os.killpg(master.pid, signal.SIGSTOP)
             time.sleep(2.5)
             os.killpg(master.pid, signal.SIGCONT)
-        (self.folder / "end").touch()
+        (self.folder / "timeout.end").touch()
         self.assertEqual(master.stdout.readline(), "None\n")
         self.assertEqual(lines_of(self.folder / "lines"), ["t 1"])
 
@@ -5680,20 +5547,6 @@ class TestP5Order(InFolder):
                 self.assertEqual(held.result(PATIENCE), "held")
                 os.remove(path + ".end")
 
-    @unittest.skipUnless(LINUX, "stops a worker")
-    def test_a_worker_that_could_not_even_start_its_batch_is_used_again(self):
-        """As happens to all on a machine that has too much to do."""
-        cluster = self.cluster({"echo": echo}, keep_alive="always", max_available_workers=1, in_memory_only=True)
-        self.assertEqual([cluster.submit("echo", i).result(PATIENCE) for i in range(20)], list(range(20)))
-        (worker,) = cluster._engine.crew.workers  # inside
-        os.kill(worker.pid, signal.SIGSTOP)
-        self.addCleanup(os.kill, worker.pid, signal.SIGCONT)
-        futures = [cluster.submit("echo", i) for i in range(50)]
-        eventually(lambda: worker.given > 20 + 100)  # inside: given, taken back, and given again.
-        os.kill(worker.pid, signal.SIGCONT)
-        self.assertEqual([future.result(PATIENCE) for future in futures], list(range(50)))
-        self.assertEqual([w["pid"] for w in cluster.workers()], [worker.pid])
-
 
 def mixed(job):
     if isinstance(job.data, dict):
@@ -5726,10 +5579,10 @@ class TestCrew(unittest.TestCase):
 
     class Process:
         def __init__(self, **_):
-            self.pid, self.exitcode = 1, None
+            self.pid, self.exitcode, self.dies_late = 1, None, False
 
         def kill(self):
-            self.exitcode = self.exitcode or -9
+            self.exitcode = self.exitcode or (None if self.dies_late else -9)
 
         close = lambda self: None  # noqa: E731
 
@@ -5743,7 +5596,6 @@ class TestCrew(unittest.TestCase):
 
     # The engine and the source of the crew:
     hear = forget_worker = lambda self, worker: None
-    futures = mock.Mock()
 
     def start_worker(self):
         worker = taskpool._Worker(mock.Mock(Process=self.Process), 1, b"", None)
@@ -5751,12 +5603,125 @@ class TestCrew(unittest.TestCase):
         worker.kill_at = self.now + taskpool.BOOT_WARN_SECONDS
         return worker
 
-    def source(self):
+    def crew(self, workers=2, max_tasks=None, keep_alive=None):
+        """A crew whose workers have not begun, at a time of its own."""
+        self.now, self.ends, self.futures = 1000.0, collections.defaultdict(list), mock.Mock()
         end = lambda run, how: self.ends[run.row.id].append(how)  # noqa: E731
-        return mock.Mock(
+        self.source = mock.Mock(
             requeue=lambda run: end(run, "requeued"), cancelled=lambda run: end(run, "cancelled"),
             fail=lambda run, error: end(run, type(error).__name__),
         )
+        options = taskpool._Options(workers, True, None, False, keep_alive, True, "spawn", max_tasks, 1.0)
+        self.made = taskpool._Crew(options, ["quick", "slow"], self)
+        self.made.learn("quick", 0.0005)
+        return self.made
+
+    def working(self, ids, task_type="quick", **options):
+        """A crew with one worker that is ready, gets these tasks and has begun the first."""
+        crew = self.crew(1, **options)
+        crew.tick(self.now, 1)
+        (worker,) = crew.workers
+        crew.got_ready(worker, self.now)
+        self.place(ids, task_type)
+        worker.channel.unread.pop(0)
+        return crew, worker
+
+    def place(self, ids, task_type="quick"):
+        cost = self.made.costs()[task_type]
+        self.made.place([taskpool._Run(self.source, row(i, task_type, timeout=5.0), cost) for i in ids], self.now)
+
+    def after(self, seconds, died=None, available=0):
+        """The crew that many seconds later, when its workers have died with an exit code; what was told since then."""
+        self.now += seconds
+        for worker in self.made.workers if died is not None else ():
+            worker.process.exitcode, worker.check_at = died, 0.0
+        self.ends.clear()
+        again = [self.made.tick(self.now, available) for _ in range(2)][-1]
+        self.assertTrue(again > self.now or any(worker.killed for worker in self.made.workers), "it is called in a circle")
+        return {task_id: end for task_id, (end,) in self.ends.items()}
+
+    def test_a_run_over_its_timeout_is_told_of_when_its_worker_is_dead(self):
+        """TO-05: no attempt runs beside the next one. RT-03: so it is with the last task of a worker."""
+        for last, code in itertools.product((None, 2), (-9, 3)):
+            crew, worker = self.working("ab", max_tasks=last)
+            worker.process.dies_late = True
+            self.assertEqual(worker.stopping, last is not None)
+            self.assertEqual(self.after(7.0), {"b": "requeued"})
+            self.assertEqual(self.after(0.1), {})
+            self.assertEqual(self.after(1.0, died=code, available=1), {"a": "TaskTimeout"})
+            self.assertNotIn(worker, crew.workers)
+
+    def test_a_worker_dead_of_sigterm_is_charged_unless_the_master_is_told_to_stop_soon_after(self):
+        for stops in (False, True):
+            crew, _ = self.working("ab")
+            self.assertEqual((self.after(0.001, died=-signal.SIGTERM), crew.room()), ({}, 0.0))
+            crew.stopping = stops
+            self.assertEqual(self.after(0.25), {"a": "requeued" if stops else "WorkerDied", "b": "requeued"})
+
+    def test_a_cancelled_task_that_runs_costs_its_worker_and_one_that_waits_there_nothing(self):
+        crew, worker = self.working("abc")
+        for task_id, ends in (("none", {}), ("b", {"b": ["cancelled"], "c": ["requeued"]}), ("a", {})):
+            self.ends.clear()
+            crew.cancel(task_id)
+            self.assertEqual((self.ends, worker.killed), (ends, task_id == "a"))
+        self.assertEqual((self.after(0.001), crew.workers), ({"a": "cancelled"}, []))
+
+    def test_a_worker_is_told_to_leave_with_its_last_task_and_killed_if_it_stays(self):
+        """SG-11: and replaced."""
+        crew, worker = self.working("abcd", max_tasks=3)
+        self.assertEqual((self.ends, worker.stopping, crew.room()), ({"d": ["requeued"]}, True, 0.0))
+        for task_id in "abc":
+            self.assertEqual(crew.ended(worker, 0.0005, self.now).row.id, task_id)
+        self.assertEqual((self.after(taskpool.EXIT_SECONDS - 0.01), worker.killed), ({}, False))
+        self.assertEqual((self.after(0.02), worker.killed, crew.workers), ({}, True, []))
+        self.after(0.001, available=1)
+        self.assertEqual([other.given for other in crew.workers], [0])
+
+    def test_an_idle_worker_is_told_to_leave_after_its_time_and_gets_no_task_then(self):
+        crew, worker = self.working("a", keep_alive=0.4)
+        self.after(0.01)
+        crew.ended(worker, 0.0005, self.now)
+        self.assertEqual((self.after(0.39), worker.stopping), ({}, False))
+        self.assertEqual((self.after(0.02), worker.stopping, crew.room()), ({}, True, 0.0))
+        self.place("b")
+        self.assertEqual(self.ends, {"b": ["requeued"]})
+
+    def test_a_slow_task_lets_go_of_others_and_a_worker_that_could_not_even_begin_is_used_again(self):
+        """As happens to all on a machine that has too much to do."""
+        crew, worker = self.working("abc")
+        self.assertEqual(self.after(0.03), {"b": "requeued", "c": "requeued"})
+        self.assertEqual((crew.room(), crew.shares["quick"]), (0.0, 1.0))
+        crew, worker = self.working("abc")
+        worker.channel.unread.insert(0, worker.runs[0].number)  # It had not begun.
+        self.assertEqual(self.after(0.03), {"a": "requeued", "b": "requeued", "c": "requeued"})
+        self.assertEqual((crew.workers, crew.room(), crew.shares["quick"] < 1.0), ([worker], 1.0, True))
+
+    def test_workers_that_die_as_they_start_follow_each_other_ever_later_and_the_fifth_in_a_row_is_told(self):
+        """TT-04: in between the master sleeps."""
+        crew = self.crew(1)
+        with mock.patch.object(taskpool._log, "error") as said:
+            for number in range(7):
+                self.after(0.0, available=1)
+                self.assertEqual(self.after(0.001, died=4, available=1), {})
+                pause = crew.tick(self.now, 1) - self.now
+                self.assertGreater(pause, 0.99 * taskpool.BOOT_SECONDS * 2**number)
+                self.assertEqual((crew.workers, self.futures.fail_waiting.call_count), ([], max(0, number - 3)))
+                self.now += pause
+        self.assertEqual(said.call_count, 1)
+        self.assertIn("code 4", str(crew.boot_error))
+
+    def test_workers_go_on_where_another_cannot_be_started(self):
+        """Also where the one that is there runs its last task."""
+        for last in (None, 1):
+            crew, worker = self.working("a", "slow", max_tasks=last)
+            crew.options = crew.options._replace(max_workers=2)
+            with mock.patch.object(self, "start_worker", side_effect=OSError(24, "Too many open files")) as start:
+                while start.call_count < taskpool.BOOT_TRIES + 2:
+                    self.assertEqual(self.after(1.0 + 30.0 * start.call_count, available=5), {})
+                    worker.runs[0].deadline = math.inf
+            self.futures.fail_waiting.assert_not_called()
+            crew.ended(worker, 1.0, self.now)
+            self.assertEqual(worker.open, last is None)
 
     def test_each_run_ends_once_and_only_what_had_begun_is_charged(self):
         for seed in range(200):
@@ -5764,17 +5729,13 @@ class TestCrew(unittest.TestCase):
                 self.drive(random.Random(seed))
 
     def drive(self, chance):
-        options = taskpool._Options(2, True, None, False, None, True, "spawn", chance.choice([None, 3]), 1.0)
-        self.now, self.ends = 1000.0, collections.defaultdict(list)
-        placed, begun, source = set(), set(), self.source()
-        crew = taskpool._Crew(options, ["quick", "slow"], self)
-        crew.learn("quick", 0.0005)
+        placed, begun, crew = set(), set(), self.crew(max_tasks=chance.choice([None, 3]))
         for step in range(120):
             self.now += chance.choice([0.0, 0.0005, 0.03, 1.6])
             worker = chance.choice(crew.workers) if crew.workers else None
             lives = worker is not None and worker.process.exitcode is None
             head = worker.runs[0] if lives and worker.runs else None
-            event = chance.choice(["claim", "claim", "begin", "end", "end", "die", "cancel", "ready", "ready"])
+            event = chance.choice(["claim", "claim", "begin", "end", "end", "die", "cancel", "ready", "ready", "refresh"])
             if event == "claim":
                 late = chance.random() < 0.1  # The room has gone while the claim was under way.
                 costs, room, runs = crew.costs(), crew.room() + 3 * late, []
@@ -5783,7 +5744,7 @@ class TestCrew(unittest.TestCase):
                     room -= costs[task.task_type]
                     if room < -1e-9:
                         break
-                    runs.append(taskpool._Run(source, task, costs[task.task_type]))
+                    runs.append(taskpool._Run(self.source, task, costs[task.task_type]))
                 placed.update(run.row.id for run in runs)
                 crew.place(runs, self.now)
                 self.assertTrue(late or not any(run.row.id in self.ends for run in runs), "there was room for all")
@@ -5796,6 +5757,8 @@ class TestCrew(unittest.TestCase):
                 self.ends[crew.ended(worker, 0.0005, self.now).row.id].append("done")
             elif event == "die" and lives:
                 worker.process.exitcode, worker.check_at = chance.choice([1, -9]), 0.0
+            elif event == "refresh":
+                crew.retire_idle(self.now)
             elif event == "cancel" and head:
                 self.assertIs(crew.cancel(head.row.id), head)
             crew.tick(self.now, chance.randrange(3))
@@ -5803,7 +5766,7 @@ class TestCrew(unittest.TestCase):
             for worker in crew.workers:
                 *ahead, _last = [0.0, *(run.cost for run in worker.runs)]
                 self.assertLess(sum(ahead), 1.0 + 1e-9)
-                self.assertLessEqual(worker.given, options.max_tasks or math.inf)
+                self.assertLessEqual(worker.given, crew.options.max_tasks or math.inf)
                 if worker.runs and self.now - worker.since > taskpool.SLOW_SECONDS:
                     self.assertEqual((len(worker.runs), worker.load), (1, max(worker.load, 1.0)))
         for worker in crew.workers:
@@ -5902,7 +5865,7 @@ class TestNoWakeUpIsMissed(InFolder):
     def test_a_master_dies_while_another_is_idle(self):
         """P3."""
         source = """
-            import taskpool, test_taskpool
+            import test_taskpool
             if __name__ == "__main__":
                 taskpool.Cluster({"hold": test_taskpool.hold}, taskpool.TaskQueue("tasks.db"),
                                  max_available_workers=1).run()
@@ -6005,7 +5968,6 @@ class TestP6DueDates(InFolder):
         """TZ-01, TZ-02: naive or aware, in odd zones, and in an hour that the clock skips, or has twice."""
         source = """
             from datetime import datetime, timedelta, timezone
-            from taskpool import TaskQueue
             queue = TaskQueue("tz.db")
             local = datetime.now() + timedelta(seconds=10)
             dates = [local, local.astimezone(), local.astimezone(timezone.utc)]
@@ -6056,25 +6018,14 @@ class TestP8NothingStoredIsExecuted(InFolder):
 
     def test_what_the_store_holds_is_json_and_pickles_there_are_inert(self):
         queue, flag = self.queue(), self.folder / "flag"
-        evil = pickle.dumps(Touch(str(flag)))
+        evil = pickle.dumps(OnLoad(open, str(flag), "w"))
         queue.add_task("echo", task_id="evil")
-        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
-            db.execute("UPDATE taskpool_task SET data = ?, successor = ?", (evil, evil))
-            db.commit()
-            with self.cluster({"echo": echo}, queue) as cluster:
-                cluster.submit("echo", {"a": 1}, keep_result=60, task_id="good").result(PATIENCE)
-            (stored,) = db.execute("SELECT data, result FROM taskpool_task WHERE id = 'good'")
-        self.assertEqual(stored, ('{"a":1}', '{"a":1}'))
+        self.sql("UPDATE taskpool_task SET data = ?, successor = ?", evil, evil)
+        with self.cluster({"echo": echo}, queue) as cluster:
+            cluster.submit("echo", {"a": 1}, keep_result=60, task_id="good").result(PATIENCE)
+        self.assertEqual(self.sql("SELECT data, result FROM taskpool_task WHERE id = 'good'"), [('{"a":1}', '{"a":1}')])
         self.assertFalse(flag.exists())
         self.assertEqual(queue.find_one(task_id="evil").state, "failed")
-
-
-class Touch:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 # --- Scripts: every start method, both styles, and how they end ------------------------
@@ -6084,8 +6035,6 @@ class TestIsomorphic(InFolder):
     """The entry file runs again in every worker; both styles of script work."""
 
     UNGUARDED = """
-        import os, sys
-        from taskpool import Cluster, TaskQueue
         queue = TaskQueue("tasks.db")
         factor = 3
         def die(job):
@@ -6106,8 +6055,6 @@ class TestIsomorphic(InFolder):
     """
 
     GUARDED = """
-        import sys
-        from taskpool import Cluster, TaskQueue
         def run(job):  # A profiler has one, too.
             return 3 * job.data
         async def wait(job):
@@ -6120,6 +6067,12 @@ class TestIsomorphic(InFolder):
             main()
     """
 
+    MAKE = (
+        "from taskpool import *\n"
+        "def make(task_map, method):\n"
+        "    return Cluster(task_map, TaskQueue('x.db'), max_available_workers=1, start_method=method)\n"
+    )
+
     def test_both_styles_of_script_work_under_every_start_method(self):
         for method in METHODS:
             with self.subTest(method=method):
@@ -6129,17 +6082,10 @@ class TestIsomorphic(InFolder):
                 self.assertEqual({t.state for t in self.queue().find()}, {"failed"})  # The end finishes.
                 self.queue().remove(state="failed")
 
-    def test_under_a_profiler_a_task_is_no_function_of_the_profiler(self):
-        self.script(self.GUARDED, "plain.py")
-        for flags in (["-m", "cProfile"], ["-m", "trace", "--count", "--missing", "-C."]):
-            out, err = self.start("plain.py", "spawn", flags=flags).communicate(timeout=PATIENCE)
-            self.assertTrue(out.startswith("[0, 3, 6] waited\n"), out + err)
-
     def test_a_worker_never_runs_the_functions_of_another_cluster(self):
         """Made by one line, which is reached in another order, or by other calls, in workers."""
         out = self.run_script(
             """
-            from taskpool import Cluster, TaskQueue
             def make(name, order):
                 queue = TaskQueue(f"{name}.db")
                 return Cluster({"who": lambda job: name}, queue, max_available_workers=1, start_method="spawn")
@@ -6161,6 +6107,7 @@ class TestIsomorphic(InFolder):
         # hidden/odd.py cannot be imported by its name, as under some test runners.
         for name in ("pkg/__main__.py", "pkg/sub.py", "plain.py", "hidden/odd.py"):
             self.script(self.UNGUARDED, name)
+        self.script(self.GUARDED, "guarded.py")  # Under a profiler, which has a function of that name.
         self.script("", "pkg/__init__.py")
         self.script("import plain", "importer.py")
         self.script("import runpy\nrunpy.run_path('plain.py', run_name='__main__')", "runner.py")
@@ -6177,11 +6124,13 @@ class TestIsomorphic(InFolder):
         shutil.make_archive(self.folder / "archive", "zip", self.folder / "pkg")
         for flags, name in [
             ([], "archive.zip"), (["-m"], "pkg"), (["-m"], "pkg.sub"), (["-m"], "plain"), (["-m", "cProfile"], "plain.py"),
+            (["-m", "cProfile"], "guarded.py"), (["-m", "trace", "--count", "--missing", "-C."], "guarded.py"),
             ([], "importer.py"), ([], "pkg"), ([], "runner.py"), ([], "by_file.py"), (["-X", "dev", "-W", "error"], "plain.py"),
         ]:
             with self.subTest(flags=flags, name=name):
                 out, err = self.start(name, "spawn", flags=flags).communicate(timeout=PATIENCE)
-                self.assertTrue(out.startswith("[0, 3, 6] False\n<class 'taskpool.WorkerDied'> True\n"), out + err)
+                expected = "waited\n" if name == "guarded.py" else "False\n<class 'taskpool.WorkerDied'> True\n"
+                self.assertTrue(out.startswith(f"[0, 3, 6] {expected}"), out + err)
         process = self.start("plain.py", "spawn", flags=["-i"], stdin=subprocess.PIPE)
         out, err = process.communicate("print('later', cluster.submit('triple', 5).result())\n", timeout=PATIENCE)
         self.assertIn("later 15", out, err)
@@ -6192,9 +6141,6 @@ class TestIsomorphic(InFolder):
             with self.subTest(method=method):
                 self.run_script(
                     """
-                    import sys
-                    from datetime import timedelta
-                    from taskpool import Cluster, TaskQueue
                     queue = TaskQueue("tasks.db")
                     def note(job):
                         print("ran", job.data, flush=True)
@@ -6225,7 +6171,6 @@ class TestIsomorphic(InFolder):
 
     def test_a_script_without_a_guard_that_adds_tasks_is_told_to_guard(self):
         source = """
-            from taskpool import Cluster, TaskQueue
             queue = TaskQueue("tasks.db")
             cluster = Cluster({"x": print}, queue, max_available_workers=1)
             queue.add_task("x")
@@ -6239,7 +6184,6 @@ class TestIsomorphic(InFolder):
     def test_what_cannot_work_fails_with_the_cure(self):
         """ENGINE 44, TT-03."""
         inner = """
-            from taskpool import Cluster, TaskQueue
             if __name__ == "__main__":
                 def main():
                     with Cluster({"inner": lambda job: 1}, TaskQueue("x.db"), max_available_workers=1) as cluster:
@@ -6247,7 +6191,7 @@ class TestIsomorphic(InFolder):
                 main()
         """
         self.assertRegex(self.run_script(inner), "'inner'.*top level.*fork")
-        make = "from taskpool import *\ndef make(task_map, method): return Cluster(task_map, TaskQueue('x.db'), start_method=method)\n"
+        make = self.MAKE
         self.script(make, "lib.py")
         code = "def f(job): return 5\nwith make({'f': f}, '%s') as c: print(c.submit('f').result())"
         told = "RuntimeError: the function of 'f' was defined where a worker process cannot find it (python -c, standard input"
@@ -6260,9 +6204,7 @@ class TestIsomorphic(InFolder):
                     self.assertIn(text, out + err)
 
     ODD = """
-        import sys, threading, time
         import lib
-        from taskpool import Cluster, TaskQueue
         def own(job):
             return "own"
         def main(*types):
@@ -6279,16 +6221,7 @@ class TestIsomorphic(InFolder):
 
     def test_workers_start_where_the_main_module_cannot_be_run_again(self):
         """Of standard input, missing, without argv, under a debugger, or when its script has ended."""
-        self.script(
-            """
-            from taskpool import Cluster, TaskQueue
-            def function(job):
-                return "lib"
-            def make(task_map, method):
-                return Cluster(task_map, TaskQueue("y.db"), max_available_workers=1, start_method=method)
-            """,
-            "lib.py",
-        )
+        self.script(self.MAKE + "def function(job): return 'lib'", "lib.py")
         debug = "break\ncontinue\nquit\n"
         guarded = "if __name__ == '__main__': "
         for ending, flags, stdin, expected in [
@@ -6302,8 +6235,7 @@ class TestIsomorphic(InFolder):
             *[("threading.Thread(target=late).start()", [], "", "own lib\n")] * (not (3, 12) <= sys.version_info < (3, 12, 3)),
         ]:
             with self.subTest(ending=ending, flags=flags):
-                source = textwrap.dedent(self.ODD) + guarded + ending
-                self.script(source)
+                source = self.script(textwrap.dedent(self.ODD) + guarded + ending).read_text()
                 name = "-" if stdin is None else "script" if flags[-1:] == ["-m"] else "script.py"
                 process = self.start(name, flags=flags, stdin=subprocess.PIPE)
                 out, err = process.communicate(source if stdin is None else stdin, timeout=PATIENCE)
@@ -6311,8 +6243,6 @@ class TestIsomorphic(InFolder):
 
     def test_a_program_that_is_not_python_is_named(self):
         source = """
-            import os, sys
-            from taskpool import Cluster, TaskQueue
             if __name__ == "__main__":
                 sys.executable = sys.argv[1]
                 with Cluster({"x": print}, TaskQueue("x.db"), max_available_workers=1, start_method=sys.argv[2]) as cluster:
@@ -6328,7 +6258,7 @@ class TestIsomorphic(InFolder):
     def test_functions_of_a_package_that_was_loaded_by_its_file_are_found(self):
         """As pytest --import-mode=importlib does: the names of the packages can be imported nowhere."""
         (self.folder / "hidden/tests/unit").mkdir(parents=True)
-        make = "from taskpool import *\ndef make(task_map, method): return Cluster(task_map, TaskQueue('x.db'), max_available_workers=1, start_method=method)\n"
+        make = self.MAKE
         for name, text in {"unit/helper": "def helps(job): return 'helps'", "unit/test_x": make + "def function(job): return __name__",
                            "conftest": make, "__init__": "here = True"}.items():
             self.script(text, f"hidden/tests/{name}.py")
@@ -6361,8 +6291,7 @@ class TestWhatAWorkerRunsAgain(InFolder):
     """What a worker computes as it runs the entry file again equals what the master has."""
 
     JOBS = """
-        import os, sys, tempfile
-        from taskpool import Cluster, SQLiteStore, TaskQueue
+        import tempfile
         queues = {
             "relative": TaskQueue("tasks.db"),
             "pid": TaskQueue(f"t-{os.getpid()}.db"),
@@ -6425,12 +6354,9 @@ class TestWhatAWorkerRunsAgain(InFolder):
             self.check(self.UNGUARDED, method, "temporary")
         self.check("import jobs", METHODS[0], "relative", self.UNGUARDED)
 
-
     def test_a_read_while_the_file_runs_again_is_of_the_masters_file_or_an_error(self):
         """And makes no file."""
         source = """
-            import os, sys
-            from taskpool import Cluster, TaskQueue
             queue = TaskQueue("tasks.db")
             cluster = Cluster({"count": lambda job: count}, queue, max_available_workers=1, start_method=sys.argv[1])
             count = queue.count()
@@ -6454,7 +6380,6 @@ class TestWhatAWorkerRunsAgain(InFolder):
         """Types and files tell; so do functions that are the same."""
         out = self.run_script(
             """
-            from taskpool import Cluster, TaskQueue
             options = {"queue": TaskQueue("tasks.db"), "max_available_workers": 1}
             by_type = {n: Cluster({n: lambda job, n=n: n}, **options) for n in {"a", "b"}}
             same = [Cluster({"same": lambda job: "same"}, in_memory_only=True, max_available_workers=1) for _ in range(2)]
@@ -6504,8 +6429,6 @@ class TestWhatAWorkerRunsAgain(InFolder):
     def test_a_deleted_current_folder_is_named(self):
         out = self.run_script(
             """
-            import os, sys
-            from taskpool import Cluster, TaskQueue
             if __name__ == "__main__":
                 queue = TaskQueue("tasks.db")
                 for number, method in enumerate(sys.argv[1:]):
@@ -6663,8 +6586,6 @@ class TestEnds(InFolder):
         self.assertEqual(cluster.queue.count(), 0)
 
     SERVER = """
-        import logging, os, sys, time
-        from taskpool import Cluster, TaskQueue
         logging.basicConfig(level=logging.INFO)
         def hold(job):
             open(f"started{job.id}", "w").close()
@@ -6807,8 +6728,6 @@ class TestEnds(InFolder):
             ("import os; os._exit(4)", "code 4"),
         ]:
             source = f"""
-                import sys
-                from taskpool import Cluster, TaskQueue
                 if __name__ != "__main__":
                     {body}
                 import functools
@@ -6840,8 +6759,7 @@ class TestEnds(InFolder):
     def test_every_way_to_end_a_program_leaves_no_process(self):
         """SG-10, ENGINE 64, 65, 67, 71, 79: with an idle, a busy, and a GIL-holding worker."""
         source = """
-            import ctypes, os, signal, sys, time
-            from taskpool import Cluster, TaskQueue
+            import ctypes
             def busy(job):
                 open("busy", "w").close()
                 while True: pass
@@ -6883,39 +6801,19 @@ class TestEnds(InFolder):
     @unittest.skipUnless(LINUX, "looks into /proc")
     def test_signals_while_workers_start_end_the_program_too(self):
         """SG-01, ENGINE 74: one, or two, while the entry file takes its time in the worker."""
-        source = """
-            import os, sys, time
-            from taskpool import Cluster, TaskQueue
-            def f(job): pass
-            if __name__ != "__main__":
-                open("booting", "w").close()
-                time.sleep(60)
-            if __name__ == "__main__":
-                cluster = Cluster({"f": f}, TaskQueue("tasks.db"), max_available_workers=1)
-                cluster.run()
-                print("stopped")
-        """
-        queue, script = self.queue(), self.script(source)
-        queue.add_task("f", task_id="stored")
+        boots = "if not Cluster.is_master(): open('started0', 'w'), open('started1', 'w'), time.sleep(60)"
         for numbers in ([signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]):
-            with self.subTest(numbers=numbers):
-                process = self.start(script)
-                eventually((self.folder / "booting").exists)
-                workers = children(process.pid)
-                for number in numbers:
-                    process.send_signal(number)
-                out, err = process.communicate(timeout=PATIENCE)
-                self.assertEqual((out, err, process.returncode), ("stopped\n", "", 0))
-                eventually(lambda: not any(map(is_alive, workers)))
-                self.assertEqual([(t.id, t.state, t.attempt) for t in queue.find()], [("stored", "waiting", 0)])
-                os.remove(self.folder / "booting")
+            queue, process = self.serve(PATIENCE, self.SERVER.replace("def hold", f"{boots}\n        def hold"))
+            workers = children(process.pid)
+            for number in numbers:
+                process.send_signal(number)
+            self.check_end(queue, process, "01234")
+            eventually(lambda workers=workers: not any(map(is_alive, workers)))
 
     def test_a_storm_of_signals_is_two_signals(self):
         """LL-06: while all threads log."""
         out = self.run_script(
             """
-            import logging, os, signal, sys, threading, time
-            from taskpool import Cluster, TaskQueue
             def hold(job): time.sleep(60)
             if __name__ == "__main__":
                 logging.basicConfig(level=logging.DEBUG, filename="log")
@@ -6947,9 +6845,7 @@ class TestEnds(InFolder):
         """ENGINE 80, 82, 85."""
         out = self.run_script(
             """
-            import atexit, os, subprocess, sys, threading, time
-            import taskpool
-            from taskpool import Cluster, TaskQueue
+            import atexit
             def leave(job):
                 threading.Thread(target=time.sleep, args=(60,)).start()
                 child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -7095,8 +6991,6 @@ class TestPassingFailures(InFolder):
         self.assertEqual(cluster.queue.count(), 3)
 
     BOOT = """
-        import logging, os, signal, sys, time, taskpool
-        from taskpool import Cluster, TaskQueue
         from test_taskpool import nap
         logging.basicConfig(format="%(message)s")
         if not Cluster.is_master():
@@ -7118,27 +7012,6 @@ class TestPassingFailures(InFolder):
                 out = self.run_script(self.BOOT.format(second=second), PATIENCE)
                 self.assertEqual(out.split(), ["done"] * 50, self.stderr)
                 os.remove(self.folder / "first")
-        for last in (None, 1):  # Also where the one that is there runs its last task.
-            start, starts = multiprocessing.process.BaseProcess.start, []
-
-            def start_one(process, start=start, starts=starts):
-                starts.append(process)
-                if len(starts) > 1:
-                    raise OSError(24, "Too many open files")
-                start(process)
-
-            path = str(self.folder / f"hold {last}")
-            with mock.patch.object(multiprocessing.process.BaseProcess, "start", start_one):
-                cluster = self.cluster({"hold": hold, "echo": echo}, max_tasks_per_worker=last)
-                held = cluster.submit("hold", path)
-                futures = [cluster.submit("echo", i) for i in range(5)]
-                eventually(lambda starts=starts: len(starts) > taskpool.BOOT_TRIES + 1)
-                if last is None:
-                    let_end(path)
-                    self.assertEqual([future.result(PATIENCE) for future in futures], list(range(5)))
-            let_end(path)
-            self.assertEqual([future.result(PATIENCE) for future in futures], list(range(5)))
-            self.assertEqual(held.result(), "held")
 
     def test_a_file_that_does_not_come_to_its_end_in_a_worker_is_told_of_and_given_up(self):
         (self.folder / "first").touch()
@@ -7155,16 +7028,12 @@ class TestKillAnythingAnyTime(InFolder):
     """
 
     MASTER = """
-        import sys
-        from taskpool import Cluster, TaskQueue
         from test_taskpool import chaos
         if __name__ == "__main__":
             Cluster({"chaos": chaos}, TaskQueue("tasks.db"), max_available_workers=2, oversubscribe=True,
                     keep_alive="always", refresh_rate=100, logs="error").run()
     """
     PRODUCER = """
-        import random, sys
-        from taskpool import TaskQueue
         with TaskQueue("tasks.db") as queue:
             for i in range(int(sys.argv[2])):
                 name, seconds = f"{sys.argv[1]}-{i}", random.choice([0, 0, 0, 0.002, 0.02])
@@ -7173,8 +7042,6 @@ class TestKillAnythingAnyTime(InFolder):
                                retries=random.choice([0, 1, 60]), retry_delay=0.01)
     """
     PRODUCING_MASTER = """
-        import sys, time
-        from taskpool import Cluster, TaskQueue
         from test_taskpool import chaos
         if __name__ == "__main__":
             queue = TaskQueue("tasks.db")
@@ -7255,9 +7122,8 @@ class TestKillAnythingAnyTime(InFolder):
         self.check_store()
 
     def check_store(self):
-        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
-            self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
-            self.assertEqual(db.execute("SELECT count(*) FROM taskpool_task WHERE owner <> ''").fetchone(), (0,))
+        self.assertEqual(self.sql("PRAGMA integrity_check"), [("ok",)])
+        self.assertEqual(self.sql("SELECT count(*) FROM taskpool_task WHERE owner <> ''"), [(0,)])
 
     def test_one_master_and_its_workers(self):
         self.drive(masters=1, kills=70, producers=1, tasks=1200)
@@ -7282,43 +7148,9 @@ class TestKillAnythingAnyTime(InFolder):
         self.assertEqual({line.strip() for line in lines_of(added)} - ends, set())
         self.check_store()
 
-    def test_a_master_stopped_longer_than_its_lease_has_its_late_outcome_discarded(self):
-        source = """
-            import logging, os, sys, time, taskpool
-            from taskpool import Cluster, TaskQueue
-            taskpool.LEASE_SECONDS, taskpool.RENEW_SECONDS, taskpool.WATCH_SECONDS = 1.0, 0.2, 0.1
-            logging.basicConfig(filename=sys.argv[1] + ".log")
-            def hold(job):
-                name = f"{os.getppid()}"
-                open(name, "w").close()
-                while not os.path.exists(name + ".end"):
-                    time.sleep(0.005)
-            if __name__ == "__main__":
-                Cluster({"hold": hold}, TaskQueue("tasks.db"), max_available_workers=1).run()
-        """
-        queue, script = self.queue(), self.script(source)
-        queue.add_task("hold", task_id="t")
-        first = self.start(script, "first")
-        eventually((self.folder / f"{first.pid}").exists)
-        workers = children(first.pid)
-        for pid in (first.pid, *workers):
-            os.kill(pid, signal.SIGSTOP)
-        second = self.start(script, "second")
-        eventually((self.folder / f"{second.pid}").exists)  # It took the task over.
-        (self.folder / f"{first.pid}.end").touch()
-        for pid in (first.pid, *workers):
-            os.kill(pid, signal.SIGCONT)
-        eventually(lambda: "its claim was lost" in (self.folder / "first.log").read_text())
-        self.assertEqual(queue.find_one().state, "running")
-        (self.folder / f"{second.pid}.end").touch()
-        eventually(lambda: queue.count() == 0)
-        self.assertNotIn("lost", (self.folder / "second.log").read_text())
-
     def test_a_task_that_kills_its_master_fails_after_six_starts_and_others_are_served(self):
         """P3, RT-05, ENGINE 4: the whole process group dies, at every start."""
         source = """
-            import os, signal, sys
-            from taskpool import Cluster, TaskQueue
             def note(job):
                 fd = os.open("lines", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.write(fd, f"{job.id}\\n".encode())
@@ -7356,19 +7188,16 @@ class TestMongoKillAnythingAnyTime(WithMongo):
 
     drive, check = TestKillAnythingAnyTime.drive, TestKillAnythingAnyTime.check
     MASTER, PRODUCER = (
-        source.replace("from taskpool", "import pymongo, taskpool; from taskpool").replace(
+        f"\n        import pymongo{source}".replace(
             'TaskQueue("tasks.db")', "TaskQueue(taskpool.MongoStore(pymongo.MongoClient(URI).test.NAME))")
         for source in (TestKillAnythingAnyTime.MASTER, TestKillAnythingAnyTime.PRODUCER)
     )
-
-    def queue(self):
-        return TaskQueue(taskpool.MongoStore(self.collection))
 
     def script(self, source, name="script.py"):
         return super().script(source.replace("URI", repr(self.uri())).replace("NAME", self.collection.name), name)
 
     def check_store(self):
-        self.assertEqual(self.collection.count_documents({"owner": {"$exists": True}}), 0)
+        self.assertEqual(self.collection.count_documents({"taskpool.owner": {"$gt": ""}}), 0)
 
     @unittest.skipUnless(LINUX, "finds the victims in /proc")
     def test_two_masters_and_producers_in_other_processes(self):
@@ -7393,8 +7222,7 @@ def leave_a_grandchild(job):
 def misbehave(job):
     """Run for ever, in a way that is hard to end; or do harm to the process."""
     how = job.data["how"]
-    if how != "write":
-        Path(job.data["file"]).write_text(str(os.getpid()))
+    Path(job.data["file"]).write_text(str(os.getpid()))
     if how == "spin":
         while True:
             pass
@@ -7454,11 +7282,6 @@ def misbehave(job):
 
         sys.stderr = None
         ctypes.string_at(0)
-    if how == "write":
-        with open(job.data["file"], "a" if job.attempt > 1 else "w") as file:
-            while True:
-                print(job.attempt, file=file, flush=True)
-                time.sleep(0.002)
     if how == "term to exit":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
     if how.startswith("term"):
@@ -7483,8 +7306,6 @@ class TestNothingIsGivenAway(InFolder):
     def test_nor_do_those_that_the_entry_file_starts_as_it_runs_again(self):
         """Under forkserver that may be in the server (from Python 3.13.8 on), whose ways are its own."""
         source = """
-            import sys
-            from taskpool import Cluster
             from test_taskpool import echo, what_programs_get
             if not Cluster.is_master():
                 print({*what_programs_get()} <= {*sys.argv}, flush=True)
@@ -7514,8 +7335,6 @@ class TestNothingIsGivenAway(InFolder):
 
     def test_a_program_in_the_background_keeps_nobody_waiting(self):
         source = """
-            import os
-            from taskpool import Cluster
             def start(job): os.system("sleep 60 < /dev/null > /dev/null 2>&1 & echo $! > pid")
             if __name__ == "__main__":
                 with Cluster({"start": start}, in_memory_only=True, max_available_workers=1) as cluster:
@@ -7592,15 +7411,6 @@ class TestHostileTasks(WithCluster):
         self.shared._engine.wake._pending = True  # As a Ctrl-C before its byte leaves it.
         eventually(lambda: not self.shared._engine.wake._pending)
 
-    def test_no_attempt_runs_beside_the_next_one(self):
-        """TO-05."""
-        path = self.folder / "attempts"
-        error = self.submit("misbehave", {"how": "write", "file": str(path)}, timeout=0.3, retries=1, retry_delay=0)
-        self.assertIsInstance(error.exception(PATIENCE), TaskTimeout)
-        attempts = path.read_text().split()
-        self.assertEqual(attempts, sorted(attempts))
-        self.assertEqual(set(attempts), {"1", "2"})
-
     def test_a_worker_dies_of_sigterm_whatever_the_master_does_with_it(self):
         """ENGINE 14, 76: also under fork, and after a task made it a SystemExit."""
         previous = signal.signal(signal.SIGTERM, lambda *_: self.fail("the master's own handler ran"))
@@ -7635,9 +7445,8 @@ class TestHostileTasks(WithCluster):
     def test_threads_that_fork_at_once_release_their_own_locks_only(self):
         out = self.run_script(
             """
-            import os, sys, threading, warnings
+            import warnings
             from concurrent.futures import ThreadPoolExecutor
-            from taskpool import TaskQueue
             warnings.simplefilter("ignore")
             sys.setswitchinterval(1e-6)
             queues = [TaskQueue(f"{i}.db") for i in range(3)]
@@ -7709,8 +7518,7 @@ class TestHostileTasks(WithCluster):
         """P4: it dies with its master, although the fork lives on."""
         process = self.start(self.script(
             """
-            import multiprocessing.context, os, threading, time
-            from taskpool import Cluster, TaskQueue
+            import multiprocessing.context
             def pid(job): return os.getpid()
             pipes, forked = threading.Semaphore(0), threading.Event()
             make = multiprocessing.context.BaseContext.Pipe
@@ -7739,8 +7547,6 @@ class TestHostileTasks(WithCluster):
     def test_a_fork_may_run_a_cluster_of_its_own(self):
         out = self.run_script(
             """
-            import os, sys
-            from taskpool import Cluster, TaskQueue
             def pid(job): return os.getppid()
             if __name__ == "__main__":
                 queue = TaskQueue("tasks.db")
@@ -7778,37 +7584,12 @@ def memory_of(pid):
 class TestOddPlaces(InFolder):
     """P4 where processes, pipes, text or threads are not as usual."""
 
-    def test_the_channel_of_windows_bears_it_too(self):
-        """ENGINE 58: what TestWithoutSelectablePipes leaves out."""
-        with unittest.mock.patch.object(taskpool, "_SELECTABLE", False):  # Pipes are none.
-            cluster = self.cluster({**EVERYTHING, "misbehave": misbehave}, keep_alive="always", refresh_rate=20)
-            self.assertEqual(len(cluster.submit("return_kind", "large").result(PATIENCE)), 3_000_000)
-            for task_type, how, kind, options in (
-                ("badly", "kill", WorkerDied, {"retries": 1, "retry_delay": 0}), ("misbehave", "close", WorkerDied, {}),
-                ("misbehave", "gil", TaskTimeout, {"timeout": 0.3}),
-            ):
-                future = cluster.submit(task_type, {"how": how, "file": str(self.folder / how)}, **options)
-                self.assertIsInstance(future.exception(PATIENCE), kind)
-            victims = [w["pid"] for w in cluster.workers()]
-            for victim in victims:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(victim, signal.SIGKILL)
-            eventually(lambda: not {*victims} & {w["pid"] for w in cluster.workers()})  # Else one gets a task.
-            self.assertEqual(list(cluster.map("echo", range(50))), list(range(50)))
-            pids = [w["pid"] for w in cluster.workers()]
-            cluster.shutdown()
-            eventually(lambda: not any(map(is_alive, pids + victims)) or not LINUX)
-            with self.cluster({"pid": pid_of_worker}, max_tasks_per_worker=1) as cluster:
-                self.assertEqual(len(set(cluster.map("pid", range(4)))), 4)
-
     @unittest.skipUnless("forkserver" in METHODS and LINUX, "needs forkserver")
     def test_a_killed_forkserver_costs_its_workers_and_is_replaced(self):
         """ENGINE 40, 41, 43: the entry file may also be preloaded in it."""
         out = self.run_script(
             """
-            import multiprocessing, os, signal, time
             from multiprocessing.forkserver import _forkserver
-            from taskpool import Cluster, TaskQueue
             def hold(job):
                 open("pid", "w").write(str(os.getpid()))
                 time.sleep(60)
@@ -7833,9 +7614,8 @@ class TestOddPlaces(InFolder):
         """WP-03, ENGINE 37, 38, 83."""
         out = self.run_script(
             """
-            import io, importlib, logging, os, random, sqlite3, sys, threading
-            import colorsys, taskpool
-            from taskpool import Cluster, TaskQueue
+            import io, importlib
+            import colorsys
             def task(job):
                 logging.warning("in %d", os.getpid())
                 importlib.reload(colorsys)
@@ -7864,8 +7644,6 @@ class TestOddPlaces(InFolder):
     def test_any_text_passes_where_output_is_ascii_or_closed(self):
         """SE-07."""
         source = r"""
-            import logging, os, sys
-            from taskpool import Cluster, TaskQueue
             def bad(job): raise ValueError("gl\u0101\u017e \U0001f600 \udcff")
             def same(job):
                 print("gl\u0101\u017e")
@@ -7958,9 +7736,7 @@ class TestNothingPilesUp(InFolder):
                 self.assertTrue(cluster.drain(PATIENCE))
             queue.remove(state="failed"), queue.in_memory.remove(state="failed")
             gc.collect()
-            with contextlib.closing(sqlite3.connect(self.folder / "tasks.db", timeout=PATIENCE)) as db:
-                (pages,) = db.execute("PRAGMA page_count").fetchone()
-            return sys.getallocatedblocks(), pages
+            return sys.getallocatedblocks(), self.sql("PRAGMA page_count")[0][0]
 
         for _ in range(3):
             round_()
@@ -8006,8 +7782,7 @@ class TestNothingPilesUp(InFolder):
         """SG-08, SG-11, ENGINE 77: SIGCHLD ignored; descriptors over 1024; a low limit."""
         out = self.run_script(
             """
-            import os, resource, signal, sys, time
-            from taskpool import Cluster, TaskQueue
+            import resource
             def pid(job): return os.getpid()
             def die(job): os._exit(4)
             def descriptors(): return len(os.listdir("/proc/self/fd"))
@@ -8079,46 +7854,14 @@ class TestNothingPilesUp(InFolder):
         )
         self.assertEqual(out, "True 0 3\n", self.stderr)
 
-    def test_workers_that_die_as_they_start_cost_little(self):
-        """TT-04: each start after a longer pause, in which the master sleeps."""
-        turns, starts, start = [], [], multiprocessing.process.BaseProcess.start
-
-        class Counting(taskpool.selectors.DefaultSelector):
-            def select(self, timeout=None):
-                turns.append(1)
-                return super().select(timeout)
-
-        counted = mock.patch.object(multiprocessing.process.BaseProcess, "start", lambda process: (starts.append(time.monotonic()), start(process)))
-        with self.assertLogs("taskpool", "ERROR") as logs, counted, mock.patch.object(taskpool.selectors, "DefaultSelector", Counting):
-            cluster = self.cluster({"deadly": Deadly()}, max_available_workers=1, in_memory_only=True)
-            cluster.queue.add_task("deadly", in_memory=True)
-            eventually(lambda: len(starts) >= 6)
-        for number, (one, two) in enumerate(zip(starts, starts[1:])):
-            self.assertGreaterEqual(two - one, taskpool.BOOT_SECONDS * 2**number)
-        self.assertLess(len(turns), 600)
-        self.assertEqual(len(logs.output), 1)
-        self.assertIn("code 4", logs.output[0])
-
-
-class Deadly:
-    """A task function that ends the process that unpickles it."""
-
-    def __call__(self, job):
-        pass
-
-    def __reduce__(self):
-        return os._exit, (4,)
-
 
 class TestStoresUnderPressure(InFolder):
     """P1: locks, crowds, full disks, and files that vanish."""
 
     def test_eight_producers_and_two_clusters_share_a_file_without_an_error(self):
-        """SQ-01, DU-05."""
+        """SQ-01, SQ-04, DU-05. P2: and each task runs once."""
         producer = self.script(
             """
-            import sys
-            from taskpool import TaskQueue
             with TaskQueue("tasks.db") as queue:
                 for i in range(0, int(sys.argv[2]), 10):  # Five alone, then five together.
                     tasks = [
@@ -8158,8 +7901,6 @@ class TestStoresUnderPressure(InFolder):
         """SQ-07, SM-01, SM-03."""
         script = self.script(
             """
-            import os, sys, time
-            from taskpool import TaskQueue
             print("ready", flush=True)
             for turn in range(20):
                 while not os.path.exists(f"go{turn}"):
@@ -8197,8 +7938,7 @@ class TestStoresUnderPressure(InFolder):
             queue.add_task("x", turn)
             self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
         self.assertEqual(queue.count(), 30)
-        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
-            self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
+        self.assertEqual(self.sql("PRAGMA integrity_check"), [("ok",)])
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
     def test_a_fork_waits_for_the_transactions_of_other_threads(self):
@@ -8230,7 +7970,6 @@ class TestStoresUnderPressure(InFolder):
         """SQ-05: and SIGINT, and SIGTERM."""
         script = self.script(
             """
-            from taskpool import TaskQueue
             queue = TaskQueue("tasks.db")
             i = queue.count()
             while True:
@@ -8283,17 +8022,15 @@ class TestStoresUnderPressure(InFolder):
         queue = self.queue()
         cluster = self.cluster({"echo": echo}, queue, keep_alive="always")
         self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
-        for name in ("tasks.db", "tasks.db-wal", "tasks.db-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.folder / name)
+        for path in self.folder.glob("tasks.db*"):
+            path.unlink(missing_ok=True)
         later = queue.add_task("echo", due_date=timedelta(hours=1))
         self.assertEqual(self.queue().find_one().id, later.id)  # In the file that is there.
         self.assertEqual(cluster.submit("echo", 2).result(PATIENCE), 2)
         (self.folder / "junk").write_bytes(b"junk" * 10_000)
         os.replace(self.folder / "junk", self.folder / "tasks.db")
-        for name in ("tasks.db-wal", "tasks.db-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.folder / name)
+        for path in self.folder.glob("tasks.db-*"):
+            path.unlink(missing_ok=True)
         with self.assertRaisesRegex(StoreError, "not a database"):
             queue.add_task("echo")
         self.assertEqual(cluster.submit("echo", 3, in_memory=True).result(PATIENCE), 3)
@@ -8322,42 +8059,33 @@ def line_here(job):
 class TestClockChanges(InFolder):
     """A clock set back or forward by a day loses, doubles and stops nothing. CK-01, CK-06."""
 
-    def test_due_retried_and_running_tasks_survive_a_clock_that_jumps(self):
-        for in_memory in (False, True):
-            for jump in (-86400.0, 86400.0):
-                with self.subTest(in_memory=in_memory, jump=jump):
-                    queue, path = self.queue(f"{in_memory}{jump}.db"), str(self.folder / f"{in_memory}{jump}")
-                    queue.clock = Clock()
-                    add = functools.partial(queue.add_task, in_memory=in_memory)
-                    task_map = {"line": add_line, "hold": hold, "succeed_at": succeed_at}
-                    cluster = self.cluster(task_map, queue, max_available_workers=3)
-                    add("hold", path, task_id="held")
-                    begun(path)
-                    add("line", {"file": path}, task_id="day", due_date=timedelta(hours=12))
-                    queue.clock.offset = jump
-                    add("line", {"file": path}, task_id="now")
-                    self.assertEqual(queue.wait("now", PATIENCE).state, "done")
-                    let_end(path)
-                    self.assertEqual(queue.wait("held", PATIENCE).state, "done")
-                    add("succeed_at", 2, retries=1, retry_delay=0.05, task_id="again")
-                    self.assertEqual(queue.wait("again", PATIENCE).state, "done")
-                    if jump > 0:
-                        self.assertEqual(queue.wait("day", PATIENCE).state, "done")
-                    cluster.shutdown()
-                    ran = [line.split()[0] for line in lines_of(path)]
-                    self.assertEqual(sorted(ran), ["day", "now"] if jump > 0 else ["now"])
-
-    def test_a_task_that_became_due_runs_although_the_clock_went_back(self):
-        queue, path = self.queue(), str(self.folder / "hold")
-        queue.clock = Clock()
-        queue.add_task("hold", path, task_id="held", priority=9)
-        queue.add_task("line", {"file": path}, task_id="due")
-        cluster = self.cluster({"line": add_line, "hold": hold}, queue, max_available_workers=1)
-        begun(path)
-        queue.clock.offset = -86400.0
-        let_end(path)
-        self.assertEqual(queue.wait("due", PATIENCE).state, "done")
-        cluster.shutdown()
+    def test_due_retried_repeated_and_running_tasks_survive_a_clock_that_jumps(self):
+        for in_memory, jump in itertools.product((False, True), (-86400.0, 86400.0)):
+            with self.subTest(in_memory=in_memory, jump=jump):
+                queue, path = self.queue(f"{in_memory}{jump}.db"), str(self.folder / f"{in_memory}{jump}")
+                queue.clock = Clock()
+                add = functools.partial(queue.add_task, in_memory=in_memory)
+                task_map = {"line": add_line, "hold": hold, "succeed_at": succeed_at}
+                cluster = self.cluster(task_map, queue, max_available_workers=1)
+                add("hold", path, task_id="held", priority=9)
+                begun(path)
+                add("line", {"file": path}, task_id="due")  # Before the clock jumps.
+                add("line", {"file": path}, task_id="day", due_date=timedelta(hours=12))
+                add("line", {"file": path}, task_id="slots", repeat=timedelta(hours=1))
+                queue.clock.offset = jump
+                add("line", {"file": path}, task_id="now")
+                let_end(path)
+                add("succeed_at", 2, retries=1, retry_delay=0.05, task_id="again")
+                for task_id in ("held", "due", "now", "again", *["day"] * (jump > 0)):
+                    self.assertEqual(queue.wait(task_id, PATIENCE).state, "done")
+                self.assertTrue(cluster.drain(PATIENCE))
+                ran = sorted(line.split()[0] for line in lines_of(path))
+                # RC-07, CK-04: missed slots are one run.
+                self.assertEqual(ran, [*["day"] * (jump > 0), "due", "now", "slots"])
+                queue.clock.offset = -3600.0
+                self.assertTrue(cluster.drain(PATIENCE))
+                self.assertEqual(len(lines_of(path)), len(ran))
+                cluster.shutdown()
 
 
 @unittest.skipUnless(LINUX, "uses a pty")
@@ -8368,28 +8096,14 @@ class TestTerminal(InFolder):
         """SG-05, ENGINE 74."""
         import pty
 
-        script = self.script(
-            """
-            import os, time
-            from taskpool import Cluster, TaskQueue
-            def hold(job):
-                open(f"started{job.id}", "w").close()
-                while not os.path.exists("end"):
-                    time.sleep(0.005)
-            if __name__ == "__main__":
-                cluster = Cluster({"hold": hold}, TaskQueue("tasks.db"), max_available_workers=2, oversubscribe=True)
-                print("serving", flush=True)
-                cluster.run()
-                print("stopped", flush=True)
-            """
-        )
-        queue, names = self.queue(), ("started0", "started1")
+        serves = 'print("serving", flush=True), cluster.run()'
+        script, queue, names = self.script(TestEnds.SERVER.replace("cluster.run()", serves)), self.queue(), ("started0", "started1")
         for boot in (False, True):
             queue.add_tasks({"task_type": "hold", "task_id": str(i)} for i in range(2))
             pid, terminal = pty.fork()
             if pid == 0:
                 os.chdir(self.folder)
-                os.execve(sys.executable, [sys.executable, str(script)], {**os.environ, "PYTHONPATH": str(HERE)})
+                os.execve(sys.executable, [sys.executable, str(script), "60"], {**os.environ, "PYTHONPATH": str(HERE)})
             self.addCleanup(os.close, terminal)
             shown = b""
             while b"serving" not in shown:
@@ -8827,30 +8541,13 @@ class TestRepeat(InFolder):
         return [line.split()[0] for line in lines_of(path)]
 
     def test_what_repeat_takes(self):
-        """CN-06: refused by add_task, never taken for "now". RC-06: one rule twice is two schedules."""
+        """RC-06: one rule twice is two schedules."""
         queue = self.queue()
-        wrong_values = (timedelta(), timedelta(seconds=-1), "", "* * * *", "0 0 30 2 *", "@every 5m", "5", "nope")
-        for wrong in (5, 0, 1.5, True, b"* * * * *", ["* * * * *"], datetime.now(), *wrong_values):
-            expected = ValueError if wrong in wrong_values else TypeError
-            for add in (queue.add_task, lambda kind, **given: queue.add_tasks([{"task_type": kind, **given}])):
-                with self.subTest(wrong=wrong), self.assertRaisesRegex(expected, r"^(tasks\[0\]: )?repeat") as caught:
-                    add("x", repeat=wrong)
-                self.assertIs(type(caught.exception), expected)
-        self.assertEqual(queue.count(), 0)
         for repeat in (timedelta(microseconds=1), timedelta(days=400, seconds=1), "@daily", "@daily", Cron("0 9 * * 1-5"), None):
             task = queue.add_task("x", repeat=repeat)
             self.assertEqual(task.repeat, Cron(repeat) if type(repeat) is str else repeat)
             self.assertEqual(queue.find_one(task_id=task.id), task)
         self.assertEqual(queue.count(), 6)
-
-    def test_the_first_slot_is_now_or_the_crons_next_time_or_the_due_date(self):
-        queue = self.queue()
-        queue.clock = lambda: NOW / SECOND
-        now = taskpool._datetime(NOW)
-        self.assertEqual(queue.add_task("x", repeat=timedelta(hours=1)).due_date, now)
-        self.assertEqual(queue.add_task("x", repeat="@daily").due_date, Cron("@daily").next(now))
-        later = now + timedelta(minutes=5)
-        self.assertEqual(queue.add_task("x", repeat="@daily", due_date=later).due_date, later)
 
     def test_a_thousand_slots_do_not_drift(self):
         """And none is run twice or before its time, whatever the delays."""
@@ -8894,20 +8591,15 @@ class TestRepeat(InFolder):
         queue, told = self.queue(), []
         queue.add_event_listener("error", lambda value, task: told.append((task.id, task.state, task.attempt)))
         self.cluster({"slot": add_slot}, queue, keep_alive="always")
-        errors = {"raise": "ValueError: bad", "exit": "WorkerDied", "hang": "TaskTimeout"}
-        for how, error in errors.items():
-            path = str(self.folder / how)
+        often = {"repeat": timedelta(milliseconds=10), "retry_delay": 0}
+        for how, error, in_memory in (("raise", "ValueError: bad", True), ("exit", "WorkerDied", False), ("hang", "TaskTimeout", False)):
+            data, verbs = {"file": str(self.folder / how), "how": how}, queue.in_memory if in_memory else queue
             timeout = 0.3 if how == "hang" else None
-            queue.add_task("slot", {"file": path, "how": how}, task_id=how, timeout=timeout, repeat=timedelta(milliseconds=10))
-            eventually(lambda: len(set(self.slots(path))) >= 3, how)
-            self.assertIn(error, queue.find_one(task_id=how).error)
-            queue.remove(task_id=how)
-        path, retried = str(self.folder / "retried"), {"task_id": "retried", "retries": 1, "retry_delay": 0}
-        data = {"file": path, "how": "raise"}
-        queue.add_task("slot", data, in_memory=True, repeat=timedelta(milliseconds=10), **retried)
-        eventually(lambda: len(set(self.slots(path))) >= 3, "in memory")
-        queue.in_memory.remove(task_id="retried")
-        eventually(lambda: {attempt for i, _, attempt in list(told) if i == "retried"} == {1, 2})
+            queue.add_task("slot", data, task_id=how, timeout=timeout, in_memory=in_memory, retries=int(in_memory), **often)
+            eventually(lambda: len(set(self.slots(data["file"]))) >= 3, how)
+            self.assertIn(error, verbs.find_one(task_id=how).error)
+            verbs.remove(task_id=how)
+        eventually(lambda: {attempt for i, _, attempt in list(told) if i == "raise"} == {1, 2})
         ends = collections.Counter((task_id, state) for task_id, state, _ in told if state != "waiting")
         self.assertLessEqual(set(ends.values()), {1}, ends)  # Of the run during which it was removed.
         self.assertLessEqual({state for _, state in ends}, {"failed"})
@@ -8960,9 +8652,6 @@ class TestRepeat(InFolder):
     def test_starting_a_program_again_keeps_one_schedule(self):
         """RC-01, RC-03, RC-04, DU-06: also eight times at once."""
         script = self.script("""
-            import sys
-            from datetime import timedelta
-            from taskpool import Cluster, TaskQueue
             from test_taskpool import add_slot
             if __name__ == "__main__":
                 queue = TaskQueue("tasks.db")
@@ -8980,13 +8669,6 @@ class TestRepeat(InFolder):
             hour = timedelta(hours=hours)
             self.assertEqual((len(lines_of(lines)), task.repeat, task.due_date - task.created_at), (runs, hour, hour))
 
-    def test_only_the_end_of_a_run_ends_a_wait(self):
-        """Not a claim given back, nor a due date changed by update()."""
-        before = row(repeat=timedelta(hours=1))
-        for claim, due_at, expected in ((1, NOW, False), (0, NOW + 9, False), (1, NOW + 9, True)):
-            became = taskpool.what_became(before, before._replace(claim=claim, due_at=due_at))
-            self.assertEqual(became == "repeated", expected)
-
     def test_the_fifth_interruption_is_told_as_an_error_of_a_waiting_task(self):
         """P3."""
         store, told = SQLiteStore(self.folder / "tasks.db"), queues.SimpleQueue()
@@ -8995,23 +8677,6 @@ class TestRepeat(InFolder):
             queue.add_event_listener("error", lambda value, task: told.put((task.id, task.state, str(value))))
             with self.assertLogs("taskpool", "ERROR"), self.cluster({"x": echo}, queue):
                 self.assertEqual(told.get(timeout=PATIENCE), ("t", "waiting", "Interrupted: 5 times"))
-
-    def test_a_clock_that_jumps_runs_each_slot_once_and_missed_ones_as_one(self):
-        """RC-07, CK-01, CK-04."""
-        for in_memory in (False, True):
-            queue, path = self.queue(f"{in_memory}.db"), str(self.folder / str(in_memory))
-            queue.clock = Clock()
-            cluster = self.cluster({"slot": add_slot}, queue)
-            tasks = queue.in_memory if in_memory else queue
-            queue.add_task("slot", {"file": path}, task_id="s", in_memory=in_memory, repeat=timedelta(hours=1))
-            for count, offset in ((1, 0), (2, 3600), (2, 1800), (2, 3600), (3, 7200), (4, 400_000), (4, 100_000)):
-                queue.clock.offset = offset
-                self.assertTrue(cluster.drain(PATIENCE))
-                eventually(lambda: len(lines_of(path)) == count, f"{count} runs at {offset} s")
-                self.assertTrue(cluster.drain(PATIENCE))
-            self.assertEqual(len(set(self.slots(path))), 4)
-            self.assertEqual(tasks.find_one(task_id="s").state, "waiting")
-            cluster.shutdown()
 
     def test_update_changes_a_repeat_and_ends_it(self):
         queue, path = self.queue(), str(self.folder / "lines")
@@ -9076,23 +8741,26 @@ class TestWithoutSelectablePipes(InFolder):
         self.addCleanup(patched.stop)
 
     def test_results_failures_timeouts_and_conversations_come_through(self):
+        """ENGINE 58."""
         heard = []
         queue = self.queue()
         queue.add_event_listener("progress", lambda report, task: heard.append(report))
-        with self.cluster({**EVERYTHING, "steps": progress_and_end}, queue, message_broker=answer_pings) as cluster:
+        task_map = {**EVERYTHING, "steps": progress_and_end, "misbehave": misbehave}
+        with self.cluster(task_map, queue, message_broker=answer_pings, refresh_rate=20) as cluster:
             large = cluster.submit("echo", "x" * 3_000_000)
             self.assertEqual(list(cluster.map("echo", range(300))), list(range(300)))
             self.assertEqual(len(large.result(PATIENCE)), 3_000_000)
             self.assertEqual(cluster.submit("three deep").result(PATIENCE), ["pong ping 1", "pong ping 2", "pong ping 3"])
-            self.assertIsInstance(cluster.submit("fail").exception(PATIENCE), ValueError)
-            self.assertIsInstance(cluster.submit("steps").exception(PATIENCE), ValueError)
-            note = str(self.folder / "note")
-            died = cluster.submit("badly", {"how": "exit", "file": note}).exception(PATIENCE)
-            self.assertEqual((type(died), died.exit_code), (WorkerDied, 3))
-            late = cluster.submit("badly", {"how": "hang", "file": note}, timeout=0.3).exception(PATIENCE)
-            self.assertIsInstance(late, TaskTimeout)
+            for task_type, how, kind, options in (
+                ("fail", "", ValueError, {}), ("steps", "", ValueError, {}), ("badly", "exit", WorkerDied, {}),
+                ("badly", "kill", WorkerDied, {"retries": 1, "retry_delay": 0}), ("misbehave", "close", WorkerDied, {}),
+                ("badly", "hang", TaskTimeout, {"timeout": 0.3}), ("misbehave", "gil", TaskTimeout, {"timeout": 0.3}),
+            ):
+                future = cluster.submit(task_type, {"how": how, "file": str(self.folder / how)} if how else None, **options)
+                self.assertIsInstance(future.exception(PATIENCE), kind)
+                self.assertEqual(getattr(future.exception(), "exit_code", 3), 3 if how in ("", "exit", "hang", "gil") else mock.ANY)
             held = cluster.submit("hold", str(self.folder / "flag"))
-            eventually(lambda: os.path.exists(self.folder / "flag.started"))
+            begun(str(self.folder / "flag"))
             self.assertTrue(cluster.cancel(held.task.id))
             for number in range(50):
                 queue.add_task("line", {"file": str(self.folder / "lines")}, task_id=str(number))
@@ -9103,6 +8771,7 @@ class TestWithoutSelectablePipes(InFolder):
     test_nothing_waits_behind_a_slow_task = TestP5Order.test_nothing_waits_behind_a_slow_task_while_a_worker_is_idle
     test_a_task_that_writes_nonsense_is_charged = TestNonsenseFromAWorker.test_the_task_that_writes_it_is_charged_and_its_worker_replaced
     test_shutdown_gives_back = TestEnds.test_shutdown_without_waiting_gives_running_tasks_their_time_and_then_back
+    test_a_worker_is_replaced = TestClusterOptions.test_a_worker_is_replaced_after_max_tasks_per_worker
     test_a_dead_worker_is_replaced = TestClusterOptions.test_keep_alive_always_starts_all_and_replaces_the_dead
 
 
@@ -9148,6 +8817,10 @@ class TestRunDue(InFolder):
         for tasks in (self.run_due(), self.tasks.find(state="done")):
             self.assertEqual({t.task_type: t.result for t in tasks}, kinds)
         self.tasks.remove(state="done")
+        self.tasks.add_task("echo", task_id="bad"), self.tasks.add_task("echo", task_id="good")
+        self.sql("UPDATE taskpool_task SET retries = x'00' WHERE id = 'bad'")
+        self.assertEqual({t.id: t.state for t in self.run_due()}, {"bad": "failed", "good": "done"})
+        self.tasks.remove(task_id="bad")
         heard, texts = [], {
             "exit": "SystemExit: disk missing", "lock": "ValueError: holds a lock", "base": "Bare: bare", "CancelledError": "asyncio"}
         for kind in texts:
@@ -9264,14 +8937,6 @@ class TestRunDue(InFolder):
         ):
             with self.assertRaisesRegex(error, next(iter(options))):
                 self.tasks.run_due(**{"task_map": {"x": echo}, **options})
-
-    def test_a_row_that_cannot_be_read_is_an_error_and_the_others_run(self):
-        self.tasks.add_task("echo", task_id="bad")
-        self.tasks.add_task("echo", task_id="good")
-        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
-            db.execute("UPDATE taskpool_task SET retries = x'00' WHERE id = 'bad'")
-            db.commit()
-        self.assertEqual({t.id: t.state for t in self.run_due()}, {"bad": "failed", "good": "done"})
 
 
 # --- The file, the manual, the demo ----------------------------------------------------
@@ -9438,12 +9103,6 @@ class TestOperators(InFolder):
     def json(self, *arguments):
         return json.loads(self.out(*arguments, "--json"), parse_constant=self.fail)
 
-    def edit(self, *statements):
-        """As somebody does by hand."""
-        with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db, db:
-            for statement in statements:
-                db.execute(*statement)
-
     def some(self):
         """A queue with a task in each state but running."""
         queue = self.queue()
@@ -9504,7 +9163,7 @@ class TestOperators(InFolder):
         for name in ("old.db", "tasks.db"):
             with self.queue(name) as queue:
                 queue.add_task("x", task_id="one")
-        self.edit(["UPDATE taskpool_version SET version = 77"])
+        self.sql("UPDATE taskpool_version SET version = 77")
         with contextlib.closing(sqlite3.connect(self.folder / "foreign.db")) as db:
             db.executescript("CREATE TABLE mine (id)")
         (self.folder / "text.db").write_text("no database, but long enough to be looked at" * 20)
@@ -9571,12 +9230,12 @@ class TestOperators(InFolder):
         queue, evil = self.queue(), "\x1b[2J\x07\n\u202ex"
         queue.add_tasks({"task_type": "x", "task_id": str(number)} for number in range(150))
         queue.add_task(evil, evil, task_id=evil)
-        self.edit(
-            ["UPDATE taskpool_task SET data = 'NaN', retry_delay = 9e999, progress = '[1' WHERE id = '7'"],
-            ["UPDATE taskpool_task SET data = '[9e999]' WHERE id = '8'"],
-            ["UPDATE taskpool_task SET due_at = x'00', data = 'no json', progress = '[\"a\", 1, 2]' WHERE id = '9'"],
-            ["UPDATE taskpool_task SET error = ?, progress = '[1, 2, \"\x1b[2J\"]' WHERE task_type <> 'x'", (evil,)],
-        )
+        for change, *values in (
+            ("data = 'NaN', retry_delay = 9e999, progress = '[1' WHERE id = '7'",), ("data = '[9e999]' WHERE id = '8'",),
+            ("due_at = x'00', data = 'no json', progress = '[\"a\", 1, 2]' WHERE id = '9'",),
+            ("error = ?, progress = '[1, 2, \"\x1b[2J\"]' WHERE task_type <> 'x'", evil),
+        ):
+            self.sql(f"UPDATE taskpool_task SET {change}", *values)
         listed = self.json("list", "tasks.db")
         self.assertEqual((len(listed), len(self.json("list", "tasks.db", "--limit", 3))), (151, 3))
         for number in (7, 8, 9):
@@ -9691,8 +9350,6 @@ class TestOperators(InFolder):
         self.assertEqual(screens[0].count(b"\x1b[K"), screens[0].count(b"\n"))
 
     APP = """
-        import logging, os, taskpool
-        from taskpool import Cluster, TaskQueue
 
         cluster = Cluster({"x": print}, TaskQueue("other.db"), auto_initialize=False)
         os.makedirs("elsewhere", exist_ok=True)
@@ -9798,15 +9455,12 @@ class TestReadme(InFolder):
     def test_every_python_block_runs_and_prints_what_the_manual_says(self):
         self.check_blocks(self.blocks())
 
-    def test_own_transactions_with_sqlalchemy(self):
-        if importlib.util.find_spec("sqlalchemy") is None:
-            self.skipTest("sqlalchemy is not here: python -m pip install sqlalchemy")
-        self.check_blocks(self.blocks("sqlalchemy"))
-
-    def test_own_transactions_with_django(self):
-        if importlib.util.find_spec("django") is None:
-            self.skipTest("django is not here: python -m pip install 'django>=5.1'")
-        self.check_blocks(self.blocks("django"))
+    def test_own_transactions_with_sqlalchemy_and_django(self):
+        for name, package in (("sqlalchemy", "sqlalchemy"), ("django", "'django>=5.1'")):
+            with self.subTest(name):
+                if importlib.util.find_spec(name) is None:
+                    self.skipTest(f"{name} is not here: python -m pip install {package}")
+                self.check_blocks(self.blocks(name))
 
     def test_every_command_prints_what_the_manual_says(self):
         """A console block is run in the folder of the program before it."""
