@@ -2568,6 +2568,27 @@ def _make_schema(db: _Database, path: str) -> None:
     db.execute("INSERT INTO taskpool_version VALUES (?)", (SCHEMA_VERSION,))
 
 
+def _write_in_a_write(path: str) -> StoreError:
+    return StoreError(
+        f"{path}: a signal handler, or a finalizer, wrote in the midst of a write of the same "
+        "thread; have another thread do it"
+    )
+
+
+def _make_file(db: _Database, path: str, making: set[int]) -> None:
+    """_make_schema() in a transaction of its own. *making* are the threads that are here."""
+    thread = threading.get_ident()
+    if thread in making:  # It would wait for itself.
+        raise _write_in_a_write(path)
+    making.add(thread)
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        _make_schema(db, path)
+        db.execute("COMMIT")
+    finally:
+        making.discard(thread)
+
+
 def _use_wal(db: _Database) -> str:
     """Returns the journal mode, "" if the file can only be read."""
     # The switch needs the file for itself and fails at once, whatever the timeout.
@@ -2750,6 +2771,7 @@ class SQLiteStore(Store):
         self._writer: Any = None
         self._reader: Any = None
         self._changing = 0  # The thread that is in the midst of a write.
+        self._making: set[int] = set()  # Threads that make the tables of a file.
         self._seqs: dict[Any, int] = {}  # Of the candidates of this claim, by id.
 
     def _store_error(self, error: sqlite3.Error, why: str = "") -> StoreError:
@@ -2809,9 +2831,7 @@ class SQLiteStore(Store):
         db.execute(f"PRAGMA synchronous = {self._synchronous}")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         if version != SCHEMA_VERSION:
-            db.execute("BEGIN IMMEDIATE")
-            _make_schema(db, self.path)
-            db.execute("COMMIT")
+            _make_file(db, self.path, self._making)
 
     def _current(self, db: Any) -> Any:
         """*db*, or in its place a connection to the file that is at our path now."""
@@ -2830,10 +2850,7 @@ class SQLiteStore(Store):
                 if work in (self._settle, self._claim):  # Of turn().
                     return work(*arguments)
                 # As a part of the interrupted write, it could be undone with that.
-                raise StoreError(
-                    f"{self.path}: a signal handler, or a finalizer, wrote in the midst of a "
-                    "write of the same thread; have another thread do it"
-                )
+                raise _write_in_a_write(self.path)
             self._writer = db = self._current(self._writer)
             self._changing = threading.get_ident()
             try:
@@ -6461,7 +6478,8 @@ class _Crew:
             again = min(again, worker.kill_at, worker.check_at)
             if head and head.cost < 1.0:
                 again = min(again, worker.since + SLOW_SECONDS)
-            if head and head.deadline < math.inf and not worker.killed:  # Wakes often, to see if all were stopped.
+            if head and head.deadline < math.inf and not worker.killed:
+                # Often: a late wake-up shows that this process was suspended.
                 again = min(again, head.deadline, now + LATE_SECONDS / 10)
             free += not worker.runs and not worker.stopping
             works = works or bool(worker.runs)

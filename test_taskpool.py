@@ -1805,6 +1805,26 @@ class TestSQLiteStore(InOrder, Spoiled, StoreContract, InFolder):
         with store._read_lock, contextlib.closing(store._reader.execute("SELECT 1")):
             self.assertEqual((queue.remove(task_type="handler"), queue.count()), (len(added), 0))
 
+    def test_a_write_while_its_thread_makes_the_file_is_refused_at_once(self):
+        """It would wait for itself, 30 s."""
+        queue, refused, look = self.queue(), [], taskpool._version_of
+
+        def interrupted(db, path):
+            if db.in_transaction and not refused:
+                for use in functools.partial(queue.add_task, "handler"), queue.count:
+                    with self.assertRaisesRegex(StoreError, "signal handler"):
+                        use()
+                    refused.append(use)
+            return look(db, path)
+
+        for use, kept in ((queue.count, 0), (functools.partial(queue.add_task, "x"), 1)):
+            with mock.patch.object(taskpool, "_version_of", interrupted):
+                use()
+            self.assertEqual((len(refused), queue.count()), (2, kept))
+            refused.clear(), queue.close()
+            for path in self.folder.glob("tasks.db*"):
+                path.unlink()
+
     @unittest.skipUnless(LINUX and hasattr(os, "getuid") and os.getuid() == 0, "becomes another user")
     def test_to_look_as_another_user_leaves_no_file_that_stops_the_owner(self):
         """Also to watch: from before a master begins on."""
