@@ -1315,7 +1315,7 @@ def choose(
     return taken, broken
 
 
-def failed_start(row: Row, error: str, now: int, may_retry: bool = True) -> Outcome:
+def retry_or_fail(row: Row, error: str, now: int, may_retry: bool = True) -> Outcome:
     """What becomes of a charged start that failed: a retry, or the end."""
     if may_retry and row.attempt <= row.retries:
         delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
@@ -1532,7 +1532,7 @@ def _before_fork() -> None:
     taken: list[Any] = []
     # A list of lists, as a signal handler may fork in the midst of this.
     _forking.__dict__.setdefault("locks", []).append(taken)
-    things = sorted(_reset_in_forks, key=id)  # In one order, as others may fork, too.
+    things = sorted(_living(), key=id)  # In one order, as others may fork, too.
     locks = (lock for thing in things for lock in getattr(thing, "_fork_locks", ()))
     for lock in itertools.chain([_birth_lock], locks):
         if lock.acquire(timeout=BUSY_SECONDS):
@@ -4421,7 +4421,7 @@ class _RunHere:
         except BaseException as raised:
             error = raised
             text = _error_text(_failure(error))
-            outcome = failed_start(row, text, self._queue._now(), row.state == "running")
+            outcome = retry_or_fail(row, text, self._queue._now(), row.state == "running")
         finally:
             self._reports.end()
         outcome, row = outcome._replace(progress=self._row.progress), self._row
@@ -5442,6 +5442,10 @@ def _worker_main(
 # Futures, their callbacks, the listeners, the broker.
 
 
+# The threads of a dispatcher, by number: all but the last one call code of the user.
+_FUTURES, _CALLBACKS, _LISTENER, _BROKER, _STORE = range(5)
+
+
 class _Thread:
     """A daemon thread that makes the calls posted to it, in order.
 
@@ -6184,7 +6188,7 @@ class _Futures:
     def call_back(self, calls: list[Callable[[], Any]]) -> None:
         """Call callbacks in their thread; here if the cluster never started."""
         if self.threads:
-            self.threads[1].post(functools.partial(_call_all, calls))
+            self.threads[_CALLBACKS].post(functools.partial(_call_all, calls))
             return
         try:
             _call_all(calls)
@@ -6196,7 +6200,7 @@ class _Futures:
         if state == _FINISHED and future._end_unseen(left):
             return
         if self.threads:
-            self.threads[0].post(functools.partial(future._end, state, left))
+            self.threads[_FUTURES].post(functools.partial(future._end, state, left))
         else:
             future._end(state, left)
 
@@ -6245,7 +6249,7 @@ class _Futures:
 
         for future in self.all():
             if not future._held and self.threads:
-                self.threads[0].post(functools.partial(fail, future))
+                self.threads[_FUTURES].post(functools.partial(fail, future))
 
     def remove_task(self, row: Row) -> bool:
         query = Query(ids=[row.id], states=["waiting"], created_at=row.created_at)
@@ -6693,7 +6697,7 @@ class _Source:
         self.eager = False  # Something was added: claim at once. Any thread sets it.
         self.check_futures = False  # Tasks of Futures may be gone. Any thread sets it.
         self.look_at, self.looked_at = math.inf, 0.0  # Monotonic: the next and the last one.
-        self.again = 0.0  # Monotonic: when turn() is to be called though nothing changed.
+        self.again = 0.0  # Monotonic: when advance() is to be called though nothing changed.
         self.due: list[int] = []  # When tasks can start that the last look left.
         self.available = 0  # So many of them could start then.
         self.next_due = NEVER  # The first of the others.
@@ -6709,9 +6713,9 @@ class _Source:
 
     # ---- Calls
 
-    def ask(self, work: Callable[[], Any], answer: Callable[[Any], None]) -> None:
-        """Have *work* call the store. *answer* gets the result or, in the back-off after it,
-        the exception."""
+    def call_store(self, work: Callable[[], Any], answer: Callable[[Any], None]) -> None:
+        """Have *work* call the store. *answer* gets the result, or the exception, after which
+        the next call waits."""
         if self.thread is None:
             answer(work())
             return
@@ -6742,7 +6746,7 @@ class _Source:
             self.log_at = now + WARN_SECONDS
             _log.error("the store failed; nothing is lost, trying again: %s", error)
 
-    def turn(self, now: float) -> float:
+    def advance(self, now: float) -> float:
         """Do what is to be done with the store. Returns when to come again (monotonic)."""
         mode, watch = self.engine.ending.mode, self.watch
         if self.busy or (self.failures and mode == "closing"):  # Then it has had its time.
@@ -6757,7 +6761,7 @@ class _Source:
             self.changed, self.look_at, self.next_due = True, math.inf, NEVER
         serves = self.engine.ending.serves
         if self.unsettled or (self.changed and serves):
-            self._look(serves)
+            self._exchange(serves)
         if self.check_futures and serves and not self.busy:
             self._look_after_futures()
         if self.busy:
@@ -6768,7 +6772,7 @@ class _Source:
             again = min(again, now + seconds)
         return min(again, watch.next_look) if watch and mode != "closing" else again
 
-    def _look(self, serves: bool) -> None:
+    def _exchange(self, serves: bool) -> None:
         """Settle, claim for the room that there is, and see what comes next."""
         crew, queue = self.engine.crew, self.engine.cluster.queue
         runs, self.unsettled = self.unsettled, []
@@ -6785,9 +6789,9 @@ class _Source:
             now = int(queue.clock() * 1e6)
             return now, store.turn(owner, outcomes, costs, room, most, now, until, eager)
 
-        self.ask(work, functools.partial(self._on_look, runs, costs, room))
+        self.call_store(work, functools.partial(self._on_exchange, runs, costs, room))
 
-    def _on_look(
+    def _on_exchange(
         self, runs: list[_Run], costs: Mapping[str, float], room: float, answer: Any
     ) -> None:
         if isinstance(answer, BaseException):
@@ -6811,7 +6815,7 @@ class _Source:
         if runs:
             self._settled(runs, led)
         if rows:
-            self._take(rows, costs)
+            self._hand_out(rows, costs)
         if self.available and (rows or not room) and self.engine.crew.room() > 0:
             self.changed = True  # A task that is claimed alone may leave room for others.
         if self.check_futures and self.engine.ending.serves:
@@ -6834,7 +6838,7 @@ class _Source:
                 names = ", ".join(map(repr, foreign))
                 _log.warning("tasks wait that this cluster has no function for: %s", names)
 
-        self.ask(lambda: watch.look(now, self.engine.cluster.queue._now()), answer)
+        self.call_store(lambda: watch.look(now, self.engine.cluster.queue._now()), answer)
 
     def _look_after_futures(self) -> None:
         """End Futures whose tasks were removed, or ended in another cluster."""
@@ -6848,7 +6852,7 @@ class _Source:
                 futures.compare(future, row)
 
         if futures:
-            self.ask(lambda: futures.look(self.store), answer)
+            self.call_store(lambda: futures.look(self.store), answer)
 
     def give_up(self) -> None:
         """The cluster ends: if the store did not come back, say what is lost by that."""
@@ -6870,7 +6874,7 @@ class _Source:
 
     # ---- Claims and their ends
 
-    def _take(self, rows: list[Row], costs: Mapping[str, float]) -> None:
+    def _hand_out(self, rows: list[Row], costs: Mapping[str, float]) -> None:
         """Have the workers run what was claimed."""
         runs = []
         for row in rows:
@@ -6886,7 +6890,7 @@ class _Source:
             for run in runs:
                 self.requeue(run)
 
-    def settle(
+    def record(
         self, run: _Run, outcome: Outcome, event: str | None = None, left: _Left = None
     ) -> None:
         """Have the store record how a run ended; who waits for it is told after that."""
@@ -6897,10 +6901,10 @@ class _Source:
 
     def requeue(self, run: _Run) -> None:
         """running -> waiting, uncharged, for what has not begun, or must stop."""
-        self.settle(run, Outcome(run.row.id, run.row.claim, "ready", charged=False))
+        self.record(run, Outcome(run.row.id, run.row.claim, "ready", charged=False))
 
     def cancelled(self, run: _Run) -> None:
-        self.settle(run, Outcome(run.row.id, run.row.claim, "removed"))
+        self.record(run, Outcome(run.row.id, run.row.claim, "removed"))
 
     def fail(
         self, run: _Run, error: Exception | _Failure, text: str = "", may_retry: bool = True
@@ -6909,14 +6913,14 @@ class _Source:
         row, now = run.row, self.engine.cluster.queue._now()
         text = text or f"{type(error).__name__}: {error}"
         first_line = text.partition("\n")[0]
-        outcome = failed_start(row, text, now, may_retry)
+        outcome = retry_or_fail(row, text, now, may_retry)
         if outcome.state == "ready":
             delay = (outcome.ready_at - now) / 1e6
             what = f"attempt {row.attempt} of {row.retries + 1} failed, next in {delay:g} s"
             _log.warning("cluster:%s:%s:\t%s: %s", row.task_type, row.id, what, first_line)
         else:
             _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
-        self.settle(run, outcome, "error", error)
+        self.record(run, outcome, "error", error)
 
     def _settled(self, runs: list[_Run], led: list[str]) -> None:
         """The store has recorded how these ended, if their claims were still held."""
@@ -7087,7 +7091,7 @@ class _Dispatcher:
 
     def is_at_work(self) -> bool:
         """Whether this is the dispatcher or the store thread, where a finalizer may run."""
-        current, store = threading.current_thread(), self.threads[4:]
+        current, store = threading.current_thread(), self.threads[_STORE:]
         return current is self.thread or (store != [] and store[0].thread is current)
 
     def begin_stop(self, seconds: float) -> None:
@@ -7120,7 +7124,7 @@ class _Dispatcher:
             undo.callback(_disown, self.selector)
             self.selector.register(wake.reader, selectors.EVENT_READ, wake.clear)
             for source in self.sources[1:]:
-                source.thread = self.threads[4]
+                source.thread = self.threads[_STORE]
                 if wake.port:
                     self.selector.register(wake.bell, selectors.EVENT_READ, self._on_bell)
                 if self.crew.options.log_all:
@@ -7163,7 +7167,7 @@ class _Dispatcher:
                 self.closed.set()
 
     def turn(self) -> None:
-        """One pass of the loop: look, decide, hand out, wait."""
+        """One pass of the loop: look, decide, hand out; then wait, and hear what came."""
         now, crew, available = time.monotonic(), self.crew, 0
         if now - self.alarm >= LATE_SECONDS:
             self._excuse(now - self.alarm)
@@ -7180,7 +7184,7 @@ class _Dispatcher:
             if freed and (source.available or source.busy):
                 source.changed = True  # A look that is under way has seen no room.
             if source.changed or source.unsettled or source.check_futures or source.again <= now:
-                source.again = source.turn(now)
+                source.again = source.advance(now)
             alarm = min(alarm, source.again)
             available += source.available
         serves, full = self.ending.serves, crew.options.keep_alive == "always"
@@ -7197,7 +7201,7 @@ class _Dispatcher:
             source.failing_since += late
 
     def _wait(self, now: float) -> None:
-        """The only wait: for workers, other threads, or the alarm."""
+        """The only wait: for workers, other threads, or the alarm. Then hear what came."""
         # When all workers have work, a turn follows soon anyhow: new tasks need not end
         # the wait, and add up meanwhile.
         hungry = len(self.crew.workers) < self.crew.options.max_workers
@@ -7281,7 +7285,7 @@ class _Dispatcher:
         now = time.monotonic()
         try:
             for packed in worker.channel.receive():
-                self._take_in(worker, now, _read_message(packed))
+                self._on_message(worker, now, _read_message(packed))
         except _Nonsense as error:
             what = "worker process %d is killed: its pipe brought what no worker sends (%s)"
             _log.warning(what, worker.pid, error)
@@ -7292,7 +7296,7 @@ class _Dispatcher:
             if _SELECTABLE:
                 self.selector.unregister(worker.channel)
 
-    def _take_in(self, worker: _Worker, now: float, message: tuple[Any, ...]) -> None:
+    def _on_message(self, worker: _Worker, now: float, message: tuple[Any, ...]) -> None:
         kind = message[0]
         if kind in _OF_ITS_HEAD and not (worker.runs and worker.runs[0].number == message[1]):
             raise _Nonsense(f"{kind!r} of a task that it does not run")
@@ -7335,7 +7339,7 @@ class _Dispatcher:
                 *(row.task_type, row.id, opened, what),
             )
         outcome = Outcome(row.id, row.claim, "done", True, 0, kept, problem, row.progress)
-        run.source.settle(run, outcome, "done", packed)
+        run.source.record(run, outcome, "done", packed)
 
     def _on_progress(self, worker: _Worker, now: float, report: str) -> None:
         run = worker.runs[0]
@@ -7354,7 +7358,7 @@ class _Dispatcher:
             if worker.runs and worker.reported:
                 source, row = worker.runs[0].source, worker.runs[0].row
                 report = Outcome(row.id, row.claim, "running", progress=row.progress)
-                source.settle(_Run(source, row, 0.0), report)
+                source.record(_Run(source, row, 0.0), report)
             worker.reported = False
 
     def tell(self, listener: Listener, left: _Left, task: Task) -> None:
@@ -7364,7 +7368,7 @@ class _Dispatcher:
             result, error = _unpacked(left)
             _awaited(listener(result if error is None else error, task))
 
-        self.threads[2].post(call)
+        self.threads[_LISTENER].post(call)
 
     def _on_ask(self, worker: _Worker, number: int, conversation: int, packed: bytes) -> None:
         """A task opens a conversation with the broker."""
@@ -7384,14 +7388,14 @@ class _Dispatcher:
         run.asks[conversation] = answer
         about = {"worker": worker.pid, "task_id": run.row.id, "task_type": run.row.task_type}
         broker = self.crew.options.broker
-        self.threads[3].post(functools.partial(_consult, broker, packed, about, answer))
+        self.threads[_BROKER].post(functools.partial(_consult, broker, packed, about, answer))
 
     def cancel(self, task_id: str, answer: Callable[[_Run | None], None]) -> None:
         """Cluster.cancel() of a task that was not waiting in a store."""
         for source in self.sources[1:]:
             if source.busy:  # The claim may be on its way.
                 later = functools.partial(self.cancel, task_id, answer)
-                self.threads[4].post(functools.partial(self.post, later))
+                self.threads[_STORE].post(functools.partial(self.post, later))
                 return
         answer(self.crew.cancel(task_id))
 
@@ -7407,18 +7411,18 @@ class _Dispatcher:
             worker.close()
         self.crew.workers.clear()
         for source in self.sources[1:]:
-            self.threads[4].post(source.leave)
+            self.threads[_STORE].post(source.leave)
             # A store that has just failed was waited for already.
-            self.threads[4].flush(0.0 if source.failures else BUSY_SECONDS)
-            self.threads[4].stop()
+            self.threads[_STORE].flush(0.0 if source.failures else BUSY_SECONDS)
+            self.threads[_STORE].stop()
         types = list(self.cluster.task_map)
         left = self.cluster.queue.in_memory.count(task_type=types, state="waiting")
         if left:
             _log.warning("%d in-memory tasks had not started at shutdown; they end here", left)
         self.futures.end_all()
-        self.threads[0].post(self.threads[1].stop)  # After the calls that the first posts.
-        for thread in (self.threads[0], self.threads[2], self.threads[3]):
-            thread.stop()
+        self.threads[_FUTURES].post(self.threads[_CALLBACKS].stop)  # After its own calls.
+        for kind in (_FUTURES, _LISTENER, _BROKER):
+            self.threads[kind].stop()
         _disown(self.selector)
         wake, self.wake = self.wake, None
         cast(_WakeUp, wake).close()
@@ -7767,7 +7771,7 @@ class Cluster(concurrent.futures.Executor):
     def _flush(self, seconds: float) -> None:
         """Wait until callbacks, listeners and the broker were called; not in one of these, as
         two of them could wait for each other."""
-        threads = self._engine.threads[:4]
+        threads = self._engine.threads[:_STORE]
         deadline = time.monotonic() + seconds
         if not any(thread.is_current() for thread in threads):
             for thread in threads:
@@ -7846,7 +7850,7 @@ class Cluster(concurrent.futures.Executor):
             return
         interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)  # Inside `with`, say.
         engine.begin_finish(self.queue._now(), interrupted)
-        if engine.is_at_work() or any(thread.is_current() for thread in engine.threads[:4]):
+        if engine.is_at_work() or any(thread.is_current() for thread in engine.threads[:_STORE]):
             return
         try:
             while not engine.closed.wait(0.5):
