@@ -2362,9 +2362,9 @@ INSERT INTO taskpool_task ({", ".join(_COLUMNS[:_ATTEMPT])}, claim, repeat,
 _FIRST = f"({', '.join('?' * _ATTEMPT)}, ?, ?, 0, '', 0, 0)"
 _ADD = f"{_INTO} {_FIRST}"
 _ADD_TEN = f"{_INTO} {', '.join([_FIRST] * 10)}"
-_ERASE = "DELETE FROM taskpool_task WHERE id = ?1"
+_ERASE = "DELETE FROM taskpool_task WHERE id = ?"
 # Any state -> any other: writes what differs, so that nothing else is touched.
-_WRITE = "UPDATE taskpool_task SET {} WHERE id = ?1"
+_WRITE = "UPDATE taskpool_task SET {} WHERE id = ?"
 
 # The lanes and task types that a cluster may claim of. (CROSS JOIN: SQLite keeps the order.)
 _PLACES = """
@@ -2509,7 +2509,7 @@ def _json_list(texts: tuple[str, ...]) -> str:
 
 @lru_cache(maxsize=1000)
 def _write_of(names: Sequence[str]) -> str:
-    changes = [f"{name} = ?{n}" for n, name in enumerate(names, 2)]
+    changes = [f"{name} = ?" for name in names]
     if "created_at" in names:  # Another task: behind those that are there.
         changes.append("seq = (SELECT max(seq) + 1 FROM taskpool_task)")
     return _WRITE.format(", ".join(changes))
@@ -2916,9 +2916,10 @@ class SQLiteStore(Store):
             names = tuple([name for name, a, b in pairs if a is not b and a != b])
             if not names:
                 return True
-            statement, values = _write_of(names), [old.id, *[getattr(new, n) for n in names]]
+            statement, values = _write_of(names), [*[getattr(new, n) for n in names], old.id]
         if type(old.id) is not str:  # Bytes: as such, or text that is not UTF-8.
-            statement = statement.replace("= ?1", "IN (?1, CAST(?1 AS TEXT))")
+            statement = statement.replace("id = ?", "id IN (?, CAST(? AS TEXT))")
+            values.append(old.id)
         return self._run(statement, values) == 1  # Not where a trigger ignores the change.
 
     def write_all(self, pairs: Sequence[_Pair]) -> list[bool]:
