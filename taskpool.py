@@ -1257,8 +1257,12 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
     """
     if old is None:
         return new, new
-    if new.created_at <= old.created_at:  # Id and created_at together name an incarnation.
-        new = new._replace(created_at=old.created_at + 1)
+    last = old.created_at  # Id and created_at together name an incarnation.
+    if old.successor is not None:
+        with contextlib.suppress(ValueError):
+            last = max(last, _unpacked_row(old.successor).created_at)
+    if new.created_at <= last:
+        new = new._replace(created_at=last + 1)
     replacing = new._replace(claim=old.claim)  # The fencing token is never reset.
     if old.state in ("failed", "done"):
         return replacing, new
@@ -6109,12 +6113,15 @@ class _TaskFuture(Future[Any]):
 
 
 def _waits_for(future: _TaskFuture, row: Row) -> bool:
-    """Whether *future* waits for this incarnation of its id. The store may have raised the
-    `created_at` of a new task; until add() returns, the Future does not know the new one."""
+    """Whether *future* waits for this very task, not for another incarnation of its id.
+
+    Until add() returns, the task of *future* may have got a later `created_at`, as another
+    one of its id has the same: then the data tell which it is.
+    """
     own = future._row
-    if own.created_at == row.created_at or future._stored:
+    if future._stored:
         return own.created_at == row.created_at
-    return own.created_at < row.created_at and (own.lane, own.data) == (row.lane, row.data)
+    return own.created_at <= row.created_at and (own.lane, own.data) == (row.lane, row.data)
 
 
 class _Futures:
@@ -6261,8 +6268,8 @@ class _Futures:
         get = self._by_id.get
         for row in rows:
             found = get(row.id)
-            if type(found) is _TaskFuture and found._row.created_at == row.created_at:
-                found._held = True  # As for most: of() takes five times as long.
+            if type(found) is _TaskFuture and found._stored and _waits_for(found, row):
+                found._held = True  # As for most: of() takes longer.
             elif found is not None:
                 for future in self.of(row):
                     future._held = True
@@ -6273,7 +6280,7 @@ class _Futures:
         if found is None:
             return
         if led == "done" and run.verdict is None and type(found) is _TaskFuture:
-            if found._row.created_at == run.row.created_at:  # As for most; else see of().
+            if found._stored and found._row.created_at == run.row.created_at:  # As for most.
                 self.end(found, _FINISHED, run.left)
                 return
         for future in self.of(run.row):
@@ -7669,7 +7676,8 @@ class Cluster(concurrent.futures.Executor):
             else:  # Kept: another task stands for this one.
                 future = futures.join(future, stored)
         future._stored = True  # Last: from here on it is compared with the store.
-        others = if_exists == "replace" and len(futures.under(row.id)) > 1
+        # Without this one, which may have ended already.
+        others = if_exists == "replace" and futures.under(row.id) not in ([], [future])
         if others or replacements != futures.replacements:
             futures.end_replaced(row.id)
         if engine.ending.mode == "closed":  # A stored task stays waiting.

@@ -995,6 +995,14 @@ def row(task_id="t", task_type="x", *, now=NOW, lane="", **options):
 class TestPolicies(unittest.TestCase):
     """What stores and masters decide by, without either."""
 
+    def test_no_two_tasks_of_one_id_have_one_instant_of_creation(self):
+        first, second, third = (row("t", data=i) for i in range(3))
+        waits = taskpool.after_add(first, second, "replace")[0]
+        self.assertEqual(waits.created_at, NOW + 1)
+        running = taskpool.claimed(first, "me", NOW)
+        follows, told = taskpool.after_add(running, second, "replace")
+        self.assertEqual((taskpool.after_add(follows, third, "replace")[1].created_at, told.created_at), (NOW + 2, NOW + 1))
+
     def test_a_claim_takes_in_order_what_fits_and_suspects_alone(self):
         costs = {"x": 0.25, "slow": 1.0}
         rows = {name: row(name) for name in "abc"}
@@ -3849,6 +3857,19 @@ class TestFutures(InFolder):
 
         store.after = until_it_has_run
         self.assertEqual(cluster.submit("echo", 5, task_id="x", if_exists="replace").result(5.0), 5)
+
+    def test_a_future_is_not_that_of_a_task_of_its_id_that_another_added_at_the_same_instant(self):
+        futures = self.cluster({"echo": echo}, auto_initialize=False)._engine.futures  # inside
+        mine, other = (taskpool._make_row(NOW, "echo", data, task_id="x")[0] for data in (1, 2))
+        future = taskpool._TaskFuture(futures, mine)
+        futures.add(future)
+        futures.claimed([other])
+        self.assertFalse(future.running())
+        self.assertEqual((futures.of(other), futures.of(mine._replace(created_at=NOW + 1))), ([], [future]))
+        run = taskpool._Run(None, other, 1.0)
+        run.outcome, run.event, run.left = Outcome("x", 1, "done"), "done", None
+        futures.settled(run, "done")
+        self.assertFalse(future.done())
 
     def test_two_who_replace_one_task_at_once_end_the_future_of_the_first(self):
         store, queue = self.hooked()
