@@ -9471,16 +9471,16 @@ class TestReadme(InFolder):
         needed = [(needs.search(program), program, output) for program, output in self.BLOCKS]
         return [block for found, *block in needed if (found and found[1]) == name]
 
-    def check_blocks(self, blocks):
+    def check_blocks(self, blocks, name=""):
         """A python block is a program; a text block right after it is its output."""
 
         def run(number):
-            folder, program = self.folder / str(number), blocks[number][0]
+            folder, program = self.folder / f"{name}{number}", blocks[number][0]
             folder.mkdir()
             # asyncio's debug mode, part of -X dev, refuses run_in_executor(cluster, ...).
             dev = ["-W", "default"] if "run_in_executor" in program else ["-X", "dev"]
             return subprocess.run(
-                [sys.executable, *dev, str(self.script(program, f"{number}/example.py"))], cwd=folder, text=True,
+                [sys.executable, *dev, str(self.script(program, f"{name}{number}/example.py"))], cwd=folder, text=True,
                 capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=2 * PATIENCE,
             )
 
@@ -9502,7 +9502,7 @@ class TestReadme(InFolder):
             with self.subTest(name):
                 if importlib.util.find_spec(name) is None:
                     self.skipTest(f"{name} is not here: python -m pip install {package}")
-                self.check_blocks(self.blocks(name))
+                self.check_blocks(self.blocks(name), name)
 
     def test_every_command_prints_what_the_manual_says(self):
         """A console block is run in the folder of the program before it."""
