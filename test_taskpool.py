@@ -9106,7 +9106,7 @@ class TestCommandLine(InFolder):
         lines = list(taskpool._bench_lines(str(self.folder), 100))
         for what, number in lines:
             with self.subTest(what=what):
-                self.assertRegex(number, r"^[1-9][\d,]* a second$|^\d+\.\d\d ms$")
+                self.assertRegex(number, r"^\d[\d,]* a second$|^\d+\.\d\d ms$")
         self.assertEqual(sum(bool(re.match(names, what)) for what, _ in lines), 7)
 
     def test_version_and_help(self):
