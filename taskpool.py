@@ -111,13 +111,13 @@ import time
 import traceback
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from functools import lru_cache
 from multiprocessing.connection import Connection
-from types import BuiltinFunctionType, CoroutineType
-from typing import Any, Callable, Final, NamedTuple, TypeVar, Union, cast
+from types import BuiltinFunctionType, CoroutineType, MappingProxyType
+from typing import TYPE_CHECKING, Any, Callable, Final, NamedTuple, TypeVar, Union, cast, overload
 
 if sys.version_info < (3, 9):  # noqa: UP036 - Who has an older one is to know.
     _text = "taskpool needs Python 3.9 or later; this is " + sys.version.split()[0]
@@ -733,6 +733,14 @@ def _shown(value: Any) -> str:
         return f"<{type(value).__name__}>"
 
 
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """A hint at the name that is meant, or ""."""
+    import difflib
+
+    found = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
 def _wrong_type(name: str, value: Any, allowed: str) -> TypeError:
     return TypeError(f"{name} is {_shown(value)} ({type(value).__name__}); give {allowed}")
 
@@ -912,7 +920,7 @@ class Task:
     due_date: Final[datetime] = _column("due_at", "The earliest start, aware, in UTC.", _datetime)
     created_at: Final[datetime] = _column("created_at", "When it was added, in UTC.", _datetime)
     in_memory: Final[bool] = _column("in_memory", "Whether it lives in the master's memory only.")
-    state: Final[str] = _column("state", "waiting, running, failed or done.", _public_state)
+    state: Final[State] = _column("state", "waiting, running, failed or done.", _public_state)
     on_going: Final[bool] = _column("state", "Whether it is running.", "running".__eq__)
     attempt: Final[int] = _column("attempt", "Number of charged starts: 1 during the first run.")
     retries: Final[int] = _column("retries", "Further starts that a failure may have.")
@@ -1025,6 +1033,7 @@ def _checked_json(value: Any) -> str:
 _NO_DATA: dict[str, Any] = {}
 _FRESH = tuple(Row._field_defaults.values())[:-3]  # Of a task without a history.
 _IF_EXISTS = ("raise", "keep", "replace")
+SCHEDULE = "schedule:"  # The ids of what queue.task keeps stored begin with this.
 
 
 def _make_row(
@@ -1045,8 +1054,9 @@ def _make_row(
         retry_delay = _checked_seconds("retry_delay", retry_delay, zero=True)
     if task_id is None:
         task_id = f"inMemory_{_new_id(now)}" if in_memory else _new_id(now)
-    else:
-        _checked_text("task_id", task_id)
+    elif _checked_text("task_id", task_id).startswith(SCHEDULE):
+        allowed = f"another: ids that begin with {SCHEDULE} are those of declared schedules"
+        raise _wrong_value("task_id", task_id, allowed)
     if timeout is not None:
         timeout = _checked_seconds("timeout", timeout)
     if keep_result is not None:
@@ -1071,6 +1081,60 @@ def _make_row(
         timeout, keep_result, lane, state, *_FRESH, repeat, None, in_memory,
     )  # fmt: skip
     return tuple.__new__(Row, columns), if_exists  # In two thirds of the time of Row().
+
+
+_ADD_PARAMETERS = {*(_make_row.__kwdefaults__ or ())} - {"lane"}
+
+if TYPE_CHECKING:
+    from typing import Literal, TypedDict
+
+    from typing_extensions import Unpack  # Part of every type checker; never imported.
+
+    State = Literal["waiting", "running", "failed", "done"]
+    IfExists = Literal["raise", "keep", "replace"]
+
+    class TaskDefaults(TypedDict, total=False):
+        """What queue.task may declare for all tasks of a type."""
+
+        priority: int
+        in_memory: bool
+        retries: int
+        retry_delay: float | timedelta
+        timeout: float | timedelta | None
+        keep_result: float | timedelta | None
+
+    class SubmitOptions(TaskDefaults, total=False):
+        """The keywords of Cluster.submit."""
+
+        task_id: str | None
+        due_date: datetime | timedelta | None
+        repeat: timedelta | str | Cron | None
+        if_exists: IfExists
+
+    class TaskOptions(SubmitOptions, total=False):
+        """The keywords of TaskQueue.add_task."""
+
+        connection: sqlite3.Connection | None
+
+    class Changes(TypedDict, total=False):
+        """The keywords of TaskQueue.update."""
+
+        data: Any
+        priority: int
+        due_date: datetime | timedelta | None
+        repeat: timedelta | str | Cron | None
+        retries: int
+        retry_delay: float | timedelta
+        timeout: float | timedelta | None
+        keep_result: float | timedelta | None
+
+    class Filters(TypedDict, total=False):
+        """The keywords of TaskQueue.find, count, remove and retry."""
+
+        task_id: str | Collection[str] | None
+        task_type: str | Collection[str] | None
+        state: State | Collection[State] | None
+        due: bool | None
 
 
 # --- Stored rows ---------------------------------------------------------------------
@@ -1496,6 +1560,31 @@ def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now:
     return row._replace(state="ready" if row.ready_at <= now else "scheduled")
 
 
+_DECLARED = "data priority retries retry_delay timeout keep_result repeat".split()
+
+
+def after_declaration(old: Row, new: Row | None, now: int) -> Row | None:
+    """What follows the stored schedule *old* of a declared task: *new* is the Row that add()
+    would store now, or None for a task without a schedule.
+
+    Only another rule moves the due date, and only one to come: what is overdue still runs. A
+    cron goes on with its next time, an interval counts on from the last due date.
+    """
+    if new is None:
+        return after_remove(old)
+    if not old.in_memory and _unusable(old):
+        return after_add(readable(old)._replace(state="failed"), new, "replace")[0]
+    follows = old._replace(removed=0, **{name: getattr(new, name) for name in _DECLARED})
+    moves = old.repeat != new.repeat and old.state != "running" and old.due_at > now
+    if not moves or old.repeat is None or new.repeat is None:
+        return follows
+    rule, last = _read_repeat(old.repeat), old.created_at
+    if isinstance(rule, timedelta):
+        last = old.due_at - rule // _MICROSECOND
+    due_at = next_slot(new.repeat, last, now) or old.due_at
+    return follows._replace(due_at=due_at, ready_at=due_at)
+
+
 # --- Forks and owners ----------------------------------------------------------------
 # What a process must know of itself and of others before it may touch a queue.
 
@@ -1582,6 +1671,31 @@ def _place_of(frame: Any) -> _CallPlace:
         frame = frame.f_back
         lines.append(frame.f_lineno)
     return "__main__" if name == "__mp_main__" else name, tuple(lines)
+
+
+_Key = tuple[str, tuple[int, ...], str, int]
+
+# The Clusters and TaskQueues made in this process, by module, lines of the calls that led
+# there from the top level, kind, and id(). A worker finds its functions in one of them.
+_registry: weakref.WeakValueDictionary[_Key, Any] = weakref.WeakValueDictionary()
+_registered: list[Any] = []  # In a worker: keeps alive what the entry file made.
+
+
+def _register(kind: str, thing: Any, frame: Any) -> _Key:
+    """Register a Cluster or a TaskQueue, which the code of *frame* makes."""
+    key = (*_place_of(frame), kind, id(thing))
+    _registry[key] = thing
+    if _is_rerun():
+        _registered.append(thing)
+    return key
+
+
+def _caller() -> Any:
+    """The frame of the code that called this file."""
+    frame = sys._getframe(1)
+    while frame.f_globals is globals() and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _absolute(path: str) -> str:
@@ -2064,6 +2178,23 @@ class Store:
         pairs = [(row, policy(row)) for row in self.rows(query, now)]
         self._put(pairs)
         return len(pairs)
+
+    def align(self, declared: Mapping[str, Row | None], now: int) -> None:
+        """Have the schedules of declared tasks follow the code: {id: as it is declared, or
+        None}, as after_declaration() says."""
+
+        def work() -> None:
+            pairs = [(row, after_declaration(row, declared[row.id], now)) for row in there()]
+            self._put([(old, new) for old, new in pairs if old != new])
+
+        def there() -> list[Row]:
+            return self.rows(Query(ids=list(declared)), now)
+
+        stays = {row.id for row in there() if row.state not in ("failed", "done")}
+        fresh = [(new, "keep") for new in declared.values() if new and new.id not in stays]
+        if fresh:
+            self.add(fresh, now)
+        self._change(work)
 
     def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
         """waiting -> waiting with *changes* to its columns, as after_update() says."""
@@ -2744,10 +2875,7 @@ class SQLiteStore(Store):
         if not isinstance(name, str) or not name or "\0" in name or name == ":memory:":
             raise _wrong_value("path", path, 'a file name (for tasks in memory: "in_memory=True")')
         self._synchronous = _checked_choice("synchronous", synchronous, ("NORMAL", "FULL"))
-        frame = sys._getframe(1)
-        while frame.f_globals is globals() and frame.f_back is not None:
-            frame = frame.f_back
-        self._given, self._place = os.path.normpath(name), _place_of(frame)
+        self._given, self._place = os.path.normpath(name), _place_of(_caller())
         self._looking = _looking  # For the command line: an existing file, as it is.
         self._files: dict[Any, tuple[int, int] | None] = {}
         self._reset_after_fork()
@@ -4079,34 +4207,93 @@ def _signature(function: Any) -> Any:
     return None
 
 
-def _wants_toggle_ipc(function: TaskFunction) -> str | None:
-    """How to pass toggle_ipc: "name", "position", or None for not at all.
+class _Style(NamedTuple):
+    """How a task's function is called: with `job`, and with what else."""
 
-    Raises TypeError for a function that can be called neither as function(job) nor with
-    toggle_ipc. A decorator that takes any arguments may pass them on: ask its inner function.
+    toggle_ipc: str = ""  # How that is passed: by "name", by "position", or not at all.
+    required: frozenset[str] = frozenset()  # Its keyword-only parameters without a default, ...
+    optional: frozenset[str] = frozenset()  # ... and with one. `data` fills them.
+    takes_rest: bool = False  # **rest takes the other keys of `data`, but for these:
+    taken: frozenset[str] = frozenset()
+
+    @property
+    def takes_data(self) -> bool:
+        return bool(self.required or self.optional)
+
+    def keywords(self, task_type: str, data: Any) -> dict[str, Any]:
+        """The arguments that `data` fills. Raises TypeError if *data* do not fit."""
+        known = self.required | self.optional
+        if not self.takes_data:
+            return {}
+        if not isinstance(data, dict):
+            names = ", ".join(sorted(known))
+            raise _wrong_type("data", data, f"a dict, as {task_type!r} takes from it: {names}")
+        unknown = data.keys() & self.taken if self.takes_rest else data.keys() - known
+        for name in sorted(self.required - data.keys()):
+            raise TypeError(f"data has no {name!r}, which the function of {task_type!r} needs")
+        for name in sorted(map(str, unknown)):
+            nearest = _nearest(name, known - data.keys())
+            raise TypeError(f"data has {name!r}, which {task_type!r} does not take{nearest}")
+        return data
+
+
+_PLAIN = _Style()
+
+
+def _call_style(function: TaskFunction) -> _Style:
+    """How to call a task's function. Raises TypeError if nothing says what a parameter gets.
+
+    A decorator that takes any arguments may pass them on: ask its inner function.
     """
-    signature, style = _signature(function), None
+    signature, toggle_ipc = _signature(function), ""
     if signature is None or isinstance(function, BuiltinFunctionType):
-        return None  # Only some builtins have a signature, so none is checked.
+        return _PLAIN  # Only some builtins have a signature, so none is checked.
     parameters = list(signature.parameters.values())
     anything = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not positional and not any(p.kind is p.VAR_POSITIONAL for p in anything):
         raise TypeError("takes no positional argument")
+    own: Any = function
+    bound = {"toggle_ipc"}
+    while isinstance(own, functools.partial):  # Its signature has more keyword-only parameters.
+        own, bound = own.func, bound | own.keywords.keys()
+    inner = getattr(_signature(own), "parameters", {}).values()
+    keywords = {p.name for p in inner if p.kind is p.KEYWORD_ONLY} - bound
+    required = {p.name for p in parameters if p.default is p.empty and p.name in keywords}
     for p in parameters:
-        required, named = p.default is p.empty, p.name == "toggle_ipc"
-        if p in positional[:1] or p in anything:
+        must, named = p.default is p.empty, p.name == "toggle_ipc"
+        if p in positional[:1] or p in anything or p.name in keywords:
             continue
         if named and p.kind is not p.POSITIONAL_ONLY:
-            style = "name"
-        elif p in positional[1:2] and (named or (required and p.name in ("toggleIPC", "ipc"))):
-            style = "position"
-        elif required or named:
+            toggle_ipc = "name"
+        elif p in positional[1:2] and (named or (must and p.name in ("toggleIPC", "ipc"))):
+            toggle_ipc = "position"
+        elif must or named:
             raise TypeError(f"has {p.name!r}, for which there is no value")
-    if style is None and anything and hasattr(function, "__wrapped__"):
+    rest = any(p.kind is p.VAR_KEYWORD for p in anything)
+    if not toggle_ipc and not keywords and anything and hasattr(function, "__wrapped__"):
         with contextlib.suppress(TypeError):
-            style = _wants_toggle_ipc(function.__wrapped__)
-    return style
+            style = _call_style(function.__wrapped__)
+            return style if rest else _Style(style.toggle_ipc)
+    if not toggle_ipc and not keywords:
+        return _PLAIN
+    taken = frozenset(bound.union(p.name for p in positional))
+    return _Style(toggle_ipc, frozenset(required), frozenset(keywords - required), rest, taken)
+
+
+def _checked_function(name: str, function: Any) -> _Style:
+    """How to call a function that somebody gave as *name*."""
+    if not callable(function):
+        raise _wrong_type(name, function, "a function")
+    try:
+        return _call_style(function)
+    except TypeError as error:
+        allowed = (
+            "what can be called as function(job) or function(job, toggle_ipc), where a second "
+            "positional parameter is named toggle_ipc, toggleIPC or ipc, or has a default, and "
+            f"keyword-only ones are filled from data: this {error}"
+        )
+        raise _wrong_type(name, function, allowed) from None
 
 
 def _check_broker(broker: Any) -> None:
@@ -4131,24 +4318,18 @@ def _checked_message(message: Any) -> Any:
     return {"status": message["status"], "data": message.get("data")}
 
 
-def _checked_task_map(task_map: Any) -> dict[str, TaskFunction]:
+def _checked_task_map(task_map: Any) -> tuple[dict[str, TaskFunction], dict[str, _Style]]:
+    """A copy of a task map, and how its functions are called."""
     if not isinstance(task_map, Mapping):
-        raise _wrong_type("task_map", task_map, "a dict of {task_type: function}")
+        allowed = "a dict of {task_type: function}, or only `queue=`, with declared tasks"
+        raise _wrong_type("task_map", task_map, allowed)
     if not task_map:
         raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
+    styles = {}
     for task_type, function in task_map.items():
         _checked_text("a key of task_map", task_type)
-        if not callable(function):
-            raise _wrong_type(f"task_map[{task_type!r}]", function, "a function")
-        try:
-            _wants_toggle_ipc(function)
-        except TypeError as error:
-            allowed = (
-                "what can be called as function(job) or function(job, toggle_ipc), where a second "
-                f"parameter is named toggle_ipc, toggleIPC or ipc, or has a default: this {error}"
-            )
-            raise _wrong_type(f"task_map[{task_type!r}]", function, allowed) from None
-    return dict(task_map)
+        styles[task_type] = _checked_function(f"task_map[{task_type!r}]", function)
+    return dict(task_map), styles
 
 
 def _awaited(value: Any) -> Any:
@@ -4167,15 +4348,17 @@ def _awaited(value: Any) -> Any:
 
 
 def _call(
-    function: TaskFunction, style: str | None, job: Task, toggle_ipc: Callable[[], Any]
+    function: TaskFunction, style: _Style, job: Task, toggle_ipc: Callable[[], Any]
 ) -> Any:
     """The result of a task's function: of a coroutine or a Future, what that ends with."""
-    if style is None:
+    if style is _PLAIN:
         value = _awaited(function(job))
-    elif style == "name":
-        value = _awaited(function(job, toggle_ipc=toggle_ipc()))
     else:
-        value = _awaited(function(job, toggle_ipc()))
+        keywords = style.keywords(job.task_type, job.data)
+        if style.toggle_ipc == "name":
+            keywords = {**keywords, "toggle_ipc": toggle_ipc()}
+        position = [toggle_ipc()] if style.toggle_ipc == "position" else []
+        value = _awaited(function(job, *position, **keywords))
     while isinstance(value, Future):
         value = value.result()
     return value
@@ -4377,7 +4560,7 @@ class _RunHere:
         self._queue, self._broker = queue, broker
         self._task_map, self._raise_errors = task_map, raise_errors
         self._stores = [queue._store] if _worker else [queue.in_memory._store, queue._store]
-        self._owner, self._costs = _new_owner(0), dict.fromkeys(task_map, 1.0)
+        self._owner = _new_owner(0)
         self._numbers = itertools.count()  # Of the runs.
         self._reports = _Reports(self._on_report)
         self._ended: list[Task] = []
@@ -4393,8 +4576,9 @@ class _RunHere:
             queue._store.recover(self._owner, time.monotonic(), now)
             while True:
                 now, due = queue._now() if until is None else now, [NEVER]
+                costs = dict.fromkeys(self._task_map, 1.0)  # A task may have declared more.
                 for store in self._stores:
-                    turn = store.turn(self._owner, [], self._costs, 1, 1, now, last)
+                    turn = store.turn(self._owner, [], costs, 1, 1, now, last)
                     for row in turn.rows:  # One that can run, after any unreadable ones.
                         self._run(store, row)
                     if turn.rows:
@@ -4418,7 +4602,7 @@ class _RunHere:
                 raise StoreError(f"the stored task cannot be run: {row.error}")
             function = self._task_map[row.task_type]
             job = Task(row, self._reports.begin(next(self._numbers)))
-            value = _call(function, _wants_toggle_ipc(function), job, self._toggle_ipc)
+            value = _call(function, _call_style(function), job, self._toggle_ipc)
             _packed(value)  # Raises where a worker would.
             outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
         except KeyboardInterrupt:  # The caller's Ctrl-C: run() requeues the task.
@@ -4525,7 +4709,9 @@ class _Tasks:
     def _changed(self, removed: bool = False) -> None:
         """Called after every change: wakes the clusters of this queue."""
 
-    def find(self, *, limit: int | None = None, offset: int = 0, **filters: Any) -> list[Task]:
+    def find(
+        self, *, limit: int | None = None, offset: int = 0, **filters: Unpack[Filters]
+    ) -> list[Task]:
         """The tasks that fit the filters, oldest first: at most *limit*, without the first
         *offset*."""
         query = _make_query("find", filters)._replace(
@@ -4534,16 +4720,16 @@ class _Tasks:
         )
         return [Task(row) for row in self._store.find(query, self._now())]
 
-    def find_one(self, **filters: Any) -> Task | None:
+    def find_one(self, **filters: Unpack[Filters]) -> Task | None:
         """The oldest task that fits the filters of find(), or None."""
-        found = self.find(**{**filters, "limit": 1})
+        found = self.find(limit=1, **filters)
         return found[0] if found else None
 
-    def count(self, **filters: Any) -> int:
+    def count(self, **filters: Unpack[Filters]) -> int:
         """How many tasks fit the filters of find()."""
         return self._store.count(_make_query("count", filters), self._now())
 
-    def remove(self, **filters: Any) -> int:
+    def remove(self, **filters: Unpack[Filters]) -> int:
         """Remove the tasks that fit the filters, and return how many.
 
         A running task ends its run, after which it is neither retried nor repeated.
@@ -4558,7 +4744,7 @@ class _Tasks:
         self._changed(removed=True)
         return removed
 
-    def retry(self, **filters: Any) -> int:
+    def retry(self, **filters: Unpack[Filters]) -> int:
         """Put failed tasks that fit the filters back to waiting; return how many.
 
         They get a fresh set of attempts and are due now.
@@ -4568,7 +4754,7 @@ class _Tasks:
         self._changed()
         return retried
 
-    def update(self, task_id: str, **changes: Any) -> Task:
+    def update(self, task_id: str, **changes: Unpack[Changes]) -> Task:
         """Change a waiting task and return it.
 
         *changes*: data, priority, due_date, repeat, retries, retry_delay, timeout and
@@ -4634,6 +4820,28 @@ class InMemoryTasks(_Tasks):
 
 Listener = Callable[[Any, Task], Any]
 EVENTS = ("done", "error", "progress")
+_F = TypeVar("_F", bound=TaskFunction)
+_DEFAULTS = ("priority", "retries", "retry_delay", "timeout", "keep_result", "in_memory")
+
+
+class _Declared(NamedTuple):
+    """A task type that queue.task has declared."""
+
+    function: TaskFunction
+    place: Any  # See _place_in_code().
+    defaults: dict[str, Any]  # Parameters of add_task.
+    schedule: dict[str, Any] | None  # Those of its schedule, if it has one.
+
+
+def _place_in_code(function: Any) -> Any:
+    """The file and the qualified name of a function: equal if a module is loaded again, or
+    is both __main__ and imported. None where it has none."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    code, name = getattr(function, "__code__", None), getattr(function, "__qualname__", "")
+    if code is None:
+        return None
+    return _absolute(code.co_filename), name, code.co_firstlineno if "<" in name else 0
 
 
 class TaskQueue(_Tasks):
@@ -4658,6 +4866,12 @@ class TaskQueue(_Tasks):
         self._listeners: dict[str, Listener] = {}
         self._ports: list[int] = []  # Where the other masters hear of new tasks.
         self._next_owners = self._next_knock = 0.0  # Monotonic.
+        self._declared: dict[str, _Declared] = {}
+        self._functions: dict[str, TaskFunction] = {}  # Of the declared types.
+        # How the functions of known types are called, also those of clusters' task maps; None
+        # for a type that nobody here knows, of which a warning has told.
+        self._styles: dict[str, _Style | None] = {}
+        self._key = _register("TaskQueue", self, _caller())
 
     def __enter__(self) -> TaskQueue:
         return self
@@ -4690,50 +4904,149 @@ class TaskQueue(_Tasks):
             self._next_knock = now + KNOCK_SECONDS
             _ring(self._ports)
 
+    # ---- Declared tasks
+
+    @property
+    def task_map(self) -> Mapping[str, TaskFunction]:
+        """The declared task types, read only: {name: function}."""
+        return MappingProxyType(self._functions)
+
+    @overload
+    def task(self, name: _F) -> _F: ...
+
+    @overload
+    def task(
+        self, name: str | None = None, *, repeat: timedelta | str | Cron | None = None,
+        data: Any = ..., **defaults: Unpack[TaskDefaults],
+    ) -> Callable[[_F], _F]: ...  # fmt: skip
+
+    def task(
+        self, name: Any = None, *, repeat: Any = None, data: Any = _NO_DATA, **defaults: Any
+    ) -> Any:
+        """Declare a function as a task type: as @queue.task or @queue.task(...).
+
+        The function is registered under *name* (default: its __name__) and returned
+        unchanged. Then add_task, submit and map take it in place of the name; Cluster and
+        run_due take all declared functions where they are given no task map. *defaults* are
+        parameters of add_task: priority, retries, retry_delay, timeout, keep_result and
+        in_memory. They count where a task is added through this queue and the call says
+        nothing else. Keyword-only parameters of the function are filled from `data`.
+
+        With *repeat*, as in add_task, one stored task `schedule:NAME` (with *data*) follows
+        the code: a cluster that starts on this queue, or run_due, adds, changes or removes
+        it. Only another *repeat* moves its due date.
+
+        Raises TypeError and ValueError for wrong arguments, for a function that cannot be
+        called as function(job), and for a name that another function has. Declaring does
+        the same while a worker runs your file again, and touches no store.
+        """
+        if callable(name):
+            return self.task()(name)
+        if name is not None:
+            _checked_text("name", name)
+        for unknown in defaults.keys() - set(_DEFAULTS):
+            raise TypeError(f"task() has no default {unknown!r}; give {', '.join(_DEFAULTS)}")
+        schedule = None if repeat is None else {**defaults, "repeat": repeat}
+        if data is not _NO_DATA:
+            if schedule is None:
+                raise TypeError("data is for the schedule of a task; give repeat, too")
+            schedule["data"] = copy.deepcopy(data)
+        if schedule and defaults.get("in_memory"):
+            raise _wrong_value("in_memory", True, "False: a schedule is stored")
+        _make_row(self._now(), "any", **(schedule or defaults))
+
+        def declare(function: _F) -> _F:
+            self._declare(name, function, defaults, schedule)
+            return function
+
+        return declare
+
+    def _declare(self, name: Any, function: Any, defaults: Any, schedule: Any) -> None:
+        style = _checked_function("function", function)
+        if name is None:
+            name = getattr(function, "__name__", "<none>")
+            if "<" in name:
+                raise ValueError(f"{_shown(function)} has no name of its own; give queue.task one")
+        if schedule is not None:
+            style.keywords(name, schedule.get("data", {}))
+            if any(watcher.crew.options.in_memory_only for watcher in self._watchers):
+                raise ValueError(f"{name!r} has a schedule, and a cluster here is in_memory_only")
+        place, other = _place_in_code(function), self._declared.get(name)
+        if other and other.function is not function and (place is None or place != other.place):
+            allowed = f"another: {_shown(other.function)} is declared under it"
+            raise _wrong_value("name", name, allowed)
+        self._declared[name] = _Declared(function, place, defaults, schedule)
+        self._functions[name], self._styles[name] = function, style
+        for watcher in self._watchers:
+            watcher.cluster._learn_types()
+            watcher.queue_changed(False, False), watcher.queue_changed(False, True)
+
+    def _name_of(self, task_type: Any) -> str:
+        """The name of a task type that is given by its name, or by its declared function."""
+        if not callable(task_type):
+            return _checked_text("task_type", task_type)
+        place = _place_in_code(task_type)
+        same = [name for name, it in self._declared.items() if it.function is task_type]
+        names = same or [
+            name for name, it in self._declared.items() if place is not None and it.place == place
+        ]
+        if len(names) != 1:
+            allowed = "a function that queue.task has declared, or a name"
+            allowed = f"one of its names: {', '.join(map(repr, names))}" if names else allowed
+            raise _wrong_value("task_type", task_type, allowed)
+        return names[0]
+
+    def _align(self) -> None:
+        """Have the stored schedules follow those that are declared."""
+        now, rows = self._now(), dict[str, Union[Row, None]]()
+        for name, declared in self._declared.items():
+            row = None
+            if declared.schedule is not None:
+                row = _make_row(now, name, **declared.schedule)[0]._replace(id=SCHEDULE + name)
+            rows[SCHEDULE + name] = row
+        if rows:
+            self._store.align(rows, now)
+
+    # ---- Adding
+
     def add_task(
         self,
-        task_type: str,
+        task_type: str | TaskFunction,
         data: Any = _NO_DATA,
-        *,
-        priority: int = 1,
-        task_id: str | None = None,
-        due_date: datetime | timedelta | None = None,
-        in_memory: bool = False,
-        repeat: timedelta | str | Cron | None = None,
-        retries: int = 0,
-        retry_delay: float | timedelta = 1.0,
-        timeout: float | timedelta | None = None,
-        keep_result: float | timedelta | None = None,
-        if_exists: str = "raise",
-        connection: sqlite3.Connection | None = None,
+        **options: Unpack[TaskOptions],
     ) -> Task:
         """Store one task and return it. It is safe from then on (P1).
 
-        *task_type* names the function in the cluster's map; *data* are JSON values, kept
-        exactly (anything that JSON would alter is refused). Higher *priority* starts
-        first. *due_date* is the earliest start: a datetime (naive = local time), a
-        timedelta from now, or None = now. A failure is followed by up to *retries*
-        further starts, the n-th after `retry_delay * 2**(n-1)` seconds, at most an hour.
-        With *repeat*, a timedelta, a cron text (UTC) or a Cron, it goes back to waiting for
-        its next slot when a run ended, however that did; without *due_date* the first slot
-        is now, or the cron's next time.
-        A run longer than *timeout* seconds is killed. The finished task is kept with its
-        JSON result for *keep_result* seconds; None = removed at once. *if_exists* says
-        what a waiting or running task of the same *task_id* does: "raise" DuplicateTask,
-        "keep" (it is returned), "replace" (if it is running, the new one follows it).
-        With your own *connection* to the same SQLite file the task exists if and only if
-        your transaction commits: begin that by BEGIN IMMEDIATE. Durations may be timedeltas.
+        *task_type* names the function in the cluster's map, or is a function declared with
+        queue.task; *data* are JSON values, kept exactly (anything that JSON would alter is
+        refused). *options*, with their defaults where queue.task has declared no other:
 
-        Raises TypeError or ValueError, naming the parameter, before anything is stored;
-        RuntimeError for *in_memory* in a worker; StoreError if the store failed.
+        priority=1          higher starts first
+        task_id=None        a str; None: a fresh one
+        due_date=None       the earliest start: a datetime (naive = local time), a timedelta
+                            from now, or None = now
+        in_memory=False     True: the task lives in this process only
+        repeat=None         a timedelta, a cron text (UTC) or a Cron: when a run has ended,
+                            however it did, the task waits for its next slot; without
+                            due_date the first slot is now, or the cron's next time
+        retries=0           so many further starts may follow a failure, ...
+        retry_delay=1.0     ... the n-th after retry_delay * 2**(n-1) seconds, at most an hour
+        timeout=None        a run that takes longer (seconds) is killed
+        keep_result=None    seconds to keep the finished task with its JSON result; None: it
+                            is removed at once
+        if_exists="raise"   what a waiting or running task of the same task_id does: "raise"
+                            DuplicateTask, "keep" (it is returned), "replace" (if it is
+                            running, the new one follows it)
+        connection=None     your own sqlite3.Connection to the same file: the task exists if
+                            and only if your transaction commits (begin by BEGIN IMMEDIATE)
+
+        Durations may be timedeltas. Raises TypeError or ValueError, naming the parameter,
+        before anything is stored; RuntimeError for *in_memory* in a worker; StoreError if
+        the store failed.
         """
         _refuse_rerun("add_task")
-        addition = _make_row(
-            self._now(), task_type, data, priority=priority, task_id=task_id, due_date=due_date,
-            in_memory=in_memory, repeat=repeat, retries=retries, retry_delay=retry_delay,
-            timeout=timeout, keep_result=keep_result, if_exists=if_exists, connection=connection,
-        )  # fmt: skip
-        return Task(self._add([addition], connection)[0])
+        addition = self._addition(self._now(), task_type, data, options)
+        return Task(self._add([addition], options.get("connection"))[0])
 
     def add_tasks(self, tasks: Iterable[Mapping[str, Any]]) -> list[Task]:
         """Store many tasks in one transaction: all of them, or none if one is refused.
@@ -4750,12 +5063,10 @@ class TaskQueue(_Tasks):
         for index, task in enumerate(tasks):
             if type(task) is not dict and not isinstance(task, Mapping):
                 raise _wrong_type(f"tasks[{index}]", task, "a dict of add_task's parameters")
-            if not task.keys() <= _ADD_PARAMETERS or "task_type" not in task:
-                unknown = [name for name in task if name not in _ADD_PARAMETERS]
-                wrong = f"has no parameter {unknown[0]!r}" if unknown else "needs a 'task_type'"
-                raise TypeError(f"tasks[{index}]: add_task {wrong}")
+            options = dict(task)
             try:
-                additions.append(_make_row(now, **task))
+                task_type, given = options.pop("task_type", None), options.pop("data", _NO_DATA)
+                additions.append(self._addition(now, task_type, given, options))
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"tasks[{index}]: {error}") from None
@@ -4767,6 +5078,34 @@ class TaskQueue(_Tasks):
         if any(connection is not connections[0] for connection in connections):
             raise ValueError("connection differs between tasks; add those in a call of their own")
         return [Task(row) for row in self._add(additions, connections[0])]
+
+    def _addition(
+        self, now: int, task_type: Any, data: Any, options: Any, lane: str = ""
+    ) -> tuple[Row, str]:
+        """The Row of a new task, with what its type declares, and its `if_exists`."""
+        if type(task_type) is not str:
+            task_type = self._name_of(task_type)
+        if not options.keys() <= _ADD_PARAMETERS:
+            unknown = min(options.keys() - _ADD_PARAMETERS)
+            nearest = _nearest(unknown, _ADD_PARAMETERS)
+            raise TypeError(f"add_task and submit have no parameter {unknown!r}{nearest}")
+        declared, style = self._declared.get(task_type), self._styles.get(task_type)
+        if declared is not None and declared.defaults:
+            options = {**declared.defaults, **options}
+        addition = _make_row(now, task_type, data, lane=lane, **options)
+        if style is None:
+            self._warn_of(task_type)
+        elif style is not _PLAIN:
+            style.keywords(task_type, data)
+        return addition
+
+    def _warn_of(self, task_type: str) -> None:
+        """Warn once of a type that nobody here knows; another program may know it."""
+        known = [name for name, style in self._styles.items() if style is not None]
+        if known and task_type not in self._styles:
+            self._styles[task_type] = None
+            nearest = _nearest(task_type, known)
+            _log.warning("no task type %r is declared or mapped here%s", task_type, nearest)
 
     def _add(
         self, additions: list[tuple[Row, str]], connection: sqlite3.Connection | None = None
@@ -4820,7 +5159,7 @@ class TaskQueue(_Tasks):
 
     def run_due(
         self,
-        task_map: Mapping[str, TaskFunction],
+        task_map: Mapping[str, TaskFunction] | None = None,
         until: datetime | timedelta | None = None,
         *,
         raise_errors: bool = False,
@@ -4828,6 +5167,8 @@ class TaskQueue(_Tasks):
     ) -> list[Task]:
         """Run what is due here and now, in this thread, without workers: for your tests.
 
+        *task_map*: {task_type: function}; default: the declared tasks, `task_map`, whose
+        schedules are brought in line first.
         In-memory tasks come first, then persistent ones, each by priority and age; what
         they add runs too, if it is due. Returns a Task for every run, in order: `state`
         tells what became of it (waiting = a retry or repetition follows), `result` and
@@ -4838,10 +5179,13 @@ class TaskQueue(_Tasks):
         A `timeout` has no effect here.
         """
         _refuse_rerun("run_due")
-        functions = _checked_task_map(task_map)
+        functions = self.task_map if task_map is None else _checked_task_map(task_map)[0]
+        if not functions:
+            raise _wrong_value("task_map", None, "a dict, as this queue has declared no task")
         last = None if until is None else _instant(until, self._now(), "until")
         _checked_bool("raise_errors", raise_errors)
         _check_broker(message_broker)
+        self._align()
         return _RunHere(self, functions, raise_errors, message_broker).run(last)
 
     def add_event_listener(self, event: str, callback: Listener) -> None:
@@ -4863,9 +5207,6 @@ class TaskQueue(_Tasks):
     def remove_event_listener(self, event: str) -> None:
         """Forget the listener of that event, if there is one."""
         self._listeners.pop(_checked_choice("event", event, EVENTS), None)
-
-
-_ADD_PARAMETERS = frozenset({"task_type", "data", *(TaskQueue.add_task.__kwdefaults__ or ())})
 
 
 # --- Messages ------------------------------------------------------------------------
@@ -4945,14 +5286,6 @@ def _read_message(packed: bytes | bytearray) -> tuple[Any, ...]:
 # First, how a worker finds its functions and files: what the master sends, and what the
 # worker makes of that. Then, how it runs tasks. It knows no store: tasks come down a pipe.
 
-_Key = tuple[str, tuple[int, ...], int]
-
-# The Clusters made in this process, by module, lines of the calls that led there from the
-# top level, and id(). A worker finds its task map in one of them.
-_registry: weakref.WeakValueDictionary[_Key, Any] = weakref.WeakValueDictionary()
-_registered: list[Any] = []  # In a worker: keeps these Clusters alive.
-
-
 class _Boot(NamedTuple):
     """How a worker finds its task map: see _find_task_map."""
 
@@ -4968,8 +5301,13 @@ class _Boot(NamedTuple):
     known: _Known = _Known([], set())
 
 
-def _path_of(cluster: Any) -> str | None:
-    return getattr(cluster.queue._store, "path", None)
+def _queue_of(thing: Any) -> Any:
+    """The TaskQueue of a Cluster, or the TaskQueue itself."""
+    return getattr(thing, "queue", thing)
+
+
+def _path_of(thing: Any) -> str | None:
+    return getattr(_queue_of(thing)._store, "path", None)
 
 
 @contextlib.contextmanager
@@ -5007,54 +5345,73 @@ def _boot_now(boot: _Boot) -> _Boot:
     with contextlib.suppress(FileNotFoundError):
         _folders.add(_absolute("."))
     made = [(store._place, store._given, store.path) for store in _living(SQLiteStore)]
-    there = sum(ref.key[:2] == boot.key[:2] for ref in _registry.valuerefs())
+    there = sum(ref.key[:3] == boot.key[:3] for ref in _registry.valuerefs())
     return boot._replace(alone=there == 1, known=_Known(made, set(_folders)))
 
 
-def _register(cluster: Cluster, frame: Any) -> _Boot:
-    """Register a new Cluster, and note how a worker finds its task map.
+def _with_functions(boot: _Boot, cluster: Cluster) -> _Boot:
+    """The _Boot with the functions that the Cluster has now.
 
-    The globals are those of *frame*, which makes the Cluster: __main__ forgets its file when
-    the script ends, and a profiler puts itself into sys.modules["__main__"].
+    Never in the dispatcher: pickling imports, and the thread that imports your module may be
+    waiting for a task.
     """
-    home, place, store = frame.f_globals, _place_of(frame), cluster.queue._store
-    key = (*place, id(cluster))
-    _registry[key] = cluster
-    synchronous = store._synchronous if isinstance(store, SQLiteStore) else ""
-    boot = _Boot(key, tuple(cluster.task_map), _path_of(cluster), synchronous, None, {}, None)
-    if not _is_master():
-        _registered.append(cluster)
+    if boot.inherits:
         return boot
-    if cluster._options.start_method == "fork":
-        return boot._replace(inherits=True)
-    in_main, pickled, entry = place[0] == "__main__", None, None
+    task_map, home, pickled = dict(cluster.task_map), cluster._home, None
+    module = str(home.get("__name__"))
+    in_main, entry = module == "__main__", boot.entry
     with contextlib.suppress(Exception):  # Most lambdas cannot be pickled.
         with _as_main(home) if in_main else contextlib.nullcontext():
-            pickled = _dumps(cluster.task_map)
-    spaces: dict[str, Any] = {} if in_main else {place[0]: home}  # {module: its globals}
+            pickled = _dumps(task_map)
+    spaces: dict[str, Any] = {} if in_main else {module: home}  # {module: its globals}
     own: dict[str, Any] = {}  # {task type: code} of the functions of __main__.
-    for task_type, function in cluster.task_map.items():
+    for task_type, function in task_map.items():
         while isinstance(function, functools.partial):
             function = function.func
-        module = str(getattr(function, "__module__", None))
-        if module == "__main__":
+        name = str(getattr(function, "__module__", None))
+        if name == "__main__":
             own[task_type] = getattr(function, "__code__", None)
         else:
-            spaces.setdefault(module, vars(sys.modules.get(module, object)))
+            spaces.setdefault(name, vars(sys.modules.get(name, object)))
+    if boot.key[0] != "__main__":
+        spaces.setdefault(boot.key[0], vars(sys.modules.get(boot.key[0], object)))
     by_main = b"__main__" in (pickled or b"")
-    if in_main or by_main:
-        main = home if in_main else vars(sys.modules.get("__main__", object))
-        codes = [frame.f_code] if in_main else [code for code in own.values() if code]
-        entry = _entry_of(main, codes)
-    if entry is None and (by_main or (in_main and pickled is None)):
+    if entry is None and by_main:
+        codes = [code for code in own.values() if code]
+        entry = _entry_of(vars(sys.modules.get("__main__", object)), codes)
+    if entry is None and task_map and (by_main or (in_main and pickled is None)):
         raise RuntimeError(
-            f"the function of {[*own, *boot.types][0]!r} was defined where a worker process "
+            f"the function of {[*own, *task_map][0]!r} was defined where a worker process "
             "cannot find it (python -c, standard input, an interactive session, or a script "
             'that has ended): put it into a file, or use start_method="fork"'
         )
     paths = {name: space.get("__file__") for name, space in spaces.items()}
     files = {name: _absolute(path) for name, path in paths.items() if isinstance(path, str)}
-    return _boot_now(boot._replace(entry=entry, files=files, pickled_map=pickled))
+    return boot._replace(entry=entry, files=files, pickled_map=pickled)
+
+
+def _boot_of(cluster: Cluster, code: Any) -> _Boot:
+    """How the workers of a new Cluster find its functions: in the Cluster, or in its queue if
+    that has declared them.
+
+    The Cluster's `_home` has the globals of the *code* that makes it: __main__ forgets its file
+    when the script ends, and a profiler puts itself into sys.modules["__main__"].
+    """
+    home, queue, store = cluster._home, cluster.queue, cluster.queue._store
+    key, types = cluster._key, tuple(cluster.task_map)
+    if cluster.takes_declared:
+        key, types = queue._key, ()
+    synchronous = store._synchronous if isinstance(store, SQLiteStore) else ""
+    boot = _Boot(key, types, _path_of(cluster), synchronous, None, {}, None)
+    if not _is_master():
+        return boot
+    if cluster._options.start_method == "fork":
+        return boot._replace(inherits=True)
+    if home.get("__name__") == "__main__":
+        boot = boot._replace(entry=_entry_of(home, [code]))
+    elif key[0] == "__main__":
+        boot = boot._replace(entry=_entry_of(vars(sys.modules.get("__main__", object)), []))
+    return _with_functions(boot, cluster)
 
 
 class _ByFile:
@@ -5096,21 +5453,23 @@ def _run_entry(kind: str, name: str) -> None:
     sys.modules["__main__"] = sys.modules["__mp_main__"] = entry
 
 
-def _cluster_of(boot: _Boot) -> Any:
-    """The Cluster for which this worker was started, or None: never a guess."""
+def _holder_of(boot: _Boot) -> Any:
+    """The Cluster or TaskQueue that holds the functions for which this worker was started, or
+    None: never a guess."""
     made = [
-        cluster
-        for key, cluster in list(_registry.items())
-        if key[:2] == boot.key[:2] and set(cluster.task_map) >= set(boot.types)
+        thing
+        for key, thing in list(_registry.items())
+        if key[:3] == boot.key[:3] and set(thing.task_map) >= set(boot.types)
     ]
-    # Clusters made in a loop share a call site: tell them apart by the files of their queues,
+    # Those made in a loop share a call site: tell them apart by the files of their queues,
     # as their order may differ here.
-    same = [cluster for cluster in made if _path_of(cluster) == boot.path]
+    same = [thing for thing in made if _path_of(thing) == boot.path]
     if len(made) == 1 and not same and not boot.alone:
         return None
     made = same or made
     parts = ("__code__", "__defaults__", "__closure__")
-    functions = [[cluster.task_map[name] for name in boot.types] for cluster in made]
+    types = boot.types or sorted({name for thing in made for name in thing.task_map})
+    functions = [[thing.task_map.get(name) for name in types] for thing in made]
     kinds = [[getattr(f, part, f) for f in fs for part in parts] for fs in functions]
     try:
         return made[0] if made and all(kind == kinds[0] for kind in kinds) else None
@@ -5120,25 +5479,27 @@ def _cluster_of(boot: _Boot) -> Any:
 
 def _use_masters_files(boot: _Boot) -> Any:
     """Have the queues that this process made use the files that the master's queues use.
-    Returns the Cluster for which this worker was started, or None."""
+    Returns what holds the functions for which this worker was started, or None."""
     global _known
     _known = boot.known
     for store in _living(SQLiteStore):
         store._move(_masters_path(store, boot.known))
-    cluster = _cluster_of(boot)
-    if cluster is not None and isinstance(cluster.queue._store, SQLiteStore):
-        cluster.queue._store._move(boot.path or "" if boot.synchronous else "")
-        cluster.queue._store._synchronous = boot.synchronous or "NORMAL"
-    elif cluster is not None and boot.synchronous:
-        cluster.queue._store = SQLiteStore(boot.path or "", synchronous=boot.synchronous)
-    return cluster
+    holder = _holder_of(boot)
+    queue = None if holder is None else _queue_of(holder)
+    if queue is not None and isinstance(queue._store, SQLiteStore):
+        queue._store._move(boot.path or "" if boot.synchronous else "")
+        queue._store._synchronous = boot.synchronous or "NORMAL"
+    elif queue is not None and boot.synchronous:
+        queue._store = SQLiteStore(boot.path or "", synchronous=boot.synchronous)
+    return holder
 
 
 def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
-    """The task map of the Cluster for which this worker was started.
+    """The functions for which this worker was started.
 
-    Either the master could pickle and send it, or it belongs to the Cluster that is
-    registered here when the entry file is run again, or its module is imported.
+    The master could pickle and send them, or they belong to the Cluster or TaskQueue that is
+    registered here when the entry file is run again, or its module is imported. What a queue
+    declares here counts beside what was sent.
     """
     import importlib
 
@@ -5161,12 +5522,11 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
     if boot.entry is None or ran == boot.entry[2] or b"__main__" not in packed:
         sent, error = _loaded(packed)
     if not sent and boot.entry is not None and ran != boot.entry[2]:
-        if not any(key[:2] == boot.key[:2] for key in list(_registry)):
+        if not any(key[:3] == boot.key[:3] for key in list(_registry)):
             _run_entry(*boot.entry[:2])
             sent, error = _loaded(packed)
-    cluster = _use_masters_files(boot)
-    task_map = sent if sent or cluster is None else cluster.task_map
-    if task_map is None:
+    holder = _use_masters_files(boot)
+    if holder is None and not sent:
         raise error or RuntimeError(
             f"a worker process cannot find the functions of {', '.join(map(repr, boot.types))}: "
             "the Cluster was not made at the top level of a file, or several that look alike "
@@ -5174,7 +5534,7 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
             "at the top level of a module (no lambdas or inner functions), or make the Cluster "
             'there, in a line of its own, or use start_method="fork"'
         )
-    return cast(Mapping[str, TaskFunction], task_map)
+    return collections.ChainMap(sent or {}, {} if holder is None else holder.task_map)
 
 
 _WORKER_NAME = "taskpool-worker-"
@@ -5254,7 +5614,7 @@ class _WorkerProcess:
         self._late: collections.deque[bytes] = collections.deque()
         self._permits = permits and permits.fileno()
         self._permit = -1  # The number of the last permit read.
-        self._call_styles: dict[str, str | None] = {}
+        self._calls: dict[str, tuple[TaskFunction, _Style]] = {}  # By task type.
         self._reader: threading.Thread | None = None
         self._received: _queues.SimpleQueue[Any] = _queues.SimpleQueue()
         self._conversation_ids = itertools.count(1)
@@ -5333,7 +5693,7 @@ class _WorkerProcess:
 
     def _run(self, number: int, row: Row) -> None:
         """Run one task and report how it ended."""
-        task_type, styles, may_retry = row.task_type, self._call_styles, False
+        task_type, may_retry = row.task_type, False
         if row.timeout is not None:
             self.send(("start", number))
         self._current = number
@@ -5346,10 +5706,8 @@ class _WorkerProcess:
             except ValueError as error:
                 raise RuntimeError(f"the stored data cannot be decoded: {error}") from None
             may_retry = True
-            if task_type not in styles:
-                styles[task_type] = _wants_toggle_ipc(self.task_map[task_type])
-            function = self.task_map[task_type]
-            value = _call(function, styles[task_type], task, self._toggle_ipc)
+            function, style = self._calls.get(task_type) or self._function_of(task_type)
+            value = _call(function, style, task, self._toggle_ipc)
             packed = None if value is None else _pieces(_packed(value))
             kept, problem = _kept(row, value)
             seconds = max(time.perf_counter() - started, 0.0)  # A task may patch the clock.
@@ -5376,6 +5734,16 @@ class _WorkerProcess:
             except Exception:
                 pass
         self.send((*report, opened) if report[0] == "done" else report)
+
+    def _function_of(self, task_type: str) -> tuple[TaskFunction, _Style]:
+        function = self.task_map.get(task_type)
+        if function is None:  # Declared in the master only.
+            raise RuntimeError(
+                f"a worker process has no function for {task_type!r}: declare it where your "
+                "file declares it, too, when a worker runs that again"
+            )
+        self._calls[task_type] = call = function, _call_style(function)
+        return call
 
     def _end_fork(self, error: BaseException) -> None:
         """End this process, which a task made by os.fork(), and which is no worker."""
@@ -6351,8 +6719,8 @@ class _Crew:
     cancelled(); and the engine to hear() and forget_worker() those that ended.
     """
 
-    def __init__(self, options: _Options, types: Iterable[str], engine: Any) -> None:
-        self.options, self._engine = options, engine
+    def __init__(self, options: _Options, types: Collection[str], engine: Any) -> None:
+        self.options, self._types, self._engine = options, types, engine
         self.workers: list[_Worker] = []
         self.expected: dict[str, float] = {}  # Seconds, by task type.
         self.shares = dict.fromkeys(types, 1.0)  # Of a worker's room, by task type.
@@ -6378,6 +6746,8 @@ class _Crew:
 
     def costs(self) -> Mapping[str, float]:
         """How much room a task of each type takes."""
+        if len(self.shares) < len(self._types):  # The queue has declared more.
+            self.shares = {**dict.fromkeys(self._types, 1.0), **self.shares}
         if not _SELECTABLE:
             # Without permits no run can be taken back: each worker gets one at a time.
             return dict.fromkeys(self.shares, 1.0)
@@ -6648,10 +7018,12 @@ class _Crew:
 
 
 class _Watch:
-    """The heartbeats of a cluster, and its look for clusters whose heartbeats stopped. (P3)"""
+    """What a cluster does each second with its store: it sends its heartbeat, looks for clusters
+    whose heartbeats stopped (P3), and has the schedules follow the code."""
 
-    def __init__(self, store: Store, owner: str, types: Iterable[str]) -> None:
-        self._store, self._owner, self._types = store, owner, list(types)
+    def __init__(self, cluster: Cluster, store: Store, owner: str) -> None:
+        self._cluster, self._store, self._owner = cluster, store, owner
+        self._aligned: dict[str, _Declared] = {}  # What was declared at the last look.
         self._clock = _ObserverClock()  # Of the store thread.
         self.next_look = self._next_heartbeat = self._next_warning = 0.0
         self.heard = time.monotonic()  # When observers last heard of this cluster.
@@ -6663,12 +7035,16 @@ class _Watch:
         store, foreign = self._store, []
         held: list[Row] | None = None
         try:
+            declared = dict(self._cluster.queue._declared)
+            if declared != self._aligned:
+                self._cluster.queue._align()
+                self._aligned = declared
             if self._next_heartbeat <= now:
                 store.renew(self._owner, wall)
                 held = store.held_by(self._owner)
                 self.heard, self._next_heartbeat = now, now + RENEW_SECONDS
             if self._next_warning <= now:
-                foreign = store.foreign(self._types, wall)
+                foreign = self._foreign(wall)
                 self._next_warning = now + WARN_SECONDS
             seconds = self._clock.look(time.monotonic())
             return store.recover(self._owner, seconds, wall), foreign, held
@@ -6676,6 +7052,20 @@ class _Watch:
             self._clock.miss()
             self._next_heartbeat = 0.0
             raise
+
+    def _foreign(self, wall: int) -> list[str]:
+        """The types of due tasks that no cluster here knows, and how to end their schedules."""
+        types = self._store.foreign(list(self._cluster.task_map), wall)
+        ids = {SCHEDULE + name for name in types}
+        scheduled = {row.id for row in self._store.find(Query(ids=list(ids)), wall)} if ids else ()
+        path, texts = getattr(self._store, "path", None), []
+        for name in types:
+            task_id, text = SCHEDULE + name, repr(name)
+            if task_id in scheduled:
+                how = f"remove {path} {task_id}" if path else f"queue.remove(task_id={task_id!r})"
+                text += f" (if no program declares its schedule any more: {how})"
+            texts.append(text)
+        return texts
 
     def strays(self, held: Iterable[Row], known: Iterable[_Run]) -> list[Row]:
         """The claims of this cluster that it does not know, at two heartbeats in a row: the
@@ -6700,7 +7090,7 @@ class _Source:
         self.thread: _Thread | None = None  # None: the calls are made at once.
         self.watch: _Watch | None = None
         if not store.in_memory:
-            self.watch = _Watch(store, engine.owner, engine.crew.shares)
+            self.watch = _Watch(engine.cluster, store, engine.owner)
         self.changed = True  # Something may be claimable. Any thread sets it.
         self.eager = False  # Something was added: claim at once. Any thread sets it.
         self.check_futures = False  # Tasks of Futures may be gone. Any thread sets it.
@@ -6843,7 +7233,7 @@ class _Source:
                 self.requeue(_Run(self, row, 0.0))
             self.changed = True  # Tasks of a dead master may wait again.
             if foreign:
-                names = ", ".join(map(repr, foreign))
+                names = ", ".join(foreign)
                 _log.warning("tasks wait that this cluster has no function for: %s", names)
 
         self.call_store(lambda: watch.look(now, self.engine.cluster.queue._now()), answer)
@@ -7523,14 +7913,12 @@ def _at_exit() -> None:
                     engine.closed.wait(EXIT_SECONDS)
 
 
-KeepAlive = Union[int, timedelta, str, None]
-
-
 class Cluster(concurrent.futures.Executor):
     """Runs the tasks of a queue in worker processes. Also an Executor over task types.
 
     *task_map* is {task_type: function}; each is called as function(job) or function(job,
-    toggle_ipc), is plain, `async def`, or returns a Future. *queue*: default
+    toggle_ipc), is plain, `async def`, or returns a Future; `data` fills its keyword-only
+    parameters. None: what *queue* has declared, and declares later. *queue*: default
     TaskQueue("taskpool.db").
 
     max_available_workers   default: max_workers(), the usable CPUs. More is lowered to
@@ -7554,26 +7942,29 @@ class Cluster(concurrent.futures.Executor):
 
     def __init__(
         self,
-        task_map: Mapping[str, TaskFunction],
+        task_map: Mapping[str, TaskFunction] | None = None,
         queue: TaskQueue | None = None,
         *,
         max_available_workers: int | None = None,
         refresh_rate: int | timedelta = 1000,
         in_memory_only: bool = False,
         message_broker: Broker | None = None,
-        logs: str = "all",
-        keep_alive: KeepAlive = None,
+        logs: Literal["all", "error"] = "all",
+        keep_alive: int | timedelta | Literal["always"] | None = None,
         auto_initialize: bool = True,
-        start_method: str = "spawn",
+        start_method: Literal["spawn", "forkserver", "fork"] = "spawn",
         max_tasks_per_worker: int | None = None,
         oversubscribe: bool = False,
         shutdown_timeout: float | timedelta = 10.0,
     ) -> None:
-        self.task_map = _checked_task_map(task_map)
         if queue is not None and not isinstance(queue, TaskQueue):
             raise _wrong_type("queue", queue, "a TaskQueue or None")
+        self.takes_declared = task_map is None and queue is not None
+        functions, styles = ({}, {}) if self.takes_declared else _checked_task_map(task_map)
         _check_broker(message_broker)
         self.queue = TaskQueue() if queue is None else queue
+        self.queue._styles.update(styles)
+        self.task_map = self.queue.task_map if self.takes_declared else functions
         _checked_bool("oversubscribe", oversubscribe)
         self._refresh = _checked_milliseconds("refresh_rate", refresh_rate)
         if max_tasks_per_worker is not None:
@@ -7592,7 +7983,14 @@ class Cluster(concurrent.futures.Executor):
         )
         if start_method not in multiprocessing.get_all_start_methods():
             raise _wrong_value("start_method", start_method, "one that this system has")
-        self._boot = _register(self, sys._getframe(1))
+        scheduled = [name for name, it in self.queue._declared.items() if it.schedule]
+        if in_memory_only and scheduled:
+            allowed = f"False: the schedule of {scheduled[0]!r} is stored"
+            raise _wrong_value("in_memory_only", True, allowed)
+        frame = sys._getframe(1)
+        self._key = _register("Cluster", self, frame)
+        self._home = frame.f_globals
+        self._boot = _boot_of(self, frame.f_code)
         self._reset_after_fork()
         _reset_in_forks[id(self)] = self
         if auto_initialize:
@@ -7620,10 +8018,15 @@ class Cluster(concurrent.futures.Executor):
         self._raise_failure()
         with self._start_lock:
             if not self._engine.thread:
+                self._learn_types()
                 self._engine.start()
                 _running.add(self)
                 atexit.unregister(_at_exit)  # It runs once.
                 atexit.register(_at_exit)
+
+    def _learn_types(self) -> None:
+        """The queue may have declared more since the last time."""
+        self._boot = _with_functions(self._boot, self)
 
     def _unregister(self) -> None:
         watchers = self.queue._watchers
@@ -7637,7 +8040,7 @@ class Cluster(concurrent.futures.Executor):
             self._engine.post(self._engine.refresh)
 
     def submit(  # type: ignore[override]
-        self, task_type: str, data: Any = None, **options: Any
+        self, task_type: str | TaskFunction, data: Any = None, **options: Unpack[SubmitOptions]
     ) -> _TaskFuture:
         """Add a task and return its Future; *options* are those of add_task.
 
@@ -7659,9 +8062,12 @@ class Cluster(concurrent.futures.Executor):
         if engine.ending.mode != "running":
             self._raise_failure()
             raise RuntimeError("cannot submit after shutdown")
-        self._check_submit(task_type, options)
+        task_type = self._check_submit(task_type, options)
+        style = self.queue._styles.get(task_type) or _PLAIN
+        if data is None and style is not _PLAIN and style.takes_data:
+            data = _NO_DATA
         now = self.queue._now()
-        row, if_exists = _make_row(now, task_type, data, lane=engine.owner, **options)
+        row, if_exists = self.queue._addition(now, task_type, data, options, engine.owner)
         future = _TaskFuture(futures, row)
         futures.add(future)  # First: the task may start before _add() returns.
         replacements = futures.replacements
@@ -7684,21 +8090,22 @@ class Cluster(concurrent.futures.Executor):
             future._end(*futures.unknown_end(future))
         return future
 
-    def _check_submit(self, task_type: Any, options: dict[str, Any]) -> None:
+    def _check_submit(self, task_type: Any, options: Any) -> str:
+        """The name of the task type; adds to *options* what this cluster demands."""
         if self._options.in_memory_only:
             options.setdefault("in_memory", True)
             if options["in_memory"] is False:
                 raise _wrong_value("in_memory", False, "True, as this cluster is in_memory_only")
-        if type(task_type) is str and task_type and task_type not in self.task_map:
+        if type(task_type) is not str or not task_type:
+            task_type = self.queue._name_of(task_type)
+        if task_type not in self.task_map:
             known = ", ".join(map(repr, self.task_map))
             raise _wrong_value("task_type", task_type, f"one of this cluster's: {known}")
         if options.get("connection") is not None:
             raise TypeError(
                 "submit() takes no connection; use add_task, and queue.wait for the end"
             )
-        if not options.keys() <= _ADD_PARAMETERS:
-            unknown = min(options.keys() - _ADD_PARAMETERS)
-            raise TypeError(f"submit() takes the parameters of add_task, not {unknown!r}")
+        return cast(str, task_type)
 
     def map(  # type: ignore[override]
         self, task_type: str, data: Iterable[Any], timeout: float | timedelta | None = None
@@ -8346,7 +8753,7 @@ def _served(name: str) -> Mapping[str, TaskFunction]:
         sys.path.insert(1, os.getcwd())  # Behind the folder of this file.
     try:
         thing = operator.attrgetter(attributes)(importlib.import_module(module))
-        return _checked_task_map(thing)
+        return _checked_task_map(thing)[0]
     except Exception as error:  # Told in one line.
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f" ({last.filename}, line {last.lineno})" if os.path.exists(last.filename) else ""

@@ -403,6 +403,14 @@ def fail(job):
     raise ValueError(f"attempt {job.attempt}")
 
 
+def needs_words(job, *, to, subject="hello"):
+    return [to, subject]
+
+
+def takes_a_word(job, *, size=3):
+    return size
+
+
 def succeed_at(job):
     if job.attempt < job.data:
         raise ValueError(f"attempt {job.attempt}")
@@ -1404,6 +1412,24 @@ class StoreContract:
                 self.settle(claimed, "done", now=claimed.due_at + offset, result="1")
             self.assertEqual([b - a for a, b in zip(slots, slots[1:])], [60 * SECOND] * 4)
             self.store.remove(Query(ids=["t"]), NOW)
+
+    def test_align_has_schedules_follow_their_declarations(self):
+        """Added, changed with or without another due date, in a run, kept after a remove(), and removed."""
+        def align(seconds, now=NOW, **changes):
+            self.store.align({"t": seconds and row(repeat=timedelta(seconds=seconds), now=now, **changes)}, now)
+            return self.look()
+
+        align(None), align(10)
+        self.assertEqual(align(10, NOW + 5, retries=3)[:8], row(retries=3)[:8])
+        self.settle(self.claim()[0], "done")
+        soon = align(3, NOW + 4 * SECOND)
+        self.assertEqual((soon.due_at, soon.state, soon.retries), (NOW + 6 * SECOND, "scheduled", 0))
+        (running,) = self.claim(now=NOW + 7 * SECOND)
+        align(None, NOW + 7 * SECOND), align(5, NOW + 8 * SECOND, priority=7)
+        self.assertEqual(self.settle(running, "done", now=NOW + 8 * SECOND), "repeats")
+        after = self.look()
+        self.assertEqual((after.due_at, after.priority, after.claim), (NOW + 11 * SECOND, 7, 2))
+        self.assertIsNone(align(None))
 
     def test_a_cron_starts_at_its_next_time_and_follows_its_zone(self):
         zone_or_skip("Europe/Berlin")
@@ -3821,7 +3847,7 @@ class TestExecutor(WithCluster):
         with self.assertRaisesRegex(TypeError, "task_type"):
             self.submit(5)
         for unknown in ("lane", "retry"):
-            with self.assertRaisesRegex(TypeError, rf"submit\(\).*add_task.*'{unknown}'"):
+            with self.assertRaisesRegex(TypeError, rf"submit.*'{unknown}'"):
                 self.submit("echo", **{unknown: "x"})
         with self.assertRaisesRegex(TypeError, "timeout"):
             self.shared.map("echo", [1, 2], [3, 4])
@@ -4641,7 +4667,7 @@ class TestClusterOptions(InFolder):
     def test_a_wrong_argument_raises_and_names_its_parameter(self):
         too_short = [timedelta(microseconds=999), timedelta(0), -timedelta(days=1), 0]  # Milliseconds are at least one.
         for options, error, text in [
-            ({"task_map": None}, TypeError, "task_map"), ({"task_map": {}}, ValueError, "task_map"),
+            ({"task_map": {}}, ValueError, "task_map"),
             ({"task_map": {"x": 5}}, TypeError, r"task_map\['x'\]"), ({"task_map": {5: echo}}, TypeError, "task_map"),
             ({"queue": "tasks.db"}, TypeError, "queue"), ({"max_available_workers": "2"}, TypeError, "max_available"),
             ({"max_available_workers": True}, TypeError, "max_available"), ({"refresh_rate": 1.5}, TypeError, "refresh_rate"),
@@ -4689,11 +4715,11 @@ class TestClusterOptions(InFolder):
             (unittest.mock.Mock(), None), (bad_text, None), (anything(echo), None), (anything(named), "name"), (anything(mail), None),
         ]:
             with self.subTest(function=function):
-                self.assertEqual(taskpool._wants_toggle_ipc(function), style)  # inside
+                self.assertEqual(taskpool._call_style(function).toggle_ipc or None, style)  # inside
                 Cluster({"x": function}, auto_initialize=False, start_method=METHODS[-1])
         for function, reason in [
             (lambda: 0, "takes no"), (lambda **o: 0, "takes no"), (lambda *, job: 0, "takes no"), (lambda a, b, c: 0, "'b'"), (mail, "'subject'"),
-            (lambda job, ipc, more: 0, "'more'"), (lambda job, *, key: 0, "'key'"), (lambda job, *, ipc: 0, "'ipc'"),
+            (lambda job, ipc, more: 0, "'more'"),
             (eval("lambda job, n, toggle_ipc, /: 0"), "'n'"), (eval("lambda job, n=1, toggle_ipc=None, /: 0"), "'toggle_ipc'"),
             (functools.partial(mail, "me", "hi"), "takes no"), (functools.partial(mail, to="me"), "takes no"), (bound.without, "takes no"),
             (Callable.method, "'job'"), (OfTwo, "'b'"), (functools.wraps(echo)(lambda: 0), "takes no"),
@@ -8981,6 +9007,399 @@ class TestRunDue(InFolder):
                 self.tasks.run_due(**{"task_map": {"x": echo}, **options})
 
 
+class TestDeclaredTasks(InFolder):
+    """@queue.task declares a task type beside its function."""
+
+    def declared(self):
+        queue = self.queue()
+        queue.task(name="mail", priority=5, retries=3, retry_delay=2, timeout=9, keep_result=60)(echo)
+        queue.task(name="quick", in_memory=True)(about)
+        return queue
+
+    def test_a_declaration_counts_where_the_call_says_nothing_else(self):
+        queue = self.declared()
+        names = ("priority", "retries", "retry_delay", "timeout", "keep_result")
+        tasks = [queue.add_task("mail"), queue.add_task(echo, [1]), *queue.add_tasks([{"task_type": echo}, {"task_type": "mail"}])]
+        for task in tasks:
+            self.assertEqual((task.task_type, *(getattr(task._row, name) for name in names)), ("mail", 5, 3, 2, 9, 60))  # inside
+        task = queue.add_task("mail", priority=0, retries=0, retry_delay=0, timeout=None, keep_result=None)
+        self.assertEqual([getattr(task._row, name) for name in names], [0, 0, 0, None, None])  # inside
+        self.assertTrue(queue.add_task(about).in_memory)
+        self.assertFalse(queue.add_task("quick", in_memory=False).in_memory)
+        self.assertIs(queue.task_map["mail"], echo)
+        with self.assertRaises(TypeError):
+            queue.task_map["mail"] = fail
+        # Another program, and a queue that has declared nothing, have defaults of their own.
+        self.assertEqual(self.queue().add_task("mail").retries, 0)
+
+    def test_submit_and_map_take_functions_and_what_is_declared(self):
+        queue = self.declared()
+        with self.cluster(None, queue) as cluster:
+            future = cluster.submit(echo, 5)
+            self.assertEqual((future.task.task_type, future.task.priority, future.result(PATIENCE)), ("mail", 5, 5))
+            self.assertEqual(list(cluster.map(echo, [1, 2])), [1, 2])
+            self.assertTrue(cluster.submit("quick").task.in_memory)
+            with self.assertRaisesRegex(ValueError, "'none'.*'mail', 'quick'"):
+                cluster.submit("none")
+            queue.task(name="later")(pid_of_worker)  # The workers that run now do not know it.
+            self.assertIsInstance(cluster.submit(pid_of_worker).exception(PATIENCE), (RuntimeError, type(None)))
+
+    def test_a_function_stands_for_its_name_also_after_a_reload(self):
+        self.script("def job(job): pass\ndef other(job): pass", "jobs_of_a_module.py")
+        sys.path.insert(0, str(self.folder))
+        self.addCleanup(sys.path.remove, str(self.folder))
+        import importlib
+
+        queue, module = self.queue(), importlib.import_module("jobs_of_a_module")
+        self.addCleanup(sys.modules.pop, "jobs_of_a_module")
+        before = queue.task(module.job)
+        self.assertIs(before, module.job)
+        self.assertIsNot(queue.task(importlib.reload(module).job), before)
+        for function in (before, module.job):
+            self.assertEqual(queue.add_task(function).task_type, "job")
+        with self.assertRaisesRegex(ValueError, "name is 'job'.*declared"):
+            queue.task(name="job")(module.other)
+        for function, error in ((module.other, ValueError), (print, ValueError), (5, TypeError)):
+            with self.assertRaisesRegex(error, "task_type"):
+                queue.add_task(function)
+        queue.task(name="twice")(module.job)
+        with self.assertRaisesRegex(ValueError, "one of its names: 'job', 'twice'"):
+            queue.add_task(module.job)
+
+    def test_what_cannot_be_declared_is_refused_and_says_why(self):
+        queue = self.queue()
+        for arguments, function, error, text in (
+            ({}, lambda job: 1, ValueError, "no name of its own"), ({}, 5, TypeError, "function is 5"),
+            ({"name": ""}, echo, ValueError, "name is ''"), ({"name": 5}, echo, TypeError, "name is 5"),
+            ({}, lambda: 1, TypeError, "takes no positional"), ({"name": "x"}, lambda job, other: 1, TypeError, "'other'"),
+            ({"retrys": 1}, echo, TypeError, "no default 'retrys'"), ({"task_id": "x"}, echo, TypeError, "'task_id'"),
+            ({"retries": -1}, echo, ValueError, "retries"), ({"repeat": "x"}, echo, ValueError, "repeat"),
+            ({"repeat": "@daily", "in_memory": True}, echo, ValueError, "in_memory"), ({"data": 1}, echo, TypeError, "repeat"),
+            ({"name": "x", "repeat": "@daily"}, needs_words, TypeError, "no 'to'"),
+            ({"name": "x", "repeat": "@daily", "data": {"to": 1, "two": 2}}, needs_words, TypeError, "'two'.*'x' does not"),
+        ):
+            with self.subTest(arguments), self.assertRaisesRegex(error, text):
+                queue.task(**arguments)(function)
+        self.assertEqual(dict(queue.task_map), {})
+        with self.assertRaisesRegex(ValueError, "task_id.*schedule:"):
+            queue.add_task("x", task_id="schedule:x")
+        queue.task(repeat="@daily")(echo)
+        with self.assertRaisesRegex(ValueError, "in_memory_only.*'echo'"):
+            Cluster(queue=queue, in_memory_only=True, auto_initialize=False)
+        with self.assertRaisesRegex(TypeError, "queue="):
+            Cluster()
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_a_name_that_nobody_here_knows_is_taken_with_one_warning(self):
+        queue = self.queue()
+        queue.add_task("mial")  # Nobody here knows any name: a producer.
+        self.cluster({"post": echo}, queue, auto_initialize=False)
+        queue.task(name="mail")(echo)
+        with self.assertLogs("taskpool", "WARNING") as logs:
+            for name in ("mial", "mial", "post", "mail", "xyz"):
+                queue.add_task(name)
+        self.assertEqual([r.getMessage() for r in logs.records], [
+            "no task type 'mial' is declared or mapped here; did you mean 'mail'?", "no task type 'xyz' is declared or mapped here"])
+
+    def test_keyword_only_parameters_are_filled_from_data(self):
+        def decorate(function):
+            @functools.wraps(function)
+            def call(*arguments, **options):
+                return function(*arguments, **options)
+
+            return call
+
+        def both(job, toggle_ipc, *, to, **rest):
+            return [callable(toggle_ipc), to, rest]
+
+        queue = self.queue()
+        functions = {"words": needs_words, "decorated": decorate(needs_words), "both": both,
+                     "bound": functools.partial(needs_words, to="bound"), "optional": lambda job, *, size=3: size}
+        for name, function in functions.items():
+            queue.task(name=name, keep_result=60)(function)
+        for name, data, result in (
+            ("words", {"to": "a"}, ["a", "hello"]), ("words", {"to": "a", "subject": 2}, ["a", 2]), ("optional", {}, 3),
+            ("decorated", {"to": "a"}, ["a", "hello"]), ("both", {"to": 1, "b": 2}, [True, 1, {"b": 2}]),
+            ("bound", {"subject": 1}, ["bound", 1]), ("optional", {"size": 4}, 4),
+        ):
+            with self.subTest(name=name, data=data):
+                queue.add_task(name, data)
+                self.assertEqual([task.result for task in queue.run_due()], [result])
+        for name, data, text in (
+            ("words", {}, "no 'to'.*'words'"), ("words", {"to": 1, "subjct": 2}, "'subjct'.*did you mean 'subject'"),
+            ("words", [1], r"data is \[1\]"), ("optional", None, "data is None"), ("bound", {"to": 1}, "'to'"),
+            ("both", {"to": 1, "job": 2}, "'job'"), ("decorated", {"toggle_ipc": 1, "to": 2}, "'toggle_ipc'"),
+        ):
+            for add in (queue.add_task, lambda name, data: queue.add_tasks([{"task_type": name, "data": data}])):
+                with self.subTest(name=name, data=data), self.assertRaisesRegex(TypeError, text):
+                    add(name, data)
+        self.assertEqual(queue.count(state="waiting"), 0)
+        with self.assertRaisesRegex(TypeError, "no 'to'"):
+            queue.add_task("words")
+        # Old code adds what new code needs more of: a failure like any other, with its retries.
+        self.queue().add_task("words", {}, retries=1, retry_delay=0.001)
+        ended = queue.run_due(until=timedelta(seconds=9))
+        self.assertEqual([(t.state, t.error.split("\n")[0]) for t in ended], [
+            (state, "TypeError: data has no 'to', which the function of 'words' needs") for state in ("waiting", "failed")])
+
+    def test_functions_of_a_task_map_get_keyword_data_too(self):
+        with self.cluster({"words": needs_words, "none": takes_a_word}) as cluster:
+            self.assertEqual(cluster.submit("words", {"to": 1}).result(PATIENCE), [1, "hello"])
+            self.assertEqual(cluster.submit("none").result(PATIENCE), 3)  # No data: the default counts.
+            for call in (cluster.submit, cluster.queue.add_task):
+                with self.assertRaisesRegex(TypeError, "no 'to'"):
+                    call("words", {})
+
+    LAYOUTS = {
+        "script": ("", """
+            queue = TaskQueue("tasks.db")
+            @queue.task(keep_result=60)
+            def add(job, *, a, b=1):
+                return a + b
+            @queue.task
+            def chain(job):
+                queue.add_task(add, {"a": job.data}, task_id="chained")
+                return type(caught(lambda: queue.add_task("memory"))).__name__
+            queue.task(name="memory", in_memory=True)(lambda job: 1)
+            def caught(call):
+                try: call()
+                except Exception as error: return error
+            if __name__ == "__main__":
+                with Cluster(queue=queue, start_method=sys.argv[1], max_available_workers=1) as cluster:
+                    print(cluster.submit(add, {"a": 1}).result(), cluster.submit("chain", 5).result())
+                    print(queue.wait("chained").result)
+        """),
+        "unguarded": ("", """
+            queue = TaskQueue("tasks.db")
+            cluster = Cluster(queue=queue, start_method=sys.argv[1], max_available_workers=1)
+            queue.task(name="add")(lambda job, *, a, b=1: a + b)
+            @queue.task
+            async def chain(job):
+                queue.add_task("add", {"a": job.data}, task_id="chained", keep_result=60)
+                return "RuntimeError"
+            if Cluster.is_master():
+                print(cluster.submit("add", {"a": 1}).result(), cluster.submit(chain, 5).result())
+                print(queue.wait("chained").result)
+        """),
+        "module": ("""
+            queue = TaskQueue("tasks.db")
+            queue.task(name="add", keep_result=60)(lambda job, *, a, b=1: a + b)
+            @queue.task
+            def chain(job):
+                queue.add_task("add", {"a": job.data}, task_id="chained")
+                return "RuntimeError"
+        """, """
+            from jobs import chain, queue
+            if __name__ == "__main__":
+                with Cluster(queue=queue, start_method=sys.argv[1], max_available_workers=1) as cluster:
+                    print(cluster.submit("add", {"a": 1}).result(), cluster.submit(chain, 5).result())
+                    print(queue.wait("chained").result)
+        """),
+        "decorated elsewhere": ("""
+            def add(job, *, a, b=1):
+                return a + b
+            def chain(job):
+                import script_queue
+                script_queue.queue.add_task("add", {"a": job.data}, task_id="chained")
+                return "RuntimeError"
+        """, """
+            import jobs
+            from script_queue import queue
+            queue.task(keep_result=60)(jobs.add)
+            queue.task(jobs.chain)
+            def main():
+                with Cluster(queue=queue, start_method=sys.argv[1], max_available_workers=1) as cluster:
+                    print(cluster.submit(jobs.add, {"a": 1}).result(), cluster.submit(jobs.chain, 5).result())
+                    print(queue.wait("chained").result)
+            if __name__ == "__main__":
+                main()
+        """),
+    }
+
+    def test_declared_tasks_run_in_every_layout_and_by_every_start_method(self):
+        self.script('from taskpool import TaskQueue\nqueue = TaskQueue("tasks.db")', "script_queue.py")
+        for layout, (module, script) in self.LAYOUTS.items():
+            self.script(module, "jobs.py")
+            self.script(script, "script.py")
+            for method in METHODS:
+                for flags in ([], ["-m"]) if method == "spawn" else ([],):
+                    with self.subTest(layout=layout, method=method, flags=flags):
+                        process = self.start("script" if flags else "script.py", method, flags=flags)
+                        out, err = process.communicate(timeout=PATIENCE)
+                        self.assertEqual(out, "2 RuntimeError\n6\n", err)
+                        self.queue().remove(state=list(taskpool.STATES))
+
+
+class TestSchedulesFollowTheCode(InFolder):
+    """repeat= in queue.task keeps one stored task, `schedule:NAME`, as the code declares it."""
+
+    START = datetime(2026, 3, 1, 0, 20, tzinfo=timezone.utc)
+    HOUR = timedelta(hours=1)
+
+    def setUp(self):
+        super().setUp()
+        self.now = self.START
+
+    def nothing(self, name="nightly", **options):
+        """The queue of a program that declares so a function that does nothing."""
+        queue = self.queue()
+        queue.clock = lambda: self.now.timestamp()
+        queue.task(name=name, **options)(lambda job: None)
+        return queue
+
+    def stored(self):
+        return self.queue().find_one(task_id="schedule:nightly")
+
+    def runs(self, queue, until=timedelta()):
+        """The slots that run, as hours since START."""
+        ended = queue.run_due(until=until)
+        return [(task.due_date - self.START) / self.HOUR for task in ended]
+
+    def test_what_is_declared_is_added_once_as_by_add_task(self):
+        for rule, first, slots in ((self.HOUR, 0, [0, 1, 2]), (Cron("30 * * * *", "Europe/Berlin"), 1 / 6, [1 / 6, 7 / 6, 13 / 6])):
+            with self.subTest(rule=rule):
+                queue = self.nothing(repeat=rule, priority=7, data={"a": [1]}, retries=2)
+                queue._align(), self.nothing(repeat=rule, priority=7, data={"a": [1]}, retries=2)._align()  # inside
+                task = self.stored()
+                self.assertEqual((task.task_type, task.data, task.priority, task.retries, task.repeat), ("nightly", {"a": [1]}, 7, 2, rule))
+                self.assertEqual((task.due_date - self.START) / self.HOUR, first)
+                self.assertEqual(self.runs(queue, 2.5 * self.HOUR), slots)
+                self.assertEqual(queue.count(), 1)
+                queue.remove(task_id="schedule:nightly")
+
+    def test_what_else_is_declared_changes_and_the_due_date_stays(self):
+        self.nothing(repeat="@daily", retries=2, timeout=5)._align()  # inside
+        before = self.stored()
+        self.nothing(repeat="@daily", data=[2], priority=3, keep_result=9, retry_delay=4)._align()  # inside
+        task = self.stored()
+        self.assertEqual((task.data, task.priority, task.retries, task.retry_delay, task.timeout), ([2], 3, 0, 4, None))
+        self.assertEqual((task.due_date, task.created_at), (before.due_date, before.created_at))
+
+    def test_another_rule_moves_only_a_due_date_to_come(self):
+        """An interval counts on from the last due date, a cron goes on with its next time."""
+        for old, new, now, slots in (
+            (self.HOUR, timedelta(minutes=25), 0.3, [25 / 60, 50 / 60]), (self.HOUR, timedelta(minutes=25), 0.5, [50 / 60, 75 / 60]),
+            (self.HOUR, timedelta(hours=3), 0.5, [3, 6]), (self.HOUR, "0 * * * *", 0.3, [2 / 3, 5 / 3]),
+            ("0 * * * *", "10 1 * * *", 0.3, [5 / 6, 24 + 5 / 6]), ("@yearly", timedelta(minutes=30), 0.3, [0.5, 1]),
+            # What is overdue still runs once, and the new rule counts on from there.
+            (self.HOUR, timedelta(minutes=25), 1.1, [1, 1 + 25 / 60]), ("0 * * * *", "10 * * * *", 0.7, [2 / 3, 5 / 6]),
+        ):
+            with self.subTest(old=old, new=new, now=now):
+                self.now = self.START
+                self.runs(self.nothing(repeat=old))
+                self.now = self.START + now * self.HOUR
+                queue = self.nothing(repeat=new)
+                queue._align()  # inside
+                queue._align()  # inside
+                until = self.START + (slots[-1] + 0.001) * self.HOUR
+                self.assertEqual([round(slot, 9) for slot in self.runs(queue, until)], [round(slot, 9) for slot in slots])
+                queue.remove(task_id="schedule:nightly")
+
+    def test_old_code_beside_new_runs_no_slot_twice(self):
+        old, new = ({"repeat": rule} for rule in (self.HOUR, timedelta(minutes=30)))
+        ran = []
+        for step in range(48):
+            self.now = self.START + step * timedelta(minutes=5)
+            ran += self.runs(self.nothing(**(old, new)[step % 2]))
+        self.assertEqual(len(ran), len(set(ran)))
+        self.assertEqual(ran, sorted(ran))
+        self.assertLessEqual(set(ran), {n / 2 for n in range(8)})
+        self.assertGreaterEqual(set(ran), set(range(4)))
+
+    def test_without_repeat_its_schedule_goes_and_a_deleted_function_leaves_it(self):
+        queue = self.nothing(repeat="@daily")
+        queue._align()  # inside
+        queue.add_task("nightly", task_id="other"), queue.add_task("x", task_id="scheduled:nightly")
+        other = self.nothing("else", repeat="@daily")
+        other._align()  # inside
+        self.assertIsNotNone(self.stored())
+        self.nothing(priority=2)._align()  # inside
+        self.assertEqual({task.id for task in queue.find()}, {"other", "scheduled:nightly", "schedule:else"})
+        self.nothing(repeat="@daily")._align()  # inside
+        self.assertIsNotNone(self.stored())
+
+    def test_one_that_failed_or_cannot_be_read_is_added_anew(self):
+        queue = self.nothing(repeat=self.HOUR)
+        for change in ("state = 'failed', error = 'x'", "repeat = 'x'", "priority = x'00'", "state = 'done', expires_at = 1"):
+            queue._align()  # inside
+            self.sql(f"UPDATE taskpool_task SET {change}")
+            self.now += self.HOUR
+            queue._align()  # inside
+            task = self.stored()
+            self.assertEqual((task.state, task.due_date, task.error, task.repeat), ("waiting", self.now, None, self.HOUR), change)
+
+    def test_a_run_under_way_ends_first(self):
+        path = str(self.folder / "hold")
+        old, new = self.queue(), self.queue()
+        with self.cluster({"nightly": hold}, old) as cluster:
+            old.task(name="nightly", repeat=self.HOUR, data=path)(hold)
+            begun(path)
+            new.task(name="nightly", repeat=timedelta(hours=3), data=path, retries=4)(hold)
+            slot = self.stored().due_date
+            new._align()  # inside
+            task = self.stored()
+            self.assertEqual((task.state, task.retries, task.due_date), ("running", 4, slot))
+            let_end(path)
+            eventually(lambda: self.stored().state == "waiting")
+            self.assertEqual(self.stored().due_date - slot, timedelta(hours=3))
+            self.assertTrue(cluster.drain(PATIENCE))
+
+    def test_the_end_of_a_declaration_ends_the_schedule_after_the_run_under_way_and_a_new_one_keeps_it(self):
+        path = str(self.folder / "hold")
+        queue, without = self.queue(), self.queue()
+        queue.task(name="nightly", repeat=self.HOUR, data=path)(hold)
+        without.task(name="nightly")(hold)
+        with self.cluster(None, queue) as cluster:
+            begun(path)
+            without._align()  # inside
+            self.assertEqual(self.stored().state, "running")
+            queue._align(), without._align()  # inside
+            let_end(path)
+            eventually(lambda: self.stored() is None)
+            self.assertTrue(cluster.drain(PATIENCE))
+        with self.cluster(None, queue):
+            eventually(lambda: self.stored() and self.stored().attempt == 0 and self.stored().result == "held")
+
+    def test_two_clusters_that_start_at_once_run_each_slot_once(self):
+        file = str(self.folder / "slots")
+        queues = [self.queue() for _ in range(2)]
+        for queue in queues:
+            queue.task(name="nightly", repeat=timedelta(milliseconds=100), data={"file": file})(add_slot)
+        with self.cluster(None, queues[0]), self.cluster(None, queues[1]):
+            eventually(lambda: len(lines_of(file)) >= 10)
+        slots = [line.split()[0] for line in lines_of(file)]
+        self.assertEqual(len(slots), len(set(slots)))
+        self.assertEqual(queues[0].count(), 1)
+
+    def test_a_type_that_is_declared_while_the_cluster_runs_is_served_and_scheduled(self):
+        self.script(
+            """
+            import importlib
+            queue = TaskQueue("tasks.db")
+            def note(job, *, word):
+                open(word, "a").write("x")
+            if __name__ == "__main__":
+                with Cluster(queue=queue, max_available_workers=1) as cluster:
+                    queue.task(repeat=timedelta(hours=1), data={"word": "ran"})(note)
+                    cluster.submit(note, {"word": "other"}).result()
+                    deadline = time.monotonic() + 60
+                    while not os.path.exists("ran") and time.monotonic() < deadline: time.sleep(0.01)
+            """
+        )
+        process = self.start("script.py")
+        _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual((process.returncode, sorted(path.name for path in self.folder.iterdir())),
+                         (0, ["other", "ran", "script.py", "tasks.db"]), err)
+
+    def test_a_schedule_that_nobody_declares_any_more_is_named_with_the_cure(self):
+        queue = self.nothing(repeat=self.HOUR)
+        queue._align()  # inside
+        with self.assertLogs("taskpool", "WARNING") as logs, self.cluster({"other": echo}):
+            eventually(lambda: any("no function for" in line for line in logs.output))
+        (line,) = [line for line in logs.output if "no function for" in line]
+        self.assertRegex(line, r"'nightly' \(.*remove .*tasks\.db schedule:nightly\)")
+
+
 # --- The file, the manual, the demo ----------------------------------------------------
 
 
@@ -9007,8 +9426,10 @@ class TestTheFile(unittest.TestCase):
         names = getattr(sys, "stdlib_module_names", None)
         if names is None:
             self.skipTest("this Python does not list its standard library")
+        (checked,) = [node for node in self.tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+        never_run = set(ast.walk(checked))
         for node in ast.walk(self.tree):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in never_run:
                 for name in [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]:
                     self.assertIn(name.split(".")[0], names)
 
@@ -9548,8 +9969,8 @@ class TestReadme(InFolder):
         import inspect
 
         stores = SQLiteStore.__init__, taskpool.MongoStore.__init__
-        names = set(taskpool._FILTERS)
-        for function in (TaskQueue.add_task, Cluster.__init__, *stores, TaskQueue.find, TaskQueue.run_due):
+        names = {*taskpool._FILTERS, *taskpool._ADD_PARAMETERS}
+        for function in (Cluster.__init__, *stores, TaskQueue.find, TaskQueue.run_due):
             names.update(inspect.signature(function).parameters)
         for name in {name for name in names - {"self", "filters"} if name[0] != "_"}:
             self.assertIn(f"`{name}`", self.TEXT)

@@ -226,11 +226,12 @@ def main() -> int:
         report.step("install the tools", "done" if python else "FAILED", seconds, problem)
         if python:
             settings = ["--no-cache", "--config", os.path.join(CI, "ruff.toml")]
-            files = ["taskpool.py", "test_taskpool.py"]
+            files = ["taskpool.py", "test_taskpool.py", os.path.join(CI, "typed_program.py")]
             report.tool("ruff check", [python, "-m", "ruff", "check", *settings, *files])
             cache = ["--cache-dir", os.path.join(folder, "mypy")]
             mypy = [python, "-m", "mypy", "--strict", *cache, "taskpool.py"]
-            report.tool("mypy --strict taskpool.py", mypy)
+            mypy.append(os.path.join(CI, "typed_program.py"))
+            report.tool("mypy --strict taskpool.py, and a user's program", mypy)
             speed = [python, "-B", os.path.join(CI, "cron_speed.py")]
             report.tool("Cron faster than cronsim", speed, shown=True)
             report.tests("tests, MongoDB, recipes", [python], "TestMongo", "own_transactions")
