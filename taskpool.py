@@ -184,8 +184,12 @@ class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]
     """Our logger. A handler that raises stops nothing here."""
 
     def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
+        """*lines* are further lines of the message, such as a traceback."""
+        lines: str = kwargs.pop("lines", "")
         # Ids, types and errors may hold what a terminal obeys.
         args = tuple(_plain(arg) if isinstance(arg, str) else arg for arg in args)
+        if lines:
+            msg, args = f"{msg}\n%s", (*args, "\n".join(map(_plain, lines.split("\n"))))
         try:
             super().log(level, msg, *args, stacklevel=_OUR_CALLER, **kwargs)
         except BaseException as error:
@@ -680,6 +684,8 @@ class Row(NamedTuple):
     interrupted: int = 0  # Claims that ended with their master, since a run ended.
     result: str | None = None  # JSON text, with keep_result or repeat.
     error: str | None = None
+    started_at: int | None = None  # Of the last run that ended, like the next one.
+    ended_at: int | None = None
     expires_at: int | None = None  # When a `done` row is removed.
     removed: int = 0  # 1: remove() was called during the run.
     successor: str | None = None  # What replaces it when its run ends: _packed_row.
@@ -959,6 +965,22 @@ class Task:
         return f"<Task {self.id!r} {self.task_type!r} {self.state}, attempt {self.attempt}>"
 
     @property
+    def started_at(self) -> datetime | None:
+        """When its last run began, in UTC; None before the first. While it runs: when it was
+        claimed for that. A run that goes back to waiting uncounted leaves no trace here."""
+        row = self._row
+        instant = row.ready_at if row.state == "running" else row.started_at
+        return None if instant is None else _datetime(instant)
+
+    @property
+    def ended_at(self) -> datetime | None:
+        """When the end of its last run was recorded, in UTC; None before the first, and while
+        it runs."""
+        row = self._row
+        is_over = row.state != "running" and row.ended_at is not None
+        return _datetime(cast(int, row.ended_at)) if is_over else None
+
+    @property
     def data(self) -> Any:
         """The JSON value given to add_task; this Task's own copy."""
         try:
@@ -1171,6 +1193,7 @@ _GROUPS = {
     "result": _Kind((str, _NULL), None, None, _decode),
     "repeat": _Kind((str, _NULL), None, None, _read_repeat),
     "progress": _Kind((str, _NULL), None, None, _read_progress),
+    "started_at ended_at": _Kind((int, _NULL), None, _YEARS),
     "expires_at": _Kind((int, _NULL), None, _ANY),
     "removed": _Kind((int,), 0, (0, 1)),
 }
@@ -1261,6 +1284,7 @@ class Outcome(NamedTuple):
     result: str | None = None  # JSON text.
     error: str | None = None
     progress: str | None = None  # JSON of a Progress.
+    seconds: float | None = None  # How long the run took. None: it did not come to its end.
 
 
 def back_off(seconds: float, failures: int, most: float) -> float:
@@ -1415,6 +1439,15 @@ def _after_end(row: Row, now: int) -> Row | None:
     return row._replace(expires_at=now + kept)
 
 
+def _run_times(row: Row, outcome: Outcome, now: int) -> dict[str, Any]:
+    """The columns that tell when a run was whose end is recorded *now*."""
+    if outcome.seconds is None:
+        return {}
+    # A clock may have been set, or patched by the task: no run began before its claim.
+    began = min(now, max(row.ready_at, now - outcome.seconds * 1e6))
+    return {"started_at": int(began), "ended_at": now}
+
+
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     """running -> the Row that follows, or None if the task is over and gone."""
     if outcome.progress is not None:
@@ -1430,8 +1463,9 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     if outcome.state == "done" and row.keep_result is None and row.repeat is None:
         return None
     row = row._replace(
-        state=outcome.state, owner="", interrupted=0, result=outcome.result, error=outcome.error
-    )
+        state=outcome.state, owner="", interrupted=0, result=outcome.result, error=outcome.error,
+        **_run_times(row, outcome, now),
+    )  # fmt: skip
     if outcome.state == "ready":
         state = "ready" if outcome.ready_at <= now else "scheduled"
         return row._replace(state=state, ready_at=outcome.ready_at, progress=None)
@@ -1458,7 +1492,7 @@ def after_interruption(row: Row, now: int) -> Row | None:
     times = f"{INTERRUPTIONS} times in a row"
     error = f"Interrupted: its master died {times} while it ran this task alone"
     row = row._replace(state="failed", owner="", interrupted=0, result=None, error=error)
-    return _after_end(row, now)
+    return _after_end(row._replace(started_at=row.ready_at, ended_at=now), now)
 
 
 def led_to(row: Row, following: Row | None, outcome: Outcome) -> str:
@@ -1477,10 +1511,11 @@ def led_to(row: Row, following: Row | None, outcome: Outcome) -> str:
     return "done" if outcome.state == "done" else "failed"
 
 
-def as_told(row: Row, led: str, outcome: Outcome) -> Row:
+def as_told(row: Row, led: str, outcome: Outcome, now: int) -> Row:
     """The Row of a run that has ended, for listeners: *led* is what led_to() said."""
     state = "scheduled" if led in ("waits", "repeats") else led
-    return row._replace(state=state, owner="", result=outcome.result, error=outcome.error)
+    times = _run_times(row, outcome, now)
+    return row._replace(state=state, owner="", result=outcome.result, error=outcome.error, **times)
 
 
 def what_became(before: Row, found: Row | None) -> str:
@@ -2444,7 +2479,7 @@ class MemoryStore(Store):
 _LIST = ", ".join(_COLUMNS)
 _IGNORED = "SQLite ignored the change; does the table have a trigger?"
 
-SCHEMA_VERSION = 3  # Counts changes of what follows; see _make_schema.
+SCHEMA_VERSION = 4  # Counts changes of what follows; see _make_schema.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS taskpool_task (
     seq INTEGER PRIMARY KEY,  -- Grows in the order of insertion.
@@ -2454,7 +2489,8 @@ CREATE TABLE IF NOT EXISTS taskpool_task (
     retries INTEGER NOT NULL, retry_delay REAL NOT NULL, timeout REAL,
     keep_result REAL, lane TEXT NOT NULL, state TEXT NOT NULL,
     attempt INTEGER NOT NULL, claim INTEGER NOT NULL, owner TEXT NOT NULL,
-    interrupted INTEGER NOT NULL, result TEXT, error TEXT, expires_at INTEGER,
+    interrupted INTEGER NOT NULL, result TEXT, error TEXT,
+    started_at INTEGER, ended_at INTEGER, expires_at INTEGER,
     removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT);
 -- For _READY, _STARTABLE, _OPEN_LANE: what can be claimed, in order.
 CREATE INDEX IF NOT EXISTS taskpool_ready
@@ -4613,9 +4649,11 @@ class _RunHere:
             outcome = retry_or_fail(row, text, self._queue._now(), row.state == "running")
         finally:
             self._reports.end()
-        outcome, row = outcome._replace(progress=self._row.progress), self._row
-        (led,) = store.settle(self._owner, [outcome], self._queue._now())
-        told = as_told(row, led or outcome.state, outcome)
+        row, now = self._row, self._queue._now()
+        seconds = (now - row.ready_at) / 1e6 if row.state == "running" else None
+        outcome = outcome._replace(progress=row.progress, seconds=seconds)
+        (led,) = store.settle(self._owner, [outcome], now)
+        told = as_told(row, led or outcome.state, outcome, now)
         result = None if error is not None else _kept(row._replace(keep_result=0.0), value)[0]
         self._ended.append(Task(told._replace(result=result)))
         event, value = ("done", value) if error is None else ("error", error)
@@ -6930,17 +6968,18 @@ class _Crew:
         head = worker.runs[0] if worker.runs else None  # Only the head can have begun.
         spared = worker.killed or (code == -signal.SIGTERM and self.stopping)
         while worker.runs:
-            run = worker.end_head(now)
+            seconds, run = now - worker.since, worker.end_head(now)
             row = run.row
             if run.verdict == "cancel":
                 run.source.cancelled(run)
             elif run.verdict == "timeout":
                 text = f"{row.task_type!r} task {row.id!r} ran over {row.timeout:g} s"
-                run.source.fail(run, TaskTimeout(text))
+                run.source.fail(run, TaskTimeout(text), seconds)
             elif spared or run is not head:
                 run.source.requeue(run)
             else:
-                run.source.fail(run, WorkerDied(code, worker.pid, row.task_type, row.id))
+                died = WorkerDied(code, worker.pid, row.task_type, row.id)
+                run.source.fail(run, died, seconds)
         if not worker.ready and not worker.stopping:
             self._died_in_boot(WorkerDied(code, worker.pid), code, now)
         worker.close()
@@ -6963,12 +7002,15 @@ class _Crew:
         if error is None:
             return
         text = error.traceback if isinstance(error, _Failure) else str(error)
+        first_line, _, rest = text.partition("\n")
         if any(worker.runs or not worker.stopping for worker in self.workers):
             if self.failed_boots == 1:
-                _log.warning(f"a worker could not start; others go on, or still start: {text}")
+                what = "a worker could not start; others go on, or still start: %s"
+                _log.warning(what, first_line, lines=rest.rstrip())
             return
         if self.boot_error is None:
-            _log.error(f"a worker could not start; stored tasks stay waiting: {text}")  # Lines.
+            what = "a worker could not start; stored tasks stay waiting: %s"
+            _log.error(what, first_line, lines=rest.rstrip())
         self.boot_error = error
         self._engine.futures.fail_waiting(error)
 
@@ -7211,7 +7253,7 @@ class _Source:
                 break
             self.available += 1
         if runs:
-            self._settled(runs, led)
+            self._settled(runs, led, now)
         if rows:
             self._hand_out(rows, costs)
         if self.available and (rows or not room) and self.engine.crew.room() > 0:
@@ -7305,23 +7347,25 @@ class _Source:
         self.record(run, Outcome(run.row.id, run.row.claim, "removed"))
 
     def fail(
-        self, run: _Run, error: Exception | _Failure, text: str = "", may_retry: bool = True
-    ) -> None:
-        """A charged start has failed: retry it, or fail it for good."""
+        self, run: _Run, error: Exception | _Failure, seconds: float, text: str = "",
+        may_retry: bool = True,
+    ) -> None:  # fmt: skip
+        """A charged start has failed after so many seconds: retry it, or fail it for good."""
         row, now = run.row, self.engine.cluster.queue._now()
         text = text or f"{type(error).__name__}: {error}"
-        first_line = text.partition("\n")[0]
-        outcome = retry_or_fail(row, text, now, may_retry)
+        first_line, _, rest = text.partition("\n")
+        outcome = retry_or_fail(row, text, now, may_retry)._replace(seconds=seconds)
         if outcome.state == "ready":
             delay = (outcome.ready_at - now) / 1e6
             what = f"attempt {row.attempt} of {row.retries + 1} failed, next in {delay:g} s"
             _log.warning("cluster:%s:%s:\t%s: %s", row.task_type, row.id, what, first_line)
         else:
-            _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, first_line)
+            what = "cluster:%s:%s:\tfailed: %s"
+            _log.error(what, row.task_type, row.id, first_line, lines=rest.strip())
         self.record(run, outcome, "error", error)
 
-    def _settled(self, runs: list[_Run], led: list[str]) -> None:
-        """The store has recorded how these ended, if their claims were still held."""
+    def _settled(self, runs: list[_Run], led: list[str], now: int) -> None:
+        """The store has recorded *now* how these ended, if their claims were still held."""
         engine, listeners = self.engine, self.engine.cluster.queue._listeners
         for run, became in zip(runs, led):
             if became == "running":
@@ -7331,7 +7375,7 @@ class _Source:
                 _log.warning(text, run.row.task_type, run.row.id)
             engine.futures.settled(run, became)
             if listeners and became and run.event in listeners:
-                task = Task(as_told(run.row, became, run.outcome))
+                task = Task(as_told(run.row, became, run.outcome, now))
                 engine.tell(listeners[run.event], run.left, task)
 
     def _ended_elsewhere(self, row: Row, error: TaskPoolError) -> None:
@@ -7340,7 +7384,7 @@ class _Source:
         run = _Run(self, row, 1.0)
         outcome = Outcome(row.id, row.claim, row.state, error=str(error))
         run.outcome, run.event, run.left = outcome, "error", error
-        self._settled([run], ["failed" if row.state == "failed" else "repeats"])
+        self._settled([run], ["failed" if row.state == "failed" else "repeats"], 0)
 
 
 class _Ending:
@@ -7705,7 +7749,7 @@ class _Dispatcher:
         elif kind == "fail":
             _, _, seconds, failure, may_retry = message
             run = self.crew.ended(worker, seconds, now)
-            run.source.fail(run, failure, _error_text(failure), may_retry)
+            run.source.fail(run, failure, seconds, _error_text(failure), may_retry)
         elif kind == "start":
             run = worker.runs[0]
             if run.row.timeout is not None:
@@ -7736,7 +7780,7 @@ class _Dispatcher:
                 "to wait for it",
                 *(row.task_type, row.id, opened, what),
             )
-        outcome = Outcome(row.id, row.claim, "done", True, 0, kept, problem, row.progress)
+        outcome = Outcome(row.id, row.claim, "done", True, 0, kept, problem, row.progress, seconds)
         run.source.record(run, outcome, "done", packed)
 
     def _on_progress(self, worker: _Worker, now: float, report: str) -> None:
@@ -8521,7 +8565,8 @@ def _bench(options: Any) -> int:
 _EPILOG = """\
 examples:
   python taskpool.py --demo                         the promises, on real files, in seconds
-  python taskpool.py run app:TASKS tasks.db         serve the TASKS of app.py until Ctrl-C
+  python taskpool.py run app:queue                  serve what app.py declares, until Ctrl-C
+  python taskpool.py add tasks.db mail '{"to": 5}'  add a task, and print its id
   python taskpool.py status tasks.db --watch        what waits, runs and fails; bars of what runs
   python taskpool.py list tasks.db --state failed   the failed ones, oldest first
   python taskpool.py show tasks.db ID               all of one task, with its error
@@ -8530,6 +8575,7 @@ examples:
   python -c "help(__import__('taskpool').TaskQueue.add_task)"     one call, explained
 """
 _BEHIND = "an ID that begins with - goes behind --: show tasks.db -- -ID"
+_BEGINNING = "SELECT id FROM taskpool_task WHERE id BETWEEN ? AND ? ORDER BY id LIMIT 4"
 # One line per type. A task that was requeued has ready_at 0: it waits since its due date.
 _STATUS = """
 SELECT task_type, sum(state IN ('ready', 'scheduled')), sum(due), sum(state = 'running'),
@@ -8544,8 +8590,8 @@ _COUNTS = ("waiting", "due", "running", "failed", "done")
 _TYPE_COLUMNS = ("task_type", *_COUNTS, "oldest_wait", "next_due")
 _RUN_COLUMNS = ("task_type", "id", "attempt", "where", "since", "progress")
 _SHOWN = (
-    "id task_type state data priority due_date created_at attempt retries retry_delay timeout "
-    "repeat progress result error"
+    "id task_type state data priority due_date created_at started_at ended_at attempt retries "
+    "retry_delay timeout repeat progress result error"
 ).split()
 LIST_TASKS = 100  # The command list shows so many.
 COLUMN_CHARS = 40  # Widest column of a table.
@@ -8568,9 +8614,11 @@ def _tell(row: Row) -> dict[str, Any]:
 def _span(seconds: float) -> str:
     """A duration for people, in one unit.
 
-    >>> [_span(seconds) for seconds in (0.25, 90, 150, 7200, 200000)]
-    ['0.2 s', '90 s', '2 min', '2 h', '2 d']
+    >>> [_span(seconds) for seconds in (0.0256, 1, 90, 150, 7200, 200000)]
+    ['26 ms', '1.0 s', '90 s', '2 min', '2 h', '2 d']
     """
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -8664,26 +8712,42 @@ def _tell_status(view: SQLiteStore, options: Any, now: int, width: int) -> _Told
 
 def _tell_list(view: SQLiteStore, options: Any, now: int, width: int) -> _Told:
     query = Query(types=options.type, states=options.state)
-    limit = options.limit or (None if options.json else LIST_TASKS)
-    tasks = [_tell(row) for row in view.find(query._replace(limit=limit), now)]
+    total = view.count(query, now)
+    limit = options.limit or (total if options.json else LIST_TASKS)
+    offset = max(total - limit, 0) if options.newest else 0
+    tasks = [_tell(row) for row in view.find(query._replace(limit=limit, offset=offset), now)]
+    tasks = tasks[::-1] if options.newest else tasks
     rows = []
     for task in [] if options.json else tasks:
         is_done = task["state"] == "done"
         what = (task["error"] or "").partition("\n")[0] or (not is_done and task["progress"])
         what = what or json.dumps(task["result" if is_done else "data"], ensure_ascii=False)
         row = {name: task[name] for name in ("task_type", "id", "state", "attempt")}
-        rows.append({**row, "due": task["due_date"], "what": what})
+        ended, started = task["ended_at"], task["started_at"]
+        took = (ended - started).total_seconds() if ended and started else None
+        rows.append({**row, "due": task["due_date"], "took": took, "what": what})
     lines = _table(rows, now, width) if rows else ["no tasks"]
-    total = view.count(query, now)
     more = f"... {len(tasks):,} of {total:,}; --limit shows more"
     return tasks, lines + [more] * (total > len(tasks))
 
 
+def _found(view: SQLiteStore, text: str, now: int) -> Row:
+    """The task whose id is *text*, else the only one whose id begins so."""
+    ids = [text]
+    if text and _is_unicode(text):  # Of those that begin so the text itself comes first.
+        found = view._select(_BEGINNING, (text, text + "\U0010ffff"))
+        ids = [task_id for (task_id,) in found if type(task_id) is str]
+    if len(ids) > 1 and ids[0] != text:
+        few = ", ".join(map(_shown, ids[:3])) + ", ..." * (len(ids) > 3)
+        raise TaskPoolError(f"{_shown(text)}: several ids begin so: {few}")
+    rows = view.find(Query(ids=ids[:1]), now)
+    if not rows:
+        raise TaskPoolError(f"{_shown(text)}: no such task")
+    return rows[0]
+
+
 def _tell_task(view: SQLiteStore, options: Any, now: int, width: int) -> _Told:
-    found = view.find(Query(ids=[options.id]), now)
-    if not found:
-        raise TaskPoolError(f"{options.db}: no task {_shown(options.id)}; see the command list")
-    task, lines = _tell(found[0]), []
+    task, lines = _tell(_found(view, options.id, now)), []
     for name, value in task.items():
         if isinstance(value, datetime):
             text = f"{value.isoformat()} ({_cell(value, now)})"
@@ -8721,30 +8785,44 @@ def _look(options: Any) -> int:
         time.sleep(max(1.0, 9 * (time.monotonic() - started)))
 
 
-def _change(options: Any) -> int:
-    """retry and remove: say of each id what became of it."""
-    with contextlib.closing(SQLiteStore(options.db, _looking=True)) as view:
-        view.owners()  # Raises if no file of ours is there to be changed.
-    missed = False
+def _add(options: Any) -> int:
     with TaskQueue(options.db) as queue:
-        for task_id in dict.fromkeys(options.id):
-            task = queue.find_one(task_id=task_id)
-            verb, word = queue.remove, "removed"
-            if options.command == "retry":
-                verb, word = queue.retry, "waiting"
-            elif task is not None and task.on_going:
-                word = "runs; it is removed at the end of this run"
-            if verb(task_id=task_id):
-                print(f"{_plain(task_id)}: {word}")
-                continue
-            why, missed = f"it is {task.state}, not failed" if task else "no such task", True
-            print(f"taskpool.py: {_shown(task_id)}: {why}", file=sys.stderr)
+        print(_plain(queue.add_task(options.task_type, options.data).id))
+    return OK
+
+
+def _change(options: Any) -> int:
+    """retry and remove: say what became of each ID, or how many tasks the filters meant."""
+    filters = {"task_type": options.type, "state": options.state}
+    filters = {name: some for name, some in filters.items() if some}
+    if bool(filters) == bool(options.id):
+        options.parser.error("give either IDs, or --type, --state or both")
+    now, missed, view = time.time_ns() // 1000, False, SQLiteStore(options.db, _looking=True)
+    with contextlib.closing(view), TaskQueue(options.db) as queue:
+        view.owners()  # Raises if no file of ours is there to be changed.
+        verb, word, not_so = queue.remove, "removed", "no such task"
+        if options.command == "retry":
+            verb, word, not_so = queue.retry, "waiting", "it is {}, not failed"
+        if filters:
+            print(f"{verb(**filters):,} {word}")
+        for text in dict.fromkeys(options.id):
+            try:
+                row = _found(view, text, now)
+                if not verb(task_id=row.id):
+                    why = not_so.format(_public_state(row.state))
+                    raise TaskPoolError(f"{_shown(row.id)}: {why}")
+                runs = "runs; it is removed at the end of this run"
+                print(f"{_plain(row.id)}: {runs if row.state == 'running' else word}")
+            except TaskPoolError as error:
+                missed = True
+                print(f"taskpool.py: {_plain(str(error))}", file=sys.stderr)
     return FAILURE if missed else OK
 
 
 @lru_cache(maxsize=1)
-def _served(name: str) -> Mapping[str, TaskFunction]:
-    """The task map that MODULE:NAME means, in the master and in its workers, which log alike."""
+def _served(name: str) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
+    """The TaskQueue that MODULE:NAME means, if it is one, and the task map: in the master and
+    in its workers, which log alike."""
     import importlib
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -8752,20 +8830,25 @@ def _served(name: str) -> Mapping[str, TaskFunction]:
     if os.getcwd() not in sys.path:
         sys.path.insert(1, os.getcwd())  # Behind the folder of this file.
     try:
-        thing = operator.attrgetter(attributes)(importlib.import_module(module))
-        return _checked_task_map(thing)[0]
+        thing: Any = operator.attrgetter(attributes)(importlib.import_module(module))
+        queue = thing if isinstance(thing, TaskQueue) else None
+        if queue and not queue.task_map:
+            raise ValueError("this TaskQueue declares no tasks")
+        task_map = queue.task_map if queue else thing
+        _checked_task_map(task_map)
+        return queue, task_map
     except Exception as error:  # Told in one line.
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f" ({last.filename}, line {last.lineno})" if os.path.exists(last.filename) else ""
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise TaskPoolError(f"{name} cannot be used as a task map: {text}{where}") from error
+        raise TaskPoolError(f"{name} cannot be served: {text}{where}") from error
 
 
 class _Served:
     """A function of such a task map, pickled by name and type: so lambdas work, too."""
 
     def __init__(self, name: str, task_type: str) -> None:
-        self._place, self.__wrapped__ = (name, task_type), _served(name)[task_type]
+        self._place, self.__wrapped__ = (name, task_type), _served(name)[1][task_type]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self.__wrapped__(*arguments, **options)
@@ -8776,14 +8859,20 @@ class _Served:
 
 def _serve(options: Any) -> int:
     """The command run: a Cluster on its own."""
-    with TaskQueue(options.db) as queue:  # First: the module may change the folder.
-        types = list(_served(options.task_map))
-        task_map = {task_type: _Served(options.task_map, task_type) for task_type in types}
+    # First: the module may change the folder.
+    named = None if options.db is None else TaskQueue(options.db)
+    own, functions = _served(options.name)
+    if (named is None) == (own is None):
+        why = "is a task map: say which DB" if own is None else "has a store: leave DB out"
+        options.parser.error(f"{options.name} {why}")
+    known = Cluster.__init__.__kwdefaults__ or ()
+    said = {name: v for name, v in vars(options).items() if name in known and v is not None}
+    with cast(TaskQueue, named or own) as queue:
+        task_map = {task_type: _Served(options.name, task_type) for task_type in functions}
         queue.count(task_id="")  # Raises if the file can't be used.
-        workers = options.workers
-        cluster = Cluster(task_map, queue, max_available_workers=workers, auto_initialize=False)
-        names = ", ".join(map(repr, types))
-        _log.info("serving %s of %s until Ctrl-C or SIGTERM", names, options.db)
+        cluster = Cluster(task_map, queue, auto_initialize=False, **said)
+        names = ", ".join(map(repr, functions))
+        _log.info("serving %s of %s until Ctrl-C or SIGTERM", names, options.db or options.name)
         cluster.run()
     return OK
 
@@ -8796,17 +8885,72 @@ def _print_cron(options: Any) -> int:
     return OK
 
 
-# What each command does, its arguments (see _parser), what it is for, and what _look tells.
+_SERVING = "--keep-alive --max-tasks-per-worker --start-method --shutdown-timeout --logs"
+# What each command does, its arguments, what it is for, and what _look tells.
 _COMMANDS: dict[str, tuple[Callable[[Any], int], str, str, Any]] = {
     "status": (_look, "db --watch --json", "what waits, runs and fails, by type", _tell_status),
-    "list": (_look, "db --state --type --limit --json", "the tasks, oldest first", _tell_list),
+    "list": (_look, "db --type --state --newest --limit --json", "tasks by age", _tell_list),
     "show": (_look, "db id --json", "all of one task", _tell_task),
-    "retry": (_change, "db id+", "put failed tasks back to waiting", None),
-    "remove": (_change, "db id+", "remove tasks; a running one ends its run", None),
-    "run": (_serve, "task_map db --workers", "serve a task map until a signal", None),
+    "add": (_add, "db task_type data?", "add a task; a missing file is made", None),
+    "retry": (_change, "db id* --type --state", "put failed tasks back to waiting", None),
+    "remove": (_change, "db id* --type --state", "remove tasks; a running one ends its run", None),
+    "run": (
+        _serve, f"name db? --workers --oversubscribe {_SERVING}",
+        "serve tasks until a signal; a missing file is made", None,
+    ),
     "cron": (_print_cron, "text --tz -n", "explain a schedule, and tell its next runs", None),
     "bench": (_bench, "", "what this machine does", None),
-}
+}  # fmt: skip
+
+
+def _arguments() -> dict[str, dict[str, Any]]:
+    """How argparse reads each argument. Its error names the function: "invalid JSON value"."""
+
+    def number_over_0(text: str) -> int:
+        return _checked_int("", int(text), 1)
+
+    def seconds(text: str) -> float:
+        return _checked_seconds("", float(text), zero=True)
+
+    def milliseconds(text: str) -> int | str:
+        return text if text == "always" else number_over_0(text)
+
+    def MODULE_NAME(text: str) -> str:
+        module, _, name = text.partition(":")
+        if name and module[-3:] != ".py" and all(map(str.isidentifier, module.split("."))):
+            return text
+        raise ValueError(text)
+
+    def JSON(text: str) -> Any:
+        return _decode(text)
+
+    flag, count = {"action": "store_true"}, {"type": number_over_0, "metavar": "N"}
+    return {
+        "db": {"metavar": "DB", "help": "the file of your TaskQueue"},
+        "db?": {"metavar": "DB", "nargs": "?", "help": "the file, if NAME is a task map"},
+        "id": {"metavar": "ID", "help": "an id, or its beginning"},
+        "id*": {"metavar": "ID", "nargs": "*", "help": "an id, or its beginning"},
+        "task_type": {"metavar": "TYPE", "help": "without the defaults that the code declares"},
+        "data?": {"metavar": "JSON", "nargs": "?", "type": JSON, "default": _NO_DATA},
+        "name": {"metavar": "MODULE:NAME", "type": MODULE_NAME, "help": "as app:queue, app:TASKS"},
+        "text": {"metavar": "EXPR", "help": 'such as "0 9 * * MON-FRI"'},
+        "--json": {**flag, "help": "for programs"},
+        "--limit": {**count, "help": f"so many ({LIST_TASKS}; with --json all)"},
+        "--newest": {**flag, "help": "the newest first"},
+        "--state": {"action": "append", "choices": STATES, "help": "only such"},
+        "--type": {"action": "append", "help": "only such"},
+        "--tz": {"default": "UTC", "help": "its time zone (%(default)s)"},
+        "--watch": {**flag, "help": "each second, until Ctrl-C"},
+        "-n": {**count, "default": 5, "help": "how many runs (%(default)s)"},
+        # Parameters of Cluster:
+        "--workers": {**count, "dest": "max_available_workers", "help": "so many (all CPUs)"},
+        "--oversubscribe": {**flag, "help": "also more workers than CPUs"},
+        "--keep-alive": {"type": milliseconds, "metavar": "MS", "help": "if idle; or always"},
+        "--max-tasks-per-worker": {**count, "help": "then a new one takes over"},
+        "--start-method": {"choices": multiprocessing.get_all_start_methods()},
+        "--shutdown-timeout": {"type": seconds, "metavar": "S", "help": "for running tasks (10)"},
+        "--logs": {"choices": ("all", "error")},
+    }
 
 
 def _parser() -> Any:
@@ -8818,17 +8962,6 @@ def _parser() -> Any:
             usage = " ".join(self.format_usage().split())
             self.exit(USAGE, f"{self.prog}: {_plain(message)}{hint}; {usage}\n")
 
-    def number(text: str) -> int:
-        if text.isdigit() and len(text) <= 18 and int(text):
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is no number over 0 of up to 18 digits")
-
-    def place(text: str) -> str:
-        name, _, attribute = text.partition(":")
-        if attribute and name[-3:] != ".py" and all(map(str.isidentifier, name.split("."))):
-            return text
-        raise argparse.ArgumentTypeError(f"{text!r} is no MODULE:TASK_MAP, such as app:TASKS")
-
     parser = Parser(
         prog="taskpool.py", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Background jobs in one file: run Python functions later, elsewhere.",
@@ -8836,28 +8969,14 @@ def _parser() -> Any:
     parser.add_argument("--demo", action="store_true", help="show it at work, on real files")
     parser.add_argument("--version", action="version", version=f"taskpool {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    arguments: dict[str, dict[str, Any]] = {
-        "db": {"metavar": "DB", "help": "the file of your TaskQueue"},
-        "id": {"metavar": "ID"},
-        "id+": {"metavar": "ID", "nargs": "+"},
-        "task_map": {"metavar": "MODULE:TASK_MAP", "type": place, "help": "a dict in a module"},
-        "text": {"metavar": "EXPR", "help": 'such as "0 9 * * MON-FRI"'},
-        "--json": {"action": "store_true", "help": "for programs"},
-        "--limit": {"type": number, "help": f"so many ({LIST_TASKS}; with --json all)"},
-        "--state": {"action": "append", "choices": STATES, "help": "only such"},
-        "--type": {"action": "append", "help": "only such"},
-        "--tz": {"default": "UTC", "help": "its time zone (%(default)s)"},
-        "--watch": {"action": "store_true", "help": "each second, until Ctrl-C"},
-        "--workers": {"type": number, "help": "at most so many processes (all CPUs)"},
-        "-n": {"type": number, "default": 5, "help": "how many runs (%(default)s)"},
-    }
+    specs = _arguments()
     for name, (act, words, text, tell) in _COMMANDS.items():
-        epilog = _BEHIND if {"id", "id+"} & set(words.split()) else None
+        epilog = _BEHIND if {"id", "id*"} & set(words.split()) else None
         about = f"{text.capitalize()}."
         added = commands.add_parser(name, help=text, description=about, epilog=epilog)
         added.set_defaults(act=act, tell=tell, parser=added, watch=False)
         for word in words.split():
-            added.add_argument(word.strip("+"), **arguments[word])
+            added.add_argument(word.strip("*?"), **specs[word])
     return parser
 
 
@@ -8885,7 +9004,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK if options.command == "status" else FAILURE
     except (TaskPoolError, OSError, ValueError) as error:
         print(f"taskpool.py: {_plain(str(error))}", file=sys.stderr)
-        return USAGE if isinstance(error, ValueError) and options.command == "cron" else FAILURE
+        is_usage = isinstance(error, ValueError) and options.command in ("add", "cron")
+        return USAGE if is_usage else FAILURE
 
 
 def _under_own_name() -> Any:

@@ -403,6 +403,16 @@ def fail(job):
     raise ValueError(f"attempt {job.attempt}")
 
 
+def tell_times(job):
+    started, at_start = time.monotonic(), (job.started_at.isoformat(), job.ended_at)
+    time.sleep(0.01)
+    return [*at_start, started, time.monotonic()]
+
+
+def fail_evilly(job):
+    raise ValueError("\x1b[2J\nsecond")
+
+
 def needs_words(job, *, to, subject="hello"):
     return [to, subject]
 
@@ -1039,7 +1049,7 @@ class TestPolicies(unittest.TestCase):
                 outcome = Outcome("t", 1, state, **options)
                 led = taskpool.led_to(running, taskpool.after_run(running, outcome, NOW), outcome)
                 self.assertEqual(led, expected)
-                told = taskpool.Task(taskpool.as_told(running, led, outcome))
+                told = taskpool.Task(taskpool.as_told(running, led, outcome, NOW))
                 self.assertEqual(told.state, "waiting" if led in ("waits", "repeats") else led)
 
     def test_what_became_of_a_task_counts_for_its_own_incarnation(self):
@@ -1067,6 +1077,14 @@ class TestPolicies(unittest.TestCase):
                     self.assertEqual(stored[5:7] + stored[11:14], (NOW, NOW, "", "ready", 0))
             self.assertEqual((stored.state, stored.interrupted, stored.due_at > NOW), (state, 0, repeat is not None))
             self.assertIn("Interrupted", stored.error)
+            self.assertEqual((stored.started_at, stored.ended_at), (NOW, NOW))
+
+    def test_no_run_began_before_its_claim_or_after_its_end_whatever_the_clocks_say(self):
+        running = taskpool.claimed(row(keep_result=9), "me", NOW)
+        for seconds, now, began in ((1e300, NOW + 5, NOW), (0.0, NOW + 5, NOW + 5), (0.0, NOW - 5, NOW - 5), (3e-6, NOW + 5, NOW + 2)):
+            for state in ("done", "failed"):
+                after = taskpool.after_run(running, Outcome("t", 1, state, seconds=seconds), now)
+                self.assertEqual((after.started_at, after.ended_at), (began, now))
 
 
 class StoreContract:
@@ -1401,6 +1419,34 @@ class StoreContract:
         self.settle(self.claim(now=found.due_at)[0], "done", now=found.due_at, result="1")
         self.assertEqual((self.look().error, self.look().due_at), (None, NOW + 20 * SECOND))
 
+    def test_a_task_tells_when_its_last_run_was_through_retries_repeats_and_requeues(self):
+        def times():
+            task = taskpool.Task(self.look())
+            return tuple(at and (at - taskpool._datetime(NOW)).total_seconds() for at in (task.started_at, task.ended_at))
+
+        def run(at, seconds, state, **fields):
+            (claimed,) = self.claim(now=NOW + at * SECOND)
+            self.assertEqual(times(), (at, None))
+            if seconds is not None:
+                self.settle(claimed, "running", now=NOW + at * SECOND, progress="[1]")
+                fields["seconds"] = seconds
+            self.settle(claimed, state, now=NOW + (at + 3) * SECOND, **fields)
+            return times()
+
+        self.add(row(repeat=timedelta(seconds=10), retries=1, keep_result=9))
+        self.assertEqual(times(), (None, None))
+        self.assertEqual(run(0, None, "ready", charged=False), (None, None))
+        self.assertEqual(run(1, 2.5, "ready", error="E: one"), (1.5, 4))
+        self.assertEqual(run(5, None, "ready", charged=False), (1.5, 4))
+        self.assertEqual(run(6, 0.25, "done", result="1"), (8.75, 9))
+        self.store.update("t", {"repeat": None}, NOW)
+        self.assertEqual(run(10, 3.0, "failed", error="E: two"), (10, 13))
+        self.store.retry(Query(), NOW + 14 * SECOND)
+        self.assertEqual(times(), (10, 13))
+        self.assertEqual(run(15, 1.0, "done", result="1"), (17, 18))
+        self.add(row(keep_result=9))
+        self.assertEqual(times(), (None, None))
+
     def test_a_clock_set_back_runs_no_slot_twice(self):
         """CK-01, CK-04, DU-08."""
         for repeat in (timedelta(seconds=60), "* * * * *"):
@@ -1643,7 +1689,7 @@ class TestSQLiteStore(InOrder, Spoiled, StoreContract, InFolder):
         by_id, masters = "sqlite_autoindex_taskpool_task_1", "sqlite_autoindex_taskpool_master_1"
         ready, scheduled, running = "taskpool_ready", "PRIMARY KEY .*taskpool_scheduled", "taskpool_running"
         served = {
-            "_ERASE": by_id, "_WRITE": by_id, "_HELD_ROW": by_id, "_REMOVE": by_id, "_MARK": by_id, "_FINISH": by_id,
+            "_ERASE": by_id, "_WRITE": by_id, "_HELD_ROW": by_id, "_REMOVE": by_id, "_MARK": by_id, "_FINISH": by_id, "_BEGINNING": by_id,
             "_CLAIM": "PRIMARY KEY", "_READY": f"{ready}.*{running}", "_HEADS": f"PRIMARY KEY .*{ready}", "_PROMOTE": scheduled, "_DUE": scheduled[-18:],
             "_NEXT_DUE": f"{ready}.*{scheduled}", "_STARTABLE": f"{ready} .*taskpool_scheduled .*taskpool_scheduled ",
             "_HELD_BY": running, "_OWNERS": running, "_OPEN_LANE": f"{ready}.*taskpool_scheduled",
@@ -4367,6 +4413,38 @@ class TestListeners(InFolder):
             cluster.drain(PATIENCE)
             self.assertEqual(told, [])
 
+    def test_when_a_run_was_is_told_to_listeners_and_by_find_however_it_ended(self):
+        queue, told = self.queue(), {}
+        for event in ("done", "error"):
+            queue.add_event_listener(event, lambda value, task: told.setdefault(task.id, []).append(task))
+        options = {"keep_result": 60, "retries": 1, "retry_delay": 0}
+        with self.cluster({"times": tell_times, "badly": end_badly, "succeed_at": succeed_at}, queue) as cluster:
+            for tasks, in_memory in ((queue, False), (queue.in_memory, True)):
+                before = datetime.now(timezone.utc)
+                queue.add_task("times", task_id="good", in_memory=in_memory, **options)
+                queue.add_task("succeed_at", 2, task_id="late", in_memory=in_memory, **options)
+                for how in ("kill", "sleep"):
+                    queue.add_task("badly", {"file": str(self.folder / how), "how": how}, task_id=how, timeout=0.3 if how == "sleep" else None,
+                                   in_memory=in_memory, **options)
+                self.assertTrue(cluster.drain(PATIENCE))
+                after = datetime.now(timezone.utc)
+                eventually(lambda: sorted(map(len, told.values())) == [1, 2, 2, 2])
+                for task_id, (*_, last) in told.items():
+                    found = tasks.find_one(task_id=task_id)
+                    self.assertEqual((found.started_at, found.ended_at), (last.started_at, last.ended_at))
+                    for task in told[task_id]:
+                        self.assertTrue(before < task.started_at <= task.ended_at < after, task_id)
+                first, second = told["late"]
+                self.assertLessEqual(first.ended_at, second.started_at)
+                claimed, none, *span = tasks.find_one(task_id="good").result
+                good = told["good"][0]
+                self.assertEqual(none, None)
+                self.assertLessEqual(datetime.fromisoformat(claimed), good.started_at)
+                self.assertLessEqual(timedelta(seconds=span[1] - span[0]), good.ended_at - good.started_at)
+                slow = told["sleep"][-1]
+                self.assertGreaterEqual(slow.ended_at - slow.started_at, timedelta(seconds=0.3))
+                told.clear(), tasks.remove(state=["done", "failed"])
+
     def test_a_listener_that_raises_or_is_slow_stops_nothing(self):
         """LL-01, LL-03."""
         queue, release, told = self.queue(), threading.Event(), []
@@ -4767,6 +4845,19 @@ class TestClusterOptions(InFolder):
                 cluster.submit("echo").result(PATIENCE)
                 cluster.submit("fail").exception(PATIENCE)
         self.assertEqual([r.levelname for r in logs.records if "cluster:" in r.getMessage()], ["ERROR"])
+
+    def test_a_final_failure_is_one_record_with_the_traceback_and_one_that_is_retried_a_line(self):
+        with self.assertLogs("taskpool", "WARNING") as logs, self.cluster({"fail": fail_evilly}) as cluster:
+            cluster.submit("fail", retries=1, retry_delay=0).exception(PATIENCE)
+        warning, error = [record for record in logs.records if "cluster:fail" in record.getMessage()]
+        self.assertEqual((warning.levelname, error.levelname), ("WARNING", "ERROR"))
+        self.assertEqual(len(warning.getMessage().splitlines()), 1)
+        head, *lines = error.getMessage().splitlines()
+        self.assertTrue(head.endswith("\tfailed: ValueError: \\x1b[2J"), head)
+        self.assertIn("Traceback (most recent call last):", lines)
+        self.assertTrue(any("in fail_evilly" in line for line in lines), lines)
+        self.assertEqual([lines[0], *lines[-2:]], ["second", "ValueError: \\x1b[2J", "second"])
+        self.assertTrue(all(line.isprintable() for line in lines), lines)
 
     def test_keep_alive_always_starts_all_and_replaces_the_dead(self):
         cluster, victims = self.cluster({"echo": echo}, keep_alive="always"), set()
@@ -5672,11 +5763,11 @@ class TestCrew(unittest.TestCase):
 
     def crew(self, workers=2, max_tasks=None, keep_alive=None):
         """A crew whose workers have not begun, at a time of its own."""
-        self.now, self.ends, self.futures = 1000.0, collections.defaultdict(list), mock.Mock()
+        self.now, self.ends, self.took, self.futures = 1000.0, collections.defaultdict(list), [], mock.Mock()
         end = lambda run, how: self.ends[run.row.id].append(how)  # noqa: E731
         self.source = mock.Mock(
             requeue=lambda run: end(run, "requeued"), cancelled=lambda run: end(run, "cancelled"),
-            fail=lambda run, error: end(run, type(error).__name__),
+            fail=lambda run, error, seconds: end(run, type(error).__name__) or self.took.append(round(seconds, 6)),
         )
         options = taskpool._Options(workers, True, None, False, keep_alive, True, "spawn", max_tasks, 1.0)
         self.made = taskpool._Crew(options, ["quick", "slow"], self)
@@ -5715,7 +5806,7 @@ class TestCrew(unittest.TestCase):
             self.assertEqual(worker.stopping, last is not None)
             self.assertEqual(self.after(7.0), {"b": "requeued"})
             self.assertEqual(self.after(0.1), {})
-            self.assertEqual(self.after(1.0, died=code, available=1), {"a": "TaskTimeout"})
+            self.assertEqual((self.after(1.0, died=code, available=1), self.took), ({"a": "TaskTimeout"}, [8.1]))
             self.assertNotIn(worker, crew.workers)
 
     def test_a_worker_dead_of_sigterm_is_charged_unless_the_master_is_told_to_stop_soon_after(self):
@@ -5724,6 +5815,7 @@ class TestCrew(unittest.TestCase):
             self.assertEqual((self.after(0.001, died=-signal.SIGTERM), crew.room()), ({}, 0.0))
             crew.stopping = stops
             self.assertEqual(self.after(0.25), {"a": "requeued" if stops else "WorkerDied", "b": "requeued"})
+            self.assertEqual(self.took, [] if stops else [0.251])
 
     def test_a_cancelled_task_that_runs_costs_its_worker_and_one_that_waits_there_nothing(self):
         crew, worker = self.working("abc")
@@ -8944,7 +9036,10 @@ class TestRunDue(InFolder):
         self.tasks.add_task("succeed_at", 3, retries=2, retry_delay=60)
         for until, runs in ((None, [("waiting", 1, None)]), (None, []), (timedelta(seconds=59), []),
                             (timedelta(minutes=5), [("waiting", 2, None), ("done", 3, 3)])):
-            self.assertEqual([(t.state, t.attempt, t.result) for t in self.run_due(until=until)], runs)
+            ended = self.run_due(until=until)
+            self.assertEqual([(t.state, t.attempt, t.result) for t in ended], runs)
+            for task, minutes in zip(ended[-2:], (1, 3) if len(ended) > 1 else (0,)):  # By the queue's clock.
+                self.assertEqual({task.started_at, task.ended_at}, {self.START + timedelta(minutes=minutes)})
 
     def test_errors_are_recorded_or_raised(self):
         for _ in range(2):
@@ -9651,8 +9746,12 @@ class TestOperators(InFolder):
         some = self.json("list", "tasks.db", "--state", "waiting", "--state", "done", "--type", "echo")
         self.assertEqual([t["id"] for t in some], ["good", "later"])
         lines = self.out("list", "tasks.db", "--limit", 2).splitlines()
-        self.assertEqual(lines[0].split(), "type id state attempt due what".split())
-        self.assertRegex(lines[2], r"^fail  bad   failed        1  .* ago  ValueError: attempt 1$")
+        self.assertEqual(lines[0].split(), "type id state attempt due took what".split())
+        self.assertRegex(lines[2], r"^fail  bad   failed        1  .* ago +\d+ ms  ValueError: attempt 1$")
+        newest = self.out("list", "tasks.db", "--newest", "--limit", 3).splitlines()
+        self.assertEqual([line.split()[1] for line in newest[1:4]], ["other", "later", "bad"])
+        self.assertEqual(newest[4:], ["... 3 of 4; --limit shows more"])
+        self.assertEqual([t["id"] for t in self.json("list", "tasks.db", "--newest")], ["other", "later", "bad", "good"])
         self.assertEqual(lines[3:], ["... 2 of 4; --limit shows more"])
         bad = self.json("show", "tasks.db", "bad")
         self.assertEqual((bad["task_type"], bad["data"], bad["attempt"], bad["result"]), ("fail", {}, 1, None))
@@ -9660,8 +9759,11 @@ class TestOperators(InFolder):
         self.assertRegex(text, r"(?m)^state +failed$")
         self.assertRegex(text, r"(?m)^due_date +\d{4}-.*\+00:00 \(.* ago\)$")
         self.assertRegex(text, r"(?m)^error +ValueError: attempt 1\n(    .*\n)+\Z")
+        self.assertRegex(text, r"(?m)^started_at +\d{4}-.* ago\)\nended_at +\d{4}-.* ago\)$")
+        self.assertLessEqual(bad["started_at"], bad["ended_at"])
+        self.assertEqual([self.json("show", "tasks.db", "other")[name] for name in ("started_at", "ended_at")], [None, None])
         self.assertRegex(self.out("show", "tasks.db", "good"), r"(?m)^result +\[1\]$")
-        self.assertIn("no task 'nope'", self.error("show", "tasks.db", "nope"))
+        self.assertIn("'nope': no such task", self.error("show", "tasks.db", "nope"))
 
     def test_list_shows_results_and_the_whole_cause_and_on_a_terminal_as_much_as_fits(self):
         queue, cause = self.queue(), "no " * 50
@@ -9670,7 +9772,7 @@ class TestOperators(InFolder):
             queue.add_task("y", data, task_id=str(number), keep_result=60)
         queue.run_due({"y": lambda job: int(job.data) if job.data == cause else job.progress(1, 2) or job.data})
         lines = self.out("list", "tasks.db").splitlines()[1:]
-        self.assertEqual([line.partition("ago  ")[2] for line in lines], [
+        self.assertEqual([re.split(r"ago +(?:-|\d+ ms) +", line, maxsplit=1)[1] for line in lines], [
             f'{{"words": "{cause}"}}', f"ValueError: invalid literal for int() with base 10: '{cause}'", "[1, 2]", "null", '""'])
         self.assertIn(cause, self.json("list", "tasks.db")[1]["error"].partition("\n")[0])
         self.is_terminal = True
@@ -9718,7 +9820,7 @@ class TestOperators(InFolder):
             cluster.submit("\x1b[2J\nx", task_id="\x1b[2J\nx").exception(PATIENCE)
         lines = [record.getMessage() for record in logs.records]
         self.assertTrue(any("cluster:\\x1b[2J\\nx:\\x1b[2J\\nx:\tfailed" in line for line in lines), lines)
-        self.assertEqual([line for line in lines if not line.replace("\t", "").isprintable()], [])
+        self.assertEqual([line for line in "\n".join(lines).split("\n") if not line.replace("\t", "").isprintable()], [])
 
     def test_an_id_that_begins_with_a_dash_stands_behind_two(self):
         queue = self.queue()
@@ -9747,12 +9849,52 @@ class TestOperators(InFolder):
         self.assertEqual((code, out, err), (1, "good: removed\nbad: removed\n", "taskpool.py: 'nope': no such task\n"))
         self.assertEqual([task.id for task in queue.find()], ["later", "other"])
 
+    def test_retry_and_remove_of_a_type_or_state_say_how_many(self):
+        queue = self.some()
+        queue.add_tasks({"task_type": name, "task_id": f"{name}{number}"} for name in ("fail", "echo", "other") for number in range(3))
+        queue.run_due({"fail": fail})
+        self.assertEqual(self.out("retry", "tasks.db", "--type", "echo"), "0 waiting\n")
+        self.assertEqual(self.out("retry", "tasks.db", "--type", "fail", "--type", "echo", "--state", "failed"), "4 waiting\n")
+        self.assertEqual(self.out("remove", "tasks.db", "--type", "echo", "--state", "waiting"), "4 removed\n")
+        self.assertEqual([task.id for task in queue.find(task_type="echo")], ["good"])
+        self.assertEqual(self.out("remove", "tasks.db", "--state", "done", "--state", "waiting"), "9 removed\n")
+        self.assertEqual(queue.find(), [])
+
+    def test_an_unambiguous_beginning_of_an_id_will_do_and_a_whole_id_comes_first(self):
+        queue = self.queue()
+        for task_id in ("job", "job:1", "job:12", "job:13", "other", "\u6f22\u5b57", "%_"):
+            queue.add_task("fail", task_id=task_id)
+        queue.run_due({"fail": fail})
+        for text, task_id in (("job", "job"), ("job:1", "job:1"), ("job:12", "job:12"), ("o", "other"), ("\u6f22", "\u6f22\u5b57"), ("%", "%_")):
+            self.assertEqual(self.json("show", "tasks.db", text)["id"], task_id)
+        self.assertIn("'jo': several ids begin so: 'job', 'job:1', 'job:12', ...\n", self.error("show", "tasks.db", "jo"))
+        for text in ("", "x", "_", "OTHER", "job:123", "\udc80", "'"):
+            self.assertIn("no such task", self.error("show", "tasks.db", text))
+        self.sql("UPDATE taskpool_task SET id = CAST(x'78c3' AS TEXT) WHERE id = 'job:12'")
+        self.assertIn("no such task", self.error("show", "tasks.db", "x"))
+        self.assertEqual(self.out("retry", "tasks.db", "ot"), "other: waiting\n")
+        code, out, err = self.main("remove", "tasks.db", "job:", "job:13", "job", "ot")
+        self.assertEqual((code, out), (1, "job:13: removed\njob: removed\nother: removed\n"))
+        self.assertEqual(err, "taskpool.py: 'job:': several ids begin so: 'job:1', 'job:13'\n")
+
+    def test_add_prints_the_id_of_a_task_in_a_file_that_it_makes_if_need_be(self):
+        ids = [self.out("add", "tasks.db", "x", *data).rstrip() for data in ((), ('{"a": [1, "\u6f22"]}',), ("-1",), ("null",), (' "text" ',))]
+        self.assertEqual([(task.id, task.task_type, task.data) for task in self.queue().find()],
+                         [(task_id, "x", data) for task_id, data in zip(ids, ({}, {"a": [1, "\u6f22"]}, -1, None, "text"))])
+        for arguments, text in ((("",), "task_type is ''"), (("x", str(2**70)), "data is"), (("x", "[" * 91 + "]" * 91), "90 levels")):
+            self.assertIn(text, self.error("add", "tasks.db", *arguments, code=2))
+        self.assertIn(" is a folder", self.error("add", ".", "x"))
+
     def test_a_mistake_is_told_in_one_line_with_the_usage(self):
         for arguments in (
             [], ["--colour"], ["stat"], ["status"], ["status", "a", "b"], ["list", "a", "--state", "x"],
             ["list", "a", "--limit", "0"], ["list", "a", "--limit", "9" * 5000], ["list", "a", "--limit", "0" * 99 + "9" * 50],
-            ["show", "a"], ["retry", "a"], ["run", "app", "a"], ["run", "a.py:X", "a"], ["run", "app:X"],
-            ["run", "app:X", "a", "--workers", "0"], ["cron"], ["cron", "* * * * *", "-n", "x"],
+            ["show", "a"], ["run", "app", "a"], ["run", "a.py:X", "a"], ["cron"], ["cron", "* * * * *", "-n", "x"],
+            *(["run", "app:X", "a", f"--{option}"] for option in (
+                "workers=0", "keep-alive=0", "keep-alive=never", "max-tasks-per-worker=0", "start-method=exec",
+                "shutdown-timeout=-1", "shutdown-timeout=nan", "logs=none")),
+            ["add", "a"], *(["add", "a", "x", text] for text in ("{", "NaN", "{'a': 1}", "[" * 5000, "x")),
+            *([command, "a", *rest] for command in ("retry", "remove") for rest in ((), ("b", "--type", "x"), ("--state", "x"))),
         ):
             with self.subTest(arguments=arguments):
                 self.assertIn("; usage: taskpool.py", self.error(*arguments, code=2))
@@ -9762,6 +9904,7 @@ class TestOperators(InFolder):
                 err = self.error(*command, "--\x1b[2J", code=2)
                 self.assertIn(rf"taskpool.py {command[0]}: unrecognized arguments: --\x1b[2J", err)
                 self.assertIn(f"; usage: taskpool.py {command[0]} [-h]", err)
+        self.assertFalse((self.folder / "a").exists())
         self.assertIn("tz 'Nowhere' is unknown", self.error("cron", "* * * * *", "--tz", "Nowhere", code=2))
         self.assertIn("61", self.error("cron", "61 * * * *", code=2))
 
@@ -9851,20 +9994,63 @@ class TestOperators(InFolder):
             self.assertIn(" INFO about to tell", err)
             queue.remove(state="done")
 
+    @unittest.skipUnless(os.name == "posix", "sends a signal")
+    def test_run_serves_what_a_queue_declares_with_the_options_of_a_cluster(self):
+        self.script("""
+            queue = TaskQueue("declared.db")
+            os.makedirs("elsewhere", exist_ok=True)
+            os.chdir("elsewhere")
+
+            @queue.task(keep_result=60)
+            def pid(job):
+                return os.getpid()
+
+            @queue.task(name="parent", keep_result=60)
+            def add(job, *, word):
+                return queue.add_task(pid, task_id=word).id
+        """, "app.py")
+        queue = self.queue("declared.db")
+        options = "--workers 3 --oversubscribe --keep-alive always --max-tasks-per-worker 1 --start-method forkserver --shutdown-timeout 2.5 --logs error"
+        process = self.start(HERE / "taskpool.py", "run", "app:queue", *options.split())
+        for number in range(3):
+            queue.add_task("pid", task_id=str(number), keep_result=60)
+        queue.add_task("parent", {"word": "child"}, keep_result=60)
+        pids = {queue.wait(task_id, PATIENCE).result for task_id in "012"}
+        eventually(lambda: queue.find_one(task_id="child"))
+        pids.add(queue.wait("child", PATIENCE).result)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual((process.returncode, out, len(pids)), (0, "", 4), err)
+        self.assertRegex(err, r"serving 'pid', 'parent' of app:queue until Ctrl-C")
+        self.assertNotIn("cluster:pid", err)
+        self.addCleanup(sys.modules.pop, "app", None), self.addCleanup(taskpool._served.cache_clear)
+        known = Cluster.__init__.__kwdefaults__
+        with mock.patch.object(Cluster, "__init__", autospec=True, side_effect=taskpool.TaskPoolError("made")) as made, \
+                mock.patch.object(logging, "basicConfig"), mock.patch.object(sys, "path", [*sys.path]):
+            made.__kwdefaults__ = known
+            self.assertIn("made", self.error("run", "app:queue", *options.split()))
+        self.assertEqual(made.call_args[1], {
+            "auto_initialize": False, "max_available_workers": 3, "oversubscribe": True, "keep_alive": "always",
+            "max_tasks_per_worker": 1, "start_method": "forkserver", "shutdown_timeout": 2.5, "logs": "error"})
+
     def test_run_says_in_one_line_what_it_cannot_use(self):
         (self.folder / "broken.py").write_text("\n1 / 0")
-        (self.folder / "odd.py").write_text("TASKS = {'x': 5}\nEMPTY = {}\nGOOD = {'x': print}")
+        (self.folder / "odd.py").write_text(
+            "import taskpool\nTASKS = {'x': 5}\nEMPTY = {}\nGOOD = {'x': print}\nempty = taskpool.TaskQueue()\n"
+            "queue = taskpool.TaskQueue()\n@queue.task\ndef x(job): pass")
         for name, db, text in (
             ("nope:TASKS", "tasks.db", "ModuleNotFoundError: No module named 'nope'"),
             ("odd:NOPE", "tasks.db", "has no attribute 'NOPE'"), ("odd:EMPTY", "tasks.db", "task_map is {}"),
             ("broken:TASKS", "tasks.db", r"ZeroDivisionError.*broken\.py, line 2\)"),
             ("odd:TASKS", "tasks.db", r"task_map\['x'\] is 5"), ("odd:GOOD", "odd.py", "odd.py: file is not a database"),
+            ("odd:empty", None, "this TaskQueue declares no tasks"), ("odd:GOOD", None, "odd:GOOD is a task map: say which DB; usage"),
+            ("odd:queue", "tasks.db", "odd:queue has a store: leave DB out; usage"),
         ):
-            process = self.start(HERE / "taskpool.py", "run", name, db)
+            process = self.start(HERE / "taskpool.py", "run", name, *([db] if db else []))
             out, err = process.communicate(timeout=PATIENCE)
-            self.assertEqual((process.returncode, out, err.count("\n")), (1, "", 1), err)
+            self.assertEqual((process.returncode, out, err.count("\n")), (1 + ("usage" in text), "", 1), err)
             self.assertRegex(err, text)
-        self.assertFalse((self.folder / "tasks.db").exists())
+        self.assertEqual(list(self.folder.glob("*.db")), [])
 
     @unittest.skipUnless(os.name == "posix", "ends by itself there, too, but slowly")
     def test_run_ends_with_an_error_if_its_module_cannot_be_run_again(self):
