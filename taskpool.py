@@ -6,14 +6,16 @@ One file, standard library only. Copy it into your project:
 
     from taskpool import Cluster, TaskQueue
 
-    def resize(job):
-        return job.data["width"] // 2
+    queue = TaskQueue("tasks.db")
+
+    @queue.task(retries=3)
+    def resize(job, *, width):
+        return width // 2
 
     if __name__ == "__main__":
-        queue = TaskQueue("tasks.db")
-        with Cluster({"resize": resize}, queue) as cluster:
-            queue.add_task("resize", {"width": 640}, priority=5)   # stored, runs soon
-            future = cluster.submit("resize", {"width": 320})      # the same, with a Future
+        with Cluster(queue=queue) as cluster:
+            queue.add_task(resize, {"width": 640}, priority=5)   # stored, runs soon
+            future = cluster.submit(resize, {"width": 320})      # the same, with a Future
             print(future.result())
 
 Who does what
@@ -116,7 +118,7 @@ from concurrent.futures import Future
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from functools import lru_cache
 from multiprocessing.connection import Connection
-from types import BuiltinFunctionType, CoroutineType, MappingProxyType
+from types import BuiltinFunctionType, CoroutineType, MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any, Callable, Final, NamedTuple, TypeVar, Union, cast, overload
 
 if sys.version_info < (3, 9):  # noqa: UP036 - Who has an older one is to know.
@@ -126,7 +128,7 @@ if sys.version_info < (3, 9):  # noqa: UP036 - Who has an older one is to know.
 __version__ = "0.1.0"
 __all__ = [
     "Cluster", "Cron", "DuplicateTask", "MongoStore", "RemoteError", "SQLiteStore", "Store",
-    "StoreError", "Task", "TaskPoolError", "TaskQueue", "TaskTimeout", "WorkerDied",
+    "StoreError", "Task", "TaskFuture", "TaskPoolError", "TaskQueue", "TaskTimeout", "WorkerDied",
 ]  # fmt: skip
 
 MESSAGE_CHARS = 1 << 17  # From here on data goes to the worker in several messages.
@@ -667,7 +669,7 @@ class Row(NamedTuple):
 
     id: str
     task_type: str
-    data: str  # JSON text, made once in add_task.
+    data: Any  # JSON text, made once in add_task; of a MemoryRow its pickle, as bytes.
     priority: int
     created_at: int  # Microseconds since 1970, like all instants here.
     due_at: int  # The due date. Retries do not move it.
@@ -688,22 +690,48 @@ class Row(NamedTuple):
     ended_at: int | None = None
     expires_at: int | None = None  # When a `done` row is removed.
     removed: int = 0  # 1: remove() was called during the run.
-    successor: str | None = None  # What replaces it when its run ends: _packed_row.
+    successor: Any = None  # What replaces it when its run ends: see _packed_row.
     repeat: str | None = None  # JSON text: microseconds, or the arguments of Cron.
     progress: str | None = None  # JSON of a Progress: the last report of its run.
-    in_memory: bool = False  # Not a column.
+    items: int = 0  # Of a chunk of Cluster.map: how many are in its data. Not a column.
 
 
-def _packed_row(row: Row) -> str:
-    """A Row as text. By name, so that a later version with more columns can read it."""
-    return json.dumps(row._asdict())
+class MemoryRow(Row):
+    """A task in this process's memory. Only its data are ever unpickled: a store makes Rows,
+    whatever it holds, and _make_row alone makes a MemoryRow. (P8)"""
+
+    __slots__ = ()
 
 
-def _unpacked_row(text: str) -> Row:
+def _packed_row(row: Row) -> str | MemoryRow:
+    """A Row as its predecessor keeps it: in a store as text. By name, so that a later version
+    with more columns can read it."""
+    if isinstance(row, MemoryRow):
+        return row
+    values = row._asdict()
+    del values["items"]
+    return json.dumps(values)
+
+
+def _unpacked_row(packed: str | MemoryRow) -> Row:
+    if isinstance(packed, MemoryRow):
+        return packed
     try:
-        return Row(**json.loads(text))
+        return Row(**json.loads(packed))
     except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None
+
+
+def _loaded(packed: bytes | bytearray) -> tuple[Any, BaseException | None]:
+    """What *packed* unpickles to, and the error that unpickling raised. Only the user's Ctrl-C,
+    which comes to the main thread, is raised here."""
+    try:
+        return pickle.loads(packed), None
+    except BaseException as error:
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and isinstance(error, KeyboardInterrupt):
+            raise
+        return None, error
 
 
 def _no_number(word: str) -> None:
@@ -726,6 +754,29 @@ def _decode(text: str) -> Any:
     except ValueError:
         end = -1
     return value if end == len(text) else _decoder.decode(text)
+
+
+def _message(error: BaseException) -> str:
+    """What *error* says, even if its own methods raise."""
+    try:
+        return str(error)
+    except BaseException as other:
+        return f"<its __str__ raised {type(other).__name__}>"
+
+
+def _read_data(row: Row) -> Any:
+    """The value of a task's data; unpickling runs code of the user's classes. Raises
+    ValueError if it cannot be read."""
+    if isinstance(row, MemoryRow):
+        value, error = _loaded(row.data)
+        if error is None:
+            return value
+        why = f"{type(error).__name__}: {_message(error)}"
+        raise ValueError(f"data cannot be unpickled: {why}") from error
+    try:
+        return _decode(row.data)
+    except (TypeError, ValueError) as wrong:  # TypeError: it is no text.
+        raise ValueError(f"the stored data cannot be decoded: {wrong}") from None
 
 
 def _short(text: str) -> str:
@@ -910,6 +961,10 @@ def _column(name: str, what: str, read: Callable[[Any], Any] | None = None) -> A
     return property(lambda task: None if (v := column(task)) is None else read(v), doc=what)
 
 
+_UNREAD: Any = object()  # Data that nobody has read so far.
+_set = object.__setattr__
+
+
 class Task:
     """One task, as it was when you looked. Immutable.
 
@@ -925,7 +980,6 @@ class Task:
     priority: Final[int] = _column("priority", "Higher starts first.")
     due_date: Final[datetime] = _column("due_at", "The earliest start, aware, in UTC.", _datetime)
     created_at: Final[datetime] = _column("created_at", "When it was added, in UTC.", _datetime)
-    in_memory: Final[bool] = _column("in_memory", "Whether it lives in the master's memory only.")
     state: Final[State] = _column("state", "waiting, running, failed or done.", _public_state)
     on_going: Final[bool] = _column("state", "Whether it is running.", "running".__eq__)
     attempt: Final[int] = _column("attempt", "Number of charged starts: 1 during the first run.")
@@ -944,10 +998,14 @@ class Task:
         "error", "The failure of its last run: type, message and traceback as text."
     )
 
-    def __init__(self, row: Row, report: Callable[..., None] | None = None) -> None:
-        object.__setattr__(self, "_row", row)
+    def __init__(
+        self, row: Row, report: Callable[..., None] | None = None, data: Any = _UNREAD
+    ) -> None:
+        _set(self, "_row", row)
         if report is not None:
-            object.__setattr__(self, "_report", report)
+            _set(self, "_report", report)
+        if data is not _UNREAD:
+            _set(self, "_data", data)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Task is immutable; cannot set {name!r} (see TaskQueue.update)")
@@ -959,7 +1017,9 @@ class Task:
         return hash(self._row)
 
     def __reduce__(self) -> Any:
-        return Task, (self._row,)
+        if self._row.data:
+            return Task, (self._row,)
+        return Task, (self._row, None, self._data)  # Of one item of a chunk: see _call.
 
     def __repr__(self) -> str:
         return f"<Task {self.id!r} {self.task_type!r} {self.state}, attempt {self.attempt}>"
@@ -981,13 +1041,21 @@ class Task:
         return _datetime(cast(int, row.ended_at)) if is_over else None
 
     @property
+    def in_memory(self) -> bool:
+        """Whether it lives in the master's memory only."""
+        return isinstance(self._row, MemoryRow)
+
+    @property
     def data(self) -> Any:
-        """The JSON value given to add_task; this Task's own copy."""
+        """The value given to add_task; this Task's own copy. That of an in-memory task is
+        unpickled at the first look, which runs code of its classes. Raises ValueError if it
+        cannot be read."""
         try:
             return self._data
         except AttributeError:
-            object.__setattr__(self, "_data", _decode(self._row.data))
-            return self._data
+            pass  # Nobody has read it.
+        object.__setattr__(self, "_data", _read_data(self._row))
+        return self._data
 
     @property
     def progress(self) -> Any:
@@ -997,6 +1065,31 @@ class Task:
             return self._report
         except AttributeError:
             return self._row.progress and _read_progress(self._row.progress)
+
+
+class _Item(Task):
+    """What the function of a chunk gets for one of the data: the chunk's Task, but for these."""
+
+    __slots__ = ("data",)
+    data: Any
+
+    def __init__(self, row: Row, data: Any) -> None:
+        super().__init__(row)
+        _set_data(self, data)
+
+    def __reduce__(self) -> Any:
+        return _Item, (self._row, self.data)
+
+
+_new_item = _Item.__new__
+_set_row, _set_report = (vars(Task)[name].__set__ for name in ("_row", "_report"))
+_set_data = vars(_Item)["data"].__set__
+
+
+def _job(row: Row, report: Callable[..., None]) -> Task:
+    """The Task that a function gets. Raises ValueError, and no retry helps, if its data cannot
+    be read."""
+    return Task(row, report, _read_data(row))
 
 
 _nonce = os.urandom(8).hex()  # Of this process; a fork draws another.
@@ -1044,15 +1137,35 @@ def _check_json(value: Any, path: str = "data", depth: int = 0) -> None:
         raise _wrong_type(path, value, allowed)
 
 
+_NO_DATA: dict[str, Any] = {}
+
+
 def _checked_json(value: Any) -> str:
     """JSON text of *value*, which will come back equal and of the same types."""
-    if value is None:
-        return "null"
+    if value is None or value is _NO_DATA:
+        return "null" if value is None else "{}"
     _check_json(value)
     return str(value) if type(value) is int else _encode(value)
 
 
-_NO_DATA: dict[str, Any] = {}
+class _Chunk(list[Any]):
+    """The data of several calls, in one in-memory task: see Cluster.map."""
+
+
+_PICKLED_NO_DATA, _PICKLED_NONE = pickle.dumps({}), pickle.dumps(None)  # Shared: most common.
+
+
+def _pickled_data(value: Any) -> bytes:
+    """The data of an in-memory task, or a TypeError."""
+    if value is None or value is _NO_DATA:
+        return _PICKLED_NONE if value is None else _PICKLED_NO_DATA
+    try:
+        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        why = f"pickling it raised {type(error).__name__}: {_message(error)}"
+        raise _wrong_type("data", value, f"what can be pickled; {why}") from error
+
+
 _FRESH = tuple(Row._field_defaults.values())[:-3]  # Of a task without a history.
 _IF_EXISTS = ("raise", "keep", "replace")
 SCHEDULE = "schedule:"  # The ids of what queue.task keeps stored begin with this.
@@ -1066,9 +1179,12 @@ def _make_row(
 ) -> tuple[Row, str]:  # fmt: skip
     """The new Row and its `if_exists`, or the error that add_task documents."""
     _checked_text("task_type", task_type)
-    text = "{}" if data is _NO_DATA else _checked_json(data)
-    _checked_int("priority", priority, -MAX_INT)
+    items = 0
+    if type(data) is _Chunk:
+        data, items = list(data), len(data)
     _checked_bool("in_memory", in_memory)
+    data = (_pickled_data if in_memory else _checked_json)(data)
+    _checked_int("priority", priority, -MAX_INT)
     if if_exists not in _IF_EXISTS:
         _checked_choice("if_exists", if_exists, _IF_EXISTS)
     _checked_int("retries", retries, 0)
@@ -1099,10 +1215,11 @@ def _make_row(
     due_at = now if due_date is None else _instant(due_date, now)
     state = "ready" if due_at <= now else "scheduled"
     columns = (
-        task_id, task_type, text, priority, now, due_at, due_at, retries, retry_delay,
-        timeout, keep_result, lane, state, *_FRESH, repeat, None, in_memory,
+        task_id, task_type, data, priority, now, due_at, due_at, retries, retry_delay,
+        timeout, keep_result, lane, state, *_FRESH, repeat, None, items,
     )  # fmt: skip
-    return tuple.__new__(Row, columns), if_exists  # In two thirds of the time of Row().
+    # In two thirds of the time of Row().
+    return tuple.__new__(MemoryRow if in_memory else Row, columns), if_exists
 
 
 _ADD_PARAMETERS = {*(_make_row.__kwdefaults__ or ())} - {"lane"}
@@ -1115,15 +1232,19 @@ if TYPE_CHECKING:
     State = Literal["waiting", "running", "failed", "done"]
     IfExists = Literal["raise", "keep", "replace"]
 
-    class TaskDefaults(TypedDict, total=False):
-        """What queue.task may declare for all tasks of a type."""
+    class MapOptions(TypedDict, total=False):
+        """The keywords of Cluster.map, beside its own."""
 
         priority: int
         in_memory: bool
         retries: int
         retry_delay: float | timedelta
-        timeout: float | timedelta | None
         keep_result: float | timedelta | None
+
+    class TaskDefaults(MapOptions, total=False):
+        """What queue.task may declare for all tasks of a type."""
+
+        timeout: float | timedelta | None
 
     class SubmitOptions(TaskDefaults, total=False):
         """The keywords of Cluster.submit."""
@@ -1243,7 +1364,7 @@ def _unusable(columns: Sequence[Any]) -> str:
     if reason or columns[_SUCCESSOR] is None:
         return reason
     try:
-        reason = _unusable(_unpacked_row(columns[_SUCCESSOR])[:-1])
+        reason = _unusable(_unpacked_row(columns[_SUCCESSOR]))
     except ValueError as error:
         reason = str(error)
     return reason and f"column successor: {reason}"
@@ -1266,7 +1387,7 @@ def _readable(columns: Sequence[Any], reason: str = "") -> Row:
 
 def readable(row: Row) -> Row:
     """A stored Row, for those who look at it."""
-    return row if row.in_memory else _readable(row)
+    return row if isinstance(row, MemoryRow) else _readable(row)
 
 
 # --- Policies ------------------------------------------------------------------------
@@ -1309,12 +1430,21 @@ def learned(expected: float | None, seconds: float) -> float:
 
 
 def share(expected: float | None) -> float:
-    """The part of a worker's room that a task takes: all without history. (P5)
+    """The part of a worker's room that a run of so many seconds fills: all without history.
 
-    >>> share(None), share(1.0), share(0.005), share(0.0) == LEAST_SHARE
-    (1.0, 1.0, 0.5, True)
+    >>> share(None), share(1.0), share(0.005)
+    (1.0, 1.0, 0.5)
     """
-    return 1.0 if expected is None else min(max(expected / AHEAD_SECONDS, LEAST_SHARE), 1.0)
+    return 1.0 if expected is None else min(expected / AHEAD_SECONDS, 1.0)
+
+
+def cost_of(row: Row, costs: Mapping[str, float]) -> float:
+    """The part of a worker's room that a task takes, where *costs* has its type's share: a
+    chunk takes that of each item. One that was interrupted takes all. (P3, P5)"""
+    cost = costs[row.task_type] * (row.items or 1)
+    if cost > 1.0 or row.interrupted:
+        return 1.0
+    return cost if cost > LEAST_SHARE else LEAST_SHARE
 
 
 def next_slot(repeat: str, due_at: int, now: int) -> int | None:
@@ -1336,6 +1466,23 @@ def next_slot(repeat: str, due_at: int, now: int) -> int | None:
         return _instant(_datetime(due_at + (max(now - due_at, 0) // interval + 1) * interval), now)
     except (OverflowError, ValueError):  # There is no year 10000.
         return None
+
+
+def last_slot(repeat: str, due_at: int) -> int:
+    """The slot of a repeating task before *due_at*, which is one.
+
+    >>> last_slot("10", 100), last_slot('["0 0 29 2 *", "UTC"]', 951782400000000)
+    (90, 825552000000000)
+    """
+    rule = _read_repeat(repeat)
+    if not isinstance(rule, Cron):
+        return due_at - rule // _MICROSECOND
+    due, back = _datetime(due_at), timedelta(minutes=1)
+    while (last := rule.next(due - back)) >= due:  # A Cron looks forward only.
+        back *= 2
+    while (following := rule.next(last)) < due:
+        last = following
+    return _instant(last, due_at)
 
 
 def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Row]:
@@ -1378,7 +1525,7 @@ def claimed(row: Row, owner: str, now: int) -> Row:
     values[_READY_AT], values[_STATE], values[_HOLDER] = now, "running", owner
     values[_ATTEMPT] += 1
     values[_CLAIM_NUMBER] += 1
-    return tuple.__new__(Row, values)
+    return tuple.__new__(type(row), values)
 
 
 def choose(
@@ -1387,17 +1534,16 @@ def choose(
     """What a claim takes of *candidates*, which come in order; and those that it came across
     and that cannot be run, with the reasons.
 
-    Each task uses up its type's cost of *limit*; the first that does not fit ends the claim.
-    A task that was interrupted is taken alone, and costs 1. (P3)
+    Each task uses up its cost of *limit*; the first that does not fit ends the claim. A task
+    that was interrupted is taken alone. (P3)
     """
     taken: list[Row] = []
     broken: list[tuple[Row, str]] = []
     for row in candidates:
-        if not row.in_memory and (reason := _unusable(row)):
+        if not isinstance(row, MemoryRow) and (reason := _unusable(row)):
             broken.append((row, reason))
             continue
-        is_suspect = row.interrupted > 0
-        cost = 1.0 if is_suspect else costs[row.task_type]
+        is_suspect, cost = row.interrupted > 0, cost_of(row, costs)
         if cost > limit + 1e-9 or (is_suspect and taken):
             break
         limit -= cost
@@ -1417,7 +1563,7 @@ def retry_or_fail(row: Row, error: str, now: int, may_retry: bool = True) -> Out
 
 def is_held(row: Row, owner: str, outcome: Outcome) -> bool:
     """Whether *owner* still holds the claim that *outcome* ends."""
-    return (row.state, row.owner, row.claim) == ("running", owner, outcome.claim)
+    return row.claim == outcome.claim and row.state == "running" and row.owner == owner
 
 
 def _waiting_again(row: Row) -> Row:
@@ -1450,6 +1596,9 @@ def _run_times(row: Row, outcome: Outcome, now: int) -> dict[str, Any]:
 
 def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     """running -> the Row that follows, or None if the task is over and gone."""
+    is_gone = row.keep_result is None and row.repeat is None and row.successor is None
+    if is_gone and outcome.state == "done":  # As for most.
+        return None
     if outcome.progress is not None:
         row = row._replace(progress=outcome.progress)
     if outcome.state == "running":
@@ -1460,8 +1609,6 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
         return _waiting_again(row)._replace(ready_at=outcome.ready_at)
     if row.successor is not None:
         return _unpacked_row(row.successor)._replace(claim=row.claim)
-    if outcome.state == "done" and row.keep_result is None and row.repeat is None:
-        return None
     row = row._replace(
         state=outcome.state, owner="", interrupted=0, result=outcome.result, error=outcome.error,
         **_run_times(row, outcome, now),
@@ -1549,7 +1696,7 @@ def quarantined(row: Row, reason: str) -> Row:
 
 def checked(policy: Callable[..., Row | None], row: Row, *arguments: Any) -> Row | None:
     """What follows a stored row: what *policy* says, or `failed` if it cannot be read."""
-    reason = "" if row.in_memory else _unusable(row)  # Rows in memory are sound.
+    reason = "" if isinstance(row, MemoryRow) else _unusable(row)  # A MemoryRow is sound.
     return quarantined(row, reason) if reason else policy(row, *arguments)
 
 
@@ -1589,8 +1736,7 @@ def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now:
         text = "only waiting tasks can be updated"
         raise ValueError(f"task_id {_shown(task_id)} is {state}; {text}")
     row = row._replace(**changes)
-    reason = _unusable(row)
-    if reason:
+    if not isinstance(row, MemoryRow) and (reason := _unusable(row)):
         raise ValueError(f"task_id {_shown(task_id)} cannot be run, with these changes: {reason}")
     return row._replace(state="ready" if row.ready_at <= now else "scheduled")
 
@@ -1607,15 +1753,14 @@ def after_declaration(old: Row, new: Row | None, now: int) -> Row | None:
     """
     if new is None:
         return after_remove(old)
-    if not old.in_memory and _unusable(old):
+    if not isinstance(old, MemoryRow) and _unusable(old):
         return after_add(readable(old)._replace(state="failed"), new, "replace")[0]
     follows = old._replace(removed=0, **{name: getattr(new, name) for name in _DECLARED})
-    moves = old.repeat != new.repeat and old.state != "running" and old.due_at > now
-    if not moves or old.repeat is None or new.repeat is None:
+    if old.repeat is None or new.repeat is None or old.state == "running" or old.due_at <= now:
         return follows
-    rule, last = _read_repeat(old.repeat), old.created_at
-    if isinstance(rule, timedelta):
-        last = old.due_at - rule // _MICROSECOND
+    if _read_repeat(old.repeat) == _read_repeat(new.repeat):
+        return follows
+    last = old.created_at if old.started_at is None else last_slot(old.repeat, old.due_at)
     due_at = next_slot(new.repeat, last, now) or old.due_at
     return follows._replace(due_at=due_at, ready_at=due_at)
 
@@ -1835,7 +1980,7 @@ class Query(NamedTuple):
     until: int = NEVER  # Due date at most this.
     limit: int | None = None
     offset: int = 0
-    created_at: int | None = None  # Of these ids only the task created at this instant.
+    created_at: Sequence[int] | None = None  # Only tasks created at one of these instants.
 
 
 def fits(row: Row, query: Query, now: int) -> bool:
@@ -1847,7 +1992,7 @@ def fits(row: Row, query: Query, now: int) -> bool:
         and (query.states is None or _public_state(row.state) in query.states)
         and (query.due is None or (waiting and could_run == query.due))
         and row.due_at <= query.until
-        and query.created_at in (None, row.created_at)
+        and (query.created_at is None or row.created_at in query.created_at)
     )
 
 
@@ -2081,7 +2226,7 @@ class Store:
     def _claim(
         self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int
     ) -> list[Row]:
-        most = math.ceil(limit / min(costs.values()))
+        most = math.ceil(limit / max(min(costs.values()), LEAST_SHARE))
         chosen, broken = choose(self.candidates(owner, costs, most, now, until), costs, limit)
         taken = self.take(chosen, owner, now) if chosen else []
         if broken:
@@ -2687,19 +2832,20 @@ def _write_of(names: Sequence[str]) -> str:
 
 
 def _stored_row(columns: Sequence[Any]) -> Row:
-    return tuple.__new__(Row, (*columns, False))  # A fifth of the time of Row(*columns).
+    return tuple.__new__(Row, (*columns, 0))  # A fifth of the time of Row(*columns).
 
 
 def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     """The condition of *query* in SQL, and its values."""
-    lists = {"id": query.ids, "task_type": query.types, "state": _stored_states(query)}
+    lists = {
+        "id": query.ids, "task_type": query.types, "state": _stored_states(query),
+        "created_at": query.created_at,
+    }  # fmt: skip
     terms: dict[str, Any] = {
         f"{column} IN (SELECT value FROM json_each(?))": json.dumps(list(allowed))
         for column, allowed in lists.items()
         if allowed is not None
     }
-    if query.created_at is not None:
-        terms["created_at = ?"] = query.created_at
     if query.due is not None:
         could_run = "(state = 'ready' OR ready_at <= ?)"
         terms[f"state IN ('scheduled', 'ready') AND {could_run} = {int(query.due)}"] = now
@@ -3466,7 +3612,7 @@ def _selector(query: Query, now: int) -> dict[str, Any]:
     if query.until != NEVER:
         terms.append({"taskpool.due_at": {"$lte": query.until}})
     if query.created_at is not None:
-        terms.append({"taskpool.created_at": query.created_at})
+        terms.append({"taskpool.created_at": {"$in": list(query.created_at)}})
     if query.due is not None:
         instants = {"$lte" if query.due else "$gt": now}
         dated = {"taskpool.state": "scheduled", "taskpool.ready_at": instants}
@@ -3852,13 +3998,13 @@ class MongoStore(Store):
         claims, rows, more = self._claims[owner], [], True
         claims.claimed_at, claims.joined = now, False
         was_in_doubt, claims.in_doubt = claims.in_doubt, True
-        least, most = min(costs.values()), max(*costs.values(), 1.0)
+        least, most = max(min(costs.values()), LEAST_SHARE), max(*costs.values(), 1.0)
         if most <= limit + 1e-9 and (claims.few or limit + 1e-9 < 2 * least):
             where = self._claimable(owner, costs, now, until)
             with contextlib.suppress(_Raced):  # The server cannot change that document so.
                 rows = self._start(owner, where, now, True)
                 claims.ready = max(claims.ready - 1, 0) if rows else 0
-                limit -= sum(costs[row.task_type] for row in rows)
+                limit -= sum(cost_of(row, costs) for row in rows)
                 claims.joined = True
                 if limit + 1e-9 < least and (claims.ready or not claims.asked):
                     more = False  # The room is full, and what is left is known or not asked.
@@ -4166,10 +4312,7 @@ def _failure(error: BaseException) -> _Failure:
     kind = type(error)
     plain = kind.__module__ in ("builtins", "__main__", "__mp_main__")
     name = _cut(kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}")
-    try:
-        text = _cut(str(error))
-    except BaseException as other:
-        text = f"<its __str__ raised {type(other).__name__}>"
+    text = _cut(_message(error))
     try:
         lines = traceback.format_exception(kind, error, error.__traceback__)
         trace = _cut("".join(map(_cut, lines)), 4 * ERROR_CHARS)
@@ -4190,18 +4333,6 @@ def _error_text(failure: _Failure) -> str:
     return f"{head}\n\n{failure.traceback}" if failure.traceback else head
 
 
-def _loaded(packed: bytes) -> tuple[Any, BaseException | None]:
-    """What *packed* unpickles to, and the error that unpickling raised. Only the user's Ctrl-C,
-    which comes to the main thread, is raised here."""
-    try:
-        return pickle.loads(packed), None
-    except BaseException as error:
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and isinstance(error, KeyboardInterrupt):
-            raise
-        return None, error
-
-
 def _rebuilt(failure: _Failure) -> Exception:
     """The exception of *failure*, or the RemoteError that stands for it."""
     error = None if failure.pickled is None else _loaded(failure.pickled)[0]
@@ -4213,16 +4344,18 @@ def _rebuilt(failure: _Failure) -> Exception:
     return error
 
 
-_Left = Union[bytes, _Failure, Exception, None]  # What a run left; bytes: its pickled result.
+# What a run left; bytes or bytearray: its pickled result.
+_Left = Union[bytes, bytearray, _Failure, Exception]
+_NONE = b""  # Stands for the pickled None, which is what most tasks return.
 
 
 def _unpacked(left: _Left) -> tuple[Any, Exception | None]:
     """The result and the exception of a run. Unpickling runs code of the user's classes."""
     if isinstance(left, _Failure):
         return None, _rebuilt(left)
-    if not isinstance(left, bytes):
+    if not isinstance(left, (bytes, bytearray)):
         return None, left
-    result, error = _loaded(left)
+    result, error = _loaded(left) if left else (None, None)
     if error is None:
         return result, None
     failure = _failure(error)
@@ -4262,9 +4395,11 @@ class _Style(NamedTuple):
         if not self.takes_data:
             return {}
         if not isinstance(data, dict):
-            names = ", ".join(sorted(known))
-            raise _wrong_type("data", data, f"a dict, as {task_type!r} takes from it: {names}")
-        unknown = data.keys() & self.taken if self.takes_rest else data.keys() - known
+            names = ", ".join([*sorted(self.required), *sorted(f"{n}=" for n in self.optional)])
+            raise _wrong_type("data", data, f"a dict for the parameters of {task_type!r}: {names}")
+        unknown = data.keys() - known
+        if self.takes_rest:  # Pickled data may have keys that are no names.
+            unknown = {key for key in unknown if key in self.taken or not isinstance(key, str)}
         for name in sorted(self.required - data.keys()):
             raise TypeError(f"data has no {name!r}, which the function of {task_type!r} needs")
         for name in sorted(map(str, unknown)):
@@ -4383,21 +4518,50 @@ def _awaited(value: Any) -> Any:
     return value
 
 
-def _call(
+def _returned(
     function: TaskFunction, style: _Style, job: Task, toggle_ipc: Callable[[], Any]
 ) -> Any:
-    """The result of a task's function: of a coroutine or a Future, what that ends with."""
+    """What a task's function returns."""
     if style is _PLAIN:
-        value = _awaited(function(job))
-    else:
-        keywords = style.keywords(job.task_type, job.data)
-        if style.toggle_ipc == "name":
-            keywords = {**keywords, "toggle_ipc": toggle_ipc()}
-        position = [toggle_ipc()] if style.toggle_ipc == "position" else []
-        value = _awaited(function(job, *position, **keywords))
+        return function(job)
+    keywords = style.keywords(job.task_type, job.data)
+    if style.toggle_ipc == "name":
+        keywords = {**keywords, "toggle_ipc": toggle_ipc()}
+    position = [toggle_ipc()] if style.toggle_ipc == "position" else []
+    return function(job, *position, **keywords)
+
+
+def _result_of(value: Any) -> Any:
+    """What a task's function ends with: of a coroutine or a Future, its result."""
+    value = _awaited(value)
     while isinstance(value, Future):
         value = value.result()
     return value
+
+
+def _call(
+    function: TaskFunction, style: _Style, job: Task, toggle_ipc: Callable[[], Any],
+    begin: Callable[[], Any] | None = None,
+) -> Any:  # fmt: skip
+    """The result of a task. Of a chunk: the results of its items, one after another; *begin* is
+    called before each."""
+    if not job._row.items:
+        return _result_of(_returned(function, style, job, toggle_ipc))
+    row, report = job._row._replace(data="", items=0), job._report
+    results, is_plain, known = [], style is _PLAIN, None
+    for data in job.data:
+        if begin is not None:
+            begin()
+        item = _new_item(_Item)  # In half of the time of _Item(): the work may be small.
+        _set_row(item, row)
+        _set_report(item, report)
+        _set_data(item, data)
+        value = function(item) if is_plain else _returned(function, style, item, toggle_ipc)
+        if type(value) is not known:  # Most items give a value of the kind of the last one.
+            result = _result_of(value)
+            known, value = type(value) if result is value else None, result
+        results.append(value)
+    return results
 
 
 def _packed(value: Any) -> bytes:
@@ -4632,12 +4796,14 @@ class _RunHere:
     def _run(self, store: Store, row: Row) -> None:
         self._store, self._row = store, row
         value: Any = None
+        may_retry = False  # Until its data are there: see _job.
         error: BaseException | None = None
         try:
             if row.state == "failed":  # The store could not read it: quarantine.
                 raise StoreError(f"the stored task cannot be run: {row.error}")
             function = self._task_map[row.task_type]
-            job = Task(row, self._reports.begin(next(self._numbers)))
+            job = _job(row, self._reports.begin(next(self._numbers)))
+            may_retry = True
             value = _call(function, _call_style(function), job, self._toggle_ipc)
             _packed(value)  # Raises where a worker would.
             outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
@@ -4646,7 +4812,7 @@ class _RunHere:
         except BaseException as raised:
             error = raised
             text = _error_text(_failure(error))
-            outcome = retry_or_fail(row, text, self._queue._now(), row.state == "running")
+            outcome = retry_or_fail(row, text, self._queue._now(), may_retry)
         finally:
             self._reports.end()
         row, now = self._row, self._queue._now()
@@ -4811,7 +4977,7 @@ class _Tasks:
             if name not in columns:
                 raise TypeError(f"update() cannot change {name!r}; give {', '.join(allowed)}")
         now = self._now()
-        row = _make_row(now, "any", **changes)[0]
+        row = _make_row(now, "any", **changes, in_memory=self._store.in_memory)[0]
         values = {c: getattr(row, c) for name in changes for c in columns[name]}
         changed = self._store.update(task_id, values, now)
         self._changed()
@@ -4866,20 +5032,30 @@ class _Declared(NamedTuple):
     """A task type that queue.task has declared."""
 
     function: TaskFunction
-    place: Any  # See _place_in_code().
     defaults: dict[str, Any]  # Parameters of add_task.
     schedule: dict[str, Any] | None  # Those of its schedule, if it has one.
 
 
-def _place_in_code(function: Any) -> Any:
-    """The file and the qualified name of a function: equal if a module is loaded again, or
-    is both __main__ and imported. None where it has none."""
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
+def _code_of(function: Any) -> tuple[Any, ...]:
+    """The code of a function, and what names it: its file and qualified name."""
+    while hasattr(function, "__wrapped__") or isinstance(function, functools.partial):
+        function = getattr(function, "__wrapped__", None) or function.func
+    if not hasattr(function, "__code__"):
+        function = getattr(type(function), "__call__", function)  # noqa: B004 - Its code.
     code, name = getattr(function, "__code__", None), getattr(function, "__qualname__", "")
-    if code is None:
-        return None
-    return _absolute(code.co_filename), name, code.co_firstlineno if "<" in name else 0
+    file = getattr(code, "co_filename", "")
+    with contextlib.suppress(OSError):
+        file = os.path.realpath(file)
+    return code, file, name, code.co_firstlineno if code and "<" in name else 0
+
+
+def _is_same(function: Any, other: Any) -> bool:
+    """Whether both are one function, perhaps loaded twice: by a reload, or as __main__ and as
+    an import. What one load has made out of the same code are different functions."""
+    if function is other or (isinstance(function, MethodType) and function == other):
+        return True
+    (code, *name), (other_code, *other_name) = _code_of(function), _code_of(other)
+    return code is not None and code is not other_code and name == other_name
 
 
 class TaskQueue(_Tasks):
@@ -4906,9 +5082,8 @@ class TaskQueue(_Tasks):
         self._next_owners = self._next_knock = 0.0  # Monotonic.
         self._declared: dict[str, _Declared] = {}
         self._functions: dict[str, TaskFunction] = {}  # Of the declared types.
-        # How the functions of known types are called, also those of clusters' task maps; None
-        # for a type that nobody here knows, of which a warning has told.
-        self._styles: dict[str, _Style | None] = {}
+        self._styles: dict[str, _Style] = {}  # Of these, and of those in task maps of clusters.
+        self._unknown: set[str] = set()  # Types that nobody here knows, and that were warned of.
         self._key = _register("TaskQueue", self, _caller())
 
     def __enter__(self) -> TaskQueue:
@@ -4988,10 +5163,11 @@ class TaskQueue(_Tasks):
         if data is not _NO_DATA:
             if schedule is None:
                 raise TypeError("data is for the schedule of a task; give repeat, too")
-            schedule["data"] = copy.deepcopy(data)
+            schedule["data"] = data
         if schedule and defaults.get("in_memory"):
             raise _wrong_value("in_memory", True, "False: a schedule is stored")
         _make_row(self._now(), "any", **(schedule or defaults))
+        schedule = copy.deepcopy(schedule)
 
         def declare(function: _F) -> _F:
             self._declare(name, function, defaults, schedule)
@@ -5007,43 +5183,43 @@ class TaskQueue(_Tasks):
                 raise ValueError(f"{_shown(function)} has no name of its own; give queue.task one")
         if schedule is not None:
             style.keywords(name, schedule.get("data", {}))
-            if any(watcher.crew.options.in_memory_only for watcher in self._watchers):
-                raise ValueError(f"{name!r} has a schedule, and a cluster here is in_memory_only")
-        place, other = _place_in_code(function), self._declared.get(name)
-        if other and other.function is not function and (place is None or place != other.place):
-            allowed = f"another: {_shown(other.function)} is declared under it"
-            raise _wrong_value("name", name, allowed)
-        self._declared[name] = _Declared(function, place, defaults, schedule)
+        other = self._declared.get(name)
+        if other and not _is_same(function, other.function):
+            code, file, *_ = _code_of(other.function)
+            where = f" of {file}, line {code.co_firstlineno}" if code else ""
+            raise _wrong_value("name", name, f"another: {_shown(other.function)}{where} has it")
+        self._declared[name] = _Declared(function, defaults, schedule)
         self._functions[name], self._styles[name] = function, style
         for watcher in self._watchers:
             watcher.cluster._learn_types()
-            watcher.queue_changed(False, False), watcher.queue_changed(False, True)
+            for stored in (False, True):
+                watcher.queue_changed(removed=False, stored=stored)
 
     def _name_of(self, task_type: Any) -> str:
         """The name of a task type that is given by its name, or by its declared function."""
         if not callable(task_type):
             return _checked_text("task_type", task_type)
-        place = _place_in_code(task_type)
-        same = [name for name, it in self._declared.items() if it.function is task_type]
-        names = same or [
-            name for name, it in self._declared.items() if place is not None and it.place == place
-        ]
+        declared = list(self._declared.items())
+        names = [name for name, it in declared if it.function is task_type]
+        names = names or [name for name, it in declared if _is_same(task_type, it.function)]
         if len(names) != 1:
             allowed = "a function that queue.task has declared, or a name"
             allowed = f"one of its names: {', '.join(map(repr, names))}" if names else allowed
             raise _wrong_value("task_type", task_type, allowed)
         return names[0]
 
-    def _align(self) -> None:
-        """Have the stored schedules follow those that are declared."""
+    def _align(self, known: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """Have the stored schedules follow those that are declared; not those that are as in
+        *known*: another program may have changed these since. Returns all."""
+        schedules = {name: it.schedule for name, it in list(self._declared.items())}
         now, rows = self._now(), dict[str, Union[Row, None]]()
-        for name, declared in self._declared.items():
-            row = None
-            if declared.schedule is not None:
-                row = _make_row(now, name, **declared.schedule)[0]._replace(id=SCHEDULE + name)
-            rows[SCHEDULE + name] = row
+        for name, schedule in schedules.items():
+            if known.get(name, ()) != schedule:
+                row = schedule and _make_row(now, name, **schedule)[0]._replace(id=SCHEDULE + name)
+                rows[SCHEDULE + name] = row or None
         if rows:
             self._store.align(rows, now)
+        return schedules
 
     # ---- Adding
 
@@ -5057,7 +5233,8 @@ class TaskQueue(_Tasks):
 
         *task_type* names the function in the cluster's map, or is a function declared with
         queue.task; *data* are JSON values, kept exactly (anything that JSON would alter is
-        refused). *options*, with their defaults where queue.task has declared no other:
+        refused), or with in_memory anything that pickles, copied at once by pickling.
+        *options*, with their defaults where queue.task has declared no other:
 
         priority=1          higher starts first
         task_id=None        a str; None: a fresh one
@@ -5111,7 +5288,7 @@ class TaskQueue(_Tasks):
             connections.append(task.get("connection"))
         if not additions:
             return []
-        if len({row.in_memory for row, _ in additions}) > 1:
+        if len({type(row) for row, _ in additions}) > 1:
             raise ValueError("in_memory is True for some tasks; add those in a call of their own")
         if any(connection is not connections[0] for connection in connections):
             raise ValueError("connection differs between tasks; add those in a call of their own")
@@ -5124,7 +5301,7 @@ class TaskQueue(_Tasks):
         if type(task_type) is not str:
             task_type = self._name_of(task_type)
         if not options.keys() <= _ADD_PARAMETERS:
-            unknown = min(options.keys() - _ADD_PARAMETERS)
+            unknown = min(map(str, options.keys() - _ADD_PARAMETERS))
             nearest = _nearest(unknown, _ADD_PARAMETERS)
             raise TypeError(f"add_task and submit have no parameter {unknown!r}{nearest}")
         declared, style = self._declared.get(task_type), self._styles.get(task_type)
@@ -5134,22 +5311,25 @@ class TaskQueue(_Tasks):
         if style is None:
             self._warn_of(task_type)
         elif style is not _PLAIN:
-            style.keywords(task_type, data)
+            for one in data if type(data) is _Chunk else (data,):
+                style.keywords(task_type, one)
         return addition
 
     def _warn_of(self, task_type: str) -> None:
         """Warn once of a type that nobody here knows; another program may know it."""
-        known = [name for name, style in self._styles.items() if style is not None]
-        if known and task_type not in self._styles:
-            self._styles[task_type] = None
-            nearest = _nearest(task_type, known)
+        if task_type in self._unknown or not self._styles or len(self._unknown) >= 100:
+            return  # Names that are made of data have no end.
+        self._unknown.add(task_type)
+        if _worker is None or task_type not in _worker.task_map:
+            nearest = _nearest(task_type, list(self._styles))
             _log.warning("no task type %r is declared or mapped here%s", task_type, nearest)
 
     def _add(
         self, additions: list[tuple[Row, str]], connection: sqlite3.Connection | None = None
     ) -> list[Row]:
         row = additions[0][0]
-        store = self.in_memory._store if row.in_memory else self._store
+        in_memory = isinstance(row, MemoryRow)
+        store = self.in_memory._store if in_memory else self._store
         if connection is None:
             rows = store.add(additions, row.created_at)
         elif not isinstance(store, SQLiteStore):
@@ -5158,8 +5338,8 @@ class TaskQueue(_Tasks):
             rows = store.add_through(connection, additions)
             if connection.in_transaction:
                 return rows  # Others see them only after the caller's commit.
-        self._changed(stored=not row.in_memory)
-        if not row.in_memory:
+        self._changed(stored=not in_memory)
+        if not in_memory:
             self._wake_others()
         return rows
 
@@ -5249,8 +5429,8 @@ class TaskQueue(_Tasks):
 
 # --- Messages ------------------------------------------------------------------------
 # What crosses a pipe: tuples whose first item is their kind. Messages to a worker are pickled.
-# Messages to the master are packed by marshal, which knows no classes: nothing that a task
-# writes to the pipe of its worker can run code in the master.
+# Messages to the master are packed by struct or marshal, which know no classes: nothing that a
+# task writes to the pipe of its worker can run code in the master.
 #
 #   to a worker   ("boot", _Boot)                      the first message
 #                 ("run", number, rows)                numbered from `number` on
@@ -5258,37 +5438,48 @@ class TaskQueue(_Tasks):
 #                 ("stop",)
 #   to the master: see _SHAPES
 #
-# Only processes that we started write to these pipes. What is stored is never unpickled (P8).
+# Only processes that we started write to these pipes. What is stored is never unpickled (P8):
+# a row is sent with whether it is a MemoryRow. Large data of such a row follow the message, as
+# messages of their own: its out-of-band buffers.
 
-_FAILURE = (str, str, str, (bytes, _NULL))  # A _Failure as a plain tuple.
+_FAILURE = (str, str, str, (bytes, _NULL))  # A _Failure as a plain tuple, and ...
+_FAILURE_AT = {"boot error": 1, "lacks": 2, "fail": 3}  # ... where it stands in messages.
 _SHAPES: dict[str, tuple[Any, ...]] = {  # Messages to the master: {kind: the other items}.
     "ready": (),
     "boot error": (tuple,),  # _FAILURE
     "start": (int,),  # number: of a run that has a timeout
     "progress": (int, str),  # number, JSON of a Progress
-    # number, seconds, pickled result, JSON result, why there is none, open conversations
-    "done": (int, float, (bytes, tuple, _NULL), (str, _NULL), (str, _NULL), int),
+    # "done", see _write_message: number, seconds, pickled result (or _NONE), JSON result, why
+    # there is none, open conversations
     "fail": (int, float, tuple, bool),  # number, seconds, _FAILURE, may retry
+    "lacks": (int, tuple),  # number, _FAILURE: this worker has no function for the task
     "ask": (int, int, bytes),  # number, conversation, pickled message
     "changed": (),  # A task changed its queue.
 }
-_OF_ITS_HEAD = frozenset({"start", "done", "fail", "progress"})  # Kinds that name a run.
-_MARSHAL_BYTES = 1 << 30  # marshal refuses bytes of 2 GiB.
+_OF_ITS_HEAD = frozenset({"start", "done", "fail", "lacks", "progress"})  # Kinds that name a run.
 # A worker sends long messages in pieces of this size; a shorter piece is the last. So a head
 # that announces a longer piece is nonsense, and the master need not wait for its end.
 _PIECE_BYTES = 1 << 20
+_HEAD = struct.Struct("!I")  # Its length: the framing of multiprocessing's Connection.
 
 
 class _Nonsense(Exception):
     """A worker's pipe brought what no worker sends: a task has written to the pipe."""
 
 
-def _pieces(packed: bytes) -> bytes | tuple[bytes, ...]:
-    """A pickled result of any length, in parts that marshal takes."""
-    if len(packed) <= _MARSHAL_BYTES:
-        return packed
-    starts = range(0, len(packed), _MARSHAL_BYTES)
-    return tuple(packed[start : start + _MARSHAL_BYTES] for start in starts)
+# Of "done": a byte with which nothing begins that marshal writes, number, seconds, open
+# conversations, length of the JSON result and why there is none.
+_DONE = struct.Struct("!xQdIQ")
+
+
+def _write_message(message: tuple[Any, ...]) -> bytes:
+    """A message to the master. The end of a task has a form of its own, as it comes for each,
+    and as marshal takes no result of 2 GiB."""
+    if message[0] != "done":
+        return marshal.dumps(message)
+    _, number, seconds, packed, kept, problem, opened = message
+    notes = marshal.dumps((kept, problem)) if kept or problem else b""
+    return b"".join((_DONE.pack(number, seconds, opened, len(notes)), notes, packed))
 
 
 def _check_parts(parts: Sequence[Any], shape: tuple[Any, ...]) -> None:
@@ -5301,18 +5492,26 @@ def _check_parts(parts: Sequence[Any], shape: tuple[Any, ...]) -> None:
             raise ValueError(f"{part} seconds")
 
 
-def _read_message(packed: bytes | bytearray) -> tuple[Any, ...]:
+def _read_message(packed: bytearray) -> tuple[Any, ...]:
     """A message from a worker. Raises _Nonsense."""
     try:
+        if packed[0] == 0:
+            number, seconds, opened, size = _DONE.unpack_from(packed)
+            if not 0 <= seconds < math.inf:
+                raise ValueError(f"{seconds} seconds")
+            kept = problem = None
+            if size:
+                kept, problem = notes = marshal.loads(packed[_DONE.size :])
+                _check_parts(notes, ((str, _NULL), (str, _NULL)))
+            del packed[: _DONE.size + size]  # Copies nothing, however long the result is.
+            return "done", number, seconds, packed or _NONE, kept, problem, opened
         message: Any = marshal.loads(packed)
         kind = message[0]
         _check_parts(message[1:], _SHAPES[kind])
         if kind == "progress":
             _checked_progress(*_decode(message[2]))
-        elif kind == "done" and type(message[3]) is tuple:
-            message = (*message[:3], b"".join(message[3]), *message[4:])
-        elif kind in ("fail", "boot error"):
-            at = 3 if kind == "fail" else 1
+        elif kind in _FAILURE_AT:
+            at = _FAILURE_AT[kind]
             _check_parts(message[at], _FAILURE)
             message = (*message[:at], _Failure(*message[at]), *message[at + 1 :])
         return cast("tuple[Any, ...]", message)
@@ -5336,7 +5535,28 @@ class _Boot(NamedTuple):
     pickled_map: bytes | None
     inherits: bool = False  # The worker is a fork of the master.
     alone: bool = True  # No other Cluster was made in the same place.
+    functions: int = 0  # So many were known.
     known: _Known = _Known([], set())
+    home: _Key | None = None  # Of the Cluster itself, which has the initializer.
+
+
+class _Arguments:
+    """The `initargs` of a Cluster, unpickled when a worker has found its functions.
+
+    Locks and queues of multiprocessing can be pickled only as a process starts, so they are;
+    a fork inherits them.
+    """
+
+    def __init__(self, values: Sequence[Any] = (), packed: bytes | None = None) -> None:
+        self._values, self._packed = values, packed
+
+    def __reduce__(self) -> Any:
+        from multiprocessing.reduction import ForkingPickler
+
+        return _Arguments, ((), self._packed or bytes(ForkingPickler.dumps(self._values)))
+
+    def get(self) -> Any:
+        return self._values if self._packed is None else pickle.loads(self._packed)
 
 
 def _queue_of(thing: Any) -> Any:
@@ -5350,9 +5570,12 @@ def _path_of(thing: Any) -> str | None:
 
 @contextlib.contextmanager
 def _as_main(names: Mapping[str, Any]) -> Iterator[None]:
-    """Have __main__ be a module of these names for a moment."""
+    """Have __main__ be a module of these names for a moment, where it is not: under a profiler."""
     import types
 
+    if vars(sys.modules.get("__main__", object)) is names:
+        yield
+        return
     main, stand_in = sys.modules.get("__main__"), types.ModuleType("__main__")
     vars(stand_in).update(names)
     sys.modules["__main__"] = stand_in
@@ -5387,20 +5610,34 @@ def _boot_now(boot: _Boot) -> _Boot:
     return boot._replace(alone=there == 1, known=_Known(made, set(_folders)))
 
 
+_INITIALIZER = ""  # Its key beside the functions that are sent; no task type is empty.
+
+
+def _can_be_pickled(function: Any) -> bool:
+    try:
+        return bool(_dumps(function))
+    except Exception:
+        return False
+
+
 def _with_functions(boot: _Boot, cluster: Cluster) -> _Boot:
     """The _Boot with the functions that the Cluster has now.
 
     Never in the dispatcher: pickling imports, and the thread that imports your module may be
     waiting for a task.
     """
-    if boot.inherits:
-        return boot
     task_map, home, pickled = dict(cluster.task_map), cluster._home, None
+    boot = boot._replace(functions=len(task_map))
+    if boot.inherits or not _is_master():
+        return boot
+    if cluster._options.initializer is not None:
+        task_map[_INITIALIZER] = cluster._options.initializer
     module = str(home.get("__name__"))
     in_main, entry = module == "__main__", boot.entry
-    with contextlib.suppress(Exception):  # Most lambdas cannot be pickled.
-        with _as_main(home) if in_main else contextlib.nullcontext():
-            pickled = _dumps(task_map)
+    with _as_main(home) if in_main else contextlib.nullcontext():
+        fit = {name: it for name, it in task_map.items() if _can_be_pickled(it)}  # No lambdas.
+        if len(fit) == len(task_map) or cluster.takes_declared:
+            pickled = _dumps(fit)
     spaces: dict[str, Any] = {} if in_main else {module: home}  # {module: its globals}
     own: dict[str, Any] = {}  # {task type: code} of the functions of __main__.
     for task_type, function in task_map.items():
@@ -5418,10 +5655,12 @@ def _with_functions(boot: _Boot, cluster: Cluster) -> _Boot:
         codes = [code for code in own.values() if code]
         entry = _entry_of(vars(sys.modules.get("__main__", object)), codes)
     if entry is None and task_map and (by_main or (in_main and pickled is None)):
+        name = [*own, *task_map][0]
+        what = f"the function of {name!r}" if name else "the initializer"
         raise RuntimeError(
-            f"the function of {[*own, *task_map][0]!r} was defined where a worker process "
-            "cannot find it (python -c, standard input, an interactive session, or a script "
-            'that has ended): put it into a file, or use start_method="fork"'
+            f"{what} was defined where a worker process cannot find it (python -c, standard "
+            "input, an interactive session, or a script that has ended): put it into a file, "
+            'or use start_method="fork"'
         )
     paths = {name: space.get("__file__") for name, space in spaces.items()}
     files = {name: _absolute(path) for name, path in paths.items() if isinstance(path, str)}
@@ -5440,7 +5679,7 @@ def _boot_of(cluster: Cluster, code: Any) -> _Boot:
     if cluster.takes_declared:
         key, types = queue._key, ()
     synchronous = store._synchronous if isinstance(store, SQLiteStore) else ""
-    boot = _Boot(key, types, _path_of(cluster), synchronous, None, {}, None)
+    boot = _Boot(key, types, _path_of(cluster), synchronous, None, {}, None, home=cluster._key)
     if not _is_master():
         return boot
     if cluster._options.start_method == "fork":
@@ -5449,7 +5688,7 @@ def _boot_of(cluster: Cluster, code: Any) -> _Boot:
         boot = boot._replace(entry=_entry_of(home, [code]))
     elif key[0] == "__main__":
         boot = boot._replace(entry=_entry_of(vars(sys.modules.get("__main__", object)), []))
-    return _with_functions(boot, cluster)
+    return boot
 
 
 class _ByFile:
@@ -5565,14 +5804,33 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
             sent, error = _loaded(packed)
     holder = _use_masters_files(boot)
     if holder is None and not sent:
+        names = ", ".join(map(repr, boot.types)) or "declared tasks"
         raise error or RuntimeError(
-            f"a worker process cannot find the functions of {', '.join(map(repr, boot.types))}: "
+            f"a worker process cannot find the functions of {names}: "
             "the Cluster was not made at the top level of a file, or several that look alike "
-            "were made in one line, and its task map cannot be pickled. Use functions defined "
+            "were made in one line, and its functions cannot be pickled. Use functions defined "
             "at the top level of a module (no lambdas or inner functions), or make the Cluster "
             'there, in a line of its own, or use start_method="fork"'
         )
     return collections.ChainMap(sent or {}, {} if holder is None else holder.task_map)
+
+
+def _initialize(boot: _Boot, functions: Mapping[str, Any], arguments: _Arguments | None) -> None:
+    """Call the Cluster's initializer: what was sent, or that of the Cluster here."""
+    if arguments is None:
+        return
+    function = functions.get(_INITIALIZER)
+    if function is None:
+        keys = [key for key in list(_registry) if boot.home and key[:3] == boot.home[:3]]
+        made = [boot.home] if boot.inherits else keys
+        if len(made) != 1:
+            raise RuntimeError(
+                "a worker process cannot find the initializer: it cannot be pickled, and the "
+                "Cluster was not made at the top level of a file, in a line of its own. Define "
+                "the initializer at the top level of a module"
+            )
+        function = _registry[cast(_Key, made[0])]._options.initializer
+    _awaited(function(*arguments.get()))
 
 
 _WORKER_NAME = "taskpool-worker-"
@@ -5636,6 +5894,11 @@ def _die_with_master(life: Connection) -> None:
 _WHOLE_BYTES = getattr(select, "PIPE_BUF", 4) - 4
 
 
+def _received_row(values: tuple[Any, ...]) -> Row:
+    """The Row that _Worker.give() has sent."""
+    return tuple.__new__(MemoryRow if values[-1] else Row, values[:-1])
+
+
 class _WorkerProcess:
     """A worker's own view: it runs tasks one after another, in the main thread.
 
@@ -5663,7 +5926,7 @@ class _WorkerProcess:
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Send to the master; called by any thread."""
-        packed = marshal.dumps(message)
+        packed = _write_message(message)
         with self._send_lock:
             self._late.append(packed)
             if self._sending:  # A signal handler or finalizer inside the loop below.
@@ -5677,7 +5940,7 @@ class _WorkerProcess:
 
     def _put(self, packed: bytes) -> None:
         if len(packed) < _WHOLE_BYTES:  # What send_bytes does, in two thirds of its time.
-            os.write(self._outgoing.fileno(), struct.pack("!i", len(packed)) + packed)
+            os.write(self._outgoing.fileno(), _HEAD.pack(len(packed)) + packed)
             return
         for start in range(0, len(packed) + 1, _PIECE_BYTES):
             self._outgoing.send_bytes(memoryview(packed)[start : start + _PIECE_BYTES])
@@ -5696,11 +5959,12 @@ class _WorkerProcess:
             _, number, rows = message
             for offset, values in enumerate(rows):
                 if self._permitted(number + offset):
-                    self._run(number + offset, Row._make(values))
+                    self._run(number + offset, _received_row(values))
             del message, rows, values  # Else the wait for the next task keeps the last in memory.
 
     def _receive(self) -> Any:
-        return pickle.loads(self._incoming.recv_bytes())
+        receive = self._incoming.recv_bytes
+        return pickle.loads(receive(), buffers=iter(receive, None))
 
     def _read(self) -> None:
         try:
@@ -5731,22 +5995,22 @@ class _WorkerProcess:
 
     def _run(self, number: int, row: Row) -> None:
         """Run one task and report how it ended."""
-        task_type, may_retry = row.task_type, False
+        call = self._calls.get(row.task_type) or self._find_function(number, row.task_type)
+        if call is None:
+            return
+        may_retry, begin = False, None
         if row.timeout is not None:
-            self.send(("start", number))
+            begin = functools.partial(self.send, ("start", number))
+            begin()
         self._current = number
         started = time.perf_counter()
         report: tuple[Any, ...]
         try:
-            task = Task(row, self._reports.begin(number))
-            try:  # Data that cannot be decoded fail the task for good.
-                object.__setattr__(task, "_data", _decode(row.data))
-            except ValueError as error:
-                raise RuntimeError(f"the stored data cannot be decoded: {error}") from None
+            task = _job(row, self._reports.begin(number))
             may_retry = True
-            function, style = self._calls.get(task_type) or self._function_of(task_type)
-            value = _call(function, style, task, self._toggle_ipc)
-            packed = None if value is None else _pieces(_packed(value))
+            function, style = call
+            value = _call(function, style, task, self._toggle_ipc, begin)
+            packed = _NONE if value is None else _packed(value)
             kept, problem = _kept(row, value)
             seconds = max(time.perf_counter() - started, 0.0)  # A task may patch the clock.
             report = ("done", number, seconds, packed, kept, problem)
@@ -5773,13 +6037,17 @@ class _WorkerProcess:
                 pass
         self.send((*report, opened) if report[0] == "done" else report)
 
-    def _function_of(self, task_type: str) -> tuple[TaskFunction, _Style]:
+    def _find_function(self, number: int, task_type: str) -> tuple[TaskFunction, _Style] | None:
+        """How to call the function of a task type; None, and the master is told, if there is
+        none: the type was declared after this worker started, or in the master only."""
         function = self.task_map.get(task_type)
-        if function is None:  # Declared in the master only.
-            raise RuntimeError(
-                f"a worker process has no function for {task_type!r}: declare it where your "
-                "file declares it, too, when a worker runs that again"
+        if function is None:
+            error = RuntimeError(
+                f"a worker process has no function for {task_type!r}: declare it at the top "
+                "level of your file, or of a module that it imports"
             )
+            self.send(("lacks", number, tuple(_failure(error))))
+            return None
         self._calls[task_type] = call = function, _call_style(function)
         return call
 
@@ -5821,8 +6089,9 @@ class _WorkerProcess:
 
 
 def _worker_main(
-    incoming: Connection, outgoing: Connection, permits: Connection | None, life: Connection
-) -> None:
+    incoming: Connection, outgoing: Connection, permits: Connection | None, life: Connection,
+    arguments: _Arguments | None,
+) -> None:  # fmt: skip
     """The life of a worker process, from its first line to its exit."""
     global _worker, _rerunning
     _keep_signals()
@@ -5839,10 +6108,11 @@ def _worker_main(
         _rerunning = True
         try:
             worker.task_map = _find_task_map(boot)
+            _rerunning = False
+            _initialize(boot, worker.task_map, arguments)
         except BaseException as error:
             worker.send(("boot error", tuple(_failure(error))))
             return
-        _rerunning = False
         worker.send(("ready",))
         worker.serve()
 
@@ -6004,7 +6274,7 @@ class _Pipes:
 
     def send(self, message: bytes) -> None:
         size = len(message)
-        head = struct.pack("!i", size) if size < 1 << 31 else struct.pack("!iQ", -1, size)
+        head = _HEAD.pack(size) if size < 1 << 31 else struct.pack("!iQ", -1, size)
         if size < 1 << 14:
             self.unsent.append(memoryview(head + message))
         else:
@@ -6039,14 +6309,18 @@ class _Pipes:
             self.ended = True
         start, view = 0, self._received
         while len(view) - start >= 4:
-            (size,) = struct.unpack_from("!i", view, start)
-            if not 0 <= size <= _PIECE_BYTES:
+            (size,) = _HEAD.unpack_from(view, start)
+            if size > _PIECE_BYTES:
                 raise _Nonsense(f"a message of {size} bytes")
             body = start + 4
             if len(view) - body < size:
                 break
-            self._pieces += view[body : body + size]
             start = body + size
+            if size < _PIECE_BYTES and not self._pieces:
+                yield view[body:start]
+                continue
+            with memoryview(view) as whole:
+                self._pieces += whole[body:start]
             if size < _PIECE_BYTES:
                 message, self._pieces = self._pieces, bytearray()
                 yield message
@@ -6085,7 +6359,7 @@ class _ThreadedPipes:
         (self._incoming, their_outgoing) = context.Pipe(duplex=False)
         (their_life, self._life) = context.Pipe(duplex=False)
         self.theirs = [their_incoming, their_outgoing, None, their_life]
-        self._received: collections.deque[bytes] = collections.deque()
+        self._received: collections.deque[bytearray] = collections.deque()
         self._wake, self._hung_up, self.ended = wake, False, False
         self._sender = _Thread("send")
         threading.Thread(target=self._read, name="taskpool-receive", daemon=True).start()
@@ -6102,19 +6376,19 @@ class _ThreadedPipes:
         pass
 
     def _read(self) -> None:
-        pieces: list[bytes] = []
+        message = bytearray()
         with contextlib.suppress(EOFError, OSError):
             while True:
                 piece = self._incoming.recv_bytes(_PIECE_BYTES)  # Raises for a longer one.
-                pieces.append(piece)
+                message += piece
                 if len(piece) < _PIECE_BYTES:
-                    self._received.append(b"".join(pieces))
-                    pieces.clear()
+                    self._received.append(message)
+                    message = bytearray()
                     self._wake()
         self._hung_up = True
         self._wake()
 
-    def receive(self) -> Iterator[bytes]:
+    def receive(self) -> Iterator[bytearray]:
         hung_up = self._hung_up  # Read first: all that came before it is in the deque.
         while self._received:
             yield self._received.popleft()
@@ -6201,14 +6475,16 @@ def _start_process(process: Any, method: str) -> None:
 class _Worker:
     """The master's end of one worker process. Used by the dispatcher only."""
 
-    def __init__(self, context: Any, number: int, boot: bytes, wake: _WakeUp) -> None:
+    def __init__(self, options: _Options, number: int, boot: _Boot, wake: _WakeUp) -> None:
+        packed = _dumps(("boot", boot))
+        context: Any = multiprocessing.get_context(options.start_method)
         with _birth_lock:
             pipes: Any = _Pipes(context) if _SELECTABLE else _ThreadedPipes(context, wake.set)
             self.channel = pipes
             try:
                 self.process = context.Process(
                     target=_worker_main,
-                    args=tuple(pipes.theirs),
+                    args=(*pipes.theirs, options.initargs),
                     name=f"{_WORKER_NAME}{number}",
                     daemon=False,  # So that tasks may start processes.
                 )
@@ -6225,6 +6501,7 @@ class _Worker:
         self.killed = False  # By us: what it ran without a verdict is requeued.
         self.runs: collections.deque[_Run] = collections.deque()  # The head is running.
         self.reported = False  # The head has progress that the store does not know.
+        self.functions = boot.functions  # As many were declared when it started.
         self.load = 0.0  # The sum of the costs of its runs; 1 = no room.
         self.given = 0  # How many tasks it has got so far.
         self.watched = False  # The selector waits until its channel can be written to.
@@ -6234,11 +6511,20 @@ class _Worker:
         self.since = time.monotonic()  # Since when it is in this state, or runs this head.
         self.kill_at = self.since + BOOT_WARN_SECONDS  # When patience ends.
         self.check_at = self.since  # When to look whether the process has ended.
-        self.channel.send(boot)
+        self.channel.send(packed)
 
     @property
     def state(self) -> str:
         return "busy" if self.runs else "idle" if self.ready else "starting"
+
+    def shown(self) -> dict[str, Any]:
+        """What Cluster.workers tells of it, in any thread."""
+        row = next((run.row for run in list(self.runs)), None)
+        since = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - self.since)
+        return {
+            "pid": self.pid, "state": self.state, "task_id": row and row.id,
+            "task_type": row and row.task_type, "since": since,
+        }  # fmt: skip
 
     @property
     def exit_code(self) -> int | None:
@@ -6260,14 +6546,23 @@ class _Worker:
             if row.timeout is not None:
                 # A second more, for the way there; set anew when the worker tells the start.
                 run.deadline = now + row.timeout + 1.0
-            rows.append(tuple(row))
             size += len(row.data)
+            in_memory = isinstance(row, MemoryRow)
+            if in_memory and len(row.data) > MESSAGE_CHARS:
+                row = row._replace(data=pickle.PickleBuffer(row.data))  # Sent without a copy.
+            rows.append(row + (in_memory,))
             # In several messages the worker can begin while the rest is on its way.
             if size > MESSAGE_CHARS:
-                self.channel.send(_dumps(("run", first, rows)))
+                self._send_runs(first, rows)
                 first, rows, size = number + 1, [], 0
         if rows:
-            self.channel.send(_dumps(("run", first, rows)))
+            self._send_runs(first, rows)
+
+    def _send_runs(self, first: int, rows: list[tuple[Any, ...]]) -> None:
+        buffers: list[pickle.PickleBuffer] = []
+        self.channel.send(pickle.dumps(("run", first, rows), 5, buffer_callback=buffers.append))
+        for buffer in buffers:
+            self.channel.send(buffer.raw())
 
     def take_back(self) -> list[_Run]:
         """The runs that have not begun, and cannot begin any more without their permits."""
@@ -6321,18 +6616,13 @@ class _Look(threading.Condition):
         super().__init__()
         self.waiters: list[Any] = []
         self.callbacks: list[Any] = []
-        self.left: Any = None  # A _Left; once unpacked, the result and the exception.
 
 
 class _Ended:
-    """Instead of a _Look, in a Future that ended before its first use. Nothing changes any
-    more, so its lock need not lock."""
+    """Instead of a _Look, for all Futures that ended before their first use. Nothing changes
+    any more, so its lock need not lock."""
 
-    __slots__ = ("left",)
     callbacks = ()
-
-    def __init__(self, left: _Left) -> None:
-        self.left: Any = left
 
     @property
     def waiters(self) -> _Ended:
@@ -6344,7 +6634,8 @@ class _Ended:
     append = remove = acquire = release = __enter__ = __exit__ = _do_nothing
 
 
-_first_looks: dict[_TaskFuture, _Look | _Ended] = {}  # Used by _TaskFuture._look only.
+_ENDED = _Ended()
+_first_looks: dict[TaskFuture, _Look | _Ended] = {}  # Used by TaskFuture._look only.
 _unpacking = threading.RLock()  # Held while an unpacked result is stored.
 _CANCELLED, _FINISHED = "CANCELLED_AND_NOTIFIED", "FINISHED"  # States of concurrent.futures.
 
@@ -6365,7 +6656,7 @@ def _call_all(calls: Iterable[Callable[[], Any]]) -> None:
         raise raised
 
 
-class _TaskFuture(Future[Any]):
+class TaskFuture(Future[Any]):
     """The Future of a submitted task. `task` is the Task as it was added.
 
     The result stays pickled until somebody asks for it: only the thread that asks waits for
@@ -6377,14 +6668,16 @@ class _TaskFuture(Future[Any]):
 
     # A Future of concurrent.futures consists of a dozen objects; this is one, as there may be
     # a million, and the garbage collector visits each.
-    __slots__ = ("_foreign", "_futures", "_held", "_inside", "_row", "_state", "_stored")
+    __slots__ = "_dropped _foreign _futures _held _inside _left _row _state _stored".split()
+    _left: Any  # Set when it ends: a _Left; once unpacked, the result and the exception.
 
     def __init__(self, futures: _Futures, row: Row) -> None:
         self._state = "PENDING"
-        self._inside: Any = None  # A _Look or an _Ended.
+        self._inside: Any = None  # A _Look, or _ENDED.
         self._row, self._futures = row, futures
         self._held = False  # This master has claimed the task, and its end is not recorded.
         self._stored = False  # TaskQueue._add() has returned.
+        self._dropped = False  # Nobody waits for it: its task is removed when it waits.
         self._foreign = ""  # Others may run the task: it was "kept", or its claim "lost".
 
     def _look(self, made: _Look | _Ended) -> Any:
@@ -6400,7 +6693,7 @@ class _TaskFuture(Future[Any]):
     @property
     def _condition(self) -> Any:  # type: ignore[override]
         inside = self._inside or self._look(_Look())
-        if type(inside) is _Ended:
+        if inside is _ENDED:
             self._state = _FINISHED  # _end_unseen() may be just about to set it.
         return inside
 
@@ -6422,35 +6715,34 @@ class _TaskFuture(Future[Any]):
 
     def _unpack(self) -> tuple[Any, Exception | None]:
         """The result and the exception: unpickled in the thread that asks first."""
-        if self._state == "PENDING" or self._inside.left is None:
+        if self._state == "PENDING" or self._left is _NONE:
             return None, None
-        inside = self._inside
-        if type(inside.left) is not tuple:
-            made = _unpacked(inside.left)
+        if type(self._left) is not tuple:
+            made = _unpacked(self._left)
             with _unpacking:  # Two threads that ask at once get the same object.
-                if type(inside.left) is not tuple:
-                    inside.left = made
-        return cast("tuple[Any, Exception | None]", inside.left)
+                if type(self._left) is not tuple:
+                    self._left = made
+        return cast("tuple[Any, Exception | None]", self._left)
 
     def _end_unseen(self, left: _Left) -> bool:
         """End, if nobody has used `_inside` so far: needs no lock, so it never waits."""
         if self._inside is None:
-            ended = _Ended(left)
-            if self._look(ended) is ended:
+            self._left = left  # First: who finds _ENDED reads it.
+            if self._look(_ENDED) is _ENDED:
                 self._state = _FINISHED
                 self._futures.discard(self)
                 return True
         return False
 
     def _end(
-        self, state: str, left: Any = None, call: Callable[[list[Any]], None] | None = None
+        self, state: str, left: Any = _NONE, call: Callable[[list[Any]], None] | None = None
     ) -> None:
         """End, unless it has ended. Waiters are told first; then *call* calls the callbacks."""
         with self._condition:
             if self._state != "PENDING":
                 return
             inside = self._inside
-            inside.left, self._state = left, state
+            self._left, self._state = left, state
             failed = isinstance(left, (Exception, _Failure))
             for waiter in inside.waiters:
                 if state == _CANCELLED:
@@ -6505,6 +6797,7 @@ class _TaskFuture(Future[Any]):
         return Task(self._row)
 
     def running(self) -> bool:
+        """Whether this cluster has claimed the task, and its end is not known yet."""
         return self._held and not self.done()
 
     def cancel(self) -> bool:
@@ -6518,7 +6811,7 @@ class _TaskFuture(Future[Any]):
         return self.cancelled()
 
 
-def _waits_for(future: _TaskFuture, row: Row) -> bool:
+def _waits_for(future: TaskFuture, row: Row) -> bool:
     """Whether *future* waits for this very task, not for another incarnation of its id.
 
     Until add() returns, the task of *future* may have got a later `created_at`, as another
@@ -6540,7 +6833,7 @@ class _Futures:
 
     def __init__(self, queue: TaskQueue, is_at_work: Callable[[], bool]) -> None:
         self._queue, self.is_at_work = queue, is_at_work
-        self._by_id: dict[str, _TaskFuture | list[_TaskFuture]] = {}
+        self._by_id: dict[str, TaskFuture | list[TaskFuture]] = {}
         self._lock = threading.RLock()  # Protects it. For a moment only.
         # Of a cluster that has started: who ends Futures, and who calls callbacks.
         self.threads: list[_Thread] = []
@@ -6552,42 +6845,46 @@ class _Futures:
         return bool(self._by_id)
 
     def store_of(self, row: Row) -> Store:
-        return self._queue.in_memory._store if row.in_memory else self._queue._store
+        in_memory = isinstance(row, MemoryRow)
+        return self._queue.in_memory._store if in_memory else self._queue._store
 
     # ---- Who waits
 
-    def add(self, future: _TaskFuture) -> None:
+    def add(self, future: TaskFuture) -> None:
+        if self._by_id.setdefault(future._row.id, future) is future:
+            return  # One step, so most need no lock.
         with self._lock:
             found = self._by_id.setdefault(future._row.id, future)
             if found is not future:  # A new list: others may look at the old one.
                 others = found if isinstance(found, list) else [found]
                 self._by_id[future._row.id] = [*others, future]
 
-    def discard(self, future: _TaskFuture) -> None:
+    def discard(self, future: TaskFuture) -> None:
         with self._lock:
-            found = self._by_id.get(future._row.id)
+            task_id = future._row.id
+            found = self._by_id.get(task_id)
             if found is future:
-                del self._by_id[future._row.id]
+                del self._by_id[task_id]
             elif isinstance(found, list):  # Others look at it meanwhile: it is never missing.
                 others = [other for other in found if other is not future]
-                self._by_id[future._row.id] = others if others[1:] else others[0]
+                self._by_id[task_id] = others if others[1:] else others[0]
 
-    def under(self, task_id: str) -> list[_TaskFuture]:
+    def under(self, task_id: str) -> list[TaskFuture]:
         """Those of all incarnations of an id."""
         found = self._by_id.get(task_id, [])
         return found if isinstance(found, list) else [found]
 
-    def of(self, row: Row) -> list[_TaskFuture]:
+    def of(self, row: Row) -> list[TaskFuture]:
         """Those that wait for this very task."""
         if row.id not in self._by_id:
             return []
         return [future for future in self.under(row.id) if _waits_for(future, row)]
 
-    def all(self) -> list[_TaskFuture]:
+    def all(self) -> list[TaskFuture]:
         """Those that have not ended."""
         return [future for task_id in list(self._by_id) for future in self.under(task_id)]
 
-    def join(self, future: _TaskFuture, row: Row) -> _TaskFuture:
+    def join(self, future: TaskFuture, row: Row) -> TaskFuture:
         """The Future of a task that was there, in place of that for a task of its own."""
         self.discard(future)
         with self._lock:
@@ -6609,16 +6906,23 @@ class _Futures:
         except BaseException:
             _log.exception("error in a callback of a Future")
 
-    def end(self, future: _TaskFuture, state: str, left: _Left = None) -> None:
+    def end(self, future: TaskFuture, state: str, left: _Left = _NONE) -> None:
         """End a Future from a thread that must not wait for the Future's lock."""
         if state == _FINISHED and future._end_unseen(left):
             return
-        if self.threads:
+        condition = future._condition
+        if not self.threads:
+            future._end(state, left)
+        elif condition.waiters or not condition.acquire(False):
+            # Somebody has its lock; or concurrent.futures waits, whose waiters have their own.
             self.threads[_FUTURES].post(functools.partial(future._end, state, left))
         else:
-            future._end(state, left)
+            try:
+                future._end(state, left)
+            finally:
+                condition.release()
 
-    def unknown_end(self, future: _TaskFuture) -> tuple[str, _Left]:
+    def unknown_end(self, future: TaskFuture) -> tuple[str, _Left]:
         """How a Future ends if the end of its task is never told here: cancelled, unless its
         task may have run."""
         row = future._row
@@ -6626,10 +6930,12 @@ class _Futures:
             return _FINISHED, self.failure
         if future._foreign == "lost":
             why = "its claim was lost"
-        elif not (future._foreign or row.in_memory) and row.created_at <= self.opened:
+        elif not (
+            future._foreign or isinstance(row, MemoryRow) or row.created_at > self.opened
+        ):
             why = "this cluster had stood still for longer than a lease"
         else:
-            return _CANCELLED, None
+            return _CANCELLED, _NONE
         known = "another cluster may have run it, and no result is known here"
         return _FINISHED, TaskPoolError(f"task {row.id!r}: {why}; {known}")
 
@@ -6652,7 +6958,7 @@ class _Futures:
     def fail_waiting(self, error: Exception | _Failure) -> None:
         """No worker can start: end those whose tasks wait here, and remove these tasks."""
 
-        def fail(future: _TaskFuture) -> None:
+        def fail(future: TaskFuture) -> None:
             try:
                 if not future._foreign:  # Else it is not ours to remove.
                     self.remove_task(future._row)
@@ -6666,15 +6972,36 @@ class _Futures:
                 self.threads[_FUTURES].post(functools.partial(fail, future))
 
     def remove_task(self, row: Row) -> bool:
-        query = Query(ids=[row.id], states=["waiting"], created_at=row.created_at)
-        return self.store_of(row).remove(query, self._queue._now()) > 0
+        return self._remove([row]) > 0
+
+    def _remove(self, rows: Sequence[Row]) -> int:
+        """Remove those of these tasks that wait; all are in one store."""
+        ids, instants = [row.id for row in rows], [row.created_at for row in rows]
+        query = Query(ids=ids, states=["waiting"], created_at=instants)
+        return self.store_of(rows[0]).remove(query, self._queue._now())
+
+    def drop(self, futures: Iterable[TaskFuture]) -> None:
+        """Nobody waits for these any more: remove their tasks, which are in one store, wherever
+        they wait, now or later. A look ends the Futures. In the dispatcher."""
+
+        def remove(rows: Sequence[Row]) -> None:
+            if self._remove(rows):
+                self._queue._changed(removed=True, stored=not isinstance(rows[0], MemoryRow))
+
+        rows = []
+        for future in futures:
+            future._dropped = True
+            rows.append(future._row)
+        for start in range(0, len(rows), 500):
+            part = rows[start : start + 500]
+            self.threads[_FUTURES].post(functools.partial(remove, part))
 
     def claimed(self, rows: Iterable[Row]) -> None:
         """This master has these tasks now."""
         get = self._by_id.get
         for row in rows:
             found = get(row.id)
-            if type(found) is _TaskFuture and found._stored and _waits_for(found, row):
+            if type(found) is TaskFuture and found._stored and _waits_for(found, row):
                 found._held = True  # As for most: of() takes longer.
             elif found is not None:
                 for future in self.of(row):
@@ -6685,13 +7012,15 @@ class _Futures:
         found = self._by_id.get(run.row.id)
         if found is None:
             return
-        if led == "done" and run.verdict is None and type(found) is _TaskFuture:
+        if led == "done" and run.verdict is None and type(found) is TaskFuture:
             if found._stored and found._row.created_at == run.row.created_at:  # As for most.
                 self.end(found, _FINISHED, run.left)
                 return
         for future in self.of(run.row):
             if led in ("", "waits"):
                 future._held, future._foreign = False, future._foreign or ("" if led else "lost")
+                if future._dropped:
+                    self.drop([future])
             elif run.event is None or run.verdict == "cancel":
                 self.end(future, _CANCELLED)
             else:
@@ -6699,11 +7028,11 @@ class _Futures:
 
     # ---- Looks
 
-    def look(self, store: Store) -> list[tuple[_TaskFuture, Row | None]]:
+    def look(self, store: Store) -> list[tuple[TaskFuture, Row | None]]:
         """Those whose tasks this master does not hold, with what is stored under their ids."""
         futures = [f for f in self.all() if f._stored and not f._held]
-        futures = [f for f in futures if f._row.in_memory is store.in_memory]
-        found: list[tuple[_TaskFuture, Row | None]] = []
+        futures = [f for f in futures if isinstance(f._row, MemoryRow) is store.in_memory]
+        found: list[tuple[TaskFuture, Row | None]] = []
         for start in range(0, len(futures), 500):
             part = futures[start : start + 500]
             query = Query(ids=[future._row.id for future in part])
@@ -6711,7 +7040,7 @@ class _Futures:
             found += [(future, rows.get(future._row.id)) for future in part]
         return found
 
-    def compare(self, future: _TaskFuture, row: Row | None) -> None:
+    def compare(self, future: TaskFuture, row: Row | None) -> None:
         """End a Future whose task was found ended or gone; in the dispatcher, after what the
         store said before that."""
         became = what_became(future._row, row)
@@ -6719,7 +7048,7 @@ class _Futures:
             return
         if row is None or became in ("gone", "replaced"):
             kept = future._foreign == "kept"
-            self.end(future, *((_FINISHED, None) if kept else self.unknown_end(future)))
+            self.end(future, *((_FINISHED, _NONE) if kept else self.unknown_end(future)))
         elif became == "done" or row.error is None:
             try:
                 left: _Left = _dumps(Task(row).result)
@@ -6743,6 +7072,8 @@ class _Options(NamedTuple):
     start_method: str
     max_tasks: int | None
     shutdown_timeout: float
+    initializer: Callable[..., Any] | None = None
+    initargs: _Arguments | None = None
 
 
 def _log_start(row: Row) -> None:
@@ -6796,8 +7127,9 @@ class _Crew:
         least = 1.0 / min(left, default=most)
         return {task_type: max(cost, least) for task_type, cost in self.shares.items()}
 
-    def learn(self, task_type: str, seconds: float) -> None:
-        expected = learned(self.expected.get(task_type), seconds)
+    def learn(self, row: Row, seconds: float) -> None:
+        task_type = row.task_type
+        expected = learned(self.expected.get(task_type), seconds / (row.items or 1))
         self.expected[task_type], self.shares[task_type] = expected, share(expected)
 
     # ---- Events
@@ -6835,11 +7167,23 @@ class _Crew:
         run = worker.end_head(now)
         self.freed = True
         # Most types are known to be as quick as this counts. Then there is nothing to learn.
-        if seconds > LEAST_SECONDS or self.shares[run.row.task_type] > LEAST_SHARE:
-            self.learn(run.row.task_type, seconds)
+        if seconds > LEAST_SECONDS or run.cost > LEAST_SHARE:
+            self.learn(run.row, seconds)
         if self.logs_runs and worker.runs:
             _log_start(worker.runs[0].row)
         return run
+
+    def lacks(self, worker: _Worker, failure: _Failure, now: float) -> None:
+        """The worker has no function for its head. One that started after the last declaration
+        may have it."""
+        run, self.freed = worker.end_head(now), True
+        if worker.functions >= len(self._types):
+            run.source.fail(run, failure, 0.0, _error_text(failure))
+            return
+        self._take_back(worker)
+        if not worker.stopping:
+            worker.retire(now)
+        run.source.requeue(run)
 
     def got_ready(self, worker: _Worker, now: float) -> None:
         worker.get_ready(now)
@@ -6920,8 +7264,8 @@ class _Crew:
         """The head is slow: requeue what waits behind it."""
         self._take_back(worker)
         if worker.runs and worker.runs[0] is head:  # Else the head had not begun.
-            task_type, seconds = head.row.task_type, now - worker.since
-            self.learn(task_type, max(self.expected.get(task_type, 0.0), seconds))
+            least = self.expected.get(head.row.task_type, 0.0) * (head.row.items or 1)
+            self.learn(head.row, max(least, now - worker.since))
             head.cost = worker.load = 1.0
 
     def _lose_patience(self, worker: _Worker, now: float) -> None:
@@ -6931,8 +7275,8 @@ class _Crew:
             return
         seconds = now - worker.since
         text = (
-            f"the worker {worker.pid} is still running your file after {seconds:.0f} s; what is "
-            "for the master alone belongs under `if Cluster.is_master():`"
+            f"the worker {worker.pid} is still running your file after {seconds:.0f} s, or the "
+            "initializer; what is for the master alone belongs under `if Cluster.is_master():`"
         )
         if seconds < BOOT_LIMIT_SECONDS:
             worker.kill_at = worker.since + BOOT_LIMIT_SECONDS
@@ -7065,7 +7409,7 @@ class _Watch:
 
     def __init__(self, cluster: Cluster, store: Store, owner: str) -> None:
         self._cluster, self._store, self._owner = cluster, store, owner
-        self._aligned: dict[str, _Declared] = {}  # What was declared at the last look.
+        self._schedules: dict[str, Any] = {}  # As they were declared at the last look.
         self._clock = _ObserverClock()  # Of the store thread.
         self.next_look = self._next_heartbeat = self._next_warning = 0.0
         self.heard = time.monotonic()  # When observers last heard of this cluster.
@@ -7077,10 +7421,7 @@ class _Watch:
         store, foreign = self._store, []
         held: list[Row] | None = None
         try:
-            declared = dict(self._cluster.queue._declared)
-            if declared != self._aligned:
-                self._cluster.queue._align()
-                self._aligned = declared
+            self._schedules = self._cluster.queue._align(self._schedules)
             if self._next_heartbeat <= now:
                 store.renew(self._owner, wall)
                 held = store.held_by(self._owner)
@@ -7097,15 +7438,19 @@ class _Watch:
 
     def _foreign(self, wall: int) -> list[str]:
         """The types of due tasks that no cluster here knows, and how to end their schedules."""
+        import shlex
+
         types = self._store.foreign(list(self._cluster.task_map), wall)
-        ids = {SCHEDULE + name for name in types}
-        scheduled = {row.id for row in self._store.find(Query(ids=list(ids)), wall)} if ids else ()
+        ids = [SCHEDULE + name for name in types if name not in self._cluster.queue._declared]
+        scheduled = {row.id for row in self._store.find(Query(ids=ids), wall)} if ids else ()
         path, texts = getattr(self._store, "path", None), []
         for name in types:
             task_id, text = SCHEDULE + name, repr(name)
+            how = f"queue.remove(task_id={task_id!r})"
+            if path:
+                how = f"python taskpool.py remove {shlex.quote(path)} {shlex.quote(task_id)}"
             if task_id in scheduled:
-                how = f"remove {path} {task_id}" if path else f"queue.remove(task_id={task_id!r})"
-                text += f" (if no program declares its schedule any more: {how})"
+                text += f" (if no program declares its schedule any more, remove that: {how})"
             texts.append(text)
         return texts
 
@@ -7303,7 +7648,7 @@ class _Source:
         for run in self.unsettled:
             for future in futures.of(run.row):
                 futures.end(future, _FINISHED, StoreError(f"{what}: the outcome is lost"))
-        waiting = sum(not (f._row.in_memory or f._held) for f in futures.all())
+        waiting = sum(not (isinstance(f._row, MemoryRow) or f._held) for f in futures.all())
         if waiting and self.failures:
             _log.error("%s: %d submitted task(s) stay waiting", what, waiting)
 
@@ -7319,7 +7664,7 @@ class _Source:
         runs = []
         for row in rows:
             if row.state == "running":
-                runs.append(_Run(self, row, 1.0 if row.interrupted else costs[row.task_type]))
+                runs.append(_Run(self, row, cost_of(row, costs)))
             else:  # It cannot be read: the store has put it into quarantine.
                 error = StoreError(f"StoreError: the stored task cannot be run: {row.error}")
                 self._ended_elsewhere(row, error)
@@ -7331,7 +7676,7 @@ class _Source:
                 self.requeue(run)
 
     def record(
-        self, run: _Run, outcome: Outcome, event: str | None = None, left: _Left = None
+        self, run: _Run, outcome: Outcome, event: str | None = None, left: _Left = _NONE
     ) -> None:
         """Have the store record how a run ended; who waits for it is told after that."""
         if run.verdict == "cancel" and (outcome.state == "ready" or run.row.repeat is not None):
@@ -7367,13 +7712,14 @@ class _Source:
     def _settled(self, runs: list[_Run], led: list[str], now: int) -> None:
         """The store has recorded *now* how these ended, if their claims were still held."""
         engine, listeners = self.engine, self.engine.cluster.queue._listeners
+        settled = engine.futures.settled
         for run, became in zip(runs, led):
             if became == "running":
                 continue
             if not became:
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
                 _log.warning(text, run.row.task_type, run.row.id)
-            engine.futures.settled(run, became)
+            settled(run, became)
             if listeners and became and run.event in listeners:
                 task = Task(as_told(run.row, became, run.outcome, now))
                 engine.tell(listeners[run.event], run.left, task)
@@ -7699,9 +8045,8 @@ class _Dispatcher:
     # ---- Workers
 
     def start_worker(self) -> _Worker:
-        context = multiprocessing.get_context(self.crew.options.start_method)
-        boot = _dumps(("boot", _boot_now(self.cluster._boot)))
-        worker = _Worker(context, next(_worker_numbers), boot, cast(_WakeUp, self.wake))
+        boot, wake = _boot_now(self.cluster._boot), cast(_WakeUp, self.wake)
+        worker = _Worker(self.crew.options, next(_worker_numbers), boot, wake)
         if _SELECTABLE:
             self.selector.register(worker.channel, selectors.EVENT_READ, worker)
         return worker
@@ -7742,14 +8087,14 @@ class _Dispatcher:
         kind = message[0]
         if kind in _OF_ITS_HEAD and not (worker.runs and worker.runs[0].number == message[1]):
             raise _Nonsense(f"{kind!r} of a task that it does not run")
-        if worker.ready and kind in ("ready", "boot error"):
-            raise _Nonsense(f"a second {kind!r}")
         if kind == "done":
             self._on_done(worker, now, message)
         elif kind == "fail":
             _, _, seconds, failure, may_retry = message
             run = self.crew.ended(worker, seconds, now)
             run.source.fail(run, failure, seconds, _error_text(failure), may_retry)
+        elif kind == "lacks":
+            self.crew.lacks(worker, message[2], now)
         elif kind == "start":
             run = worker.runs[0]
             if run.row.timeout is not None:
@@ -7760,6 +8105,8 @@ class _Dispatcher:
             self._on_progress(worker, now, message[2])
         elif kind == "changed":
             self.sources[-1].changed = True
+        elif worker.ready:
+            raise _Nonsense(f"a second {kind!r}")
         elif kind == "ready":
             self.crew.got_ready(worker, now)
         elif kind == "boot error":
@@ -7780,8 +8127,8 @@ class _Dispatcher:
                 "to wait for it",
                 *(row.task_type, row.id, opened, what),
             )
-        outcome = Outcome(row.id, row.claim, "done", True, 0, kept, problem, row.progress, seconds)
-        run.source.record(run, outcome, "done", packed)
+        end = row.id, row.claim, "done", True, 0, kept, problem, row.progress, seconds
+        run.source.record(run, tuple.__new__(Outcome, end), "done", packed)  # As Outcome(*end).
 
     def _on_progress(self, worker: _Worker, now: float, report: str) -> None:
         run = worker.runs[0]
@@ -7868,6 +8215,29 @@ class _Dispatcher:
         _disown(self.selector)
         wake, self.wake = self.wake, None
         cast(_WakeUp, wake).close()
+
+
+def _checked_initargs(initializer: Any, initargs: Any, start_method: str) -> _Arguments | None:
+    """How the initargs come to a worker; None without an initializer."""
+    if not isinstance(initargs, (tuple, list)):
+        raise _wrong_type("initargs", initargs, "a tuple")
+    if initializer is None:
+        return None
+    allowed = "None or a function that takes the initargs"
+    if not callable(initializer):
+        raise _wrong_type("initializer", initializer, allowed)
+    signature, packed = _signature(initializer), None
+    try:
+        signature and signature.bind(*initargs)
+    except TypeError as error:
+        raise TypeError(f"initializer is {_shown(initializer)}: {error}; give {allowed}") from None
+    try:
+        packed = None if start_method == "fork" else _dumps(tuple(initargs))
+    except RuntimeError:
+        pass  # As of a Lock of multiprocessing.
+    except Exception as error:
+        raise _wrong_type("initargs", initargs, f"what can be pickled ({error})") from None
+    return _Arguments(tuple(initargs), packed)
 
 
 def _checked_keep_alive(keep_alive: Any) -> float | str | None:
@@ -7957,6 +8327,78 @@ def _at_exit() -> None:
                     engine.closed.wait(EXIT_SECONDS)
 
 
+def _in_order(
+    submitted: Iterator[TaskFuture], in_chunks: bool, ahead: int | None, deadline: float | None,
+    drop: Callable[[Iterable[TaskFuture]], None],
+) -> Iterator[Any]:  # fmt: skip
+    """The iterator of Cluster.map. The first item is None: then *ahead* Futures, or all, are
+    submitted. *drop* gets those for whose results nobody waits in the end."""
+    futures: collections.deque[TaskFuture] = collections.deque()
+    try:
+        futures.extend(itertools.islice(submitted, ahead))
+        yield None
+        while futures:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            result = futures[0].result(left)
+            results = result if in_chunks else [result]
+            del futures[0], result
+            futures.extend(itertools.islice(submitted, ahead and 1))
+            results.reverse()
+            while results:
+                yield results.pop()  # Nothing here keeps it.
+    finally:
+        if futures:  # Perhaps in a finalizer, in any thread.
+            drop(futures)
+
+
+def _checked_type(cluster: Cluster, task_type: Any, options: Any) -> str:
+    """The name of the task type; adds to *options* what this cluster demands."""
+    if cluster._options.in_memory_only:
+        options.setdefault("in_memory", True)
+        if options["in_memory"] is False:
+            raise _wrong_value("in_memory", False, "True, as this cluster is in_memory_only")
+    if type(task_type) is not str or not task_type:
+        task_type = cluster.queue._name_of(task_type)
+    if task_type not in cluster.task_map:
+        known = ", ".join(map(repr, cluster.task_map)) or "none so far"
+        raise _wrong_value("task_type", task_type, f"one of this cluster's: {known}")
+    if options.get("connection") is not None:
+        raise TypeError("submit() takes no connection; use add_task, and queue.wait for the end")
+    return cast(str, task_type)
+
+
+def _mapped(
+    cluster: Cluster, task_type: Any, data: Any, timeout: Any, chunksize: Any, buffersize: Any,
+    options: Any,
+) -> Iterator[Any]:  # fmt: skip
+    """Cluster.map, which has checked nothing."""
+    seconds = None if timeout is None else _checked_seconds("timeout", timeout, zero=True)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    _checked_int("chunksize", chunksize, 1)
+    if buffersize is not None:
+        _checked_int("buffersize", buffersize, 1)
+    if not options.keys() <= _MAP_OPTIONS:
+        unknown = min(options.keys() - _MAP_OPTIONS)
+        raise TypeError(f"map() takes no {unknown!r}; allowed: {', '.join(sorted(_MAP_OPTIONS))}")
+    task_type = _checked_type(cluster, task_type, options)
+    row, _ = cluster.queue._addition(0, task_type, _Chunk(), options)  # Raises if it must.
+    try:
+        given = iter(data)
+    except TypeError:
+        raise _wrong_type("data", data, "an iterable") from None
+    size, engine = chunksize if isinstance(row, MemoryRow) else 1, cluster._engine
+    chunks = iter(lambda: _Chunk(itertools.islice(given, size)), [])
+    each = chunks if size > 1 else given
+    submitted = (cluster.submit(task_type, one, **options) for one in each)
+    drop = lambda futures: engine.post(lambda: engine.futures.drop(futures))  # noqa: E731
+    results = _in_order(submitted, size > 1, buffersize, deadline, drop)
+    next(results)  # It submits the first ones. From here on its `finally` is sure to run.
+    return results
+
+
+_MAP_OPTIONS = frozenset({"priority", "retries", "retry_delay", "keep_result", "in_memory"})
+
+
 class Cluster(concurrent.futures.Executor):
     """Runs the tasks of a queue in worker processes. Also an Executor over task types.
 
@@ -7965,6 +8407,8 @@ class Cluster(concurrent.futures.Executor):
     parameters. None: what *queue* has declared, and declares later. *queue*: default
     TaskQueue("taskpool.db").
 
+    initializer, initargs   initializer(*initargs) is called in each worker before its first
+                            task. If it raises, that worker cannot start.
     max_available_workers   default: max_workers(), the usable CPUs. More is lowered to
                             that unless *oversubscribe*; below 1 becomes 1; with warnings.
     refresh_rate            milliseconds between looks for what no event announced.
@@ -7989,6 +8433,8 @@ class Cluster(concurrent.futures.Executor):
         task_map: Mapping[str, TaskFunction] | None = None,
         queue: TaskQueue | None = None,
         *,
+        initializer: Callable[..., Any] | None = None,
+        initargs: tuple[Any, ...] = (),
         max_available_workers: int | None = None,
         refresh_rate: int | timedelta = 1000,
         in_memory_only: bool = False,
@@ -8007,7 +8453,7 @@ class Cluster(concurrent.futures.Executor):
         functions, styles = ({}, {}) if self.takes_declared else _checked_task_map(task_map)
         _check_broker(message_broker)
         self.queue = TaskQueue() if queue is None else queue
-        self.queue._styles.update(styles)
+        self.queue._styles.update({**styles, **self.queue._styles})
         self.task_map = self.queue.task_map if self.takes_declared else functions
         _checked_bool("oversubscribe", oversubscribe)
         self._refresh = _checked_milliseconds("refresh_rate", refresh_rate)
@@ -8024,17 +8470,16 @@ class Cluster(concurrent.futures.Executor):
             start_method=_checked_choice("start_method", start_method, methods),
             max_tasks=max_tasks_per_worker,
             shutdown_timeout=_checked_seconds("shutdown_timeout", shutdown_timeout, zero=True),
+            initializer=initializer,
+            initargs=_checked_initargs(initializer, initargs, start_method),
         )
         if start_method not in multiprocessing.get_all_start_methods():
             raise _wrong_value("start_method", start_method, "one that this system has")
-        scheduled = [name for name, it in self.queue._declared.items() if it.schedule]
-        if in_memory_only and scheduled:
-            allowed = f"False: the schedule of {scheduled[0]!r} is stored"
-            raise _wrong_value("in_memory_only", True, allowed)
         frame = sys._getframe(1)
         self._key = _register("Cluster", self, frame)
         self._home = frame.f_globals
         self._boot = _boot_of(self, frame.f_code)
+        self._learn_types()
         self._reset_after_fork()
         _reset_in_forks[id(self)] = self
         if auto_initialize:
@@ -8069,8 +8514,15 @@ class Cluster(concurrent.futures.Executor):
                 atexit.register(_at_exit)
 
     def _learn_types(self) -> None:
-        """The queue may have declared more since the last time."""
+        """The queue may have declared more since the last time. Raises ValueError."""
+        declared = dict(self.queue._declared)
+        scheduled = [name for name, it in declared.items() if it.schedule]
+        if self._options.in_memory_only and scheduled:
+            allowed = f"False: the schedule of {scheduled[0]!r} is stored"
+            raise _wrong_value("in_memory_only", True, allowed)
         self._boot = _with_functions(self._boot, self)
+        if len(self.queue._declared) > len(declared):  # By another thread, which may be done.
+            self._learn_types()
 
     def _unregister(self) -> None:
         watchers = self.queue._watchers
@@ -8085,7 +8537,7 @@ class Cluster(concurrent.futures.Executor):
 
     def submit(  # type: ignore[override]
         self, task_type: str | TaskFunction, data: Any = None, **options: Unpack[SubmitOptions]
-    ) -> _TaskFuture:
+    ) -> TaskFuture:
         """Add a task and return its Future; *options* are those of add_task.
 
         Only this cluster runs it, while it lives. The Future resolves at the final end,
@@ -8106,13 +8558,15 @@ class Cluster(concurrent.futures.Executor):
         if engine.ending.mode != "running":
             self._raise_failure()
             raise RuntimeError("cannot submit after shutdown")
-        task_type = self._check_submit(task_type, options)
+        task_type = _checked_type(self, task_type, options)
         style = self.queue._styles.get(task_type) or _PLAIN
-        if data is None and style is not _PLAIN and style.takes_data:
-            data = _NO_DATA
+        if style is not _PLAIN and style.takes_data:
+            if type(data) is _Chunk:
+                data = _Chunk({} if one is None else one for one in data)
+            data = _NO_DATA if data is None else data
         now = self.queue._now()
         row, if_exists = self.queue._addition(now, task_type, data, options, engine.owner)
-        future = _TaskFuture(futures, row)
+        future = TaskFuture(futures, row)
         futures.add(future)  # First: the task may start before _add() returns.
         replacements = futures.replacements
         try:
@@ -8134,29 +8588,33 @@ class Cluster(concurrent.futures.Executor):
             future._end(*futures.unknown_end(future))
         return future
 
-    def _check_submit(self, task_type: Any, options: Any) -> str:
-        """The name of the task type; adds to *options* what this cluster demands."""
-        if self._options.in_memory_only:
-            options.setdefault("in_memory", True)
-            if options["in_memory"] is False:
-                raise _wrong_value("in_memory", False, "True, as this cluster is in_memory_only")
-        if type(task_type) is not str or not task_type:
-            task_type = self.queue._name_of(task_type)
-        if task_type not in self.task_map:
-            known = ", ".join(map(repr, self.task_map))
-            raise _wrong_value("task_type", task_type, f"one of this cluster's: {known}")
-        if options.get("connection") is not None:
-            raise TypeError(
-                "submit() takes no connection; use add_task, and queue.wait for the end"
-            )
-        return cast(str, task_type)
-
     def map(  # type: ignore[override]
-        self, task_type: str, data: Iterable[Any], timeout: float | timedelta | None = None
+        self,
+        task_type: str | TaskFunction,
+        data: Iterable[Any],
+        timeout: float | timedelta | None = None,
+        *,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        **options: Unpack[MapOptions],
     ) -> Iterator[Any]:
-        """The results of one task for each of *data*, in order, as Executor.map."""
-        seconds = None if timeout is None else _checked_seconds("timeout", timeout, zero=True)
-        return super().map(task_type, data, timeout=seconds)  # type: ignore[arg-type]
+        """The results of one task for each of *data*, in order, as Executor.map.
+
+        *options* are priority, retries, retry_delay, keep_result and in_memory, of each task.
+        Without *buffersize* all are submitted at once; with it, at most so many tasks ahead
+        of the results that were taken, so *data* may be endless. With *chunksize* over 1,
+        so many data make up one in-memory task, a chunk: its function is called for one
+        after another, each as `job.data`, while id, progress and listeners are the chunk's;
+        if one fails, the chunk does, and a retry runs all of them. Stored tasks have no
+        chunks.
+
+        Raises TypeError and ValueError for wrong arguments, before anything is submitted.
+        The iterator raises TimeoutError if a result is not there *timeout* seconds after the
+        call, the error of a task, or of *data*. Then, or if it is closed or forgotten, the
+        tasks that have not begun are removed.
+        """
+        self._use("map")
+        return _mapped(self, task_type, data, timeout, chunksize, buffersize, options)
 
     def _stores(self) -> list[Store]:
         stored = [] if self._options.in_memory_only else [self.queue._store]
@@ -8271,15 +8729,7 @@ class Cluster(concurrent.futures.Executor):
         """The worker processes: pid, state (starting, idle, busy), task_id, task_type,
         and since when (an aware UTC datetime)."""
         self._use("workers")
-        shown = []
-        for worker in list(self._engine.crew.workers):
-            row = next((run.row for run in list(worker.runs)), None)
-            since = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - worker.since)
-            shown.append({
-                "pid": worker.pid, "state": worker.state, "task_id": row and row.id,
-                "task_type": row and row.task_type, "since": since,
-            })  # fmt: skip
-        return shown
+        return [worker.shown() for worker in list(self._engine.crew.workers)]
 
     def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
         """Stop. With *wait*: when what runs and what was due before the call is done.

@@ -25,6 +25,7 @@ CI = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(CI))
 PEERS = ["huey==3.5.4"] + ["tinyjobs==0.6.0"] * (sys.version_info >= (3, 11))
 MEMORY, STORED, MANY, LATE, BIG = 20_000, 5_000, 50_000, 200, 200  # How many tasks.
+ITEMS, CHUNK = 100_000, 64  # Of map.
 
 HUEY = """
 from huey import SqliteHuey
@@ -88,6 +89,16 @@ def big(submit: Callable[[str], Any]) -> float:
     return rate(BIG, lambda: [future.result() for future in [submit(text) for _ in range(BIG)]])
 
 
+def double(item: Any) -> Any:
+    return 2 * getattr(item, "data", item)
+
+
+def mapped(map_: Callable[[range], Any]) -> float:
+    """Items a second of a few maps in chunks, to the last results."""
+    list(map_(range(100 * CHUNK)))
+    return rate(5 * ITEMS, lambda: [list(map_(range(ITEMS))) for _ in range(5)])
+
+
 def latency(submit: Callable[[float], Any]) -> float:
     """Milliseconds until an idle worker starts a task. (Median)"""
     found = []
@@ -101,7 +112,10 @@ def measure_pool() -> dict[str, float]:
     import multiprocessing
 
     with multiprocessing.Pool(2) as pool:
-        return {"memory": futures(lambda: pool.apply_async(nothing).get)}
+        return {
+            "memory": futures(lambda: pool.apply_async(nothing).get),
+            "map": mapped(lambda items: pool.imap(double, items, CHUNK)),
+        }
 
 
 def measure_executor() -> dict[str, float]:
@@ -111,6 +125,7 @@ def measure_executor() -> dict[str, float]:
         started = latency(lambda at: pool.submit(late, at).result())
         return {
             "memory": futures(lambda: pool.submit(nothing).result),
+            "map": mapped(lambda items: pool.map(double, items, chunksize=CHUNK)),
             "big": big(lambda text: pool.submit(echo, text)),
             "latency in memory": started,
             "latency stored": started,
@@ -125,15 +140,19 @@ def measure_taskpool() -> dict[str, float]:
     options.update(max_available_workers=2, oversubscribe=True)
     found: dict[str, float] = {}
     found["add"] = rate(STORED, lambda: [queue.add_task("nothing") for _ in range(STORED)])
+    task_map = {"nothing": nothing, "late": late, "echo": echo, "double": double}
     dicts = [{"task_type": "nothing"}] * (MANY - STORED)
     found["add many"] = rate(len(dicts), lambda: queue.add_tasks(dicts))
-    with Cluster({"nothing": nothing, "late": late, "echo": echo}, queue, **options) as cluster:
+    with Cluster(task_map, queue, **options) as cluster:
         cluster.initialize()
         while queue.count() > MANY * 0.98:  # Workers have started.
             time.sleep(0.001)
         left = queue.count()
         found["run"] = rate(left, cluster.drain)
         found["memory"] = futures(lambda: cluster.submit("nothing", in_memory=True).result)
+        found["map"] = mapped(
+            lambda items: cluster.map("double", items, in_memory=True, chunksize=CHUNK)
+        )
         found["big"] = big(lambda text: cluster.submit("echo", text, in_memory=True))
         for name, in_memory in (("latency in memory", True), ("latency stored", False)):
             found[name] = latency(
@@ -212,7 +231,7 @@ def measure_store(source: str, name: str) -> dict[str, float]:
 
 MEASURES: dict[str, Callable[[], dict[str, float]]] = {
     "taskpool": measure_taskpool,
-    "Pool.apply_async": measure_pool,
+    "multiprocessing.Pool": measure_pool,
     "ProcessPoolExecutor": measure_executor,
     "SqliteHuey, fsync off": lambda: measure_store(HUEY, "huey"),
     "tinyjobs": lambda: measure_store(TINYJOBS, "tinyjobs"),
@@ -220,6 +239,7 @@ MEASURES: dict[str, Callable[[], dict[str, float]]] = {
 }
 WHAT = {
     "memory": "in memory, submit to result, tasks/s",
+    "map": f"in memory, map in chunks of {CHUNK} (by Pool imap), items/s",
     "big": "in memory, 1 MB of text there and back, tasks/s",
     "run": "stored tasks run, tasks/s",
     "add": "added one by one, tasks/s",

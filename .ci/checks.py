@@ -234,7 +234,7 @@ def main() -> int:
             report.tool("mypy --strict taskpool.py, and a user's program", mypy)
             speed = [python, "-B", os.path.join(CI, "cron_speed.py")]
             report.tool("Cron faster than cronsim", speed, shown=True)
-            report.tests("tests, MongoDB, recipes", [python], "TestMongo", "own_transactions")
+            report.tests("tests, MongoDB, recipes", [python], "TestMongo", "recipes")
         else:
             report.failed += 4  # None of them was run.
     if not found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from taskpool import Cluster, Task, TaskQueue
+from taskpool import Cluster, Task, TaskFuture, TaskQueue
 
 queue = TaskQueue("tasks.db")
 
@@ -15,7 +15,7 @@ def plain(job: Task) -> int:
     return job.attempt
 
 
-@queue.task(name="mail", retries=3, retry_delay=timedelta(seconds=2), repeat="@daily", data={"to": "ann"})
+@queue.task(name="mail", retries=3, retry_delay=timedelta(2), repeat="@daily", data={"to": "ann"})
 def mail(job: Task, *, to: str, subject: str = "hello") -> str:
     return to + subject
 
@@ -32,8 +32,10 @@ def main(cluster: Cluster, job: Task) -> None:
     queue.add_task("mail", if_exists="kep")  # type: ignore[arg-type]
     queue.add_task("mail", retrys=1)  # type: ignore[call-arg]
     queue.add_task("mail", timeout="5")  # type: ignore[arg-type]
-    future = cluster.submit(plain, 5, retries=1, due_date=timedelta(seconds=1))
+    future: TaskFuture = cluster.submit(plain, 5, retries=1, due_date=timedelta(seconds=1))
     cluster.submit("mail", retrys=1)  # type: ignore[call-arg]
+    list(cluster.map(plain, [1, 2], chunksize=2, buffersize=5, retries=1))
+    cluster.map(plain, [1, 2], chunk=2)  # type: ignore[call-arg]
     cluster.submit("mail", connection=None)  # type: ignore[call-arg]
     print(length, number, future.task.id, future.result(timeout=5), task.due_date.isoformat())
     queue.find(state=["failed", "done"], task_type="mail", limit=5)
