@@ -111,6 +111,7 @@ import sys
 import threading
 import time
 import traceback
+import typing
 import weakref
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -119,7 +120,7 @@ from datetime import date, datetime, timedelta, timezone, tzinfo
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from types import BuiltinFunctionType, CoroutineType, MappingProxyType, MethodType
-from typing import TYPE_CHECKING, Any, Callable, Final, NamedTuple, TypeVar, Union, cast, overload
+from typing import Any, Callable, Final, Literal, NamedTuple, TypeVar, Union, cast, overload
 
 if sys.version_info < (3, 9):  # noqa: UP036 - Who has an older one is to know.
     _text = "taskpool needs Python 3.9 or later; this is " + sys.version.split()[0]
@@ -1017,9 +1018,7 @@ class Task:
         return hash(self._row)
 
     def __reduce__(self) -> Any:
-        if self._row.data:
-            return Task, (self._row,)
-        return Task, (self._row, None, self._data)  # Of one item of a chunk: see _call.
+        return Task, (self._row,)
 
     def __repr__(self) -> str:
         return f"<Task {self.id!r} {self.task_type!r} {self.state}, attempt {self.attempt}>"
@@ -1054,7 +1053,7 @@ class Task:
             return self._data
         except AttributeError:
             pass  # Nobody has read it.
-        object.__setattr__(self, "_data", _read_data(self._row))
+        _set(self, "_data", _read_data(self._row))
         return self._data
 
     @property
@@ -1076,6 +1075,11 @@ class _Item(Task):
     def __init__(self, row: Row, data: Any) -> None:
         super().__init__(row)
         _set_data(self, data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Item) and (self._row, self.data) == (other._row, other.data)
+
+    __hash__ = Task.__hash__
 
     def __reduce__(self) -> Any:
         return _Item, (self._row, self.data)
@@ -1108,6 +1112,10 @@ _encode = json.JSONEncoder(
 ).encode
 
 
+class _Chunk(list[Any]):
+    """The data of several calls, in one in-memory task: see Cluster.map."""
+
+
 def _check_json(value: Any, path: str = "data", depth: int = 0) -> None:
     """Raise if JSON would alter *value*; *path* is where it stands."""
     kind = type(value)
@@ -1120,7 +1128,7 @@ def _check_json(value: Any, path: str = "data", depth: int = 0) -> None:
     elif kind is float:
         if not math.isfinite(value):
             raise _wrong_value(path, value, "a finite number")
-    elif kind is dict or kind is list:
+    elif kind is dict or kind is list or kind is _Chunk:
         if depth >= MAX_DEPTH:
             raise ValueError(f"{_short(path)} is nested too deep; give at most {MAX_DEPTH} levels")
         if kind is dict:
@@ -1148,10 +1156,6 @@ def _checked_json(value: Any) -> str:
     return str(value) if type(value) is int else _encode(value)
 
 
-class _Chunk(list[Any]):
-    """The data of several calls, in one in-memory task: see Cluster.map."""
-
-
 _PICKLED_NO_DATA, _PICKLED_NONE = pickle.dumps({}), pickle.dumps(None)  # Shared: most common.
 
 
@@ -1159,9 +1163,12 @@ def _pickled_data(value: Any) -> bytes:
     """The data of an in-memory task, or a TypeError."""
     if value is None or value is _NO_DATA:
         return _PICKLED_NONE if value is None else _PICKLED_NO_DATA
+    is_chunk = type(value) is _Chunk
     try:
-        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(list(value) if is_chunk else value, pickle.HIGHEST_PROTOCOL)
     except Exception as error:
+        for one in value if is_chunk else ():  # Name the item that is wrong.
+            _pickled_data(one)
         why = f"pickling it raised {type(error).__name__}: {_message(error)}"
         raise _wrong_type("data", value, f"what can be pickled; {why}") from error
 
@@ -1179,9 +1186,7 @@ def _make_row(
 ) -> tuple[Row, str]:  # fmt: skip
     """The new Row and its `if_exists`, or the error that add_task documents."""
     _checked_text("task_type", task_type)
-    items = 0
-    if type(data) is _Chunk:
-        data, items = list(data), len(data)
+    items = len(data) if type(data) is _Chunk else 0
     _checked_bool("in_memory", in_memory)
     data = (_pickled_data if in_memory else _checked_json)(data)
     _checked_int("priority", priority, -MAX_INT)
@@ -1224,60 +1229,66 @@ def _make_row(
 
 _ADD_PARAMETERS = {*(_make_row.__kwdefaults__ or ())} - {"lane"}
 
-if TYPE_CHECKING:
-    from typing import Literal, TypedDict
-
+if typing.TYPE_CHECKING:
     from typing_extensions import Unpack  # Part of every type checker; never imported.
+else:
+    Unpack = getattr(typing, "Unpack", typing.Union)  # For those who look at annotations.
 
-    State = Literal["waiting", "running", "failed", "done"]
-    IfExists = Literal["raise", "keep", "replace"]
+State = Literal["waiting", "running", "failed", "done"]
+IfExists = Literal["raise", "keep", "replace"]
 
-    class MapOptions(TypedDict, total=False):
-        """The keywords of Cluster.map, beside its own."""
 
-        priority: int
-        in_memory: bool
-        retries: int
-        retry_delay: float | timedelta
-        keep_result: float | timedelta | None
+class MapOptions(typing.TypedDict, total=False):
+    """The keywords of Cluster.map, beside its own."""
 
-    class TaskDefaults(MapOptions, total=False):
-        """What queue.task may declare for all tasks of a type."""
+    priority: int
+    in_memory: bool
+    retries: int
+    retry_delay: float | timedelta
+    keep_result: float | timedelta | None
 
-        timeout: float | timedelta | None
 
-    class SubmitOptions(TaskDefaults, total=False):
-        """The keywords of Cluster.submit."""
+class TaskDefaults(MapOptions, total=False):
+    """What queue.task may declare for all tasks of a type."""
 
-        task_id: str | None
-        due_date: datetime | timedelta | None
-        repeat: timedelta | str | Cron | None
-        if_exists: IfExists
+    timeout: float | timedelta | None
 
-    class TaskOptions(SubmitOptions, total=False):
-        """The keywords of TaskQueue.add_task."""
 
-        connection: sqlite3.Connection | None
+class SubmitOptions(TaskDefaults, total=False):
+    """The keywords of Cluster.submit."""
 
-    class Changes(TypedDict, total=False):
-        """The keywords of TaskQueue.update."""
+    task_id: str | None
+    due_date: datetime | timedelta | None
+    repeat: timedelta | str | Cron | None
+    if_exists: IfExists
 
-        data: Any
-        priority: int
-        due_date: datetime | timedelta | None
-        repeat: timedelta | str | Cron | None
-        retries: int
-        retry_delay: float | timedelta
-        timeout: float | timedelta | None
-        keep_result: float | timedelta | None
 
-    class Filters(TypedDict, total=False):
-        """The keywords of TaskQueue.find, count, remove and retry."""
+class TaskOptions(SubmitOptions, total=False):
+    """The keywords of TaskQueue.add_task."""
 
-        task_id: str | Collection[str] | None
-        task_type: str | Collection[str] | None
-        state: State | Collection[State] | None
-        due: bool | None
+    connection: sqlite3.Connection | None
+
+
+class Changes(typing.TypedDict, total=False):
+    """The keywords of TaskQueue.update."""
+
+    data: Any
+    priority: int
+    due_date: datetime | timedelta | None
+    repeat: timedelta | str | Cron | None
+    retries: int
+    retry_delay: float | timedelta
+    timeout: float | timedelta | None
+    keep_result: float | timedelta | None
+
+
+class Filters(typing.TypedDict, total=False):
+    """The keywords of TaskQueue.find, count, remove and retry."""
+
+    task_id: str | Collection[str] | None
+    task_type: str | Collection[str] | None
+    state: State | Collection[State] | None
+    due: bool | None
 
 
 # --- Stored rows ---------------------------------------------------------------------
@@ -2363,9 +2374,9 @@ class Store:
         """Have the schedules of declared tasks follow the code: {id: as it is declared, or
         None}, as after_declaration() says."""
 
-        def work() -> None:
-            pairs = [(row, after_declaration(row, declared[row.id], now)) for row in there()]
-            self._put([(old, new) for old, new in pairs if old != new])
+        def pairs() -> list[_Pair]:
+            followed = [(row, after_declaration(row, declared[row.id], now)) for row in there()]
+            return [(old, new) for old, new in followed if old != new]
 
         def there() -> list[Row]:
             return self.rows(Query(ids=list(declared)), now)
@@ -2374,7 +2385,8 @@ class Store:
         fresh = [(new, "keep") for new in declared.values() if new and new.id not in stays]
         if fresh:
             self.add(fresh, now)
-        self._change(work)
+        if pairs():  # Most starts change nothing, and write nothing.
+            self._change(lambda: self._put(pairs()))
 
     def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
         """waiting -> waiting with *changes* to its columns, as after_update() says."""
@@ -2507,9 +2519,14 @@ class MemoryStore(Store):
         if len(additions) == 1:
             # Without the lock, for which a producer would wait as long as a claim takes.
             new = additions[0][0]
-            if self._rows.setdefault(new.id, new) is new:
-                self._arrived.append(new)
-                return [new]
+            try:
+                if self._rows.setdefault(new.id, new) is new:
+                    self._arrived.append(new)
+                    return [new]
+            except BaseException:  # Ctrl-C in between: it would wait for ever.
+                if self._rows.get(new.id) is new:
+                    del self._rows[new.id]
+                raise
         return super().add(additions, now)
 
     def _take_in(self) -> None:
@@ -3147,10 +3164,8 @@ class SQLiteStore(Store):
         if version != SCHEMA_VERSION:
             _make_file(db, self.path, self._making)
 
-    def _current(self, db: Any) -> Any:
-        """*db*, or in its place a connection to the file that is at our path now."""
-        if self._is_current(db):
-            return db
+    def _reopened(self, db: Any) -> Any:
+        """In place of *db*, a connection to the file that is at our path now."""
         if db is not None:
             self._files.pop(db, None)
             db.close()
@@ -3165,7 +3180,9 @@ class SQLiteStore(Store):
                     return work(*arguments)
                 # As a part of the interrupted write, it could be undone with that.
                 raise _write_in_a_write(self.path)
-            self._writer = db = self._current(self._writer)
+            if not self._is_current(self._writer):
+                self._writer = self._reopened(self._writer)
+            db = self._writer
             self._changing = threading.get_ident()
             try:
                 if db.in_transaction:  # A second Ctrl-C interrupted the ROLLBACK.
@@ -3193,7 +3210,8 @@ class SQLiteStore(Store):
         if self._changing == threading.get_ident():
             return cast("list[Any]", self._writer.execute(statement, values).fetchall())
         with self._read_lock:
-            self._reader = self._current(self._reader)
+            if not self._is_current(self._reader):
+                self._reader = self._reopened(self._reader)
             try:
                 return cast("list[Any]", self._reader.execute(statement, values).fetchall())
             except sqlite3.Error as error:
@@ -4389,6 +4407,14 @@ class _Style(NamedTuple):
     def takes_data(self) -> bool:
         return bool(self.required or self.optional)
 
+    def submitted(self, data: Any) -> Any:
+        """What submit() and map() mean by *data*: None is no data where keywords are filled."""
+        if not self.takes_data:
+            return data
+        if type(data) is _Chunk:
+            return _Chunk({} if one is None else one for one in data)
+        return _NO_DATA if data is None else data
+
     def keywords(self, task_type: str, data: Any) -> dict[str, Any]:
         """The arguments that `data` fills. Raises TypeError if *data* do not fit."""
         known = self.required | self.optional
@@ -5082,7 +5108,8 @@ class TaskQueue(_Tasks):
         self._next_owners = self._next_knock = 0.0  # Monotonic.
         self._declared: dict[str, _Declared] = {}
         self._functions: dict[str, TaskFunction] = {}  # Of the declared types.
-        self._styles: dict[str, _Style] = {}  # Of these, and of those in task maps of clusters.
+        self._own_styles: dict[str, _Style] = {}  # How they are called.
+        self._styles: dict[str, _Style] = {}  # These, and those in task maps of clusters.
         self._unknown: set[str] = set()  # Types that nobody here knows, and that were warned of.
         self._key = _register("TaskQueue", self, _caller())
 
@@ -5150,8 +5177,8 @@ class TaskQueue(_Tasks):
         it. Only another *repeat* moves its due date.
 
         Raises TypeError and ValueError for wrong arguments, for a function that cannot be
-        called as function(job), and for a name that another function has. Declaring does
-        the same while a worker runs your file again, and touches no store.
+        called as function(job), and for a name that another function has. While a worker
+        runs your file again, the same is declared there. No store is touched.
         """
         if callable(name):
             return self.task()(name)
@@ -5189,7 +5216,8 @@ class TaskQueue(_Tasks):
             where = f" of {file}, line {code.co_firstlineno}" if code else ""
             raise _wrong_value("name", name, f"another: {_shown(other.function)}{where} has it")
         self._declared[name] = _Declared(function, defaults, schedule)
-        self._functions[name], self._styles[name] = function, style
+        self._functions[name] = function
+        self._own_styles[name] = self._styles[name] = style
         for watcher in self._watchers:
             watcher.cluster._learn_types()
             for stored in (False, True):
@@ -5260,7 +5288,7 @@ class TaskQueue(_Tasks):
         the store failed.
         """
         _refuse_rerun("add_task")
-        addition = self._addition(self._now(), task_type, data, options)
+        addition = self._addition(self._now(), task_type, data, options, self._styles)
         return Task(self._add([addition], options.get("connection"))[0])
 
     def add_tasks(self, tasks: Iterable[Mapping[str, Any]]) -> list[Task]:
@@ -5281,7 +5309,7 @@ class TaskQueue(_Tasks):
             options = dict(task)
             try:
                 task_type, given = options.pop("task_type", None), options.pop("data", _NO_DATA)
-                additions.append(self._addition(now, task_type, given, options))
+                additions.append(self._addition(now, task_type, given, options, self._styles))
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"tasks[{index}]: {error}") from None
@@ -5294,9 +5322,16 @@ class TaskQueue(_Tasks):
             raise ValueError("connection differs between tasks; add those in a call of their own")
         return [Task(row) for row in self._add(additions, connections[0])]
 
+    def _know(self, styles: Mapping[str, _Style]) -> None:
+        """A cluster on this queue has functions that are called so."""
+        for name, style in styles.items():
+            if self._styles.setdefault(name, style) != style:
+                self._styles[name] = _PLAIN  # Of two functions, nobody knows which will run.
+
     def _addition(
-        self, now: int, task_type: Any, data: Any, options: Any, lane: str = ""
-    ) -> tuple[Row, str]:
+        self, now: int, task_type: Any, data: Any, options: Any, styles: Mapping[str, _Style],
+        lane: str = "",
+    ) -> tuple[Row, str]:  # fmt: skip
         """The Row of a new task, with what its type declares, and its `if_exists`."""
         if type(task_type) is not str:
             task_type = self._name_of(task_type)
@@ -5304,7 +5339,7 @@ class TaskQueue(_Tasks):
             unknown = min(map(str, options.keys() - _ADD_PARAMETERS))
             nearest = _nearest(unknown, _ADD_PARAMETERS)
             raise TypeError(f"add_task and submit have no parameter {unknown!r}{nearest}")
-        declared, style = self._declared.get(task_type), self._styles.get(task_type)
+        declared, style = self._declared.get(task_type), styles.get(task_type)
         if declared is not None and declared.defaults:
             options = {**declared.defaults, **options}
         addition = _make_row(now, task_type, data, lane=lane, **options)
@@ -5523,6 +5558,7 @@ def _read_message(packed: bytearray) -> tuple[Any, ...]:
 # First, how a worker finds its functions and files: what the master sends, and what the
 # worker makes of that. Then, how it runs tasks. It knows no store: tasks come down a pipe.
 
+
 class _Boot(NamedTuple):
     """How a worker finds its task map: see _find_task_map."""
 
@@ -5636,7 +5672,7 @@ def _with_functions(boot: _Boot, cluster: Cluster) -> _Boot:
     in_main, entry = module == "__main__", boot.entry
     with _as_main(home) if in_main else contextlib.nullcontext():
         fit = {name: it for name, it in task_map.items() if _can_be_pickled(it)}  # No lambdas.
-        if len(fit) == len(task_map) or cluster.takes_declared:
+        if fit.keys() >= cluster.task_map.keys() or cluster.takes_declared:
             pickled = _dumps(fit)
     spaces: dict[str, Any] = {} if in_main else {module: home}  # {module: its globals}
     own: dict[str, Any] = {}  # {task type: code} of the functions of __main__.
@@ -5654,8 +5690,8 @@ def _with_functions(boot: _Boot, cluster: Cluster) -> _Boot:
     if entry is None and by_main:
         codes = [code for code in own.values() if code]
         entry = _entry_of(vars(sys.modules.get("__main__", object)), codes)
-    if entry is None and task_map and (by_main or (in_main and pickled is None)):
-        name = [*own, *task_map][0]
+    if entry is None and task_map and (by_main or (in_main and len(fit) < len(task_map))):
+        name = next(iter([*(name for name in task_map if name not in fit), *own, *task_map]))
         what = f"the function of {name!r}" if name else "the initializer"
         raise RuntimeError(
             f"{what} was defined where a worker process cannot find it (python -c, standard "
@@ -6193,10 +6229,16 @@ class _WakeUp:
             _master_ends.add(end)
 
     def set(self) -> None:
-        if not self._pending:
+        if self._pending:
+            return
+        try:
             self._pending = True
-            with contextlib.suppress(OSError):
-                self._writer.send(b"!")
+            self._writer.send(b"!")
+        except OSError:
+            pass
+        except BaseException:  # Ctrl-C before the byte is sent.
+            self._pending = False
+            raise
 
     def clear(self) -> None:
         # The byte first: else a set() in between leaves the flag set without a byte.
@@ -6910,17 +6952,10 @@ class _Futures:
         """End a Future from a thread that must not wait for the Future's lock."""
         if state == _FINISHED and future._end_unseen(left):
             return
-        condition = future._condition
-        if not self.threads:
-            future._end(state, left)
-        elif condition.waiters or not condition.acquire(False):
-            # Somebody has its lock; or concurrent.futures waits, whose waiters have their own.
+        if self.threads:
             self.threads[_FUTURES].post(functools.partial(future._end, state, left))
         else:
-            try:
-                future._end(state, left)
-            finally:
-                condition.release()
+            future._end(state, left)
 
     def unknown_end(self, future: TaskFuture) -> tuple[str, _Left]:
         """How a Future ends if the end of its task is never told here: cancelled, unless its
@@ -6982,18 +7017,20 @@ class _Futures:
 
     def drop(self, futures: Iterable[TaskFuture]) -> None:
         """Nobody waits for these any more: remove their tasks, which are in one store, wherever
-        they wait, now or later. A look ends the Futures. In the dispatcher."""
+        they wait, now or later. In the dispatcher, which must not wait meanwhile."""
 
-        def remove(rows: Sequence[Row]) -> None:
-            if self._remove(rows):
-                self._queue._changed(removed=True, stored=not isinstance(rows[0], MemoryRow))
+        def remove(part: Sequence[TaskFuture]) -> None:
+            if isinstance(part[0]._row, MemoryRow):  # One by one, each in a moment.
+                for future in part:
+                    future._remove(self.call_back)
+            elif self._remove([future._row for future in part]):
+                self._queue._changed(removed=True)  # A look ends the Futures.
 
-        rows = []
-        for future in futures:
+        dropped = list(futures)
+        for future in dropped:
             future._dropped = True
-            rows.append(future._row)
-        for start in range(0, len(rows), 500):
-            part = rows[start : start + 500]
+        for start in range(0, len(dropped), 500):
+            part = dropped[start : start + 500]
             self.threads[_FUTURES].post(functools.partial(remove, part))
 
     def claimed(self, rows: Iterable[Row]) -> None:
@@ -7275,8 +7312,9 @@ class _Crew:
             return
         seconds = now - worker.since
         text = (
-            f"the worker {worker.pid} is still running your file after {seconds:.0f} s, or the "
-            "initializer; what is for the master alone belongs under `if Cluster.is_master():`"
+            f"the worker {worker.pid} is still running your file, or its initializer, after "
+            f"{seconds:.0f} s. In your file, what is for the master alone belongs under `if "
+            "Cluster.is_master():`"
         )
         if seconds < BOOT_LIMIT_SECONDS:
             worker.kill_at = worker.since + BOOT_LIMIT_SECONDS
@@ -8121,12 +8159,8 @@ class _Dispatcher:
             ms = round(seconds * 1000)
             _log.info("cluster:%s:%s:\tdone in %d ms", row.task_type, row.id, ms)
         if opened:
-            what = "conversation was" if opened == 1 else "conversations were"
-            _log.warning(
-                "cluster:%s:%s:\tended while %d %s open; return the Future of toggle_ipc "
-                "to wait for it",
-                *(row.task_type, row.id, opened, what),
-            )
+            text = "cluster:%s:%s:\tended with %d open conversation(s); return toggle_ipc's Future"
+            _log.warning(text, row.task_type, row.id, opened)
         end = row.id, row.claim, "done", True, 0, kept, problem, row.progress, seconds
         run.source.record(run, tuple.__new__(Outcome, end), "done", packed)  # As Outcome(*end).
 
@@ -8381,7 +8415,7 @@ def _mapped(
         unknown = min(options.keys() - _MAP_OPTIONS)
         raise TypeError(f"map() takes no {unknown!r}; allowed: {', '.join(sorted(_MAP_OPTIONS))}")
     task_type = _checked_type(cluster, task_type, options)
-    row, _ = cluster.queue._addition(0, task_type, _Chunk(), options)  # Raises if it must.
+    row, _ = cluster.queue._addition(0, task_type, _Chunk(), options, cluster._styles)
     try:
         given = iter(data)
     except TypeError:
@@ -8453,7 +8487,8 @@ class Cluster(concurrent.futures.Executor):
         functions, styles = ({}, {}) if self.takes_declared else _checked_task_map(task_map)
         _check_broker(message_broker)
         self.queue = TaskQueue() if queue is None else queue
-        self.queue._styles.update({**styles, **self.queue._styles})
+        self.queue._know(styles)
+        self._styles = self.queue._own_styles if self.takes_declared else styles
         self.task_map = self.queue.task_map if self.takes_declared else functions
         _checked_bool("oversubscribe", oversubscribe)
         self._refresh = _checked_milliseconds("refresh_rate", refresh_rate)
@@ -8559,17 +8594,14 @@ class Cluster(concurrent.futures.Executor):
             self._raise_failure()
             raise RuntimeError("cannot submit after shutdown")
         task_type = _checked_type(self, task_type, options)
-        style = self.queue._styles.get(task_type) or _PLAIN
-        if style is not _PLAIN and style.takes_data:
-            if type(data) is _Chunk:
-                data = _Chunk({} if one is None else one for one in data)
-            data = _NO_DATA if data is None else data
-        now = self.queue._now()
-        row, if_exists = self.queue._addition(now, task_type, data, options, engine.owner)
-        future = TaskFuture(futures, row)
-        futures.add(future)  # First: the task may start before _add() returns.
-        replacements = futures.replacements
+        style = self._styles[task_type]
+        if style is not _PLAIN:
+            data = style.submitted(data)
+        now, owner = self.queue._now(), engine.owner
+        row, if_exists = self.queue._addition(now, task_type, data, options, self._styles, owner)
+        future, replacements = TaskFuture(futures, row), futures.replacements
         try:
+            futures.add(future)  # First: the task may start before _add() returns.
             (stored,) = self.queue._add([(row, if_exists)])
         except BaseException:
             futures.discard(future)
@@ -9254,7 +9286,7 @@ def _change(options: Any) -> int:
         if options.command == "retry":
             verb, word, not_so = queue.retry, "waiting", "it is {}, not failed"
         if filters:
-            print(f"{verb(**filters):,} {word}")
+            print(f"{verb(**filters):,} {'put back to ' * (word == 'waiting')}{word}")
         for text in dict.fromkeys(options.id):
             try:
                 row = _found(view, text, now)
@@ -9285,11 +9317,14 @@ def _served(name: str) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
         if queue and not queue.task_map:
             raise ValueError("this TaskQueue declares no tasks")
         task_map = queue.task_map if queue else thing
+        if not isinstance(task_map, Mapping):
+            raise _wrong_type("it", thing, "a TaskQueue or a dict of {task_type: function}")
         _checked_task_map(task_map)
         return queue, task_map
     except Exception as error:  # Told in one line.
         last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f" ({last.filename}, line {last.lineno})" if os.path.exists(last.filename) else ""
+        is_theirs = last.filename != __file__ and os.path.exists(last.filename)
+        where = f" ({last.filename}, line {last.lineno})" if is_theirs else ""
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise TaskPoolError(f"{name} cannot be served: {text}{where}") from error
 
@@ -9354,51 +9389,56 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, str, Any]] = {
 
 
 def _arguments() -> dict[str, dict[str, Any]]:
-    """How argparse reads each argument. Its error names the function: "invalid JSON value"."""
+    """How argparse reads each argument."""
+    import argparse
 
-    def number_over_0(text: str) -> int:
-        return _checked_int("", int(text), 1)
+    def read(how: Callable[[str], Any], allowed: str) -> Callable[[str], Any]:
+        def type_(text: str) -> Any:
+            try:
+                return how(text)
+            except (TypeError, ValueError):
+                raise argparse.ArgumentTypeError(f"{_shown(text)} is not {allowed}") from None
 
-    def seconds(text: str) -> float:
-        return _checked_seconds("", float(text), zero=True)
+        return type_
 
-    def milliseconds(text: str) -> int | str:
-        return text if text == "always" else number_over_0(text)
-
-    def MODULE_NAME(text: str) -> str:
+    def place(text: str) -> str:
         module, _, name = text.partition(":")
         if name and module[-3:] != ".py" and all(map(str.isidentifier, module.split("."))):
             return text
         raise ValueError(text)
 
-    def JSON(text: str) -> Any:
-        return _decode(text)
-
-    flag, count = {"action": "store_true"}, {"type": number_over_0, "metavar": "N"}
+    whole = read(lambda text: _checked_int("", int(text), 1), "a whole number, 1 or more")
+    span = read(lambda text: _checked_seconds("", float(text), zero=True), "a number of seconds")
+    value = read(_decode, "JSON")
+    idle = read(
+        lambda text: text if text == "always" else _checked_int("", int(text), 1),
+        'a whole number of milliseconds, 1 or more, or "always"',
+    )
+    flag, count = {"action": "store_true"}, {"type": whole, "metavar": "N"}
     return {
         "db": {"metavar": "DB", "help": "the file of your TaskQueue"},
         "db?": {"metavar": "DB", "nargs": "?", "help": "the file, if NAME is a task map"},
         "id": {"metavar": "ID", "help": "an id, or its beginning"},
         "id*": {"metavar": "ID", "nargs": "*", "help": "an id, or its beginning"},
         "task_type": {"metavar": "TYPE", "help": "without the defaults that the code declares"},
-        "data?": {"metavar": "JSON", "nargs": "?", "type": JSON, "default": _NO_DATA},
-        "name": {"metavar": "MODULE:NAME", "type": MODULE_NAME, "help": "as app:queue, app:TASKS"},
+        "data?": {"metavar": "JSON", "nargs": "?", "type": value, "default": _NO_DATA},
+        "name": {"metavar": "MODULE:NAME", "type": read(place, "MODULE:NAME, such as app:queue")},
         "text": {"metavar": "EXPR", "help": 'such as "0 9 * * MON-FRI"'},
         "--json": {**flag, "help": "for programs"},
-        "--limit": {**count, "help": f"so many ({LIST_TASKS}; with --json all)"},
+        "--limit": {**count, "help": f"at most so many ({LIST_TASKS}; with --json all)"},
         "--newest": {**flag, "help": "the newest first"},
-        "--state": {"action": "append", "choices": STATES, "help": "only such"},
-        "--type": {"action": "append", "help": "only such"},
+        "--state": {"action": "append", "choices": STATES, "help": "only tasks in that state"},
+        "--type": {"action": "append", "help": "only tasks of that type"},
         "--tz": {"default": "UTC", "help": "its time zone (%(default)s)"},
         "--watch": {**flag, "help": "each second, until Ctrl-C"},
         "-n": {**count, "default": 5, "help": "how many runs (%(default)s)"},
         # Parameters of Cluster:
-        "--workers": {**count, "dest": "max_available_workers", "help": "so many (all CPUs)"},
+        "--workers": {**count, "dest": "max_available_workers", "help": "as many (all CPUs)"},
         "--oversubscribe": {**flag, "help": "also more workers than CPUs"},
-        "--keep-alive": {"type": milliseconds, "metavar": "MS", "help": "if idle; or always"},
-        "--max-tasks-per-worker": {**count, "help": "then a new one takes over"},
+        "--keep-alive": {"type": idle, "metavar": "MS", "help": "how long a worker may be idle"},
+        "--max-tasks-per-worker": {**count, "help": "after so many it is replaced"},
         "--start-method": {"choices": multiprocessing.get_all_start_methods()},
-        "--shutdown-timeout": {"type": seconds, "metavar": "S", "help": "for running tasks (10)"},
+        "--shutdown-timeout": {"type": span, "metavar": "S", "help": "for running tasks (10)"},
         "--logs": {"choices": ("all", "error")},
     }
 

@@ -93,10 +93,10 @@ def double(item: Any) -> Any:
     return 2 * getattr(item, "data", item)
 
 
-def mapped(map_: Callable[[range], Any]) -> float:
-    """Items a second of a few maps in chunks, to the last results."""
+def mapped(map_: Callable[[range], Any], count: int = 5 * ITEMS) -> float:
+    """Items a second of a few maps, to the last results."""
     list(map_(range(100 * CHUNK)))
-    return rate(5 * ITEMS, lambda: [list(map_(range(ITEMS))) for _ in range(5)])
+    return rate(count, lambda: [list(map_(range(count // 5))) for _ in range(5)])
 
 
 def latency(submit: Callable[[float], Any]) -> float:
@@ -115,6 +115,7 @@ def measure_pool() -> dict[str, float]:
         return {
             "memory": futures(lambda: pool.apply_async(nothing).get),
             "map": mapped(lambda items: pool.imap(double, items, CHUNK)),
+            "map singly": mapped(lambda items: pool.imap(double, items), ITEMS),
         }
 
 
@@ -126,6 +127,7 @@ def measure_executor() -> dict[str, float]:
         return {
             "memory": futures(lambda: pool.submit(nothing).result),
             "map": mapped(lambda items: pool.map(double, items, chunksize=CHUNK)),
+            "map singly": mapped(lambda items: pool.map(double, items), ITEMS),
             "big": big(lambda text: pool.submit(echo, text)),
             "latency in memory": started,
             "latency stored": started,
@@ -152,6 +154,9 @@ def measure_taskpool() -> dict[str, float]:
         found["memory"] = futures(lambda: cluster.submit("nothing", in_memory=True).result)
         found["map"] = mapped(
             lambda items: cluster.map("double", items, in_memory=True, chunksize=CHUNK)
+        )
+        found["map singly"] = mapped(
+            lambda items: cluster.map("double", items, in_memory=True), ITEMS
         )
         found["big"] = big(lambda text: cluster.submit("echo", text, in_memory=True))
         for name, in_memory in (("latency in memory", True), ("latency stored", False)):
@@ -240,6 +245,7 @@ MEASURES: dict[str, Callable[[], dict[str, float]]] = {
 WHAT = {
     "memory": "in memory, submit to result, tasks/s",
     "map": f"in memory, map in chunks of {CHUNK} (by Pool imap), items/s",
+    "map singly": "in memory, map one by one (by Pool imap), items/s",
     "big": "in memory, 1 MB of text there and back, tasks/s",
     "run": "stored tasks run, tasks/s",
     "add": "added one by one, tasks/s",
