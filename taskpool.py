@@ -1227,10 +1227,8 @@ def _make_row(
     return tuple.__new__(MemoryRow if in_memory else Row, columns), if_exists
 
 
-_ADD_PARAMETERS = {*(_make_row.__kwdefaults__ or ())} - {"lane"}
-
-if typing.TYPE_CHECKING:
-    from typing_extensions import Unpack  # Part of every type checker; never imported.
+if typing.TYPE_CHECKING:  # Never run. Type checkers bring it along, for each Python from 3.9 on.
+    from typing_extensions import Unpack
 else:
     Unpack = getattr(typing, "Unpack", typing.Union)  # For those who look at annotations.
 
@@ -1267,6 +1265,9 @@ class TaskOptions(SubmitOptions, total=False):
     """The keywords of TaskQueue.add_task."""
 
     connection: sqlite3.Connection | None
+
+
+_ADD_PARAMETERS = TaskOptions.__optional_keys__
 
 
 class Changes(typing.TypedDict, total=False):
@@ -5051,7 +5052,6 @@ class InMemoryTasks(_Tasks):
 Listener = Callable[[Any, Task], Any]
 EVENTS = ("done", "error", "progress")
 _F = TypeVar("_F", bound=TaskFunction)
-_DEFAULTS = ("priority", "retries", "retry_delay", "timeout", "keep_result", "in_memory")
 
 
 class _Declared(NamedTuple):
@@ -5184,8 +5184,9 @@ class TaskQueue(_Tasks):
             return self.task()(name)
         if name is not None:
             _checked_text("name", name)
-        for unknown in defaults.keys() - set(_DEFAULTS):
-            raise TypeError(f"task() has no default {unknown!r}; give {', '.join(_DEFAULTS)}")
+        known = TaskDefaults.__optional_keys__
+        for unknown in defaults.keys() - known:
+            raise TypeError(f"task() has no default {unknown!r}; give {', '.join(sorted(known))}")
         schedule = None if repeat is None else {**defaults, "repeat": repeat}
         if data is not _NO_DATA:
             if schedule is None:
@@ -5571,7 +5572,7 @@ class _Boot(NamedTuple):
     pickled_map: bytes | None
     inherits: bool = False  # The worker is a fork of the master.
     alone: bool = True  # No other Cluster was made in the same place.
-    functions: int = 0  # So many were known.
+    functions: int = 0  # How many the Cluster had then.
     known: _Known = _Known([], set())
     home: _Key | None = None  # Of the Cluster itself, which has the initializer.
 
@@ -5672,7 +5673,7 @@ def _with_functions(boot: _Boot, cluster: Cluster) -> _Boot:
     in_main, entry = module == "__main__", boot.entry
     with _as_main(home) if in_main else contextlib.nullcontext():
         fit = {name: it for name, it in task_map.items() if _can_be_pickled(it)}  # No lambdas.
-        if fit.keys() >= cluster.task_map.keys() or cluster.takes_declared:
+        if fit.keys() >= cluster.task_map.keys() or cluster._takes_declared:
             pickled = _dumps(fit)
     spaces: dict[str, Any] = {} if in_main else {module: home}  # {module: its globals}
     own: dict[str, Any] = {}  # {task type: code} of the functions of __main__.
@@ -5712,7 +5713,7 @@ def _boot_of(cluster: Cluster, code: Any) -> _Boot:
     """
     home, queue, store = cluster._home, cluster.queue, cluster.queue._store
     key, types = cluster._key, tuple(cluster.task_map)
-    if cluster.takes_declared:
+    if cluster._takes_declared:
         key, types = queue._key, ()
     synchronous = store._synchronous if isinstance(store, SQLiteStore) else ""
     boot = _Boot(key, types, _path_of(cluster), synchronous, None, {}, None, home=cluster._key)
@@ -6543,7 +6544,7 @@ class _Worker:
         self.killed = False  # By us: what it ran without a verdict is requeued.
         self.runs: collections.deque[_Run] = collections.deque()  # The head is running.
         self.reported = False  # The head has progress that the store does not know.
-        self.functions = boot.functions  # As many were declared when it started.
+        self.functions = boot.functions  # How many the Cluster had when it started.
         self.load = 0.0  # The sum of the costs of its runs; 1 = no room.
         self.given = 0  # How many tasks it has got so far.
         self.watched = False  # The selector waits until its channel can be written to.
@@ -8411,9 +8412,9 @@ def _mapped(
     _checked_int("chunksize", chunksize, 1)
     if buffersize is not None:
         _checked_int("buffersize", buffersize, 1)
-    if not options.keys() <= _MAP_OPTIONS:
-        unknown = min(options.keys() - _MAP_OPTIONS)
-        raise TypeError(f"map() takes no {unknown!r}; allowed: {', '.join(sorted(_MAP_OPTIONS))}")
+    known = MapOptions.__optional_keys__
+    for unknown in options.keys() - known:
+        raise TypeError(f"map() takes no {unknown!r}; give {', '.join(sorted(known))}")
     task_type = _checked_type(cluster, task_type, options)
     row, _ = cluster.queue._addition(0, task_type, _Chunk(), options, cluster._styles)
     try:
@@ -8428,9 +8429,6 @@ def _mapped(
     results = _in_order(submitted, size > 1, buffersize, deadline, drop)
     next(results)  # It submits the first ones. From here on its `finally` is sure to run.
     return results
-
-
-_MAP_OPTIONS = frozenset({"priority", "retries", "retry_delay", "keep_result", "in_memory"})
 
 
 class Cluster(concurrent.futures.Executor):
@@ -8483,13 +8481,13 @@ class Cluster(concurrent.futures.Executor):
     ) -> None:
         if queue is not None and not isinstance(queue, TaskQueue):
             raise _wrong_type("queue", queue, "a TaskQueue or None")
-        self.takes_declared = task_map is None and queue is not None
-        functions, styles = ({}, {}) if self.takes_declared else _checked_task_map(task_map)
+        self._takes_declared = task_map is None and queue is not None
+        functions, styles = ({}, {}) if self._takes_declared else _checked_task_map(task_map)
         _check_broker(message_broker)
         self.queue = TaskQueue() if queue is None else queue
         self.queue._know(styles)
-        self._styles = self.queue._own_styles if self.takes_declared else styles
-        self.task_map = self.queue.task_map if self.takes_declared else functions
+        self._styles = self.queue._own_styles if self._takes_declared else styles
+        self.task_map = self.queue.task_map if self._takes_declared else functions
         _checked_bool("oversubscribe", oversubscribe)
         self._refresh = _checked_milliseconds("refresh_rate", refresh_rate)
         if max_tasks_per_worker is not None:
