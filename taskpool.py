@@ -48,6 +48,7 @@ The life of a task (each arrow is a method of Store)
                 |                retry                           |
                 +------------------------------------------------+
     remove: waiting, failed, done --> (removed)      update: waiting --> waiting
+    claim, of what `expires` or cannot be read: waiting --> failed
 
 What is promised (the tests and the README carry the same numbers)
 
@@ -86,6 +87,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import copyreg
 import errno
 import functools
 import heapq
@@ -128,8 +130,9 @@ if sys.version_info < (3, 9):  # noqa: UP036 - Who has an older one is to know.
 
 __version__ = "0.1.0"
 __all__ = [
-    "Cluster", "Cron", "DuplicateTask", "MongoStore", "RemoteError", "SQLiteStore", "Store",
-    "StoreError", "Task", "TaskFuture", "TaskPoolError", "TaskQueue", "TaskTimeout", "WorkerDied",
+    "Cluster", "Cron", "DuplicateTask", "GiveUp", "MongoStore", "RemoteError", "Retry",
+    "SQLiteStore", "Store", "StoreError", "Task", "TaskFuture", "TaskPoolError", "TaskQueue",
+    "TaskTimeout", "WorkerDied",
 ]  # fmt: skip
 
 MESSAGE_CHARS = 1 << 17  # From here on data goes to the worker in several messages.
@@ -147,6 +150,7 @@ KNOCK_SECONDS = 0.002  # ... how often they wake them.
 WATCH_SECONDS = 1.0  # How often masters look for dead masters.
 INTERRUPTIONS = 5  # Interrupted single claims after which a task fails (P3).
 BUSY_SECONDS = 30.0  # Longest wait for another process's write lock on SQLite.
+ASIDE_TASKS = 500  # Expired or broken ones that a claim sets aside: no long transaction.
 PROMOTE_TASKS = 5_000  # Due tasks made ready at once: a million would stop the rest.
 PAGE_BYTES = 2048  # Of a new SQLite file: add_task takes a fifth less than by 4096.
 CHECKPOINT_PAGES = 4000  # Of SQLite's log, 8 MB: fewer and cheaper fsyncs.
@@ -220,11 +224,13 @@ class TaskPoolError(Exception):
     +-- RemoteError     a task failed with an exception that cannot be rebuilt here
     +-- WorkerDied      a task's process ended under it
     +-- TaskTimeout     a task ran longer than its timeout (also a TimeoutError)
+    +-- GiveUp, Retry   raised by a task: what is to follow this failure
     """
 
 
 class DuplicateTask(TaskPoolError, ValueError):
-    """A task of that id is waiting or running and `if_exists` is "raise"."""
+    """A task of that id is waiting or running and `if_exists` is "raise", or is "follow" and
+    that task has another type."""
 
 
 class StoreError(TaskPoolError):
@@ -681,6 +687,7 @@ class Row(NamedTuple):
     keep_result: float | None
     lane: str  # "" = for any cluster, else the owner that submitted it.
     state: str  # scheduled, ready (`waiting` outside), running, failed, done.
+    expires: float | None = None  # Seconds after due_at within which it is to be started.
     attempt: int = 0  # Charged starts.
     claim: int = 0  # The fencing token: grows with every claim, never reset.
     owner: str = ""  # Who holds the claim, while running.
@@ -689,7 +696,7 @@ class Row(NamedTuple):
     error: str | None = None
     started_at: int | None = None  # Of the last run that ended, like the next one.
     ended_at: int | None = None
-    expires_at: int | None = None  # When a `done` row is removed.
+    kept_until: int | None = None  # When a `done` row is removed.
     removed: int = 0  # 1: remove() was called during the run.
     successor: Any = None  # What replaces it when its run ends: see _packed_row.
     repeat: str | None = None  # JSON text: microseconds, or the arguments of Cron.
@@ -847,14 +854,15 @@ def _checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def _checked_seconds(name: str, value: Any, zero: bool = False) -> float:
-    """Seconds as a float, from a number or a timedelta; 0 only if *zero*."""
+def _checked_seconds(name: str, value: Any, zero: bool = False, also: str = "") -> float:
+    """Seconds as a float, from a number or a timedelta; 0 only if *zero*. *also* is what else
+    the error names as allowed."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if type(seconds) in (int, float):
         if 0 < seconds <= _MOST_SECONDS or (zero and seconds == 0):  # Neither is NaN.
             return float(seconds)
     allowed = "a finite number of seconds or a timedelta, " + ("0 or more" if zero else "over 0")
-    raise _wrong(name, value, allowed, int, float, timedelta)
+    raise _wrong(name, value, allowed + also, int, float, timedelta)
 
 
 def _checked_milliseconds(name: str, value: Any) -> float:
@@ -898,6 +906,13 @@ def _instant(due_date: Any, now: int, name: str = "due_date") -> int:
     except (OverflowError, ValueError) as error:
         raise _wrong_value(name, due_date, allowed + f" ({error})") from None
     return instant
+
+
+def _checked_expires(expires: Any, due_at: int, now: int) -> float:
+    """Seconds after the due date; less than 0 for a datetime before that."""
+    if isinstance(expires, datetime):
+        return (_instant(expires, now, "expires") - due_at) / 1e6
+    return _checked_seconds("expires", expires, also=", after the due date; or a datetime")
 
 
 def _checked_repeat(repeat: Any) -> timedelta | Cron:
@@ -989,6 +1004,9 @@ class Task:
         "retry_delay", "Seconds before the first retry; each further one waits twice as long."
     )
     timeout: Final[float | None] = _column("timeout", "Seconds after which a run is killed.")
+    expires: Final[float | None] = _column(
+        "expires", "Seconds after the due date: it does not start later. None: it always does."
+    )
     repeat: Final[timedelta | Cron | None] = _column(
         "repeat", "How it repeats: an interval, a Cron, or None for not at all.", _read_repeat
     )
@@ -1173,15 +1191,15 @@ def _pickled_data(value: Any) -> bytes:
         raise _wrong_type("data", value, f"what can be pickled; {why}") from error
 
 
-_FRESH = tuple(Row._field_defaults.values())[:-3]  # Of a task without a history.
-_IF_EXISTS = ("raise", "keep", "replace")
+_FRESH = tuple(Row._field_defaults.values())[1:-3]  # Of a task without a history.
+_IF_EXISTS = ("raise", "keep", "replace", "follow")
 SCHEDULE = "schedule:"  # The ids of what queue.task keeps stored begin with this.
 
 
 def _make_row(
     now: int, task_type: Any, data: Any = _NO_DATA, *, priority: Any = 1, task_id: Any = None,
     due_date: Any = None, in_memory: Any = False, repeat: Any = None, retries: Any = 0,
-    retry_delay: Any = 1.0, timeout: Any = None, keep_result: Any = None,
+    retry_delay: Any = 1.0, timeout: Any = None, keep_result: Any = None, expires: Any = None,
     if_exists: Any = "raise", connection: Any = None, lane: str = "",
 ) -> tuple[Row, str]:  # fmt: skip
     """The new Row and its `if_exists`, or the error that add_task documents."""
@@ -1218,10 +1236,12 @@ def _make_row(
             repeat = json.dumps([str(rule), rule.tz])
             due_date = rule.next(_datetime(now)) if due_date is None else due_date
     due_at = now if due_date is None else _instant(due_date, now)
+    if expires is not None:
+        expires = _checked_expires(expires, due_at, now)
     state = "ready" if due_at <= now else "scheduled"
     columns = (
         task_id, task_type, data, priority, now, due_at, due_at, retries, retry_delay,
-        timeout, keep_result, lane, state, *_FRESH, repeat, None, items,
+        timeout, keep_result, lane, state, expires, *_FRESH, repeat, None, items,
     )  # fmt: skip
     # In two thirds of the time of Row().
     return tuple.__new__(MemoryRow if in_memory else Row, columns), if_exists
@@ -1233,7 +1253,7 @@ else:
     Unpack = getattr(typing, "Unpack", typing.Union)  # For those who look at annotations.
 
 State = Literal["waiting", "running", "failed", "done"]
-IfExists = Literal["raise", "keep", "replace"]
+IfExists = Literal["raise", "keep", "replace", "follow"]
 
 
 class MapOptions(typing.TypedDict, total=False):
@@ -1250,11 +1270,14 @@ class TaskDefaults(MapOptions, total=False):
     """What queue.task may declare for all tasks of a type."""
 
     timeout: float | timedelta | None
+    expires: float | timedelta | None
 
 
-class SubmitOptions(TaskDefaults, total=False):
+class SubmitOptions(MapOptions, total=False):
     """The keywords of Cluster.submit."""
 
+    timeout: float | timedelta | None
+    expires: float | timedelta | datetime | None
     task_id: str | None
     due_date: datetime | timedelta | None
     repeat: timedelta | str | Cron | None
@@ -1281,6 +1304,7 @@ class Changes(typing.TypedDict, total=False):
     retry_delay: float | timedelta
     timeout: float | timedelta | None
     keep_result: float | timedelta | None
+    expires: float | timedelta | datetime | None
 
 
 class Filters(typing.TypedDict, total=False):
@@ -1320,6 +1344,7 @@ _GROUPS = {
     "retries": _Kind((int,), 0, (0, MAX_INT)),
     "retry_delay": _Kind((float, int), 0.0, _SECONDS),
     "timeout keep_result": _Kind((float, int, _NULL), None, _SECONDS),
+    "expires": _Kind((float, int, _NULL), None),
     "state": _Kind((str,), "failed"),
     "attempt claim interrupted": _Kind((int,), 0, (0, MAX_INT // 2)),  # With room for the next.
     "error successor": _Kind((str, _NULL), None),
@@ -1327,7 +1352,7 @@ _GROUPS = {
     "repeat": _Kind((str, _NULL), None, None, _read_repeat),
     "progress": _Kind((str, _NULL), None, None, _read_progress),
     "started_at ended_at": _Kind((int, _NULL), None, _YEARS),
-    "expires_at": _Kind((int, _NULL), None, _ANY),
+    "kept_until": _Kind((int, _NULL), None, _ANY),
     "removed": _Kind((int,), 0, (0, 1)),
 }
 _KINDS = {n: kind for n in _COLUMNS for names, kind in _GROUPS.items() if n in names.split()}
@@ -1412,12 +1437,64 @@ class Outcome(NamedTuple):
     id: str
     claim: int
     state: str  # done, failed, ready (start again at ready_at), removed; running: a report.
-    charged: bool = True  # False: requeued; the start does not count.
+    charged: bool = True  # False: the start does not count: requeued, or "not now".
     ready_at: int = 0
     result: str | None = None  # JSON text.
     error: str | None = None
     progress: str | None = None  # JSON of a Progress.
     seconds: float | None = None  # How long the run took. None: it did not come to its end.
+
+
+class Retry(TaskPoolError):
+    """Raised by a task: it is to start again in so many *seconds* (or a timedelta; over 0
+    without *counts*), in place of what `retry_delay` says. It uses up one of the `retries`, and
+    without one left the task fails. With counts=False this attempt is no failure but "not now":
+    it does not count, however often, and no "error" listener is called; `expires` ends it.
+
+    Subclasses count. Elsewhere than in a task this is an exception like others. Raises
+    TypeError and ValueError for wrong arguments.
+    """
+
+    seconds: float | None = None  # Of a subclass that does not call this: by retry_delay.
+    counts: bool = True
+
+    def __init__(self, seconds: float | timedelta, counts: bool = True) -> None:
+        self.counts = _checked_bool("counts", counts)
+        self.seconds = _checked_seconds("seconds", seconds, zero=counts)
+
+    def __reduce__(self) -> Any:  # Whatever arguments a subclass takes.
+        new = copyreg.__newobj__  # type: ignore[attr-defined]
+        return new, (type(self), *self.args), self.__dict__
+
+    def __str__(self) -> str:
+        return f"again in {self.seconds} s" + ("" if self.counts else ", not counted")
+
+
+class GiveUp(TaskPoolError):
+    """Raised by a task: it fails for good, whatever `retries` says. (Of a task that repeats this
+    run does; the next slot comes.) Subclasses count. Elsewhere than in a task this is an
+    exception like others."""
+
+
+class Plan(NamedTuple):
+    """What is to follow a failed attempt."""
+
+    may_retry: bool = True
+    seconds: float | None = None  # Until the retry; None: by its retry_delay.
+    counts: bool = True  # False: it was no failure, but "not now".
+
+
+_ORDINARY = Plan()
+
+
+def plan_of(error: Any) -> Plan:
+    """What the exception of a task asks for. A Retry may have been spoiled by its subclass."""
+    kind = type(error)
+    if issubclass(kind, Retry):
+        with contextlib.suppress(BaseException):
+            counts = _checked_bool("counts", error.counts)
+            return Plan(True, _checked_seconds("seconds", error.seconds, zero=counts), counts)
+    return Plan(may_retry=False) if issubclass(kind, GiveUp) else _ORDINARY
 
 
 def back_off(seconds: float, failures: int, most: float) -> float:
@@ -1504,10 +1581,11 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
     """
     if old is None:
         return new, new
-    last = old.created_at  # Id and created_at together name an incarnation.
+    last, successor = old.created_at, None  # Id and created_at together name an incarnation.
     if old.successor is not None:
         with contextlib.suppress(ValueError):
-            last = max(last, _unpacked_row(old.successor).created_at)
+            successor = _unpacked_row(old.successor)
+            last = max(last, successor.created_at)
     if new.created_at <= last:
         new = new._replace(created_at=last + 1)
     replacing = new._replace(claim=old.claim)  # The fencing token is never reset.
@@ -1518,8 +1596,14 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
     if if_exists == "raise":
         raise DuplicateTask(
             f"task_id {_shown(old.id)} is {_public_state(old.state)}; give another task_id, "
-            'or if_exists="keep" or "replace"'
+            'or if_exists="keep", "replace" or "follow"'
         )
+    if if_exists == "follow" and (successor or old.state != "running"):
+        changed = (successor or old)._replace(data=new.data)
+        if changed.task_type != new.task_type:
+            kind = f"is of the type {_shown(changed.task_type)}"
+            raise DuplicateTask(f"task_id {_shown(old.id)} {kind}; give another task_id")
+        return old._replace(successor=_packed_row(changed)) if successor else changed, changed
     if old.state == "running":
         return old._replace(successor=_packed_row(new), removed=0), new
     return replacing, new
@@ -1540,49 +1624,6 @@ def claimed(row: Row, owner: str, now: int) -> Row:
     return tuple.__new__(type(row), values)
 
 
-def choose(
-    candidates: Iterable[Row], costs: Mapping[str, float], limit: float
-) -> tuple[list[Row], list[tuple[Row, str]]]:
-    """What a claim takes of *candidates*, which come in order; and those that it came across
-    and that cannot be run, with the reasons.
-
-    Each task uses up its cost of *limit*; the first that does not fit ends the claim. A task
-    that was interrupted is taken alone. (P3)
-    """
-    taken: list[Row] = []
-    broken: list[tuple[Row, str]] = []
-    for row in candidates:
-        if not isinstance(row, MemoryRow) and (reason := _unusable(row)):
-            broken.append((row, reason))
-            continue
-        is_suspect, cost = row.interrupted > 0, cost_of(row, costs)
-        if cost > limit + 1e-9 or (is_suspect and taken):
-            break
-        limit -= cost
-        taken.append(row)
-        if is_suspect:
-            break
-    return taken, broken
-
-
-def retry_or_fail(row: Row, error: str, now: int, may_retry: bool = True) -> Outcome:
-    """What becomes of a charged start that failed: a retry, or the end."""
-    if may_retry and row.attempt <= row.retries:
-        delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
-        return Outcome(row.id, row.claim, "ready", ready_at=now + int(delay * 1e6), error=error)
-    return Outcome(row.id, row.claim, "failed", error=error, progress=row.progress)
-
-
-def is_held(row: Row, owner: str, outcome: Outcome) -> bool:
-    """Whether *owner* still holds the claim that *outcome* ends."""
-    return row.claim == outcome.claim and row.state == "running" and row.owner == owner
-
-
-def _waiting_again(row: Row) -> Row:
-    attempt = max(row.attempt - 1, 0)
-    return row._replace(state="ready", attempt=attempt, owner="", progress=None)
-
-
 def _after_end(row: Row, now: int) -> Row | None:
     """done, failed -> waiting for its next slot, if it has one; else kept, or None."""
     slot = None if row.repeat is None else next_slot(row.repeat, row.due_at, now)
@@ -1594,7 +1635,96 @@ def _after_end(row: Row, now: int) -> Row | None:
     if row.keep_result is None:
         return None
     kept = int(min(row.keep_result * 1e6, NEVER - now - 1))  # Fits in a store.
-    return row._replace(expires_at=now + kept)
+    return row._replace(kept_until=now + kept)
+
+
+def quarantined(row: Row, reason: str) -> Row:
+    """any -> failed, for a row that cannot be read. Its data and plans stay as they are."""
+    return row._replace(state="failed", owner="", interrupted=0, error=reason)
+
+
+EXPIRED = "Expired: "  # So begins the error of a task that was too late to start.
+
+
+def expiry(row: Row, now: int) -> str:
+    """The error of a task whose turn comes too late ("": it comes in time)."""
+    if row.expires is None or not now > row.due_at + row.expires * 1e6:  # Others wrote NaN.
+        return ""
+    due, seconds = _datetime(row.due_at).isoformat(" ", "milliseconds"), max(row.expires, 0.0)
+    error = f"{EXPIRED}due {due}, to be started within {seconds:.9g} s"
+    if row.error and row.ended_at is not None and row.ended_at >= row.due_at:
+        error += f"\n\n{row.error}"  # Of a run for this due date, which was to be retried.
+    return error
+
+
+def set_aside(row: Row, reason: str, now: int) -> tuple[Row, Row]:
+    """waiting -> failed, for a task that is not to start; a schedule skips the slot that has
+    expired. Returns what is to be stored, and the Row of the task for those it is told."""
+    failed = quarantined(row, reason)
+    if not reason.startswith(EXPIRED):
+        return failed, readable(failed)
+    if row.successor is not None:
+        return _unpacked_row(row.successor)._replace(claim=row.claim), failed
+    following = cast(Row, _after_end(failed, now))
+    return following, following
+
+
+def not_started(row: Row) -> TaskPoolError:
+    """What is told of a task that was set aside."""
+    error = row.error or ""
+    if error.startswith(EXPIRED):
+        return TaskPoolError(error.partition("\n")[0])
+    return StoreError(f"the stored task cannot be run: {error}")
+
+
+def choose(
+    candidates: Iterable[Row], costs: Mapping[str, float], limit: float, now: int
+) -> tuple[list[Row], list[tuple[Row, str]]]:
+    """What a claim takes of *candidates*, which come in order; and those that it came across
+    and that are not to start, with the reasons.
+
+    Each task uses up its cost of *limit*; the first that does not fit ends the claim. A task
+    that was interrupted is taken alone. (P3)
+    """
+    taken: list[Row] = []
+    aside: list[tuple[Row, str]] = []
+    for row in candidates:
+        if (not isinstance(row, MemoryRow) and (reason := _unusable(row))) or (
+            row.expires is not None and (reason := expiry(row, now))
+        ):
+            aside.append((row, reason))
+            if len(aside) == ASIDE_TASKS:
+                break
+            continue
+        is_suspect, cost = row.interrupted > 0, cost_of(row, costs)
+        if cost > limit + 1e-9 or (is_suspect and taken):
+            break
+        limit -= cost
+        taken.append(row)
+        if is_suspect or limit + 1e-9 < LEAST_SHARE:  # There is room for no other.
+            break
+    return taken, aside
+
+
+def retry_or_fail(row: Row, error: str, now: int, plan: Plan = _ORDINARY) -> Outcome:
+    """What becomes of a start that failed: a retry, or the end."""
+    if plan.may_retry and (row.attempt <= row.retries or not plan.counts):
+        delay = plan.seconds
+        if delay is None:
+            delay = back_off(row.retry_delay, row.attempt, RETRY_CAP_SECONDS)
+        ready_at = now + int(min(delay * 1e6, _YEARS[1] - now))
+        return Outcome(row.id, row.claim, "ready", plan.counts, ready_at, error=error)
+    return Outcome(row.id, row.claim, "failed", error=error, progress=row.progress)
+
+
+def is_held(row: Row, owner: str, outcome: Outcome) -> bool:
+    """Whether *owner* still holds the claim that *outcome* ends."""
+    return row.claim == outcome.claim and row.state == "running" and row.owner == owner
+
+
+def _waiting_again(row: Row) -> Row:
+    attempt = max(row.attempt - 1, 0)
+    return row._replace(state="ready", attempt=attempt, owner="", progress=None)
 
 
 def _run_times(row: Row, outcome: Outcome, now: int) -> dict[str, Any]:
@@ -1617,7 +1747,7 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
         return row
     if row.removed or outcome.state == "removed":
         return None
-    if not outcome.charged:
+    if not outcome.charged and outcome.seconds is None:
         return _waiting_again(row)._replace(ready_at=outcome.ready_at)
     if row.successor is not None:
         return _unpacked_row(row.successor)._replace(claim=row.claim)
@@ -1627,7 +1757,8 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     )  # fmt: skip
     if outcome.state == "ready":
         state = "ready" if outcome.ready_at <= now else "scheduled"
-        return row._replace(state=state, ready_at=outcome.ready_at, progress=None)
+        attempt = row.attempt - (not outcome.charged)
+        return row._replace(state=state, ready_at=outcome.ready_at, attempt=attempt, progress=None)
     return _after_end(row, now)
 
 
@@ -1701,11 +1832,6 @@ def what_became(before: Row, found: Row | None) -> str:
     return "repeated" if found.repeat is not None and has_repeated else ""
 
 
-def quarantined(row: Row, reason: str) -> Row:
-    """any -> failed, for a row that cannot be read. Its data and plans stay as they are."""
-    return row._replace(state="failed", owner="", interrupted=0, error=reason)
-
-
 def checked(policy: Callable[..., Row | None], row: Row, *arguments: Any) -> Row | None:
     """What follows a stored row: what *policy* says, or `failed` if it cannot be read."""
     reason = "" if isinstance(row, MemoryRow) else _unusable(row)  # A MemoryRow is sound.
@@ -1718,9 +1844,10 @@ def after_remove(row: Row) -> Row | None:
 
 
 def after_retry(row: Row, now: int) -> Row:
-    """failed -> waiting, with a fresh set of attempts."""
+    """failed -> waiting, with a fresh set of attempts, however late it is."""
     waiting = row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="")
-    return waiting._replace(progress=None, removed=0)  # A remove() may have been killed half way.
+    # A remove() may have been killed half way.
+    return waiting._replace(expires=None, progress=None, removed=0)
 
 
 def after_adds(
@@ -1753,7 +1880,7 @@ def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now:
     return row._replace(state="ready" if row.ready_at <= now else "scheduled")
 
 
-_DECLARED = "data priority retries retry_delay timeout keep_result repeat".split()
+_DECLARED = "data priority retries retry_delay timeout keep_result expires repeat".split()
 
 
 def after_declaration(old: Row, new: Row | None, now: int) -> Row | None:
@@ -2160,7 +2287,7 @@ class Store:
     def expire(self, now: int) -> None:
         """done -> (removed), for those whose time is over."""
         for row in self.rows(Query(states=["done"]), now):
-            if row.expires_at is not None and row.expires_at <= now:
+            if row.kept_until is not None and row.kept_until <= now:
                 self.write(row, None)
 
     def next_due(
@@ -2228,7 +2355,8 @@ class Store:
         Takes only tasks with a due date of at most *until*, and none that others have
         reserved. Each Row returned has its attempt and claim counted up. A task that was
         interrupted is taken alone, and only if *owner* holds no other such task. A row
-        that cannot be read becomes `failed`, and is returned so.
+        that cannot be read or has expired becomes `failed`, or waits for its next slot,
+        and is returned so.
         """
         costs = types if isinstance(types, Mapping) else dict.fromkeys(types, 1.0)
         if not costs or limit <= 0:
@@ -2239,12 +2367,12 @@ class Store:
         self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int
     ) -> list[Row]:
         most = math.ceil(limit / max(min(costs.values()), LEAST_SHARE))
-        chosen, broken = choose(self.candidates(owner, costs, most, now, until), costs, limit)
+        chosen, aside = choose(self.candidates(owner, costs, most, now, until), costs, limit, now)
         taken = self.take(chosen, owner, now) if chosen else []
-        if broken:
-            failed = [(row, quarantined(row, reason)) for row, reason in broken]
-            written = zip(failed, self.write_all(failed))
-            taken += [readable(row) for (_, row), done in written if done]
+        if aside:
+            after = [set_aside(row, reason, now) for row, reason in aside]
+            done = self.write_all([(row, new) for (row, _), (new, _) in zip(aside, after)])
+            taken += [told for (_, told), written in zip(after, done) if written]
         return taken
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
@@ -2541,8 +2669,8 @@ class MemoryStore(Store):
             self._ready[place].push(number, row)
         elif row.state == "scheduled":
             heapq.heappush(self._dated[place], (row.ready_at, number, row))
-        elif row.expires_at is not None:
-            heapq.heappush(self._dated[None], (row.expires_at, number, row))
+        elif row.kept_until is not None:
+            heapq.heappush(self._dated[None], (row.kept_until, number, row))
 
     def _is_alive(self, row: Row) -> bool:
         return self._rows.get(row.id) is row
@@ -2642,7 +2770,7 @@ class MemoryStore(Store):
 _LIST = ", ".join(_COLUMNS)
 _IGNORED = "SQLite ignored the change; does the table have a trigger?"
 
-SCHEMA_VERSION = 4  # Counts changes of what follows; see _make_schema.
+SCHEMA_VERSION = 5  # Counts changes of what follows; see _make_schema.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS taskpool_task (
     seq INTEGER PRIMARY KEY,  -- Grows in the order of insertion.
@@ -2650,10 +2778,10 @@ CREATE TABLE IF NOT EXISTS taskpool_task (
     priority INTEGER NOT NULL, created_at INTEGER NOT NULL,
     due_at INTEGER NOT NULL, ready_at INTEGER NOT NULL,
     retries INTEGER NOT NULL, retry_delay REAL NOT NULL, timeout REAL,
-    keep_result REAL, lane TEXT NOT NULL, state TEXT NOT NULL,
+    keep_result REAL, lane TEXT NOT NULL, state TEXT NOT NULL, expires REAL,
     attempt INTEGER NOT NULL, claim INTEGER NOT NULL, owner TEXT NOT NULL,
     interrupted INTEGER NOT NULL, result TEXT, error TEXT,
-    started_at INTEGER, ended_at INTEGER, expires_at INTEGER,
+    started_at INTEGER, ended_at INTEGER, kept_until INTEGER,
     removed INTEGER NOT NULL, successor TEXT, repeat TEXT, progress TEXT);
 -- For _READY, _STARTABLE, _OPEN_LANE: what can be claimed, in order.
 CREATE INDEX IF NOT EXISTS taskpool_ready
@@ -2665,8 +2793,8 @@ ON taskpool_task (lane, task_type, ready_at) WHERE state = 'scheduled';
 CREATE INDEX IF NOT EXISTS taskpool_running
 ON taskpool_task (owner, interrupted) WHERE state = 'running';
 -- For _EXPIRE.
-CREATE INDEX IF NOT EXISTS taskpool_expires
-ON taskpool_task (expires_at) WHERE expires_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS taskpool_kept
+ON taskpool_task (kept_until) WHERE kept_until IS NOT NULL;
 CREATE TABLE IF NOT EXISTS taskpool_master (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS taskpool_version (version INTEGER NOT NULL)
 """
@@ -2688,14 +2816,16 @@ _HAS_READ = (
     "file of its own"
 )
 
-# -> waiting, without a history but for claim.
-_INTO = f"""
-INSERT INTO taskpool_task ({", ".join(_COLUMNS[:_ATTEMPT])}, claim, repeat,
-    attempt, owner, interrupted, removed) VALUES
-"""
-_FIRST = f"({', '.join('?' * _ATTEMPT)}, ?, ?, 0, '', 0, 0)"
-_ADD = f"{_INTO} {_FIRST}"
-_ADD_TEN = f"{_INTO} {', '.join([_FIRST] * 10)}"
+# -> waiting, without a history but for claim: one task and ten, by the number of the values
+# that _addition() gives.
+_EXPIRES = _COLUMNS.index("expires")
+_INTO = "INSERT INTO taskpool_task ({}, attempt, owner, interrupted, removed) VALUES {}".format
+_ADD, _ADD_TEN = dict[int, str](), dict[int, str]()
+for _given in (("claim", "repeat"), ("claim", "repeat", "expires")):
+    _names = *_COLUMNS[:_EXPIRES], *_given
+    _first = f"({'?, ' * len(_names)}0, '', 0, 0)"
+    _ADD[len(_names)] = _INTO(", ".join(_names), _first)
+    _ADD_TEN[len(_names)] = _INTO(", ".join(_names), ", ".join([_first] * 10))
 _ERASE = "DELETE FROM taskpool_task WHERE id = ?"
 # Any state -> any other: writes what differs, so that nothing else is touched.
 _WRITE = "UPDATE taskpool_task SET {} WHERE id = ?"
@@ -2729,6 +2859,7 @@ AND (interrupted = 0 OR NOT EXISTS (
     SELECT 1 FROM taskpool_task WHERE state = 'running' AND owner = :owner AND interrupted > 0))
 ORDER BY priority DESC, created_at, seq LIMIT :most
 """
+_MORE = f"{_READY} OFFSET :first"
 # ready -> running
 _CLAIM = """
 UPDATE taskpool_task
@@ -2792,7 +2923,7 @@ UPDATE taskpool_task SET lane = '' WHERE (state = 'ready' AND lane > '' AND lane
 OR (state = 'scheduled' AND lane > '' AND lane IN {_OWNER})
 """
 _EXPIRE = """
-DELETE FROM taskpool_task WHERE expires_at IS NOT NULL AND expires_at <= ? AND state = 'done'
+DELETE FROM taskpool_task WHERE kept_until IS NOT NULL AND kept_until <= ? AND state = 'done'
 """
 
 # The task types for all of which a task can start now.
@@ -2872,8 +3003,9 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     return " AND ".join(["1", *terms]), list(terms.values())
 
 
-def _addition(row: Row) -> tuple[Any, ...]:
-    return (*row[:_ATTEMPT], row.claim, row.repeat)
+def _addition(row: Row, may_expire: bool = False) -> tuple[Any, ...]:
+    values = (*row[:_EXPIRES], row.claim, row.repeat)
+    return (*values, row.expires) if may_expire or row.expires is not None else values
 
 
 def _version_of(db: _Database, path: str) -> int | None:
@@ -3242,7 +3374,8 @@ class SQLiteStore(Store):
 
     def write(self, old: Row | None, new: Row | None) -> bool:
         if old is None:
-            return new is None or self._run(_ADD, _addition(new)) == 1
+            first = () if new is None else _addition(new)
+            return new is None or self._run(_ADD[len(first)], first) == 1
         statement, values = _ERASE, [old.id]
         if new is not None:
             pairs = zip(_COLUMNS, old, new)
@@ -3259,12 +3392,13 @@ class SQLiteStore(Store):
         if len(pairs) < 10 or any(old is not None for old, _ in pairs):
             return super().write_all(pairs)
         # Ten rows by each statement, in a third of the time.
-        rows = [_addition(cast(Row, new)) for _, new in pairs]
+        may_expire = any(new is not None and new.expires is not None for _, new in pairs)
+        rows = [_addition(cast(Row, new), may_expire) for _, new in pairs]
         tens = len(rows) // 10 * 10
         values = itertools.chain.from_iterable(rows[:tens])
         groups = zip(*[values] * (10 * len(rows[0])))
-        count = self._writer.executemany(_ADD_TEN, groups).rowcount
-        count += self._writer.executemany(_ADD, rows[tens:]).rowcount
+        count = self._writer.executemany(_ADD_TEN[len(rows[0])], groups).rowcount
+        count += self._writer.executemany(_ADD[len(rows[0])], rows[tens:]).rowcount
         return [count == len(rows)] * len(rows)
 
     def _put(self, pairs: Sequence[_Pair]) -> None:
@@ -3295,8 +3429,13 @@ class SQLiteStore(Store):
         def line(head: Sequence[Any]) -> Iterator[Sequence[Any]]:
             if len(heads) > 1:
                 yield head  # Until it is the best there is, the line behind it is not read.
-            place = {"type": head[2], "lane": head[3], "until": until, "most": most}
-            yield from db.execute(_READY, {"owner": owner, **place})
+            place = {"type": head[2], "lane": head[3], "until": until, "owner": owner}
+            left = most
+            for columns in db.execute(_READY, {**place, "most": most}):
+                left -= 1
+                yield columns
+            if not left:  # Some are set aside.
+                yield from db.execute(_MORE, {**place, "most": ASIDE_TASKS, "first": most})
 
         self._seqs = {}
         for columns in heapq.merge(*map(line, heads), key=_rank):
@@ -3367,7 +3506,8 @@ class SQLiteStore(Store):
             if len(additions) == 1 and is_idle:
                 row = additions[0][0]
                 try:  # By one statement, in half of the time of a transaction.
-                    if self._run(_ADD, _addition(row)) == 1 and self._is_current(db):
+                    values = _addition(row)
+                    if self._run(_ADD[len(values)], values) == 1 and self._is_current(db):
                         return [row]
                 except sqlite3.IntegrityError:
                     pass  # The id is taken: after_add() says what that means.
@@ -3448,7 +3588,7 @@ _MONGO_INDEXES: tuple[tuple[str, list[tuple[str, int]], dict[str, bool]], ...] =
     ("taskpool_scheduled", [*_PLACE, *_BY_DATE], {}),
     # Sparse: only running documents have an owner, only `done` ones expire.
     ("taskpool_running", [("taskpool.owner", 1)], {"sparse": True}),
-    ("taskpool_expires", [("taskpool.expires_at", 1)], {"sparse": True}),
+    ("taskpool_kept", [("taskpool.kept_until", 1)], {"sparse": True}),
 )
 _READABLE_CHARS = 1_000_000  # Longer data are stored as text, which is smaller.
 _MOST_BYTES = 7_000_000  # Of data, and of a result: MongoDB's 16 MB hold both.
@@ -3465,7 +3605,7 @@ _NEW = {"taskpool.state": {"$not": {"$gt": ""}}}  # Documents that an applicatio
 _RESERVED = {"taskpool.state": {"$in": ["ready", "scheduled", "running"]}}
 # Any task that failed: all that retry() changes has an unusual value.
 _FAILED = Row(
-    *("", "", "", 0, 0, 0, -1, 0, 1.0, None, None, "-", "failed", 1),
+    *("", "", "", 0, 0, 0, -1, 0, 1.0, None, None, "-", "failed", 1.0, 1),
     error="-", removed=1, progress="-",
 )  # fmt: skip
 
@@ -3645,6 +3785,15 @@ def _fitting(outcome: Outcome) -> Outcome:
         return outcome
     error = f"the result is not kept: it has over {_MOST_BYTES:,} bytes as JSON"
     return outcome._replace(result=None, error=error)
+
+
+def _sorted_out(row: Row, now: int) -> tuple[Row, Row]:
+    """What is to be stored, and told, of a task that was claimed unseen: itself if it may run."""
+    if reason := _unusable(row):
+        return set_aside(row, reason, now)
+    if reason := expiry(row, now):
+        return set_aside(_waiting_again(row), reason, now)  # That claim does not count.
+    return row, row
 
 
 def _is_over(since: int, seconds: float, now: int) -> bool:
@@ -4058,6 +4207,8 @@ class MongoStore(Store):
         options["limit"] = limit = most + claims.asked + 1
         rows = self._documents.rows(where, now, _READ_SHORT, **options)
         claims.ready = len(rows) if len(rows) < limit else math.inf
+        # Those that have expired are set aside by _start(), which reads their errors, too.
+        rows = [row if row.expires is None else row._replace(expires=None) for row in rows]
         if claims.joined:  # A task that was interrupted is taken alone.
             return itertools.takewhile(lambda row: not row.interrupted, rows)
         return rows
@@ -4070,7 +4221,7 @@ class MongoStore(Store):
 
     def _start(self, owner: str, where: dict[str, Any], now: int, one: bool) -> list[Row]:
         """ready -> running for all that *where* selects, or only for the first (*one*). Returns
-        the Rows after that; those that cannot be run have become `failed`."""
+        the Rows after that; those that are not to start have been set aside."""
         held = {**where, **_held_by(owner)}
         mine = {**_held_by(owner), "taskpool.ready_at": now, "onGoing": True}
         update = {"$set": mine, "$inc": {"taskpool.claim": 1, "taskpool.attempt": 1}}
@@ -4091,13 +4242,13 @@ class MongoStore(Store):
             known = {row.id: row.claim for row in self._claims[owner].rows.values()}
             rows = self._documents.rows(held, now)
             rows = [row for row in rows if known.get(row.id) != row.claim]
-        return self._sound(rows)
+        return self._sound(rows, now)
 
-    def _sound(self, rows: list[Row]) -> list[Row]:
-        """Make those that cannot be run `failed`. Returns all, as they are then."""
-        after = [quarantined(row, reason) if (reason := _unusable(row)) else row for row in rows]
-        self.write_all([(row, new) for row, new in zip(rows, after) if new is not row])
-        return [new if new is row else readable(new) for row, new in zip(rows, after)]
+    def _sound(self, rows: list[Row], now: int) -> list[Row]:
+        """Set aside those that are not to run. Returns all, as they are told of then."""
+        after = [_sorted_out(row, now) for row in rows]
+        self.write_all([(row, new) for row, (new, _) in zip(rows, after) if new is not row])
+        return [told for _, told in after]
 
     def _requeue_unknown(self, owner: str, now: int) -> None:
         """running -> ready, for claims that the server made and could not tell us of."""
@@ -4179,7 +4330,7 @@ class MongoStore(Store):
         self._tasks.update_many(where, {"$set": {"taskpool.lane": ""}})
 
     def expire(self, now: int) -> None:
-        done = {"taskpool.state": "done", "taskpool.expires_at": {"$lte": now}}
+        done = {"taskpool.state": "done", "taskpool.kept_until": {"$lte": now}}
         self._tasks.delete_many(done)
 
     # ---- Looking and changing
@@ -4236,7 +4387,7 @@ class MongoStore(Store):
             found = self._documents.rows(where, now, _READ_SHORT, limit=most, **options)
             # A task without a date is never due, so it fails here; other faults are found when
             # the task is claimed.
-            self._sound([row for row in found if type(row.ready_at) is not int])
+            self._sound([row for row in found if type(row.ready_at) is not int], now)
             found = [row for row in found if type(row.ready_at) is int]
             if any(row.state == "scheduled" and row.ready_at <= now for row in found):
                 where.update({"taskpool.state": "scheduled", "taskpool.ready_at": {"$lte": now}})
@@ -4806,8 +4957,11 @@ class _RunHere:
                 costs = dict.fromkeys(self._task_map, 1.0)  # A task may have declared more.
                 for store in self._stores:
                     turn = store.turn(self._owner, [], costs, 1, 1, now, last)
-                    for row in turn.rows:  # One that can run, after any unreadable ones.
-                        self._run(store, row)
+                    for row in turn.rows:  # One that runs, and any that were set aside.
+                        if row.state == "running":
+                            self._run(store, row)
+                        else:
+                            self._failed(not_started(row), Task(row))
                     if turn.rows:
                         break
                     due += turn.due
@@ -4823,14 +4977,12 @@ class _RunHere:
     def _run(self, store: Store, row: Row) -> None:
         self._store, self._row = store, row
         value: Any = None
-        may_retry = False  # Until its data are there: see _job.
+        is_ready = False  # Until its data are there: see _job.
         error: BaseException | None = None
         try:
-            if row.state == "failed":  # The store could not read it: quarantine.
-                raise StoreError(f"the stored task cannot be run: {row.error}")
             function = self._task_map[row.task_type]
             job = _job(row, self._reports.begin(next(self._numbers)))
-            may_retry = True
+            is_ready = True
             value = _call(function, _call_style(function), job, self._toggle_ipc)
             _packed(value)  # Raises where a worker would.
             outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
@@ -4839,19 +4991,27 @@ class _RunHere:
         except BaseException as raised:
             error = raised
             text = _error_text(_failure(error))
-            outcome = retry_or_fail(row, text, self._queue._now(), may_retry)
+            plan = plan_of(error) if is_ready else Plan(may_retry=False)
+            outcome = retry_or_fail(row, text, self._queue._now(), plan)
         finally:
             self._reports.end()
         row, now = self._row, self._queue._now()
-        seconds = (now - row.ready_at) / 1e6 if row.state == "running" else None
-        outcome = outcome._replace(progress=row.progress, seconds=seconds)
+        outcome = outcome._replace(progress=row.progress, seconds=(now - row.ready_at) / 1e6)
         (led,) = store.settle(self._owner, [outcome], now)
         told = as_told(row, led or outcome.state, outcome, now)
         result = None if error is not None else _kept(row._replace(keep_result=0.0), value)[0]
-        self._ended.append(Task(told._replace(result=result)))
-        event, value = ("done", value) if error is None else ("error", error)
-        self._tell(event, value, Task(told))
-        if error is not None and self._raise_errors:
+        ended = Task(told._replace(result=result))
+        if error is not None and outcome.charged:
+            self._failed(error, ended)
+            return
+        self._ended.append(ended)
+        if error is None:
+            self._tell("done", value, Task(told))
+
+    def _failed(self, error: BaseException, task: Task) -> None:
+        self._ended.append(task)
+        self._tell("error", error, task)
+        if self._raise_errors:
             raise error
 
     def _tell(self, event: str, value: Any, task: Task) -> None:
@@ -4988,14 +5148,15 @@ class _Tasks:
     def update(self, task_id: str, **changes: Unpack[Changes]) -> Task:
         """Change a waiting task and return it.
 
-        *changes*: data, priority, due_date, repeat, retries, retry_delay, timeout and
-        keep_result, as in add_task. A new *repeat* without *due_date* starts at its first
-        slot, as in add_task; repeat=None leaves a single run at the due date. Raises
-        ValueError if the task is not waiting.
+        *changes*: data, priority, due_date, repeat, retries, retry_delay, timeout,
+        keep_result and expires, as in add_task. A new *repeat* without *due_date* starts at
+        its first slot, as in add_task; repeat=None leaves a single run at the due date.
+        Raises ValueError if the task is not waiting.
         """
         _refuse_rerun("update")
         _checked_text("task_id", task_id)
         allowed = "data priority due_date repeat retries retry_delay timeout keep_result".split()
+        allowed.append("expires")
         columns: dict[str, tuple[str, ...]] = {name: (name,) for name in allowed}
         columns["due_date"] = ("due_at", "ready_at")
         if changes.get("repeat") is not None:
@@ -5003,9 +5164,13 @@ class _Tasks:
         for name in changes:
             if name not in columns:
                 raise TypeError(f"update() cannot change {name!r}; give {', '.join(allowed)}")
-        now = self._now()
-        row = _make_row(now, "any", **changes, in_memory=self._store.in_memory)[0]
-        values = {c: getattr(row, c) for name in changes for c in columns[name]}
+        now, names = self._now(), [column for name in changes for column in columns[name]]
+        options: dict[str, Any] = {"in_memory": self._store.in_memory, **changes}
+        if isinstance(changes.get("expires"), datetime) and "due_at" not in names:
+            old = self.find_one(task_id=task_id)  # The seconds count from its due date.
+            options["due_date"] = old and old.due_date
+        row = _make_row(now, "any", **options)[0]
+        values = {column: getattr(row, column) for column in names}
         changed = self._store.update(task_id, values, now)
         self._changed()
         return Task(changed)
@@ -5168,8 +5333,8 @@ class TaskQueue(_Tasks):
         The function is registered under *name* (default: its __name__) and returned
         unchanged. Then add_task, submit and map take it in place of the name; Cluster and
         run_due take all declared functions where they are given no task map. *defaults* are
-        parameters of add_task: priority, retries, retry_delay, timeout, keep_result and
-        in_memory. They count where a task is added through this queue and the call says
+        parameters of add_task: priority, retries, retry_delay, timeout, keep_result, expires
+        and in_memory. They count where a task is added through this queue and the call says
         nothing else. Keyword-only parameters of the function are filled from `data`.
 
         With *repeat*, as in add_task, one stored task `schedule:NAME` (with *data*) follows
@@ -5187,6 +5352,9 @@ class TaskQueue(_Tasks):
         known = TaskDefaults.__optional_keys__
         for unknown in defaults.keys() - known:
             raise TypeError(f"task() has no default {unknown!r}; give {', '.join(sorted(known))}")
+        if isinstance(defaults.get("expires"), datetime):
+            allowed = "seconds or a timedelta: it counts from the due date of each task"
+            raise _wrong_type("expires", defaults["expires"], allowed)
         schedule = None if repeat is None else {**defaults, "repeat": repeat}
         if data is not _NO_DATA:
             if schedule is None:
@@ -5278,9 +5446,14 @@ class TaskQueue(_Tasks):
         timeout=None        a run that takes longer (seconds) is killed
         keep_result=None    seconds to keep the finished task with its JSON result; None: it
                             is removed at once
+        expires=None        seconds after the due date, or a datetime: if the task's turn comes
+                            later it is not started but `failed` (with `repeat` it waits for
+                            its next slot); retry() lifts this
         if_exists="raise"   what a waiting or running task of the same task_id does: "raise"
                             DuplicateTask, "keep" (it is returned), "replace" (if it is
-                            running, the new one follows it)
+                            running, the new one follows it), "follow" (if it waits, it stays
+                            and gets the new data; if it runs, the new one follows it, or
+                            the one that follows already gets the new data)
         connection=None     your own sqlite3.Connection to the same file: the task exists if
                             and only if your transaction commits (begin by BEGIN IMMEDIATE)
 
@@ -5479,6 +5652,7 @@ class TaskQueue(_Tasks):
 # messages of their own: its out-of-band buffers.
 
 _FAILURE = (str, str, str, (bytes, _NULL))  # A _Failure as a plain tuple, and ...
+_PLAN = (bool, (float, _NULL), bool)  # A Plan as a plain tuple.
 _FAILURE_AT = {"boot error": 1, "lacks": 2, "fail": 3}  # ... where it stands in messages.
 _SHAPES: dict[str, tuple[Any, ...]] = {  # Messages to the master: {kind: the other items}.
     "ready": (),
@@ -5487,7 +5661,7 @@ _SHAPES: dict[str, tuple[Any, ...]] = {  # Messages to the master: {kind: the ot
     "progress": (int, str),  # number, JSON of a Progress
     # "done", see _write_message: number, seconds, pickled result (or _NONE), JSON result, why
     # there is none, open conversations
-    "fail": (int, float, tuple, bool),  # number, seconds, _FAILURE, may retry
+    "fail": (int, float, tuple, tuple),  # number, seconds, _FAILURE, _PLAN
     "lacks": (int, tuple),  # number, _FAILURE: this worker has no function for the task
     "ask": (int, int, bytes),  # number, conversation, pickled message
     "changed": (),  # A task changed its queue.
@@ -5550,6 +5724,9 @@ def _read_message(packed: bytearray) -> tuple[Any, ...]:
             at = _FAILURE_AT[kind]
             _check_parts(message[at], _FAILURE)
             message = (*message[:at], _Failure(*message[at]), *message[at + 1 :])
+            if kind == "fail":
+                _check_parts(message[4], _PLAN)
+                message = (*message[:4], Plan(*message[4]))
         return cast("tuple[Any, ...]", message)
     except Exception as error:
         raise _Nonsense(f"{type(error).__name__}: {error}") from error
@@ -6035,7 +6212,7 @@ class _WorkerProcess:
         call = self._calls.get(row.task_type) or self._find_function(number, row.task_type)
         if call is None:
             return
-        may_retry, begin = False, None
+        is_ready, begin = False, None
         if row.timeout is not None:
             begin = functools.partial(self.send, ("start", number))
             begin()
@@ -6044,7 +6221,7 @@ class _WorkerProcess:
         report: tuple[Any, ...]
         try:
             task = _job(row, self._reports.begin(number))
-            may_retry = True
+            is_ready = True
             function, style = call
             value = _call(function, style, task, self._toggle_ipc, begin)
             packed = _NONE if value is None else _packed(value)
@@ -6057,7 +6234,8 @@ class _WorkerProcess:
             if os.getpid() != self._pid:
                 self._end_fork(error)
             seconds = max(time.perf_counter() - started, 0.0)
-            report = ("fail", number, seconds, tuple(_failure(error)), may_retry)
+            plan = plan_of(error) if is_ready else Plan(may_retry=False)
+            report = ("fail", number, seconds, tuple(_failure(error)), tuple(plan))
             traceback.clear_frames(error.__traceback__)  # Frees the task's variables.
         if os.getpid() != self._pid:
             self._end_fork(SystemExit())
@@ -7704,9 +7882,8 @@ class _Source:
         for row in rows:
             if row.state == "running":
                 runs.append(_Run(self, row, cost_of(row, costs)))
-            else:  # It cannot be read: the store has put it into quarantine.
-                error = StoreError(f"StoreError: the stored task cannot be run: {row.error}")
-                self._ended_elsewhere(row, error)
+            else:  # The store has set it aside.
+                self._ended_elsewhere(row, not_started(row))
         self.engine.futures.claimed(rows)
         if self.engine.ending.serves:
             self.engine.crew.place(runs, time.monotonic())
@@ -7732,15 +7909,21 @@ class _Source:
 
     def fail(
         self, run: _Run, error: Exception | _Failure, seconds: float, text: str = "",
-        may_retry: bool = True,
+        plan: Plan = _ORDINARY,
     ) -> None:  # fmt: skip
-        """A charged start has failed after so many seconds: retry it, or fail it for good."""
+        """A start has failed after so many seconds: retry it, or fail it for good."""
         row, now = run.row, self.engine.cluster.queue._now()
         text = text or f"{type(error).__name__}: {error}"
         first_line, _, rest = text.partition("\n")
-        outcome = retry_or_fail(row, text, now, may_retry)._replace(seconds=seconds)
+        outcome = retry_or_fail(row, text, now, plan)._replace(seconds=seconds)
+        delay = (outcome.ready_at - now) / 1e6
+        if not outcome.charged:
+            if self.engine.crew.logs_runs:
+                what = "cluster:%s:%s:\tnot now, next in %g s: %s"
+                _log.info(what, row.task_type, row.id, delay, first_line)
+            self.record(run, outcome)
+            return
         if outcome.state == "ready":
-            delay = (outcome.ready_at - now) / 1e6
             what = f"attempt {row.attempt} of {row.retries + 1} failed, next in {delay:g} s"
             _log.warning("cluster:%s:%s:\t%s: %s", row.task_type, row.id, what, first_line)
         else:
@@ -7767,7 +7950,7 @@ class _Source:
         """Tell of the end of a task that this cluster did not run."""
         _log.error("cluster:%s:%s:\tfailed: %s", row.task_type, row.id, error)
         run = _Run(self, row, 1.0)
-        outcome = Outcome(row.id, row.claim, row.state, error=str(error))
+        outcome = Outcome(row.id, row.claim, row.state, error=row.error)
         run.outcome, run.event, run.left = outcome, "error", error
         self._settled([run], ["failed" if row.state == "failed" else "repeats"], 0)
 
@@ -8129,9 +8312,9 @@ class _Dispatcher:
         if kind == "done":
             self._on_done(worker, now, message)
         elif kind == "fail":
-            _, _, seconds, failure, may_retry = message
+            _, _, seconds, failure, plan = message
             run = self.crew.ended(worker, seconds, now)
-            run.source.fail(run, failure, seconds, _error_text(failure), may_retry)
+            run.source.fail(run, failure, seconds, _error_text(failure), plan)
         elif kind == "lacks":
             self.crew.lacks(worker, message[2], now)
         elif kind == "start":
@@ -9071,7 +9254,7 @@ _TYPE_COLUMNS = ("task_type", *_COUNTS, "oldest_wait", "next_due")
 _RUN_COLUMNS = ("task_type", "id", "attempt", "where", "since", "progress")
 _SHOWN = (
     "id task_type state data priority due_date created_at started_at ended_at attempt retries "
-    "retry_delay timeout repeat progress result error"
+    "retry_delay timeout expires repeat progress result error"
 ).split()
 LIST_TASKS = 100  # The command list shows so many.
 COLUMN_CHARS = 40  # Widest column of a table.

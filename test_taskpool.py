@@ -641,6 +641,52 @@ def return_kind(job):
     }[job.data]
 
 
+class Busy(taskpool.Retry):
+    """Cannot be pickled."""
+
+    def __init__(self, seconds):
+        super().__init__(seconds, counts=False)
+        self.lock = threading.Lock()
+
+
+class Hopeless(taskpool.GiveUp):
+    """Cannot be pickled, and not rebuilt from its arguments."""
+
+    def __init__(self, text):
+        super().__init__(text, threading.Lock())
+
+
+class Vague(taskpool.Retry):
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+
+WISHES = {"GiveUp": taskpool.GiveUp, "Retry": taskpool.Retry, "Busy": Busy, "Hopeless": Hopeless, "Vague": Vague}
+
+
+def wish(job, toggle_ipc):
+    """Note this start in a file, and raise what the data say, in the way that they say, if it is one of the first *times*."""
+    with open(job.data["file"], "a") as file:
+        file.write(f"{job.attempt} {time.time()}\n")
+    if len(Path(job.data["file"]).read_text().splitlines()) > job.data.get("times", 99):
+        return job.attempt
+    kind, *arguments = job.data["raise"]
+    error, way = WISHES[kind](*arguments), job.data.get("way")
+    if way == "async":
+        return in_async(error)
+    if way == "future":
+        future = concurrent.futures.Future()
+        future.set_exception(error)
+        return future
+    if way == "conversation":
+        return toggle_ipc(lambda answer: throw(error), lambda send: send({"status": 2}))
+    raise error from OSError("the cause")
+
+
+async def in_async(error):
+    raise error
+
+
 def fork_and_come_back(job):
     pid = os.fork()
     if pid:
@@ -1123,10 +1169,10 @@ class TestPolicies(unittest.TestCase):
         for names, limit, taken, broken in (
             ("a b c", 0.5, "a b", ""), ("a b slow c", 1.4, "a b", ""), ("slow a", 1.0, "slow", ""), ("", 9, "", ""),
             ("suspect a", 9, "suspect", ""), ("a suspect b", 9, "a", ""), ("suspect a", 0.9, "", ""),
-            ("bad a bad b", 0.25, "a", "bad bad"), ("bad slow bad", 0.5, "", "bad"), ("bad", 1, "", "bad"),
+            ("bad a bad b", 0.25, "a", "bad"), ("bad a bad b", 0.5, "a b", "bad bad"), ("bad slow bad", 0.5, "", "bad"), ("bad", 1, "", "bad"),
         ):
             with self.subTest(candidates=names, limit=limit):
-                got, failed = taskpool.choose([rows[name] for name in names.split()], costs, limit)
+                got, failed = taskpool.choose([rows[name] for name in names.split()], costs, limit, NOW)
                 self.assertEqual([r.id for r in got], taken.split())
                 self.assertEqual([r.id for r, reason in failed if "column retries" in reason], broken.split())
 
@@ -1169,7 +1215,7 @@ class TestPolicies(unittest.TestCase):
             for number in range(6):
                 stored = taskpool.after_interruption(taskpool.claimed(stored, f"far{number}", NOW), NOW)
                 if number < 5:
-                    self.assertEqual(stored[5:7] + stored[11:14], (NOW, NOW, "", "ready", 0))
+                    self.assertEqual((stored.due_at, stored.ready_at, stored.lane, stored.state, stored.attempt), (NOW, NOW, "", "ready", 0))
             self.assertEqual((stored.state, stored.interrupted, stored.due_at > NOW), (state, 0, repeat is not None))
             self.assertIn("Interrupted", stored.error)
             self.assertEqual((stored.started_at, stored.ended_at), (NOW, NOW))
@@ -1448,6 +1494,77 @@ class StoreContract:
             self.assertEqual((found.state, found.priority, found.attempt), ("scheduled", 3, 0))
             self.assertEqual(self.store.remove(Query(ids=["t"]), NOW), 1)
 
+    def test_what_follows_a_waiting_task_gives_it_the_data_and_what_follows_a_running_one_runs_once(self):
+        self.add(row("t", data={"n": 1}, priority=3, due_date=timedelta(seconds=9)))
+        for n in (2, 3):
+            (told,) = self.add(row("t", data={"n": n}, priority=7, now=NOW + n), if_exists="follow", now=NOW + n)
+        self.assertEqual(self.look(), told)
+        self.assertEqual((told.data, told.priority, told.created_at, told.due_at), ('{"n":3}', 3, NOW, NOW + 9 * SECOND))
+        (running,) = self.claim(now=NOW + 9 * SECOND)
+        self.assertEqual(running.data, '{"n":3}')
+        for n in (4, 5):
+            (told,) = self.add(row("t", data={"n": n}, priority=n, now=NOW + n), if_exists="follow", now=NOW + n)
+        self.assertEqual((told.data, told.priority, told.created_at), ('{"n":5}', 4, NOW + 4))
+        self.settle(running, "ready", charged=False)  # Given back: what was added since does not touch it.
+        self.add(row("t", data={"n": 6}), if_exists="follow")
+        for data in ('{"n":3}', '{"n":6}'):
+            (running,) = self.claim(now=NOW + 9 * SECOND)
+            self.assertEqual((running.data, running.attempt), (data, 1))
+            self.settle(running, "ready", ready_at=NOW)  # In place of its retry, and then without a follower.
+        self.settle(self.claim()[0], "failed", error="E")
+        self.assertEqual(self.add(row("t", "y"), if_exists="follow")[0].task_type, "y")
+        with self.assertRaisesRegex(DuplicateTask, "'t' is of the type 'y'"):
+            self.add(row("new"), row("t", "x"), if_exists="follow")
+        self.assertEqual((self.store.count(Query(), NOW), self.look().task_type), (1, "y"))
+
+    def test_what_has_expired_when_its_turn_comes_fails_and_a_retry_lifts_that(self):
+        self.add(row("late", expires=4, priority=2), row("in time", expires=5), row("later", expires=5, due_date=timedelta(seconds=5)))
+        then = NOW + 5 * SECOND
+        got = {r.id: r for r in self.claim(now=then) + self.claim(now=then) + self.claim(now=then)}
+        self.assertEqual({name: r.state for name, r in got.items()}, {"late": "failed", "in time": "running", "later": "running"})
+        late = self.look("late")
+        self.assertEqual((late.state, late.attempt, late.owner, late.error, got["late"].error), (
+            "failed", 0, "", "Expired: due 2023-11-14 22:13:20.000+00:00, to be started within 4 s", late.error))
+        self.assertEqual(self.store.retry(Query(), then), 1)
+        (again,) = self.claim(now=then + 9)
+        self.assertEqual((again.id, again.attempt, again.expires, again.error), ("late", 1, None, None))
+        self.settle(got["in time"], "ready", ready_at=NOW, error="E: first", seconds=1, now=then)
+        (failed,) = self.claim(now=then + 1)
+        self.assertEqual((failed.error, self.look("in time").error), (failed.error, failed.error))
+        self.assertRegex(failed.error, "(?s)^Expired: due .* within 5 s\n\nE: first$")
+
+    def test_a_schedule_skips_the_slot_that_has_expired_and_a_successor_follows(self):
+        self.add(row(repeat=timedelta(seconds=60), expires=5, retries=1))
+        for _ in range(2):  # The error does not grow from slot to slot.
+            (told,) = self.claim(now=self.look().due_at + 7 * SECOND)
+            self.assertEqual((self.look(), told.state, told.attempt), (told, "scheduled", 0))
+            self.assertRegex(told.error, "^Expired: due [^\n]* within 5 s$")
+        self.assertEqual(told.ready_at, NOW + 120 * SECOND)
+        (runs,) = self.claim(now=NOW + 121 * SECOND)
+        self.assertEqual((runs.state, runs.attempt, runs.expires), ("running", 1, 5))
+        self.add(row(data=[1], now=NOW + 121 * SECOND), if_exists="replace")
+        self.settle(runs, "ready", charged=False)
+        for state, data in (("failed", "{}"), ("running", "[1]")):
+            (told,) = self.claim(now=NOW + 130 * SECOND)
+            self.assertEqual((told.state, told.data), (state, data))
+
+    def test_not_now_is_not_charged_and_keeps_its_reason(self):
+        self.add(row(retries=1))
+        later = {"charged": False, "seconds": 0.0, "ready_at": NOW + SECOND, "error": "Retry: busy"}
+        self.settle(self.claim()[0], "ready", ready_at=NOW, error="E: first", seconds=0.0)
+        self.store.leave("me", NOW)
+        for now in (NOW, NOW + SECOND):
+            (running,) = self.claim(now=now)
+            self.assertEqual(running.attempt, 2)
+            self.assertEqual(self.settle(running, "ready", now=NOW, **later), "waits")
+            found = self.look()
+            self.assertEqual((found.state, found.attempt, found.ready_at, found.error, found.ended_at),
+                             ("scheduled", 1, NOW + SECOND, "Retry: busy", NOW))
+        (running,) = self.claim(now=NOW + SECOND)
+        self.add(row(data=[2]), if_exists="follow")
+        self.assertEqual(self.settle(running, "ready", **later), "removed")
+        self.assertEqual((self.look().data, self.look().state), ("[2]", "ready"))
+
     def test_update_moves_between_due_and_not_due(self):
         self.add(row(now=NOW - 5))
         self.store.update("t", {"due_at": NOW + 9, "ready_at": NOW + 9}, NOW)
@@ -1655,6 +1772,13 @@ class StoreContract:
 class InOrder:
     """Part of the contract of the stores here."""
 
+    def test_what_has_expired_holds_up_nothing_and_500_at_once_are_set_aside(self):
+        self.add(*[row(str(i), expires=1, priority=2) for i in range(1100)], row("good", due_date=timedelta(seconds=2)))
+        got = [self.claim(1, now=NOW + 2 * SECOND) for _ in range(3)]
+        self.assertEqual([len(rows) for rows in got], [500, 500, 101])
+        self.assertEqual([(r.id, r.state) for r in got[2] if r.state != "failed"], [("good", "running")])
+        self.assertEqual(self.store.count(Query(states=["failed"]), NOW), 1100)
+
     def test_ids_given_and_drawn_keep_the_order_in_which_they_were_added(self):
         """P5: at one instant, in one call and in several."""
         for sizes in ([5], [1, 1, 1, 1, 1], [1, 3, 1], [2, 1, 2]):
@@ -1741,7 +1865,7 @@ class Spoiled:
 
     def test_only_done_tasks_expire(self):
         self.add(row("bad"))
-        self.spoil("expires_at", 1)
+        self.spoil("kept_until", 1)
         self.store.renew("me", NOW)
         self.assertIsNotNone(self.look("bad"))
 
@@ -1796,10 +1920,10 @@ class TestSQLiteStore(InOrder, Spoiled, StoreContract, InFolder):
         ready, scheduled, running = "taskpool_ready", "PRIMARY KEY .*taskpool_scheduled", "taskpool_running"
         served = {
             "_ERASE": by_id, "_WRITE": by_id, "_HELD_ROW": by_id, "_REMOVE": by_id, "_MARK": by_id, "_FINISH": by_id, "_BEGINNING": by_id,
-            "_CLAIM": "PRIMARY KEY", "_READY": f"{ready}.*{running}", "_HEADS": f"PRIMARY KEY .*{ready}", "_PROMOTE": scheduled, "_DUE": scheduled[-18:],
+            "_CLAIM": "PRIMARY KEY", **dict.fromkeys(("_READY", "_MORE"), f"{ready}.*{running}"), "_HEADS": f"PRIMARY KEY .*{ready}", "_PROMOTE": scheduled, "_DUE": scheduled[-18:],
             "_NEXT_DUE": f"{ready}.*{scheduled}", "_STARTABLE": f"{ready} .*taskpool_scheduled .*taskpool_scheduled ",
             "_HELD_BY": running, "_OWNERS": running, "_OPEN_LANE": f"{ready}.*taskpool_scheduled",
-            "_EXPIRE": "taskpool_expires", "_MASTERS": masters, "_LEAVE": masters,
+            "_EXPIRE": "taskpool_kept", "_MASTERS": masters, "_LEAVE": masters,
         }  # fmt: skip
         statements = {
             name: value for name, value in vars(taskpool).items()
@@ -2679,7 +2803,7 @@ class MongoContract(Spoiled, StoreContract):
 
     def test_no_field_of_an_application_is_taken_for_ours(self):
         theirs = {
-            "expires_at": 1, "owner": "Ann", "timeout": "5m", "progress": 0, "json": "no JSON", "state": "paid", "lane": "fast",
+            "kept_until": 1, "owner": "Ann", "timeout": "5m", "progress": 0, "json": "no JSON", "state": "paid", "lane": "fast",
             "claim": "x", "attempt": 7, "repeat": 1, "successor": 1, "removed": 1, "ready_at": 0, "due_at": 0, "created_at": 1,
             "error": 5, "result": 5, "retries": "many", "interrupted": 9, "keep_result": "x", "seq": "x",
             **({"taskpool": "mine"} if self.TRANSACTIONS else {}),  # mongomock looks into a str.
@@ -2768,7 +2892,7 @@ class MongoContract(Spoiled, StoreContract):
         self.assertEqual(found, {
             "_id_": [("_id", 1)], "taskpool_id": [("taskpool.id", 1)], "taskpool_ready": [*place, *rank],
             "taskpool_scheduled": [*place, ("taskpool.ready_at", 1)], "taskpool_running": [("taskpool.owner", 1)],
-            "taskpool_expires": [("taskpool.expires_at", 1)],
+            "taskpool_kept": [("taskpool.kept_until", 1)],
         })
         store, faults = self.faulty()
         self.add(row("a"), row("b"), row("c", due_date=timedelta(1)), row("d", due_date=timedelta(seconds=1)))
@@ -3644,7 +3768,7 @@ class TestSchemaVersions(InFolder):
 
 EVERYTHING = {
     "echo": echo, "job": job_itself, "about": about, "fail": fail, "succeed_at": succeed_at, "hold": hold,
-    "raise_kind": raise_kind, "return_kind": return_kind, "sleep": sleep_a_little,
+    "raise_kind": raise_kind, "return_kind": return_kind, "sleep": sleep_a_little, "wish": wish,
     "later": future_later, "ping": ping, "position": ping_by_position,
     "fork and come back": fork_and_come_back, "report in a handler": report_in_a_handler,
     "three deep": ping_three_deep, "many deep": ping_many_deep, "wait inside": ping_and_wait_inside, "async ping": ping_async,
@@ -4765,6 +4889,195 @@ class TestFailures(WithCluster):
         kept = self.shared_queue.wait(future.task.id, PATIENCE)
         self.assertEqual((kept.state, kept.result), ("done", None))
         self.assertIn("tuple", kept.error)
+
+
+class TestWhatATaskAsksFor(WithCluster):
+    """Which end a task asks for by GiveUp and Retry."""
+
+    def setUp(self):
+        super().setUp()
+        self.path, self.errors = self.folder / "starts", []
+        self.shared_queue.add_event_listener("error", lambda error, task: self.errors.append((type(error), task.state, task.attempt)))
+        self.addCleanup(self.shared_queue.remove_event_listener, "error")
+
+    def wish(self, *what, add=None, way=None, times=99, **options):
+        data = {"file": str(self.path), "raise": list(what), "way": way, "times": times}
+        return (add or self.submit)("wish", data, **options)
+
+    def starts(self):
+        """The attempt and instant of each start since the last look."""
+        lines = [line.split() for line in self.path.read_text().splitlines()]
+        self.path.unlink()
+        return [(int(attempt), float(at)) for attempt, at in lines]
+
+    def test_who_gives_up_is_not_started_again(self):
+        for (way, kind), memory in itertools.product(
+            (*itertools.product((None, "async", "future", "conversation"), ["GiveUp"]), (None, "Hopeless")), (False, True)):
+            with self.subTest(way=way, kind=kind, memory=memory):
+                error = self.wish(kind, "enough", way=way, retries=5, in_memory=memory).exception(PATIENCE)
+                if kind == "GiveUp":
+                    self.assertEqual((type(error), str(error)), (taskpool.GiveUp, "enough"))
+                else:
+                    self.assertRegex(error.type_name, "Hopeless$")
+                (task,) = self.verbs(memory).find(state="failed")
+                self.assertIn(kind, task.error.partition("\n")[0])
+                self.assertEqual(("the cause" in task.error), way is None)
+                self.assertEqual([attempt for attempt, _ in self.starts()], [1])
+                eventually(lambda: len(self.errors) == 1)
+                self.assertEqual(self.errors.pop()[1:], ("failed", 1))
+                self.verbs(memory).remove(state="failed")
+
+    def test_a_retry_comes_when_the_task_says_and_uses_up_the_attempts(self):
+        for way, memory in (None, False), ("conversation", True):
+            with self.subTest(way=way, memory=memory):
+                error = self.wish("Retry", 0.2, way=way, retries=2, retry_delay=3000, in_memory=memory).exception(PATIENCE)
+                self.assertEqual((type(error), error.seconds, error.counts), (taskpool.Retry, 0.2, True))
+                starts = self.starts()
+                self.assertEqual([attempt for attempt, _ in starts], [1, 2, 3])
+                for (_, one), (_, next_one) in zip(starts, starts[1:]):
+                    self.assertGreaterEqual(next_one - one, 0.199)
+                eventually(lambda: len(self.errors) == 3)
+                self.assertEqual([state for _, state, _ in self.errors], ["waiting", "waiting", "failed"])
+                self.errors.clear()
+                self.verbs(memory).remove(state="failed")
+
+    def test_not_now_is_no_failure_however_often(self):
+        for kind, memory in itertools.product((("Retry", 0.02, False), ("Busy", 0.02)), (False, True)):
+            with self.subTest(kind=kind, memory=memory), self.assertLogs("taskpool", "INFO") as logs:
+                self.assertEqual(self.wish(*kind, times=20, in_memory=memory).result(PATIENCE), 1)
+                self.assertEqual([attempt for attempt, _ in self.starts()], [1] * 21)
+                self.assertEqual((self.errors, sum("not now, next in 0.02 s" in line for line in logs.output)), ([], 20))
+                self.assertNotIn("WARNING", "".join(logs.output))
+
+    def test_a_retry_that_its_subclass_spoils_is_an_ordinary_failure(self):
+        for seconds in ("soon", -1, None):
+            error = self.wish("Vague", seconds, retries=1, retry_delay=0).exception(PATIENCE)
+            self.assertEqual((type(error), error.seconds), (Vague, seconds), error)
+            self.assertEqual([attempt for attempt, _ in self.starts()], [1, 2])
+
+    def test_an_item_speaks_for_its_chunk(self):
+        data = [{"file": str(self.path), "raise": what, "times": times} for what, times in ((["Retry", 0.02, False], 2), (["GiveUp", "enough"], 99))]
+        with self.assertRaisesRegex(taskpool.GiveUp, "enough"):
+            list(self.shared.map("wish", data, chunksize=2, in_memory=True, retries=3))
+        self.assertEqual([attempt for attempt, _ in self.starts()], [1] * 4)
+
+    def test_run_due_does_what_they_ask_for(self):
+        queue = self.queue()
+        queue.add_event_listener("error", lambda error, task: self.errors.append((str(error), task.state)))
+        for what, options, runs, errors in (
+            (("GiveUp", "enough"), {"retries": 5}, [("failed", 1)], [("enough", "failed")]),
+            (("Retry", 60), {"retries": 1}, [("waiting", 1), ("failed", 2)], [("again in 60.0 s", "waiting"), ("again in 60.0 s", "failed")]),
+            (("Busy", 60), {"times": 3, "expires": 150}, [("waiting", 1)] * 3 + [("failed", 0)], None),
+            (("Hopeless", "x"), {"repeat": timedelta(minutes=6)}, [("waiting", 1)] * 2, None),
+        ):
+            with self.subTest(what):
+                self.wish(*what, add=queue.add_task, **options)
+                ended = queue.run_due(EVERYTHING, until=timedelta(minutes=10))
+                self.assertEqual([(task.state, task.attempt) for task in ended], runs)
+                self.assertEqual(self.errors, errors or self.errors)
+                self.errors.clear(), self.starts(), queue.remove(state=["failed", "waiting"])
+        for _ in range(2):
+            self.wish("Busy", 60, add=queue.add_task)
+        self.assertEqual(len(queue.run_due(EVERYTHING, raise_errors=True)), 2)  # No failure.
+
+    def test_they_are_plain_exceptions_elsewhere_and_refuse_what_is_wrong(self):
+        for error in (taskpool.Retry(timedelta(minutes=1)), taskpool.Retry(seconds=60, counts=False), taskpool.GiveUp("no")):
+            again = pickle.loads(pickle.dumps(error))
+            self.assertEqual((type(again), str(again), vars(again)), (type(error), str(error), vars(error)))
+        for wrong, kind in {(-1,): ValueError, ("1",): TypeError, (math.nan,): ValueError, (1, 0): TypeError, (0, False): ValueError}.items():
+            with self.assertRaisesRegex(kind, "seconds is|counts is"):
+                taskpool.Retry(*wrong)
+        self.assertEqual((taskpool.Retry(0).seconds, taskpool.Retry(1e300).seconds), (0, 1e300))
+
+
+class TestExpires(WithCluster):
+    """A task that is to start in time or not at all."""
+
+    def test_what_is_late_fails_and_is_told_like_any_failure(self):
+        told = queues.SimpleQueue()
+        self.shared_queue.add_event_listener("error", lambda error, task: told.put((task.id, str(error), task.state, task.error)))
+        self.addCleanup(self.shared_queue.remove_event_listener, "error")
+        past, soon = datetime.now(timezone.utc) - timedelta(seconds=1), datetime.now() + timedelta(hours=1)
+        for memory in (False, True):
+            with self.subTest(memory=memory), self.assertLogs("taskpool", "ERROR") as logs:
+                late = self.submit("echo", 1, expires=past, task_id="late", in_memory=memory)
+                error = late.exception(PATIENCE)
+                self.assertRegex(str(error), "^Expired: due .* to be started within 0 s$")
+                self.assertIs(type(error), taskpool.TaskPoolError)
+                self.assertEqual(told.get(timeout=PATIENCE), ("late", str(error), "failed", str(error)))
+                self.assertRegex(logs.output[0], "late.*failed: Expired: due")
+                (task,) = self.verbs(memory).find(state="failed")
+                self.assertEqual((task.error, task.attempt, task.started_at), (str(error), 0, None))
+                if not memory:
+                    self.assertEqual(self.shared_queue.wait("late", PATIENCE).state, "failed")
+                self.assertEqual(self.result("echo", 2, expires=soon, in_memory=memory), 2)
+                self.assertEqual(self.verbs(memory).retry(task_id="late"), 1)
+                eventually(lambda memory=memory: not self.verbs(memory).find())
+
+    def test_the_seconds_count_from_the_due_date(self):
+        queue, now = self.queue(), 1_800_000_000
+        queue.clock, due = (lambda: now), datetime.fromtimestamp(now + 60, timezone.utc)
+        for expires, seconds in (5, 5.0), (timedelta(minutes=1), 60.0), (due + timedelta(seconds=7), 7.0), (due - timedelta(days=1), -86400.0):
+            task = queue.add_task("x", due_date=due, expires=expires)
+            self.assertEqual((task.expires, queue.find_one(task_id=task.id)), (seconds, task))
+            self.assertEqual(queue.update(task.id, expires=expires).expires, seconds)
+            self.assertIsNone(queue.update(task.id, expires=None).expires)
+            self.assertEqual(queue.update(task.id, expires=due, due_date=due - timedelta(seconds=9)).expires, 9)
+        for wrong, kind in {0: ValueError, -1: ValueError, timedelta(0): ValueError, math.inf: ValueError, "1": TypeError, True: TypeError}.items():
+            with self.assertRaisesRegex(kind, "^expires is .*over 0, after the due date; or a datetime"):
+                queue.add_task("x", expires=wrong)
+        with self.assertRaisesRegex(TypeError, "expires is .* it counts from the due date of each task"):
+            queue.task("x", expires=due)
+        self.assertEqual(queue.count(), 4)
+
+    def test_it_can_be_declared_and_a_schedule_follows_the_code(self):
+        queue, start = self.queue(), datetime(2026, 3, 1, tzinfo=timezone.utc)
+        queue.clock = start.timestamp
+        queue.task("x", expires=30)(echo)
+        self.assertEqual((queue.add_task("x").expires, queue.add_task(echo, expires=None).expires), (30, None))
+        queue.remove(state="waiting")
+        for expires in (30, 40):
+            queue.task("x", expires=expires, repeat=timedelta(minutes=1))(echo)
+            self.assertEqual([t.state for t in queue.run_due()], ["waiting"] * (expires == 30))
+            self.assertEqual(queue.find_one().expires, expires)
+        queue.clock = (start + timedelta(seconds=101)).timestamp
+        (skipped,) = queue.run_due()
+        self.assertEqual((skipped.state, skipped.due_date, queue.find_one()), ("waiting", start + timedelta(minutes=2), skipped))
+        self.assertRegex(skipped.error, "^Expired: due 2026-03-01 00:01:00")
+        with self.assertRaisesRegex(taskpool.TaskPoolError, "^Expired: due 2026-03-01 00:02:00"):
+            queue.clock = (start + timedelta(seconds=161)).timestamp
+            queue.run_due(raise_errors=True)
+        queue.clock = (start + timedelta(seconds=180)).timestamp
+        (ran,) = queue.run_due()
+        self.assertEqual((ran.attempt, ran.error), (1, None))
+
+
+class TestFollow(WithCluster):
+    """if_exists="follow": no event is lost, and none runs twice."""
+
+    def test_a_hundred_events_during_a_run_make_one_more_run_with_the_last_data(self):
+        for memory in (False, True):
+            with self.subTest(memory=memory):
+                first, path, _ = self.hold(f"first {memory}", task_id="t", in_memory=memory)
+                paths = [str(self.folder / f"{i} {memory}") for i in range(100)]
+                let_end(paths[-1])
+                adds = [self.submit("hold", p, task_id="t", in_memory=memory, if_exists="follow") for p in paths]
+                self.assertEqual({future.task.created_at for future in adds}, {adds[0].task.created_at})
+                self.assertFalse(os.path.exists(paths[-1] + ".started"))
+                let_end(path)
+                first.result(PATIENCE), [future.result(PATIENCE) for future in adds]
+                self.assertEqual([p for p in paths if os.path.exists(p + ".started")], paths[-1:])
+
+    def test_a_hundred_events_before_a_run_make_one_at_the_first_due_date(self):
+        for memory in (False, True):
+            with self.subTest(memory=memory):
+                adds = [
+                    self.submit("about", i, task_id="t", in_memory=memory, if_exists="follow", due_date=timedelta(seconds=0.3 + i), priority=i)
+                    for i in range(100)
+                ]
+                due = adds[0].task.due_date
+                self.assertEqual({future.result(PATIENCE)[2:4] for future in adds}, {(99, 0)})
+                self.assertEqual({future.task.due_date for future in adds}, {due})
 
 
 class TestDataInMemory(WithCluster):
@@ -6044,6 +6357,7 @@ def framed(*message, length=None):
 
 
 FAILURE = ("ValueError", "text", "trace", None)
+PLAN = tuple(taskpool.Plan())
 NONSENSE = {  # What a task may write to its worker's pipe, given the number of its run.
     "odd bytes": lambda number: b"hello",
     "zeros": lambda number: bytes(7),
@@ -6061,12 +6375,13 @@ NONSENSE = {  # What a task may write to its worker's pipe, given the number of 
     "an end with half its notes": lambda number: framed("done", number, 0.1, b"", None, "why", 0, length=33),
     "an end with odd notes": lambda number: framed("done", number, 0.1, b"", None, 5, 0),
     "an unknown task": lambda number: framed("done", number + 1000, 0.1, b"", None, None, 0),
-    "an earlier task": lambda number: framed("fail", -1, 0.1, FAILURE, True),
+    "an earlier task": lambda number: framed("fail", -1, 0.1, FAILURE, PLAN),
     "seconds of no number": lambda number: framed("done", number, math.nan, b"", None, None, 0),
-    "seconds for ever": lambda number: framed("fail", number, math.inf, FAILURE, True),
+    "seconds for ever": lambda number: framed("fail", number, math.inf, FAILURE, PLAN),
     "negative seconds": lambda number: framed("done", number, -1.0, b"", None, None, 0),
     "a lone surrogate": lambda number: framed("done", number, 0.1, b"", None, "\ud800", 0),
-    "a failure of three": lambda number: framed("fail", number, 0.1, FAILURE[:3], True),
+    "a failure of three": lambda number: framed("fail", number, 0.1, FAILURE[:3], PLAN),
+    "a wait for ever": lambda number: framed("fail", number, 0.1, FAILURE, (True, math.nan, True)),
     "progress of nonsense": lambda number: framed("progress", number, "nonsense"),
     "progress of text": lambda number: framed("progress", number, '["a", null, null]'),
     "progress without end": lambda number: framed("progress", number, "[NaN]"),
@@ -6114,7 +6429,7 @@ class TestNonsenseFromAWorker(InFolder):
         for message in [("ready",), ("start", 0), ("progress", 0, "[1, 2.5, null]"), ("ask", 0, 1, b""), ("changed",),
                         ("done", 0, 0.5, b"", None, None, 0), ("done", 7, 0.0, b"packed", "1", None, 0), ("done", 7, 0.0, b"", None, "why", 1)]:
             self.assertEqual(taskpool._read_message(bytearray(taskpool._write_message(message))), message)
-        self.assertEqual(taskpool._read_message(marshal.dumps(("fail", 0, 0.0, FAILURE, True)))[3], taskpool._Failure(*FAILURE))
+        self.assertEqual(taskpool._read_message(marshal.dumps(("fail", 0, 0.0, FAILURE, PLAN)))[3], taskpool._Failure(*FAILURE))
         problem = taskpool._kept(row(keep_result=1), type("Odd", (), {"__repr__": lambda self: "\udcff"})())[1]
         self.assertTrue(taskpool._is_unicode(problem), ascii(problem))  # That of a healthy worker.
 
@@ -10076,7 +10391,7 @@ class TestSchedulesFollowTheCode(InFolder):
 
     def test_one_that_failed_or_cannot_be_read_is_added_anew(self):
         queue = self.nothing(repeat=self.HOUR)
-        for change in ("state = 'failed', error = 'x'", "repeat = 'x'", "priority = x'00'", "state = 'done', expires_at = 1"):
+        for change in ("state = 'failed', error = 'x'", "repeat = 'x'", "priority = x'00'", "state = 'done', kept_until = 1"):
             queue._align()  # inside
             self.sql(f"UPDATE taskpool_task SET {change}")
             self.now += self.HOUR
