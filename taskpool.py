@@ -68,7 +68,9 @@ What is promised (the tests and the README carry the same numbers)
     P5  In-memory tasks first, then persistent; in each the highest priority, then the
         oldest. A worker has at most 10 ms of expected work ahead, never over 256 tasks;
         nothing waits behind a slow task while another worker is idle for over 50 ms.
-    P6  A task starts at its due date: never earlier, and at once on an idle machine.
+        What is paused or at its limit is passed over.
+    P6  A task starts at its due date: never earlier, and at once on an idle machine,
+        unless its type is paused or at its limit.
     P7  Only task types in the cluster's map are claimed; others stay waiting.
     P8  Nothing stored is ever unpickled or evaluated: who can write to the store can
         only start mapped functions with JSON data.
@@ -115,7 +117,7 @@ import time
 import traceback
 import typing
 import weakref
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import date, datetime, timedelta, timezone, tzinfo
@@ -141,6 +143,8 @@ AHEAD_TASKS = 256  # The same in tasks: what a crash can requeue.
 LEAST_SHARE = 1 / AHEAD_TASKS  # The least part of a worker's room that a task takes (P5).
 LEAST_SECONDS = AHEAD_SECONDS * LEAST_SHARE
 SLOW_SECONDS = 0.020  # A task that runs longer lets go of those queued behind it.
+LUMP_SECONDS = 0.050  # Of starts that are closer than this, so many may come together.
+BOUNDS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)  # Seconds: how long runs took is counted.
 LATE_SECONDS = 1.0  # A dispatcher that wakes this late may have been stopped.
 LEASE_SECONDS = 30.0  # A master without a heartbeat for this long is given up (P3).
 RENEW_SECONDS = 10.0  # Between heartbeats: three within one lease.
@@ -873,6 +877,25 @@ def _checked_milliseconds(name: str, value: Any) -> float:
         return value / 1000
     allowed = "a whole number of milliseconds, 1 or more, or a timedelta of at least 1 ms"
     raise _wrong(name, value, allowed, int, timedelta)
+
+
+_AS_IS: Any = object()  # Stands for a parameter that was not given.
+
+
+def _checked_limits(at_once: Any, rate: Any) -> dict[str, Any]:
+    """The columns of a Setting that these parameters of limit() change."""
+    columns: dict[str, Any] = {}
+    if at_once is not _AS_IS:
+        columns["at_once"] = None if at_once is None else _checked_int("at_once", at_once, 1)
+    if rate is None:
+        columns.update(starts=None, period=None)
+    elif rate is not _AS_IS:
+        if not isinstance(rate, (tuple, list)) or len(rate) != 2:
+            raise _wrong_type("rate", rate, "None or (starts, seconds)")
+        columns["starts"] = _checked_int("rate[0]", rate[0], 1)
+        period = min(_checked_seconds("rate[1]", rate[1]) * 1e6, MAX_INT // 4)
+        columns["period"] = max(1, int(period))
+    return columns
 
 
 def _datetime(instant: int) -> datetime:
@@ -1624,6 +1647,122 @@ def claimed(row: Row, owner: str, now: int) -> Row:
     return tuple.__new__(type(row), values)
 
 
+class Setting(NamedTuple):
+    """What is set for a task type, and how its runs ended: the columns of taskpool_type."""
+
+    paused: int = 0  # 1: no task of the type is claimed.
+    at_once: int | None = None  # So many run at once, at most.
+    starts: int | None = None  # So many starts, at most, ...
+    period: int | None = None  # ... in so many microseconds, evenly spaced.
+    next_at: int = 0  # The instant of the next start, where starts and period are set.
+    counts: str | None = None  # JSON: see added_counts().
+
+
+_ENDS = ("done", "failed", "retried", "later", "interrupted", "expired")
+# What a master has added up: by task type, state of the outcome, what that led to, and whether
+# the start was charged, the runs that took at most each of BOUNDS, and longer; all their seconds.
+_Tally = dict[tuple[str, str, str, bool], list[Any]]
+
+
+def new_tally() -> _Tally:
+    return collections.defaultdict(lambda: [0] * (len(BOUNDS) + 1) + [0.0])
+
+
+def read_counts(text: str | None) -> dict[str, Any]:
+    """How many runs of a type have ended how, and how long they took (`took`, by BOUNDS, and
+    `seconds`): the counts of a Setting. What cannot be read counts as nothing."""
+    counts: dict[str, Any] = {**dict.fromkeys(_ENDS, 0), "seconds": 0.0}
+    counts["took"] = nothing = [0] * (len(BOUNDS) + 1)
+    with contextlib.suppress(ValueError):
+        found: Any = _decode(text) if isinstance(text, str) else None
+        for name in counts.keys() & found if isinstance(found, dict) else ():
+            if type(found[name]) is type(counts[name]):
+                counts[name] = found[name]
+    if [*map(type, counts["took"])] != [int] * len(nothing):
+        counts["took"] = nothing
+    return counts
+
+
+def add_counts(counts: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for name, value in more.items():
+        if name == "took":
+            counts[name] = list(map(operator.add, counts[name], value))
+        else:
+            counts[name] += value
+
+
+def tally_of(tallies: Iterable[_Tally]) -> dict[str, dict[str, Any]]:
+    """The counts of each type that these masters' sums make up.
+
+    >>> counts = tally_of([{("x", "ready", "waits", True): [0, 3, 0, 0, 0, 0, 0, 0, 0.25]}])
+    >>> counts["x"]["retried"], counts["x"]["took"][:2], counts["x"]["seconds"]
+    (3, [0, 3], 0.25)
+    """
+    types: dict[str, dict[str, Any]] = {}
+    ends = itertools.chain.from_iterable(tally.items() for tally in tallies)
+    for (task_type, state, led, charged), (*took, seconds) in ends:
+        how = "done" if state == "done" else "failed"
+        if led == "waits":
+            how = "retried" if charged else "later"
+        counts = types.setdefault(task_type, read_counts(None))
+        add_counts(counts, {how: sum(took), "took": took, "seconds": seconds})
+    return types
+
+
+def is_gate(setting: Setting) -> bool:
+    """Whether a claim must look at it."""
+    return bool(setting.paused) or setting.at_once is not None or setting.starts is not None
+
+
+def next_start(setting: Setting, now: int) -> tuple[int, int]:
+    """When the next task of a type with a rate may start, and the time between two starts.
+
+    The instant is in the past if several may start now: where starts are closer than
+    LUMP_SECONDS, those of so long. After a clock was set back it is one spacing ahead at most.
+
+    >>> next_start(Setting(starts=10, period=1_000_000, next_at=90), 100)
+    (100, 100000)
+    >>> next_start(Setting(starts=1_000, period=1_000_000), 60_000_000)
+    (59950000, 1000)
+    """
+    spacing = -(-(setting.period or 1) // (setting.starts or 1))
+    lump = int(LUMP_SECONDS * 1e6) if spacing < LUMP_SECONDS * 1e6 else 0
+    return max(min(setting.next_at, now + spacing), now - lump), spacing
+
+
+def place_for(setting: Setting, running: int, now: int) -> int:
+    """How many tasks of a type may start now, while so many run.
+
+    >>> place_for(Setting(at_once=3), 1, 0), place_for(Setting(paused=1), 0, 0)
+    (2, 0)
+    """
+    if setting.paused:
+        return 0
+    place = NEVER if setting.at_once is None else max(setting.at_once - running, 0)
+    if setting.starts is not None:
+        first, spacing = next_start(setting, now)
+        place = min(place, max((now - first) // spacing + 1, 0))
+    return place
+
+
+def dates_within(
+    setting: Setting, place: int, dates: Sequence[int], now: int
+) -> list[int]:
+    """When waiting tasks of a type can start of which *place* may start now, where *dates* says
+    when they are due. NEVER: when another has ended. None of them, if the type is paused."""
+    if setting.paused:
+        return []
+    first, spacing = next_start(setting, now)
+    if setting.next_at > now + spacing and setting.starts is not None:
+        return [now, *dates[1:]]  # A clock was set back: a claim is to cut that down.
+    when = []
+    for number, due in enumerate(dates):
+        at = first + number * spacing if setting.starts is not None else due
+        is_full = number >= place and max(at, due) <= now
+        when.append(NEVER if is_full else max(at, due))
+    return when
+
+
 def _after_end(row: Row, now: int) -> Row | None:
     """done, failed -> waiting for its next slot, if it has one; else kept, or None."""
     slot = None if row.repeat is None else next_slot(row.repeat, row.due_at, now)
@@ -1678,17 +1817,22 @@ def not_started(row: Row) -> TaskPoolError:
 
 
 def choose(
-    candidates: Iterable[Row], costs: Mapping[str, float], limit: float, now: int
-) -> tuple[list[Row], list[tuple[Row, str]]]:
+    candidates: Iterable[Row], costs: Mapping[str, float], limit: float, now: int,
+    places: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[list[Row], list[tuple[Row, str]]]:  # fmt: skip
     """What a claim takes of *candidates*, which come in order; and those that it came across
     and that are not to start, with the reasons.
 
     Each task uses up its cost of *limit*; the first that does not fit ends the claim. A task
-    that was interrupted is taken alone. (P3)
+    that was interrupted is taken alone. (P3) Of a type in *places* at most so many are taken;
+    what else there is of it stands in nobody's way.
     """
     taken: list[Row] = []
     aside: list[tuple[Row, str]] = []
+    left = dict(places)
     for row in candidates:
+        if left and left.get(row.task_type, 1) < 1:
+            continue
         if (not isinstance(row, MemoryRow) and (reason := _unusable(row))) or (
             row.expires is not None and (reason := expiry(row, now))
         ):
@@ -1701,6 +1845,8 @@ def choose(
             break
         limit -= cost
         taken.append(row)
+        if left and row.task_type in left:
+            left[row.task_type] -= 1
         if is_suspect or limit + 1e-9 < LEAST_SHARE:  # There is room for no other.
             break
     return taken, aside
@@ -2120,12 +2266,14 @@ class Query(NamedTuple):
     limit: int | None = None
     offset: int = 0
     created_at: Sequence[int] | None = None  # Only tasks created at one of these instants.
+    paused: Sequence[str] = ()  # Types of which no task is due.
 
 
 def fits(row: Row, query: Query, now: int) -> bool:
     """Whether a task is one of those that *query* means, but for its ids."""
     waiting = row.state in ("scheduled", "ready")
     could_run = row.state == "ready" or (row.state == "scheduled" and row.ready_at <= now)
+    could_run = could_run and row.task_type not in query.paused
     return (
         (query.types is None or row.task_type in query.types)
         and (query.states is None or _public_state(row.state) in query.states)
@@ -2133,6 +2281,25 @@ def fits(row: Row, query: Query, now: int) -> bool:
         and row.due_at <= query.until
         and (query.created_at is None or row.created_at in query.created_at)
     )
+
+
+def summed(rows: Iterable[Row], now: int) -> list[tuple[Any, ...]]:
+    """See Store.summary()."""
+    types: dict[str, list[Row]] = {}
+    for row in rows:
+        types.setdefault(row.task_type, []).append(row)
+    lines = []
+    for name, those in sorted(types.items()):
+        states = collections.Counter(row.state for row in those)
+        due = [row for row in those if fits(row, Query(due=True), now)]
+        since = [max(row.created_at, row.due_at, row.ready_at) for row in due]
+        later = [row.ready_at for row in those if row.state == "scheduled" and row.ready_at > now]
+        waiting = states["ready"] + states["scheduled"] + states["held"]
+        ends = states["running"], states["failed"], states["done"]
+        oldest = max(0.0, (now - min(since)) / 1e6) if since else None
+        following = min(later, default=None), states["held"]
+        lines.append((name, waiting, len(due), *ends, oldest, *following))
+    return lines
 
 
 def _stored_states(query: Query) -> Sequence[str] | None:
@@ -2192,10 +2359,99 @@ class Turn(NamedTuple):
 
     led: list[str]  # For each outcome; "" = the claim was lost.
     rows: list[Row]  # Claimed, or found to be unreadable (those are `failed`).
-    due: list[int]  # When further tasks can start: see Store.next_due.
+    due: list[int]  # When further tasks can start: see Store.upcoming.
+    limited: Collection[str] = ()  # The types with a limit. (A paused one has none.)
 
 
-class Store:
+class TypeSettings:
+    """The part of a Store that knows of task types: pauses, limits and counters. A backend that
+    has none of these is a Store, too."""
+
+    rows: Callable[[Query, int], list[Row]]
+    next_due: Callable[..., list[int]]
+    _change: Callable[..., Any]
+
+    # ---- Primitives
+
+    def settings(self, all_types: bool = False) -> Mapping[str, Setting]:
+        """What is set for task types: for those that are paused or limited, or for all."""
+        return {}
+
+    def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
+        """Change columns of the Setting of a type."""
+        raise StoreError(f"{self!r} has no change_setting(), which pauses and limits need")
+
+    def reserve_starts(self, task_type: str, setting: Setting, next_at: int) -> bool:
+        """Set the next start of a type to *next_at*. False, and nothing is changed, if another
+        writer has changed it since *setting* was read."""
+        self.change_setting(task_type, {"next_at": next_at})
+        return True
+
+    def knows_settings(self) -> bool:
+        """Whether this store has settings() and change_setting()."""
+        return type(self).change_setting is not TypeSettings.change_setting
+
+    def running(self, types: Collection[str]) -> Mapping[str, int]:
+        """How many tasks of each of these types run, whoever has claimed them."""
+        rows = self.rows(Query(types=list(types), states=["running"]), 0)
+        return collections.Counter(row.task_type for row in rows)
+
+    # ---- The verbs
+
+    def _places(
+        self, settings: Mapping[str, Setting], types: Iterable[str], now: int
+    ) -> dict[str, int]:
+        """How many tasks may start now, for each of *types* that is paused or limited."""
+        types = set(types)
+        mine = {name: it for name, it in settings.items() if name in types}
+        counted = [name for name, it in mine.items() if it.at_once is not None and not it.paused]
+        running = self.running(counted) if counted else {}
+        return {name: place_for(it, running.get(name, 0), now) for name, it in mine.items()}
+
+    def upcoming(
+        self, owner: str, types: Iterable[str], limit: int, now: int, until: int,
+        settings: Mapping[str, Setting],
+    ) -> list[int]:  # fmt: skip
+        """next_due() as far as *settings* allow: NEVER stands for the end of another task, and
+        a paused type has no date."""
+        places = self._places(settings, types, now)
+        free = [name for name in types if name not in places]
+        dates = self.next_due(owner, free, limit, now, until) if free else []
+        for name, place in places.items():
+            if not settings[name].paused:
+                due = self.next_due(owner, [name], limit, now, until)
+                dates += dates_within(settings[name], place, due, now)
+        return sorted(dates)[:limit]
+
+    def summary(self, now: int) -> list[tuple[Any, ...]]:
+        """For each task type: its name; how many tasks wait, are due, run, have failed and are
+        done; for how many seconds the oldest that is due has been so, and when the next one
+        will be (or None); how many are held."""
+        return summed(self.rows(Query(), now), now)
+
+    def tally(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add to the counts of task types."""
+        if counts and self.knows_settings():
+            self._change(self._tally, counts)
+
+    def _tally(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
+        settings = self.settings(all_types=True)
+        for name, more in counts.items():
+            total = read_counts(settings[name].counts if name in settings else None)
+            add_counts(total, more)
+            self.change_setting(name, {"counts": json.dumps(total)})
+
+    def set_up(self, types: Iterable[str], changes: Mapping[str, Any]) -> None:
+        """Change these columns of the Settings of these types."""
+
+        def work() -> None:
+            for task_type in types:
+                self.change_setting(task_type, changes)
+
+        self._change(work)
+
+
+class Store(TypeSettings):
     """Where tasks live. Subclass it, and TaskQueue takes your store.
 
     The verbs, each an arrow of the drawing above, are written once, here: read rows, ask a
@@ -2258,10 +2514,12 @@ class Store:
         return [self.write(old, new) for old, new in pairs]
 
     def candidates(
-        self, owner: str, types: Iterable[str], most: int, now: int, until: int
-    ) -> Iterable[Row]:
+        self, owner: str, types: Iterable[str], most: int, now: int, until: int,
+        places: Mapping[str, int],
+    ) -> Iterable[Row]:  # fmt: skip
         """What *owner* could claim, in order: at least the first *most* of them. None that was
-        interrupted, as long as *owner* holds another task that was."""
+        interrupted, as long as *owner* holds another task that was. Of a type in *places* the
+        first so many are enough."""
         query = Query(types=list(types), due=True, until=until)
         mine = [row for row in self.rows(query, now) if row.lane in ("", owner)]
         if any(row.interrupted for row in self.held_by(owner)):
@@ -2293,7 +2551,8 @@ class Store:
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
     ) -> list[int]:
-        """When waiting tasks that claim() would take can start, the first *limit*.
+        """When waiting tasks that claim() would take can start, the first *limit*, were it not
+        for pauses and limits: see upcoming().
 
         Those that can start now come as some instant of at most *now*.
         """
@@ -2364,10 +2623,23 @@ class Store:
         return self._change(self._claim, owner, costs, limit, now, until)
 
     def _claim(
-        self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int
-    ) -> list[Row]:
-        most = math.ceil(limit / max(min(costs.values()), LEAST_SHARE))
-        chosen, aside = choose(self.candidates(owner, costs, most, now, until), costs, limit, now)
+        self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int,
+        settings: Mapping[str, Setting] | None = None,
+    ) -> list[Row]:  # fmt: skip
+        settings = self.settings() if settings is None else settings
+        places = self._places(settings, costs, now) if settings else {}
+        if places:
+            # A task of a limited type takes a whole worker: none waits behind another there.
+            costs = {t: 1.0 if t in places else c for t, c in costs.items() if places.get(t, 1)}
+        most = math.ceil(limit / max(min(costs.values(), default=1.0), LEAST_SHARE))
+        candidates = self.candidates(owner, costs, most, now, until, places)
+        chosen, aside = choose(candidates, costs, limit, now, places)
+        for name in places:
+            count, setting = sum(row.task_type == name for row in chosen), settings[name]
+            first, spacing = next_start(setting, now)
+            if setting.starts is not None and (count or setting.next_at > first):
+                if not self.reserve_starts(name, setting, first + count * spacing):
+                    chosen = [row for row in chosen if row.task_type != name]
         taken = self.take(chosen, owner, now) if chosen else []
         if aside:
             after = [set_aside(row, reason, now) for row, reason in aside]
@@ -2406,32 +2678,48 @@ class Store:
     def turn(
         self, owner: str, outcomes: Sequence[Outcome], types: Mapping[str, float], room: float,
         most: int, now: int, until: int = NEVER, eager: bool = False,
+        settings: Mapping[str, Setting] | None = None,
     ) -> Turn:  # fmt: skip
         """What a cluster asks at once: settle *outcomes*, claim for *room*, and the first
         *most* dates of what comes next. Writes only if something ended or is due; *eager*:
-        something was added, so that a claim comes first."""
+        something was added, so that a claim comes first. *settings* count in place of those
+        that are stored."""
         room = room if types else 0.0
         if not (outcomes or (eager and room > 0)):
             due = self.next_due(owner, types, most or 1, now, until) if types else []
+            if due and (known := self.settings() if settings is None else settings):
+                due = self.upcoming(owner, types, most or 1, now, until, known)
             if room <= 0 or not due or due[0] > now:
                 return Turn([], [], due[:most])
 
-        def work() -> tuple[list[str], list[Row]]:
-            led = self.settle(owner, outcomes, now) if outcomes else []
+        settle, claim = self._settle, self._claim
+        if not self.atomic:  # After a race each begins anew by itself.
+            settle = functools.partial(self._change, settle)
+            claim = functools.partial(self._change, claim)
+
+        def work() -> tuple[list[str], list[Row], Mapping[str, Setting]]:
+            led = settle(owner, outcomes, now) if outcomes else []
             try:
-                return led, self.claim(owner, types, room, now, until) if room > 0 else []
+                known = self.settings() if settings is None else settings
+                return led, claim(owner, types, room, now, until, known) if room > 0 else [], known
             except StoreError:
                 if self.atomic or not led:
                     raise
-                return led, []  # What is settled counts. The rest is asked again.
+                return led, [], {}  # What is settled counts. The rest is asked again.
 
-        led, rows = self._change(work)
+        led, rows, known = self._change(work)
+        limited = known and [name for name in known if name in types and not known[name].paused]
         try:
-            return Turn(led, rows, self.next_due(owner, types, most, now, until) if most else [])
+            if known and most:  # The claim may have changed them.
+                known = self.settings() if settings is None else settings
+                due = self.upcoming(owner, types, most, now, until, known)
+            else:
+                due = self.next_due(owner, types, most, now, until) if most else []
+            return Turn(led, rows, due, limited)
         except StoreError:
             if not (led or rows):
                 raise
-            return Turn(led, rows, [now])  # What is recorded and claimed counts.
+            return Turn(led, rows, [now], limited)  # What is recorded and claimed counts.
 
     def renew(self, owner: str, now: int) -> None:
         """Tell observers that *owner* lives; also removes `done` rows that expired."""
@@ -2459,8 +2747,12 @@ class Store:
 
     def _recover(self, other: str, beat: Any, now: int) -> list[Row]:
         # Looked at again in the transaction, as a heartbeat may have come in between.
-        same = self.heartbeats().get(other) == beat
-        return self._release(other, after_interruption, now) if same else []
+        if self.heartbeats().get(other) != beat:
+            return []
+        if self.knows_settings():
+            cut_short = collections.Counter(row.task_type for row in self.held_by(other))
+            self._tally({name: {"interrupted": count} for name, count in cut_short.items()})
+        return self._release(other, after_interruption, now)
 
     def leave(self, owner: str, now: int) -> None:
         """Requeue, uncharged, all that *owner* still holds, and forget it."""
@@ -2590,12 +2882,16 @@ class MemoryStore(Store):
     in_memory = True
 
     def __init__(self) -> None:
+        self._settings: dict[str, Setting] = {}
+        self._gates: dict[str, Setting] = {}  # Of the types that are paused or limited.
         self._reset_after_fork()
         _reset_in_forks[id(self)] = self
 
     def _reset_after_fork(self) -> None:
         """A forked child starts empty: the tasks belong to its parent."""
         self._lock = threading.RLock()  # Protects all below; held for a moment only.
+        # What was claimed of each type that has a limit: all that runs, and some that has ended.
+        self._claimed: dict[str, list[Row]] = {}
         self._rows: dict[str, Row] = {}
         self._arrived: collections.deque[Row] = collections.deque()  # Not in lines yet.
         self._insertions = itertools.count()
@@ -2687,6 +2983,29 @@ class MemoryStore(Store):
             if is_alive:
                 yield number, row
 
+    def settings(self, all_types: bool = False) -> Mapping[str, Setting]:
+        return self._settings if all_types else self._gates
+
+    def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
+        setting = self._settings.get(task_type, Setting())._replace(**changes)
+        # Never changed in place: others may be reading them.
+        self._settings = {**self._settings, task_type: setting}
+        self._gates = {name: it for name, it in self._settings.items() if is_gate(it)}
+        if setting.at_once is None:
+            self._claimed.pop(task_type, None)
+        elif task_type not in self._claimed:
+            self._claimed[task_type] = self.rows(Query(types=[task_type], states=["running"]), 0)
+
+    def running(self, types: Collection[str]) -> Mapping[str, int]:
+        for name in types:
+            found = [(row, self._rows.get(row.id)) for row in self._claimed[name]]
+            self._claimed[name] = [
+                row
+                for row, now in found
+                if now is not None and now.state == "running" and now.claim == row.claim
+            ]
+        return {name: len(self._claimed[name]) for name in types}
+
     def _lines(self, owner: str, types: Iterable[str], now: int) -> list[_Line]:
         """The lines of ready tasks, after what arrived and what became due moved there."""
         if self._arrived:
@@ -2700,20 +3019,33 @@ class MemoryStore(Store):
         return [self._ready[place] for place in places if place in self._ready]
 
     def candidates(
-        self, owner: str, types: Iterable[str], most: int, now: int, until: int
-    ) -> Iterable[Row]:
+        self, owner: str, types: Iterable[str], most: int, now: int, until: int,
+        places: Mapping[str, int],
+    ) -> Iterable[Row]:  # fmt: skip
+        if not places:
+            return map(_ROW_OF, self._ranked(owner, types, now, until))
+        # Who is asked for more than there is room for would have to put it back into its line.
+        lines = [self._ranked(owner, [name for name in types if name not in places], now, until)]
+        for name in places.keys() & types:
+            ranked = self._ranked(owner, [name], now, until)
+            lines.append(itertools.islice(ranked, places[name]))
+        return map(_ROW_OF, heapq.merge(*lines))
+
+    def _ranked(
+        self, owner: str, types: Iterable[str], now: int, until: int
+    ) -> Iterator[_RankedRow]:
         lines = [line.take(self._rows) for line in self._lines(owner, types, now)]
         ranked = lines[0] if len(lines) == 1 else heapq.merge(*lines)
-        return map(_ROW_OF, ranked) if until == NEVER else self._due_by(until, ranked)
+        return ranked if until == NEVER else self._due_by(until, ranked)
 
-    def _due_by(self, until: int, ranked: Iterable[_RankedRow]) -> Iterator[Row]:
+    def _due_by(self, until: int, ranked: Iterable[_RankedRow]) -> Iterator[_RankedRow]:
         later: list[tuple[int, Row]] = []
         try:
-            for _, _, number, row in ranked:
-                if row.due_at <= until:
-                    yield row
+            for entry in ranked:
+                if entry[3].due_at <= until:
+                    yield entry
                 else:
-                    later.append((number, row))
+                    later.append(entry[2:])
         finally:
             for number, row in later:
                 self._ready[row.lane, row.task_type].push(number, row)
@@ -2722,6 +3054,8 @@ class MemoryStore(Store):
         running = [claimed(row, owner, now) for row in rows]  # Their entries are gone.
         for row in running:
             self._rows[row.id] = row
+        for name in self._claimed:
+            self._claimed[name] += [row for row in running if row.task_type == name]
         return running
 
     def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
@@ -2789,13 +3123,19 @@ ON taskpool_task (lane, task_type, priority DESC, created_at) WHERE state = 'rea
 -- For _PROMOTE and _NEXT_DUE: rows that are not due are never in the way of others.
 CREATE INDEX IF NOT EXISTS taskpool_scheduled
 ON taskpool_task (lane, task_type, ready_at) WHERE state = 'scheduled';
--- For _HELD_BY, _OWNERS, _READY.
+-- For _HELD_BY, _OWNERS, _READY, _RUNNING.
 CREATE INDEX IF NOT EXISTS taskpool_running
-ON taskpool_task (owner, interrupted) WHERE state = 'running';
+ON taskpool_task (owner, interrupted, task_type) WHERE state = 'running';
 -- For _EXPIRE.
 CREATE INDEX IF NOT EXISTS taskpool_kept
 ON taskpool_task (kept_until) WHERE kept_until IS NOT NULL;
 CREATE TABLE IF NOT EXISTS taskpool_master (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS taskpool_type (
+    task_type TEXT PRIMARY KEY, paused INTEGER NOT NULL DEFAULT 0, at_once INTEGER,
+    starts INTEGER, period INTEGER, next_at INTEGER NOT NULL DEFAULT 0, counts TEXT);
+-- For _GATES: empty, if nothing is paused or limited.
+CREATE INDEX IF NOT EXISTS taskpool_gates ON taskpool_type (task_type)
+WHERE paused OR at_once IS NOT NULL OR starts IS NOT NULL;
 CREATE TABLE IF NOT EXISTS taskpool_version (version INTEGER NOT NULL)
 """
 
@@ -2893,6 +3233,13 @@ _HEARTBEAT = """
 INSERT INTO taskpool_master (owner, beat) VALUES (?, random() & 0xffffffff)
 ON CONFLICT (owner) DO UPDATE SET beat = beat + 1
 """
+_SETTINGS = f"SELECT task_type, {', '.join(Setting._fields)} FROM taskpool_type"
+_GATES = f"{_SETTINGS} WHERE paused OR at_once IS NOT NULL OR starts IS NOT NULL"
+_SET = """
+INSERT INTO taskpool_type (task_type, {0}) VALUES (:task_type, :{0})
+ON CONFLICT (task_type) DO UPDATE SET {0} = :{0}
+"""
+_RUNNING = "SELECT task_type FROM taskpool_task WHERE state = 'running'"
 _LEAVE = f"DELETE FROM taskpool_master WHERE owner IN {_OWNER}"
 _MASTERS = "SELECT owner FROM taskpool_master"
 
@@ -2935,6 +3282,17 @@ UNION SELECT v FROM scheduled WHERE v IS NOT NULL AND
      WHERE state = 'scheduled' AND lane = '' AND task_type = v) <= ?
 """
 
+# One line per type, of all tasks. A requeued one has ready_at 0: it waits since its due date.
+_SUMMARY = """
+SELECT task_type, sum(state IN ('ready', 'scheduled', 'held')), sum(due), sum(state = 'running'),
+    sum(state = 'failed'), sum(state = 'done'),
+    max(0.0, (:now - min(CASE WHEN due THEN since END)) / 1e6),
+    min(CASE WHEN state = 'scheduled' AND NOT due THEN since END), sum(state = 'held')
+FROM (SELECT task_type, state, CAST(max(created_at, due_at, ready_at) AS INTEGER) AS since,
+    state = 'ready' OR (state = 'scheduled' AND ready_at <= :now) AS due FROM taskpool_task)
+GROUP BY task_type ORDER BY task_type
+"""
+
 # waiting, failed, done -> (removed); a running task is marked.
 _REMOVE = "DELETE FROM taskpool_task WHERE state <> 'running'"
 _MARK = "UPDATE taskpool_task SET removed = 1, successor = NULL WHERE state = 'running'"
@@ -2972,6 +3330,23 @@ def _json_list(texts: tuple[str, ...]) -> str:
     return json.dumps(texts)
 
 
+def _readable_setting(columns: Sequence[Any]) -> Setting:
+    """A stored Setting; what is no whole number of at least 0 counts as not set."""
+    setting = Setting(*columns)
+    paused, at_once, starts, period, next_at, _ = setting
+    for value in (paused, at_once or 0, starts or 1, period or 1, next_at):
+        if type(value) is not int or not 0 <= value <= MAX_INT // 2:
+            usual = Setting._field_defaults.items()
+            kept = {n: getattr(setting, n) for n, _ in usual if type(getattr(setting, n)) is int}
+            wrong = {n: default for n, default in usual if not 0 < kept.get(n, 0) < MAX_INT // 2}
+            setting = setting._replace(**wrong)
+            break
+    return setting if setting.period else setting._replace(starts=None)
+
+
+_stored_setting = lru_cache(maxsize=1000)(_readable_setting)  # For every claim.
+
+
 @lru_cache(maxsize=1000)
 def _write_of(names: Sequence[str]) -> str:
     changes = [f"{name} = ?" for name in names]
@@ -2990,17 +3365,19 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
         "id": query.ids, "task_type": query.types, "state": _stored_states(query),
         "created_at": query.created_at,
     }  # fmt: skip
-    terms: dict[str, Any] = {
-        f"{column} IN (SELECT value FROM json_each(?))": json.dumps(list(allowed))
+    terms: dict[str, list[Any]] = {
+        f"{column} IN (SELECT value FROM json_each(?))": [json.dumps(list(allowed))]
         for column, allowed in lists.items()
         if allowed is not None
     }
     if query.due is not None:
-        could_run = "(state = 'ready' OR ready_at <= ?)"
-        terms[f"state IN ('scheduled', 'ready') AND {could_run} = {int(query.due)}"] = now
+        is_open = "task_type NOT IN (SELECT value FROM json_each(?))"
+        could_run = f"((state = 'ready' OR ready_at <= ?) AND {is_open})"
+        waiting_so = f"state IN ('scheduled', 'ready') AND {could_run} = {int(query.due)}"
+        terms[waiting_so] = [now, json.dumps(list(query.paused))]
     if query.until != NEVER:
-        terms["due_at <= ?"] = query.until
-    return " AND ".join(["1", *terms]), list(terms.values())
+        terms["due_at <= ?"] = [query.until]
+    return " AND ".join(["1", *terms]), [*itertools.chain(*terms.values())]
 
 
 def _addition(row: Row, may_expire: bool = False) -> tuple[Any, ...]:
@@ -3417,25 +3794,41 @@ class SQLiteStore(Store):
     def owners(self) -> list[str]:
         return [owner for (owner,) in self._select(_MASTERS) if type(owner) is str]
 
+    def settings(self, all_types: bool = False) -> Mapping[str, Setting]:
+        found = self._select(_SETTINGS if all_types else _GATES)
+        return {str(line[0]): _stored_setting(line[1:]) for line in found} if found else {}
+
+    def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
+        for column, value in changes.items():
+            self._run(_SET.format(column), {"task_type": task_type, column: value})
+
+    def summary(self, now: int) -> list[tuple[Any, ...]]:
+        return self._select(_SUMMARY, {"now": now})
+
     # ---- Quicker than by reading rows
 
+    def running(self, types: Collection[str]) -> Mapping[str, int]:
+        return collections.Counter(name for (name,) in self._select(_RUNNING))
+
     def candidates(
-        self, owner: str, types: Iterable[str], most: int, now: int, until: int
-    ) -> Iterator[Row]:
-        db, places = self._writer, {"owner": owner, "types": _json_list(tuple(types)), "now": now}
-        db.execute(_PROMOTE, places)
-        heads = db.execute(_HEADS, places).fetchall()
+        self, owner: str, types: Iterable[str], most: int, now: int, until: int,
+        places: Mapping[str, int],
+    ) -> Iterator[Row]:  # fmt: skip
+        db, values = self._writer, {"owner": owner, "types": _json_list(tuple(types)), "now": now}
+        db.execute(_PROMOTE, values)
+        heads = db.execute(_HEADS, values).fetchall()
 
         def line(head: Sequence[Any]) -> Iterator[Sequence[Any]]:
             if len(heads) > 1:
                 yield head  # Until it is the best there is, the line behind it is not read.
-            place = {"type": head[2], "lane": head[3], "until": until, "owner": owner}
-            left = most
-            for columns in db.execute(_READY, {**place, "most": most}):
+            place: dict[str, Any] = {"type": head[2], "lane": head[3], "until": until}
+            place["owner"] = owner
+            first = left = min(most, places.get(head[2], most))
+            for columns in db.execute(_READY, {**place, "most": first}):
                 left -= 1
                 yield columns
             if not left:  # Some are set aside.
-                yield from db.execute(_MORE, {**place, "most": ASIDE_TASKS, "first": most})
+                yield from db.execute(_MORE, {**place, "most": ASIDE_TASKS, "first": first})
 
         self._seqs = {}
         for columns in heapq.merge(*map(line, heads), key=_rank):
@@ -3775,7 +4168,14 @@ def _selector(query: Query, now: int) -> dict[str, Any]:
     if query.due is not None:
         instants = {"$lte" if query.due else "$gt": now}
         dated = {"taskpool.state": "scheduled", "taskpool.ready_at": instants}
-        terms.append({"$or": [dated, *[{"taskpool.state": "ready"}] * query.due]})
+        kinds: list[Any] = [dated, *[{"taskpool.state": "ready"}] * query.due]
+        paused = {"taskType": {"$in": list(query.paused)}}
+        if query.paused and not query.due:
+            states = {"$in": ["ready", "scheduled"]}
+            kinds.append({"taskpool.state": states, **paused})
+        elif query.paused:
+            terms.append({"$nor": [paused]})
+        terms.append({"$or": kinds})
     return {"$and": terms}
 
 
@@ -3794,6 +4194,28 @@ def _sorted_out(row: Row, now: int) -> tuple[Row, Row]:
     if reason := expiry(row, now):
         return set_aside(_waiting_again(row), reason, now)  # That claim does not count.
     return row, row
+
+
+def _runs_of(task_type: str) -> dict[str, Any]:
+    return {"taskpool.state": "running", "taskType": task_type}
+
+
+def _rank_of(row: Row) -> tuple[int, int]:
+    """The order of claims, for the Rows of several queries."""
+    if type(row.priority) is not int or type(row.created_at) is not int:
+        return -NEVER, 0  # It cannot be run: see _unusable.
+    return -row.priority, row.created_at
+
+
+def _setting_of(document: Mapping[str, Any]) -> Setting:
+    columns = [document.get(name, usual) for name, usual in Setting._field_defaults.items()]
+    # The driver's kinds of int, and what a shell writes.
+    columns = [int(v) if isinstance(v, (int, float)) and v // 1 == v else v for v in columns]
+    if isinstance(columns[-1], Mapping):
+        took = columns[-1].get("took", {})
+        took = [took.get(f"{i}", 0) for i in range(len(BOUNDS) + 1)]
+        columns[-1] = json.dumps({**columns[-1], "took": took})
+    return _readable_setting(columns)
 
 
 def _is_over(since: int, seconds: float, now: int) -> bool:
@@ -4047,6 +4469,9 @@ class MongoStore(Store):
         self._lock = threading.RLock()  # Held while a cluster's claims change.
         self._claims: dict[str, _Claims] = collections.defaultdict(_Claims)
         self._holders: set[str] = set()  # Of claims and reserved tasks, as of late.
+        # Of the types that are paused or limited, as they were read at that time (monotonic).
+        self._gates: dict[str, Setting] = {}
+        self._gates_at = -math.inf
         self._heard: list[str] | None = None  # Masters, where one here looks for them.
 
     @contextlib.contextmanager
@@ -4121,21 +4546,25 @@ class MongoStore(Store):
     # ---- Running
 
     def _claim(
-        self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int
-    ) -> list[Row]:
+        self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int,
+        settings: Mapping[str, Setting] | None = None,
+    ) -> list[Row]:  # fmt: skip
         self._waiting([None, "scheduled"], owner, list(costs), 1, now, until)
         self._claims[owner].few = False
-        return self._claim_ready(owner, costs, limit, now, until)
+        settings = self.settings() if settings is None else settings
+        return self._claim_ready(owner, costs, limit, now, until, settings)
 
     def turn(
         self, owner: str, outcomes: Sequence[Outcome], types: Mapping[str, float], room: float,
         most: int, now: int, until: int = NEVER, eager: bool = False,
+        settings: Mapping[str, Setting] | None = None,
     ) -> Turn:  # fmt: skip
         """Store.turn() in few commands. It looks for waiting tasks if nothing ended and nothing
         was added, but at least every other second, and remembers what it saw."""
         led = self.settle(owner, outcomes, now) if outcomes else []
         claims, room = self._claims[owner], room if types else 0.0
-        claims.asked = most
+        claims.asked, known = most, self.settings() if settings is None else settings
+        limited = [name for name in known if name in types and not known[name].paused]
 
         def look_and_claim() -> list[Row]:
             asked = room > 0 and bool(outcomes or eager)
@@ -4145,7 +4574,7 @@ class MongoStore(Store):
                 asked = claims.ready > 0
             # After a clock was set back a look may not find what is ready: claim all the same.
             if room > 0 and (asked or _is_over(claims.claimed_at, RENEW_SECONDS, now)):
-                return self._claim_ready(owner, types, room, now, until)
+                return self._claim_ready(owner, types, room, now, until, known)
             return []
 
         try:
@@ -4156,18 +4585,24 @@ class MongoStore(Store):
             if not outcomes:
                 raise
             return Turn(led, [], [now])  # What is settled counts. The rest is asked again.
+        if known and most:
+            known = self.settings() if settings is None else settings
+            due = self.upcoming(owner, types, most, now, until, known)
+            return Turn(led, rows, due, limited)
         return Turn(led, rows, self._due(owner, types, most, now, until))
 
     def _claim_ready(
-        self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int
-    ) -> list[Row]:
+        self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int,
+        settings: Mapping[str, Setting],
+    ) -> list[Row]:  # fmt: skip
         """Claim what is ready. A single command can claim the first task, whichever that is: it
         comes first if the last claim took one task at most, or if there is room for one."""
         claims, rows, more = self._claims[owner], [], True
         claims.claimed_at, claims.joined = now, False
         was_in_doubt, claims.in_doubt = claims.in_doubt, True
         least, most = max(min(costs.values()), LEAST_SHARE), max(*costs.values(), 1.0)
-        if most <= limit + 1e-9 and (claims.few or limit + 1e-9 < 2 * least):
+        is_free = settings.keys().isdisjoint(costs)
+        if is_free and most <= limit + 1e-9 and (claims.few or limit + 1e-9 < 2 * least):
             where = self._claimable(owner, costs, now, until)
             with contextlib.suppress(_Raced):  # The server cannot change that document so.
                 rows = self._start(owner, where, now, True)
@@ -4178,7 +4613,7 @@ class MongoStore(Store):
                     more = False  # The room is full, and what is left is known or not asked.
                 more = more and bool(rows) and not rows[0].interrupted
         if more:
-            rows += super()._claim(owner, costs, limit, now, until)
+            rows += super()._claim(owner, costs, limit, now, until, settings)
             claims.few = len(rows) < 2
         claims.rows.update((row.id, row) for row in rows if row.state == "running")
         claims.in_doubt = was_in_doubt  # Every claim that the server made is known.
@@ -4200,8 +4635,14 @@ class MongoStore(Store):
         return where
 
     def candidates(
-        self, owner: str, types: Iterable[str], most: int, now: int, until: int
-    ) -> Iterable[Row]:
+        self, owner: str, types: Iterable[str], most: int, now: int, until: int,
+        places: Mapping[str, int],
+    ) -> Iterable[Row]:  # fmt: skip
+        if places:
+            groups = [([name], min(place, most)) for name, place in places.items() if place]
+            groups.append(([name for name in types if name not in places], most))
+            found = [self.candidates(owner, some, n, now, until, {}) for some, n in groups if some]
+            return sorted(itertools.chain(*found), key=_rank_of)
         claims, where = self._claims[owner], self._claimable(owner, types, now, until)
         options = {"sort": _RANK, **self._documents.by("taskpool_ready")}
         options["limit"] = limit = most + claims.asked + 1
@@ -4217,7 +4658,69 @@ class MongoStore(Store):
         where = {"taskpool.state": "ready", **_named(row.id for row in rows)}
         taken = self._start(owner, where, now, len(rows) == 1)
         self._claims[owner].ready -= len(taken)
-        return taken
+        if not self._gates:
+            return taken
+        full = [row for row in taken if row.state == "running" and not self._has_place(row)]
+        self.write_all([(row, requeued(row, now)) for row in full])
+        return [row for row in taken if row not in full]
+
+    # ---- Pauses and limits
+
+    def settings(self, all_types: bool = False) -> Mapping[str, Setting]:
+        if not all_types and time.monotonic() < self._gates_at + 1.5 * WATCH_SECONDS:
+            return self._gates
+        with self._documents.errors():
+            return self._learn(self._masters.find(), all_types)
+
+    def _learn(self, documents: Iterable[Any], all_types: bool) -> Mapping[str, Setting]:
+        """Remember, and return, the Settings among these documents."""
+        found = [doc for doc in documents if isinstance(doc["_id"], Mapping)]
+        types = {str(doc["_id"].get("type")): _setting_of(doc) for doc in found}
+        self._gates = {name: it for name, it in types.items() if is_gate(it)}
+        self._gates_at = time.monotonic()
+        return types if all_types else self._gates
+
+    def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
+        self._masters.update_one({"_id": {"type": task_type}}, {"$set": changes}, upsert=True)
+        self._gates_at = -math.inf
+
+    def reserve_starts(self, task_type: str, setting: Setting, next_at: int) -> bool:
+        same = {"_id": {"type": task_type}, "next_at": setting.next_at}
+        if setting.next_at == 0:
+            same["next_at"] = {"$in": [None, 0]}
+        self._gates_at = -math.inf
+        return bool(self._masters.update_one(same, {"$set": {"next_at": next_at}}).matched_count)
+
+    def _tally(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, more in counts.items():
+            added = {f"counts.{how}": n for how, n in more.items() if how != "took" and n}
+            added.update({f"counts.took.{i}": n for i, n in enumerate(more.get("took", ())) if n})
+            if added:
+                self._masters.update_one({"_id": {"type": name}}, {"$inc": added}, upsert=True)
+
+    def running(self, types: Collection[str]) -> Mapping[str, int]:
+        return {name: self._tasks.count_documents(_runs_of(name)) for name in types}
+
+    def _has_place(self, row: Row) -> bool:
+        """Whether a claimed task may start. Its claim is written down with its type: at most
+        as many as may run, without those that run no more."""
+        setting, mine = self._gates.get(row.task_type), {"id": row.id, "claim": row.claim}
+        if setting is None or setting.at_once is None:
+            return True
+        key = {"_id": {"type": row.task_type}}
+        room = {**key, f"claims.{setting.at_once - 1}": {"$exists": False}}
+        for _ in range(2):
+            if self._masters.update_one(room, {"$push": {"claims": mine}}).matched_count:
+                return True
+            claims = [claim for doc in self._masters.find(key) for claim in doc.get("claims", ())]
+            ids = _named(claim["id"] for claim in claims)
+            rows = self._documents.rows({**ids, "taskpool.state": "running"}, fields=_READ_SHORT)
+            running = {(row.id, row.claim) for row in rows}
+            ended = [claim for claim in claims if (claim["id"], claim["claim"]) not in running]
+            if not ended:
+                return False
+            self._masters.update_one(key, {"$pullAll": {"claims": ended}})
+        return False
 
     def _start(self, owner: str, where: dict[str, Any], now: int, one: bool) -> list[Row]:
         """ready -> running for all that *where* selects, or only for the first (*one*). Returns
@@ -4295,7 +4798,9 @@ class MongoStore(Store):
 
     def heartbeats(self) -> dict[str, Any]:
         with self._documents.errors():
-            masters = {m["_id"]: m.get("beat") for m in self._masters.find(_MASTER, {"beat": 1})}
+            documents = list(self._masters.find({}, {"claims": 0, "counts": 0}))
+            masters = {m["_id"]: m.get("beat") for m in documents if type(m["_id"]) is str}
+        self._learn(documents, False)
         self._heard = list(masters)
         return {**dict.fromkeys(self._holders), **masters}
 
@@ -4405,6 +4910,10 @@ class MongoStore(Store):
         with self._documents.errors(now):
             found = [self._tasks.distinct("taskType", where) for where in (ready, due)]
             return sorted({name for names in found for name in names if type(name) is str})
+
+    def summary(self, now: int) -> list[tuple[Any, ...]]:
+        with self._documents.errors(now):
+            return summed(map(readable, self._documents.rows(_TASKS, now, _READ_SHORT)), now)
 
     def rows(self, query: Query, now: int) -> list[Row]:
         options = {"sort": _RANK[1:], "skip": query.offset, "limit": query.limit or 0}
@@ -4956,7 +5465,10 @@ class _RunHere:
                 now, due = queue._now() if until is None else now, [NEVER]
                 costs = dict.fromkeys(self._task_map, 1.0)  # A task may have declared more.
                 for store in self._stores:
-                    turn = store.turn(self._owner, [], costs, 1, 1, now, last)
+                    settings = store.settings(all_types=True).items()
+                    paused = [name for name, it in settings if it.paused]
+                    gates = dict.fromkeys(paused, Setting(paused=1))  # No limits: it would wait.
+                    turn = store.turn(self._owner, [], costs, 1, 1, now, last, settings=gates)
                     for row in turn.rows:  # One that runs, and any that were set aside.
                         if row.state == "running":
                             self._run(store, row)
@@ -5083,6 +5595,14 @@ def _make_query(method: str, filters: Mapping[str, Any]) -> Query:
     )
 
 
+def _told(setting: Setting) -> dict[str, Any]:
+    """A Setting as types() tells it."""
+    runs, starts = read_counts(setting.counts), setting.starts
+    runs["seconds_le"] = dict(zip(BOUNDS, itertools.accumulate(runs.pop("took"))))
+    told = {"paused": bool(setting.paused), "at_once": setting.at_once, "runs": runs}
+    return {**told, "rate": None if starts is None else (starts, (setting.period or 0) / 1e6)}
+
+
 class _Tasks:
     """The verbs that TaskQueue and TaskQueue.in_memory share.
 
@@ -5100,12 +5620,26 @@ class _Tasks:
     def _changed(self, removed: bool = False) -> None:
         """Called after every change: wakes the clusters of this queue."""
 
+    def _wake_others(self) -> None:
+        """Wakes the clusters of other processes."""
+
+    def _known_name(self, task_type: Any) -> str:
+        """The name of a task type. Warns if nobody here knows it."""
+        raise NotImplementedError
+
+    def _query(self, method: str, filters: Mapping[str, Any]) -> Query:
+        query = _make_query(method, filters)
+        if query.due is None:
+            return query
+        paused = [name for name, it in self._store.settings(all_types=True).items() if it.paused]
+        return query._replace(paused=paused)
+
     def find(
         self, *, limit: int | None = None, offset: int = 0, **filters: Unpack[Filters]
     ) -> list[Task]:
         """The tasks that fit the filters, oldest first: at most *limit*, without the first
         *offset*."""
-        query = _make_query("find", filters)._replace(
+        query = self._query("find", filters)._replace(
             limit=None if limit is None else _checked_int("limit", limit, 0),
             offset=_checked_int("offset", offset, 0),
         )
@@ -5118,7 +5652,7 @@ class _Tasks:
 
     def count(self, **filters: Unpack[Filters]) -> int:
         """How many tasks fit the filters of find()."""
-        return self._store.count(_make_query("count", filters), self._now())
+        return self._store.count(self._query("count", filters), self._now())
 
     def remove(self, **filters: Unpack[Filters]) -> int:
         """Remove the tasks that fit the filters, and return how many.
@@ -5127,7 +5661,7 @@ class _Tasks:
         Raises ValueError without a filter (say `state=[...]` to mean all).
         """
         _refuse_rerun("remove")
-        query = _make_query("remove", filters)
+        query = self._query("remove", filters)
         if query == Query():
             states = ", ".join(map(repr, STATES))
             raise ValueError(f"remove() without a filter; to mean all tasks give state=[{states}]")
@@ -5141,7 +5675,7 @@ class _Tasks:
         They get a fresh set of attempts and are due now.
         """
         _refuse_rerun("retry")
-        retried = self._store.retry(_make_query("retry", filters), self._now())
+        retried = self._store.retry(self._query("retry", filters), self._now())
         self._changed()
         return retried
 
@@ -5175,6 +5709,71 @@ class _Tasks:
         self._changed()
         return Task(changed)
 
+    def types(self) -> list[dict[str, Any]]:
+        """What there is of each task type that has tasks, a history, or a setting.
+
+        One dict each: task_type; waiting, due, held, running, failed and done (how many tasks;
+        those due or held are among the waiting); oldest_due (for how many seconds the oldest of
+        those due has been so) and next_due (when the next one will be), or None; paused,
+        at_once and rate, as they are set; and `runs`: how many ended as done, failed, retried or
+        later, and how many were interrupted or expired; their seconds, and seconds_le: how many
+        took at most so many seconds. Masters add up runs and write the sums every 10 s and when
+        they leave; they grow for the life of the store.
+        """
+        now, names = self._now(), ("waiting", "due", "running", "failed", "done")
+        settings = self._store.settings(all_types=True)
+        types: dict[str, dict[str, Any]] = {}
+        for name, *numbers, oldest, later, held in self._store.summary(now):
+            types[str(name)] = dict(zip(names, numbers), oldest_due=oldest, held=held)
+            at = min(max(later, _YEARS[0]), _YEARS[1]) if type(later) is int else None
+            types[str(name)]["next_due"] = None if at is None else _datetime(at)
+        none = {**dict.fromkeys((*names, "held"), 0), "oldest_due": None, "next_due": None}
+        for name in settings:
+            types.setdefault(name, none)
+            if settings[name].paused:
+                types[name] = {**types[name], "due": 0, "oldest_due": None}
+        told = {name: _told(settings.get(name, Setting())) for name in types}
+        return [{"task_type": name, **types[name], **told[name]} for name in sorted(types)]
+
+    def pause(self, *types: str | TaskFunction) -> None:
+        """Have no cluster start tasks of these types, until resume().
+
+        What runs goes on to its end; what is added, retried or comes due meanwhile waits, in
+        its order, and counts as not due. A pause is stored: no restart ends it. To pause a
+        type again, or one that has no tasks, is fine.
+        """
+        self._set_up("pause", types, {"paused": 1})
+
+    def resume(self, *types: str | TaskFunction) -> None:
+        """End the pause of these types. A schedule makes up for the slots that it missed by
+        one run."""
+        self._set_up("resume", types, {"paused": 0})
+
+    def limit(
+        self, task_type: str | TaskFunction, *, at_once: int | None = _AS_IS,
+        rate: tuple[int, float | timedelta] | None = _AS_IS,
+    ) -> None:  # fmt: skip
+        """Limit how tasks of a type start, in all clusters together; None: without a limit.
+
+        *at_once*: so many of them run at once, at most. *rate* = (starts, seconds): at most so
+        many starts in so many seconds, evenly spaced; each start counts, retries included.
+        Of starts that are closer than 50 ms those of 50 ms may come together. What is not
+        given stays as it is. Tasks that must wait stand in nobody's way, and nothing that runs
+        is stopped. Raises TypeError and ValueError for wrong arguments.
+        """
+        changes = _checked_limits(at_once, rate)
+        if not changes:
+            raise TypeError("limit() changes at_once and rate; give one of them")
+        self._set_up("limit", [task_type], changes)
+
+    def _set_up(self, method: str, types: Sequence[Any], changes: Mapping[str, Any]) -> None:
+        _refuse_rerun(method)
+        if not types:
+            raise TypeError(f"{method}() takes one task type or more")
+        self._store.set_up([self._known_name(name) for name in types], changes)
+        self._changed()
+        self._wake_others()
+
 
 class InMemoryTasks(_Tasks):
     """`TaskQueue.in_memory`: the tasks of this process, with the verbs of TaskQueue."""
@@ -5196,6 +5795,9 @@ class InMemoryTasks(_Tasks):
 
     def _changed(self, removed: bool = False) -> None:
         self._queue._changed(removed, stored=False)
+
+    def _known_name(self, task_type: Any) -> str:
+        return self._queue._known_name(task_type)
 
     def find_by_id(self, task_id: str) -> Task | None:
         """The task of that id, or None."""
@@ -5225,6 +5827,7 @@ class _Declared(NamedTuple):
     function: TaskFunction
     defaults: dict[str, Any]  # Parameters of add_task.
     schedule: dict[str, Any] | None  # Those of its schedule, if it has one.
+    limits: dict[str, Any]  # Columns of its Setting.
 
 
 def _code_of(function: Any) -> tuple[Any, ...]:
@@ -5297,6 +5900,12 @@ class TaskQueue(_Tasks):
         for watcher in self._watchers:
             watcher.queue_changed(removed, stored)
 
+    def _place_is_free(self, store: Store) -> None:
+        """A run of a limited type has ended."""
+        self._changed(stored=not store.in_memory)
+        if not store.in_memory:
+            self._wake_others()
+
     def _wake_others(self) -> None:
         """Have the masters in other processes look at the store, so that they need not poll
         it. Of many tasks in a row not each wakes them: a woken master looks twice."""
@@ -5322,12 +5931,14 @@ class TaskQueue(_Tasks):
     @overload
     def task(
         self, name: str | None = None, *, repeat: timedelta | str | Cron | None = None,
-        data: Any = ..., **defaults: Unpack[TaskDefaults],
+        data: Any = ..., at_once: int | None = ...,
+        rate: tuple[int, float | timedelta] | None = ..., **defaults: Unpack[TaskDefaults],
     ) -> Callable[[_F], _F]: ...  # fmt: skip
 
     def task(
-        self, name: Any = None, *, repeat: Any = None, data: Any = _NO_DATA, **defaults: Any
-    ) -> Any:
+        self, name: Any = None, *, repeat: Any = None, data: Any = _NO_DATA, at_once: Any = _AS_IS,
+        rate: Any = _AS_IS, **defaults: Any,
+    ) -> Any:  # fmt: skip
         """Declare a function as a task type: as @queue.task or @queue.task(...).
 
         The function is registered under *name* (default: its __name__) and returned
@@ -5340,6 +5951,9 @@ class TaskQueue(_Tasks):
         With *repeat*, as in add_task, one stored task `schedule:NAME` (with *data*) follows
         the code: a cluster that starts on this queue, or run_due, adds, changes or removes
         it. Only another *repeat* moves its due date.
+
+        *at_once* and *rate*, as in limit(), are written to the store when a cluster starts on
+        this queue, and count at once for tasks in memory; what is not given stays as it is.
 
         Raises TypeError and ValueError for wrong arguments, for a function that cannot be
         called as function(job), and for a name that another function has. While a worker
@@ -5363,15 +5977,17 @@ class TaskQueue(_Tasks):
         if schedule and defaults.get("in_memory"):
             raise _wrong_value("in_memory", True, "False: a schedule is stored")
         _make_row(self._now(), "any", **(schedule or defaults))
-        schedule = copy.deepcopy(schedule)
+        schedule, limits = copy.deepcopy(schedule), _checked_limits(at_once, rate)
 
         def declare(function: _F) -> _F:
-            self._declare(name, function, defaults, schedule)
+            self._declare(name, function, defaults, schedule, limits)
             return function
 
         return declare
 
-    def _declare(self, name: Any, function: Any, defaults: Any, schedule: Any) -> None:
+    def _declare(
+        self, name: Any, function: Any, defaults: Any, schedule: Any, limits: dict[str, Any]
+    ) -> None:
         style = _checked_function("function", function)
         if name is None:
             name = getattr(function, "__name__", "<none>")
@@ -5384,7 +6000,9 @@ class TaskQueue(_Tasks):
             code, file, *_ = _code_of(other.function)
             where = f" of {file}, line {code.co_firstlineno}" if code else ""
             raise _wrong_value("name", name, f"another: {_shown(other.function)}{where} has it")
-        self._declared[name] = _Declared(function, defaults, schedule)
+        self._declared[name] = _Declared(function, defaults, schedule, limits)
+        if limits:
+            self.in_memory._memory.set_up([name], limits)
         self._functions[name] = function
         self._own_styles[name] = self._styles[name] = style
         for watcher in self._watchers:
@@ -5417,6 +6035,15 @@ class TaskQueue(_Tasks):
         if rows:
             self._store.align(rows, now)
         return schedules
+
+    def _write_limits(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Have the stored limits be those that are declared, but for those that are as in
+        *known*: somebody may have changed these since. Returns all."""
+        limits = {name: it.limits for name, it in list(self._declared.items()) if it.limits}
+        for name, changes in limits.items():
+            if known.get(name) != changes:
+                self._store.set_up([name], changes)
+        return limits
 
     # ---- Adding
 
@@ -5523,6 +6150,12 @@ class TaskQueue(_Tasks):
             for one in data if type(data) is _Chunk else (data,):
                 style.keywords(task_type, one)
         return addition
+
+    def _known_name(self, task_type: Any) -> str:
+        name = self._name_of(task_type)
+        if name not in self._styles:
+            self._warn_of(name)
+        return name
 
     def _warn_of(self, task_type: str) -> None:
         """Warn once of a type that nobody here knows; another program may know it."""
@@ -7626,11 +8259,18 @@ class _Watch:
 
     def __init__(self, cluster: Cluster, store: Store, owner: str) -> None:
         self._cluster, self._store, self._owner = cluster, store, owner
-        self._schedules: dict[str, Any] = {}  # As they were declared at the last look.
+        # As they were declared at the last look.
+        self._schedules: dict[str, Any] = {}
+        self._limits: dict[str, Any] = {}
         self._clock = _ObserverClock()  # Of the store thread.
         self.next_look = self._next_heartbeat = self._next_warning = 0.0
         self.heard = time.monotonic()  # When observers last heard of this cluster.
         self._strays: set[tuple[str, int]] = set()  # Claims that were unknown here.
+        self.tallies: list[_Tally] = []  # To be written with the next heartbeat.
+
+    def write_counts(self) -> None:
+        self._store.tally(tally_of(self.tallies))
+        self.tallies.clear()
 
     def look(self, now: float, wall: int) -> tuple[list[Row], list[str], list[Row] | None]:
         """In the store thread: the tasks that ended with their masters; the types of which
@@ -7639,8 +8279,10 @@ class _Watch:
         held: list[Row] | None = None
         try:
             self._schedules = self._cluster.queue._align(self._schedules)
+            self._limits = self._cluster.queue._write_limits(self._limits)
             if self._next_heartbeat <= now:
                 store.renew(self._owner, wall)
+                self.write_counts()
                 held = store.held_by(self._owner)
                 self.heard, self._next_heartbeat = now, now + RENEW_SECONDS
             if self._next_warning <= now:
@@ -7661,7 +8303,11 @@ class _Watch:
         ids = [SCHEDULE + name for name in types if name not in self._cluster.queue._declared]
         scheduled = {row.id for row in self._store.find(Query(ids=ids), wall)} if ids else ()
         path, texts = getattr(self._store, "path", None), []
+        settings = self._store.settings()
         for name in types:
+            if name in settings and settings[name].paused:
+                texts.append(f"{name!r} (paused)")
+                continue
             task_id, text = SCHEDULE + name, repr(name)
             how = f"queue.remove(task_id={task_id!r})"
             if path:
@@ -7704,6 +8350,7 @@ class _Source:
         self.available = 0  # So many of them could start then.
         self.next_due = NEVER  # The first of the others.
         self.unsettled: list[_Run] = []  # That ended, and are to be recorded.
+        self.tally = new_tally()
         self.busy = False  # A call is under way in the thread.
         # Failed calls in a row; since when; until when the next one waits; the next log line.
         self.failures, self.failing_since, self.retry_at, self.log_at = 0, 0.0, 0.0, 0.0
@@ -7789,7 +8436,10 @@ class _Source:
 
         def work() -> tuple[int, Turn]:
             now = int(queue.clock() * 1e6)
-            return now, store.turn(owner, outcomes, costs, room, most, now, until, eager)
+            turn = store.turn(owner, outcomes, costs, room, most, now, until, eager)
+            if turn.limited and any(run.row.task_type in turn.limited for run in runs):
+                queue._place_is_free(store)  # Another cluster may wait for it.
+            return now, turn
 
         self.call_store(work, functools.partial(self._on_exchange, runs, costs, room))
 
@@ -7803,7 +8453,7 @@ class _Source:
             self.unsettled[:0] = [*last.values(), *ends]
             self.changed = True
             return
-        now, (led, rows, self.due) = answer
+        now, (led, rows, self.due, limited) = answer
         self.failures, self.looked_at = 0, time.monotonic()
         if self.log_at and (led or rows):  # Only a write proves it: a full disk can be read.
             self.log_at = 0.0
@@ -7817,7 +8467,7 @@ class _Source:
         if runs:
             self._settled(runs, led, now)
         if rows:
-            self._hand_out(rows, costs)
+            self._hand_out(rows, {**costs, **dict.fromkeys(limited, 1.0)} if limited else costs)
         if self.available and (rows or not room) and self.engine.crew.room() > 0:
             self.changed = True  # A task that is claimed alone may leave room for others.
         if self.check_futures and self.engine.ending.serves:
@@ -7840,6 +8490,7 @@ class _Source:
                 names = ", ".join(foreign)
                 _log.warning("tasks wait that this cluster has no function for: %s", names)
 
+        self.pass_tally()
         self.call_store(lambda: watch.look(now, self.engine.cluster.queue._now()), answer)
 
     def _look_after_futures(self) -> None:
@@ -7869,9 +8520,21 @@ class _Source:
         if waiting and self.failures:
             _log.error("%s: %d submitted task(s) stay waiting", what, waiting)
 
+    def pass_tally(self) -> None:
+        """Have what was counted here added to the totals in the store."""
+        if self.tally:
+            tally, self.tally = self.tally, new_tally()
+            if self.watch is not None:
+                self.watch.tallies.append(tally)
+            else:
+                self.store.tally(tally_of([tally]))
+
     def leave(self) -> None:
         # leave() opens a store again that the program has closed.
         with contextlib.suppress(StoreError), contextlib.closing(self.store):
+            self.pass_tally()
+            if self.watch is not None:
+                self.watch.write_counts()
             self.store.leave(self.engine.owner, self.engine.cluster.queue._now())
 
     # ---- Claims and their ends
@@ -7941,6 +8604,12 @@ class _Source:
             if not became:
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
                 _log.warning(text, run.row.task_type, run.row.id)
+            outcome = run.outcome
+            if became and outcome.seconds is not None:
+                how = run.row.task_type, outcome.state, became, outcome.charged
+                counts = self.tally[how]
+                counts[bisect_left(BOUNDS, outcome.seconds)] += 1
+                counts[-1] += outcome.seconds
             settled(run, became)
             if listeners and became and run.event in listeners:
                 task = Task(as_told(run.row, became, run.outcome, now))
@@ -8247,6 +8916,7 @@ class _Dispatcher:
         cast(_WakeUp, self.wake).clear()  # A Ctrl-C may have kept its byte back.
         wall, waits = self.cluster.queue._now(), False
         self.sources[0].store.renew(self.owner, wall)
+        self.sources[0].pass_tally()
         for source in self.sources:
             if source.looked_at + self.cluster._refresh <= now or not source.watch:
                 source.changed = True
@@ -8417,6 +9087,7 @@ class _Dispatcher:
             worker.kill()
             worker.close()
         self.crew.workers.clear()
+        self.sources[0].pass_tally()
         for source in self.sources[1:]:
             self.threads[_STORE].post(source.leave)
             # A store that has just failed was waited for already.
@@ -8736,6 +9407,11 @@ class Cluster(concurrent.futures.Executor):
         if self._options.in_memory_only and scheduled:
             allowed = f"False: the schedule of {scheduled[0]!r} is stored"
             raise _wrong_value("in_memory_only", True, allowed)
+        store = self.queue._store
+        stores = not self._options.in_memory_only
+        for name in [name for name, it in declared.items() if it.limits]:
+            if stores and not store.knows_settings():
+                raise StoreError(f"{store!r} has no change_setting() for the limits of {name!r}")
         self._boot = _with_functions(self._boot, self)
         if len(self.queue._declared) > len(declared):  # By another thread, which may be done.
             self._learn_types()
@@ -8862,7 +9538,8 @@ class Cluster(concurrent.futures.Executor):
         now, types, owner = self.queue._now(), list(self.task_map), self._engine.owner
         running = Query(types=types, states=["running"], until=until, limit=1)
         return any(
-            store.next_due(owner, types, 1, now, until) or store.find(running, now)
+            store.upcoming(owner, types, 1, now, until, store.settings())
+            or store.find(running, now)
             for store in self._stores()
         )
 
@@ -9239,16 +9916,6 @@ examples:
 """
 _BEHIND = "an ID that begins with - goes behind --: show tasks.db -- -ID"
 _BEGINNING = "SELECT id FROM taskpool_task WHERE id BETWEEN ? AND ? ORDER BY id LIMIT 4"
-# One line per type. A task that was requeued has ready_at 0: it waits since its due date.
-_STATUS = """
-SELECT task_type, sum(state IN ('ready', 'scheduled')), sum(due), sum(state = 'running'),
-    sum(state = 'failed'), sum(state = 'done'),
-    max(0.0, (:now - min(CASE WHEN due THEN since END)) / 1e6),
-    min(CASE WHEN state = 'scheduled' AND NOT due THEN since END)
-FROM (SELECT task_type, state, CAST(max(created_at, due_at, ready_at) AS INTEGER) AS since,
-    state = 'ready' OR (state = 'scheduled' AND ready_at <= :now) AS due FROM taskpool_task)
-GROUP BY task_type ORDER BY task_type
-"""
 _COUNTS = ("waiting", "due", "running", "failed", "done")
 _TYPE_COLUMNS = ("task_type", *_COUNTS, "oldest_wait", "next_due")
 _RUN_COLUMNS = ("task_type", "id", "attempt", "where", "since", "progress")
@@ -9349,7 +10016,7 @@ _Told = tuple[Any, list[str]]
 
 
 def _tell_status(view: SQLiteStore, options: Any, now: int, width: int) -> _Told:
-    found = view._select(_STATUS, {"now": now})
+    found = view.summary(now)
     types = [dict(zip(_TYPE_COLUMNS, line)) for line in found]
     for kind in types:
         due = kind["next_due"]
