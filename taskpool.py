@@ -50,6 +50,9 @@ The life of a task (each arrow is a method of Store)
     remove: waiting, failed, done --> (removed)      update: waiting --> waiting
     claim, of what `expires` or cannot be read: waiting --> failed
 
+    A task that is to follow others (`after`, `after_end`) is held: it waits in no line, until
+    the write that ends the last of those releases it. (Store._follow)
+
 What is promised (the tests and the README carry the same numbers)
 
     P1  A persistent task that add_task returned is not lost: not by killing any process
@@ -675,6 +678,15 @@ _MICROSECOND = timedelta(microseconds=1)
 _MOST_SECONDS = sys.float_info.max
 
 
+class Bond(NamedTuple):
+    """That a task is not to start before another one has ended."""
+
+    parent: str  # The id of the predecessor, ...
+    child: str  # ... and of its follower.
+    anyway: bool = False  # `after_end`: however it ends. `after`: by success.
+    known: bool = True  # False: given by its id alone, so that one of that id must be there.
+
+
 class Row(NamedTuple):
     """One task as stores keep it: the columns of the SQLite table, in order."""
 
@@ -690,7 +702,7 @@ class Row(NamedTuple):
     timeout: float | None
     keep_result: float | None
     lane: str  # "" = for any cluster, else the owner that submitted it.
-    state: str  # scheduled, ready (`waiting` outside), running, failed, done.
+    state: str  # scheduled, ready, held (all `waiting` outside), running, failed, done.
     expires: float | None = None  # Seconds after due_at within which it is to be started.
     attempt: int = 0  # Charged starts.
     claim: int = 0  # The fencing token: grows with every claim, never reset.
@@ -706,6 +718,7 @@ class Row(NamedTuple):
     repeat: str | None = None  # JSON text: microseconds, or the arguments of Cron.
     progress: str | None = None  # JSON of a Progress: the last report of its run.
     items: int = 0  # Of a chunk of Cluster.map: how many are in its data. Not a column.
+    after: tuple[Bond, ...] = ()  # Given to write(): the bonds that it is to have. No column.
 
 
 class MemoryRow(Row):
@@ -721,7 +734,7 @@ def _packed_row(row: Row) -> str | MemoryRow:
     if isinstance(row, MemoryRow):
         return row
     values = row._asdict()
-    del values["items"]
+    del values["items"], values["after"]
     return json.dumps(values)
 
 
@@ -988,8 +1001,11 @@ def _read_progress(text: str) -> Progress:
         raise ValueError(f"it is not [done, total, note]: {error}") from None
 
 
+_WAITING = ("scheduled", "ready", "held")
+
+
 def _public_state(state: str) -> str:
-    return "waiting" if state in ("scheduled", "ready") else state
+    return "waiting" if state in _WAITING else state
 
 
 def _column(name: str, what: str, read: Callable[[Any], Any] | None = None) -> Any:
@@ -1021,6 +1037,9 @@ class Task:
     created_at: Final[datetime] = _column("created_at", "When it was added, in UTC.", _datetime)
     state: Final[State] = _column("state", "waiting, running, failed or done.", _public_state)
     on_going: Final[bool] = _column("state", "Whether it is running.", "running".__eq__)
+    held: Final[bool] = _column(
+        "state", "Whether it waits for the end of others: see `after` in add_task.", "held".__eq__
+    )
     attempt: Final[int] = _column("attempt", "Number of charged starts: 1 during the first run.")
     retries: Final[int] = _column("retries", "Further starts that a failure may have.")
     retry_delay: Final[float] = _column(
@@ -1214,8 +1233,28 @@ def _pickled_data(value: Any) -> bytes:
         raise _wrong_type("data", value, f"what can be pickled; {why}") from error
 
 
-_FRESH = tuple(Row._field_defaults.values())[1:-3]  # Of a task without a history.
+def _bonds(child: str, in_memory: bool, after: Any, after_end: Any) -> tuple[Bond, ...]:
+    """The arguments `after` and `after_end` of the task *child*, or the error."""
+    bonds: dict[str, Bond] = {}
+    for name, given in ("after_end", after_end), ("after", after):
+        many = isinstance(given, (list, tuple, set, frozenset))
+        for item in given if many else () if given is None else (given,):
+            is_task = isinstance(item, Task)
+            if not (is_task or type(item) is str):
+                raise _wrong_type(name, item, "a Task, an id, or a list of them")
+            if is_task and item.in_memory is not in_memory:
+                where = "in memory" if in_memory else "stored"
+                raise _wrong_value(name, item, f"tasks that are {where}, as their follower is")
+            parent = item.id if is_task else _checked_text(name, item)
+            if parent == child:
+                raise _wrong_value(name, item, "other tasks; a task cannot follow itself")
+            bonds[parent] = Bond(parent, child, name == "after_end", is_task)
+    return tuple(bonds.values())
+
+
+_FRESH = tuple(Row._field_defaults.values())[1:-4]  # Of a task without a history.
 _IF_EXISTS = ("raise", "keep", "replace", "follow")
+_NO_SCHEDULE = "None, as the task is to follow others; a schedule follows nobody"
 SCHEDULE = "schedule:"  # The ids of what queue.task keeps stored begin with this.
 
 
@@ -1223,7 +1262,8 @@ def _make_row(
     now: int, task_type: Any, data: Any = _NO_DATA, *, priority: Any = 1, task_id: Any = None,
     due_date: Any = None, in_memory: Any = False, repeat: Any = None, retries: Any = 0,
     retry_delay: Any = 1.0, timeout: Any = None, keep_result: Any = None, expires: Any = None,
-    if_exists: Any = "raise", connection: Any = None, lane: str = "",
+    if_exists: Any = "raise", connection: Any = None, after: Any = None, after_end: Any = None,
+    lane: str = "",
 ) -> tuple[Row, str]:  # fmt: skip
     """The new Row and its `if_exists`, or the error that add_task documents."""
     _checked_text("task_type", task_type)
@@ -1251,8 +1291,13 @@ def _make_row(
             "SQLAlchemy: connection.connection.driver_connection)"
         )
         raise _wrong_type("connection", connection, allowed)
+    follows: tuple[Bond, ...] = ()
+    if after is not None or after_end is not None:
+        follows = _bonds(task_id, in_memory, after, after_end)
     if repeat is not None:
         rule = _checked_repeat(repeat)
+        if follows:
+            raise _wrong_value("repeat", repeat, _NO_SCHEDULE)
         if isinstance(rule, timedelta):
             repeat = str(rule // _MICROSECOND)
         else:
@@ -1264,7 +1309,7 @@ def _make_row(
     state = "ready" if due_at <= now else "scheduled"
     columns = (
         task_id, task_type, data, priority, now, due_at, due_at, retries, retry_delay,
-        timeout, keep_result, lane, state, expires, *_FRESH, repeat, None, items,
+        timeout, keep_result, lane, state, expires, *_FRESH, repeat, None, items, follows,
     )  # fmt: skip
     # In two thirds of the time of Row().
     return tuple.__new__(MemoryRow if in_memory else Row, columns), if_exists
@@ -1277,6 +1322,7 @@ else:
 
 State = Literal["waiting", "running", "failed", "done"]
 IfExists = Literal["raise", "keep", "replace", "follow"]
+Predecessors = Union[Task, str, Collection[Union[Task, str]], None]
 
 
 class MapOptions(typing.TypedDict, total=False):
@@ -1305,6 +1351,8 @@ class SubmitOptions(MapOptions, total=False):
     due_date: datetime | timedelta | None
     repeat: timedelta | str | Cron | None
     if_exists: IfExists
+    after: Predecessors
+    after_end: Predecessors
 
 
 class TaskOptions(SubmitOptions, total=False):
@@ -1328,6 +1376,8 @@ class Changes(typing.TypedDict, total=False):
     timeout: float | timedelta | None
     keep_result: float | timedelta | None
     expires: float | timedelta | datetime | None
+    after: Predecessors
+    after_end: Predecessors
 
 
 class Filters(typing.TypedDict, total=False):
@@ -1337,13 +1387,16 @@ class Filters(typing.TypedDict, total=False):
     task_type: str | Collection[str] | None
     state: State | Collection[State] | None
     due: bool | None
+    held: bool | None
+    after: str | Collection[str] | None
+    before: str | Collection[str] | None
 
 
 # --- Stored rows ---------------------------------------------------------------------
 # Others can write to a store, too. What is read from it is checked here, once, so that no
 # policy meets a value that it cannot work with, and no row is in the way of others.
 
-_COLUMNS = Row._fields[:-1]
+_COLUMNS = Row._fields[:-2]
 _YEARS = (_FIRST_DATE - _EPOCH) // _MICROSECOND, (_LAST_DATE - _EPOCH) // _MICROSECOND
 _SECONDS = (0, _MOST_SECONDS)
 _ANY = (-MAX_INT - 1, MAX_INT)
@@ -1940,7 +1993,7 @@ def led_to(row: Row, following: Row | None, outcome: Outcome) -> str:
     if outcome.state in ("running", "removed"):
         return outcome.state
     if following is not None and following.created_at == row.created_at:
-        if following.state in ("scheduled", "ready"):
+        if following.state in _WAITING:
             return "waits" if outcome.state == "ready" else "repeats"
     if not outcome.charged:
         return "removed"
@@ -1989,41 +2042,106 @@ def after_remove(row: Row) -> Row | None:
     return row._replace(removed=1, successor=None) if row.state == "running" else None
 
 
-def after_retry(row: Row, now: int) -> Row:
-    """failed -> waiting, with a fresh set of attempts, however late it is."""
-    waiting = row._replace(state="ready", attempt=0, ready_at=now, error=None, lane="")
+def after_retry(row: Row, now: int, is_bound: bool = False) -> Row:
+    """failed -> waiting, with a fresh set of attempts, however late it is; held, if it still
+    has bonds."""
+    state = "held" if is_bound else "ready"
+    waiting = row._replace(state=state, attempt=0, ready_at=now, error=None, lane="")
     # A remove() may have been killed half way.
     return waiting._replace(expires=None, progress=None, removed=0)
+
+
+def bound(row: Row, there: Mapping[str, Row]) -> Row:
+    """A Row that is to be stored, with only those bonds that it has to wait for, and held if
+    there are any. *there* has the predecessors that are stored."""
+    bonds = []
+    for bond in row.after:
+        parent = there.get(bond.parent)
+        if parent is None and not bond.known:
+            name = "after_end" if bond.anyway else "after"
+            allowed = "the id of a task that is there; of one that may have ended, the Task"
+            raise _wrong_value(name, bond.parent, allowed)
+        state = "done" if parent is None else parent.state
+        if not (state == "done" or (bond.anyway and state == "failed")):
+            bonds.append(bond)
+    if bonds and row.repeat is not None:
+        raise _wrong_value("after", bonds[0].parent, "None, as a schedule follows nobody")
+    return row._replace(after=tuple(bonds), state="held" if bonds else row.state)
+
+
+def how_ended(row: Row, following: Row | None, outcome: Outcome | None = None) -> str:
+    """What a change of a stored task is for its followers: `done`, if *outcome* says so,
+    `failed`, `removed`, or "" for no end."""
+    if outcome is not None and outcome.state == "done":
+        return "done"
+    if following is None:
+        return "" if row.state == "done" else "removed"
+    if following.state == "failed":
+        return "" if row.state == "failed" else "failed"
+    if row.state != "running" or following.state == "running":
+        return ""
+    # A retry keeps both. A repetition has another due date, a successor was created later.
+    same = (following.created_at, following.due_at) == (row.created_at, row.due_at)
+    return "" if same else "failed"
+
+
+def bond_after(how: str, anyway: bool) -> str:
+    """What the end of a predecessor makes of a bond: `met`, `broken`, or "": it stays."""
+    if how == "done" or (how and anyway):
+        return "met"
+    return "broken" if how == "removed" else ""
+
+
+def released(row: Row, now: int) -> Row:
+    """held -> waiting for its due date only."""
+    return row._replace(state="ready" if row.ready_at <= now else "scheduled")
+
+
+def orphaned(row: Row, parent: str) -> Row:
+    """held -> failed, as a predecessor was removed."""
+    error = f"not started: {parent}, which it was to follow, was removed"
+    return row._replace(state="failed", error=error)
 
 
 def after_adds(
     there: Iterable[Row], additions: Sequence[tuple[Row, str]]
 ) -> tuple[list[tuple[Row | None, Row]], list[Row]]:
-    """What add() changes where these Rows have the ids of *additions*, as pairs of the Row
-    before and after; and the Rows that it returns. Raises DuplicateTask."""
+    """What add() changes where these Rows have the ids of *additions*, and of those that they
+    follow, as pairs of the Row before and after; and the Rows that it returns. Raises
+    DuplicateTask, and ValueError for bonds that cannot be."""
     before = {row.id: row for row in there}
-    if not before and len({new.id for new, _ in additions}) == len(additions):
+    ids = {new.id for new, _ in additions if not new.after}
+    if not before and len(ids) == len(additions):
         return [(None, new) for new, _ in additions], [new for new, _ in additions]
     planned, added = {task_id: readable(row) for task_id, row in before.items()}, []
+    changed: dict[str, None] = {}  # Ids, in order.
     for new, if_exists in additions:
-        stored, row = after_add(planned.get(new.id), new, if_exists)
+        old = planned.get(new.id)
+        stored, row = after_add(old, bound(new, planned) if new.after else new, if_exists)
         if stored is not None:
+            if new.after and stored.successor is not None:
+                allowed = "another task_id: what replaces a running task follows nobody else"
+                raise _wrong_value("task_id", new.id, allowed)
             planned[new.id] = stored
+            changed[new.id] = None
         added.append(row)
-    pairs = [(before.get(task_id), row) for task_id, row in planned.items()]
-    return [(old, new) for old, new in pairs if old is not new], added
+    return [(before.get(task_id), planned[task_id]) for task_id in changed], added
 
 
 def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
     """waiting -> waiting with other values. Raises ValueError if it is not waiting."""
-    if row is None or row.state not in ("scheduled", "ready"):
+    if row is None or row.state not in _WAITING:
         state = "not there" if row is None else row.state
         text = "only waiting tasks can be updated"
         raise ValueError(f"task_id {_shown(task_id)} is {state}; {text}")
     row = row._replace(**changes)
     if not isinstance(row, MemoryRow) and (reason := _unusable(row)):
         raise ValueError(f"task_id {_shown(task_id)} cannot be run, with these changes: {reason}")
-    return row._replace(state="ready" if row.ready_at <= now else "scheduled")
+    if row.state == "held" and changes.get("after") != ():
+        if row.repeat is not None:
+            raise _wrong_value("repeat", changes["repeat"], _NO_SCHEDULE)
+        return row
+    return released(row, now)
 
 
 _DECLARED = "data priority retries retry_delay timeout keep_result expires repeat".split()
@@ -2267,11 +2385,12 @@ class Query(NamedTuple):
     offset: int = 0
     created_at: Sequence[int] | None = None  # Only tasks created at one of these instants.
     paused: Sequence[str] = ()  # Types of which no task is due.
+    held: bool | None = None  # Whether they wait for the end of others.
 
 
 def fits(row: Row, query: Query, now: int) -> bool:
     """Whether a task is one of those that *query* means, but for its ids."""
-    waiting = row.state in ("scheduled", "ready")
+    waiting = row.state in _WAITING
     could_run = row.state == "ready" or (row.state == "scheduled" and row.ready_at <= now)
     could_run = could_run and row.task_type not in query.paused
     return (
@@ -2280,6 +2399,7 @@ def fits(row: Row, query: Query, now: int) -> bool:
         and (query.due is None or (waiting and could_run == query.due))
         and row.due_at <= query.until
         and (query.created_at is None or row.created_at in query.created_at)
+        and (query.held is None or (row.state == "held") == query.held)
     )
 
 
@@ -2304,7 +2424,7 @@ def summed(rows: Iterable[Row], now: int) -> list[tuple[Any, ...]]:
 
 def _stored_states(query: Query) -> Sequence[str] | None:
     """The states of *query* as stores know them. None: all."""
-    names = {"waiting": ["scheduled", "ready"]}
+    names = {"waiting": _WAITING}
     return query.states and [s for name in query.states for s in names.get(name, [name])]
 
 
@@ -2348,6 +2468,7 @@ def _dead_owners(beats: Mapping[str, Any], seen: _Seen, seconds: float) -> list[
 
 _T = TypeVar("_T")  # What is read or written.
 _Pair = tuple[Union[Row, None], Union[Row, None]]  # What is stored, and what shall be.
+_Ids = Union[Sequence[str], None]
 
 
 class _Raced(Exception):
@@ -2451,6 +2572,63 @@ class TypeSettings:
         self._change(work)
 
 
+def _keeps_bonds(old: Row, new: Row | None) -> bool:
+    """Whether a stored task that changes keeps its bonds: only what is held, or has failed
+    before it could start, has any."""
+    if old.state not in ("held", "failed"):
+        return True
+    return new is not None and new.created_at == old.created_at and new.state in ("held", "failed")
+
+
+def _parents(store: Store, rows: Iterable[Row], now: int) -> list[Row]:
+    """The predecessors of new Rows that are there."""
+    ids = list({bond.parent for row in rows for bond in row.after})
+    if ids and not store.has_bonds:
+        lacks = "bonds() and bind(), so that no task can follow others here"
+        raise StoreError(f"{store!r} lacks the primitives {lacks}")
+    return store.rows(Query(ids=ids), now) if ids else []
+
+
+def _check_rings(store: Store, pairs: Sequence[_Pair]) -> None:
+    """Raise ValueError if a task would wait for itself. Only one that others wait for can: it
+    was there before."""
+    planned = {new.id: [bond.parent for bond in new.after] for _, new in pairs if new}
+    for old, new in pairs:
+        todo = set(planned[new.id]) if new is not None and old is not None else set()
+        seen: set[str] = set()
+        while todo and old is not None:
+            if old.id in todo:
+                text = "others that do not wait for it; now it would wait for itself"
+                raise _wrong_value("after", planned[old.id][0], text)
+            seen.update(todo)
+            above = {b.parent for b in store.bonds(children=list(todo - planned.keys()))}
+            todo = above.union(*(planned.get(i, ()) for i in todo)) - seen
+
+
+def _follow_once(store: Store, how: Mapping[str, str], now: int) -> dict[str, str]:
+    """Carry out what bond_after() says for those that follow tasks which have ended so. Returns
+    which of them have failed by that: an end, too."""
+    gone = [task_id for task_id, end in how.items() if end == "removed"]
+    if gone:  # Whom they have followed themselves does not matter any more.
+        store.bind((), store.bonds(children=gone))
+    bonds = store.bonds(parents=list(how))
+    became = [bond_after(how[bond.parent], bond.anyway) for bond in bonds]
+    met = [bond for bond, end in zip(bonds, became) if end == "met"]
+    broken = [bond for bond, end in zip(bonds, became) if end == "broken"]
+    store.bind((), met + broken)
+    losers = {bond.child: bond.parent for bond in broken}
+    free = {bond.child for bond in met} - losers.keys()
+    free -= {bond.child for bond in store.bonds(children=list(free), one_each=True)}
+    pairs: list[tuple[Row, Row]] = []
+    for row in store.rows(Query(ids=[*free, *losers], held=True), now) if free or losers else ():
+        if row.id in losers:
+            pairs.append((row, orphaned(row, losers[row.id])))
+        else:
+            pairs.append((row, cast(Row, checked(released, row, now))))
+    store.write_all(pairs)
+    return {row.id: "failed" for row, new in pairs if new.state == "failed"}
+
+
 class Store(TypeSettings):
     """Where tasks live. Subclass it, and TaskQueue takes your store.
 
@@ -2466,6 +2644,7 @@ class Store(TypeSettings):
 
     in_memory = False
     atomic = False  # Whether a transaction() that raises undoes what was done in it.
+    has_bonds = False  # Whether there are bonds() and bind().
 
     # ---- Primitives that every backend has
 
@@ -2506,6 +2685,19 @@ class Store(TypeSettings):
 
     def close(self) -> None:
         """Let go of files and connections. A later call opens them again."""
+
+    # ---- Primitives of backends whose tasks can follow others (both, or none)
+
+    def bonds(
+        self, parents: _Ids = None, children: _Ids = None, one_each: bool = False
+    ) -> list[Bond]:
+        """The bonds of these parents, or of these children, of each child but one if
+        *one_each*. Without either: whether there are any at all."""
+        return []
+
+    def bind(self, add: Sequence[Bond], drop: Sequence[Bond]) -> None:
+        """Forget bonds, then store others; of two of the same tasks the stricter one counts."""
+        raise NotImplementedError
 
     # ---- Primitives that a backend may have a quicker way for
 
@@ -2581,14 +2773,34 @@ class Store(TypeSettings):
                 pass
         raise StoreError(f"{self!r}: others change the same tasks all the time")
 
-    def _put(self, pairs: Sequence[_Pair]) -> None:
-        """Write all pairs, or none if another writer was quicker with one of them."""
-        done = self.write_all(pairs)
-        if not all(done):
-            for (old, new), written in zip(pairs, done):
-                if written:  # A transaction may not be there to undo this.
-                    self.write(new, old)
-            raise _Raced
+    def _undo(self, pairs: Sequence[_Pair], done: Sequence[bool]) -> None:
+        """Another writer was quicker with those that are not done: undo the others, unless the
+        transaction does that. Raises _Raced."""
+        for (old, new), written in zip(pairs, done):
+            if written:
+                self.write(new, old)
+        raise _Raced
+
+    def _put(self, pairs: Sequence[_Pair], now: int) -> None:
+        """Write all pairs, or none if another writer was quicker with one of them; then their
+        bonds, and what follows for those that follow them."""
+        bonds = [bond for _, new in pairs if new is not None for bond in new.after]
+        if bonds:
+            _check_rings(self, pairs)
+            pairs = [(old, new and new._replace(after=())) for old, new in pairs]
+        if not all(done := self.write_all(pairs)):
+            self._undo(pairs, done)
+        changes = [(old, new) for old, new in pairs if old is not None]
+        if bonds or (changes and self.bonds()):
+            freed = [old.id for old, new in changes if not _keeps_bonds(old, new)]
+            self.bind(bonds, self.bonds(children=freed) if freed else ())
+            self._follow([(old.id, how_ended(old, new)) for old, new in changes], now)
+
+    def _follow(self, ends: Iterable[tuple[str, str]], now: int) -> None:
+        """The choke point of all arrows: these tasks have changed, each as how_ended() says."""
+        how = {task_id: end for task_id, end in ends if end}
+        while how and self.bonds():
+            how = _follow_once(self, how, now)
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         """-> waiting, for (row, if_exists) in *additions*: all, or none if one raises.
@@ -2599,10 +2811,13 @@ class Store(TypeSettings):
         return self._change(self._add, additions, now)
 
     def _add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
+        followers = [new for new, _ in additions if new.after]
         there = self.rows(Query(ids=[new.id for new, _ in additions]), now)
+        if followers:
+            there += _parents(self, followers, now)
         pairs, added = after_adds(there, additions)
-        self._put(pairs)
-        return added
+        self._put(pairs, now)
+        return [row._replace(after=()) for row in added] if followers else added
 
     def claim(
         self, owner: str, types: Types, limit: float, now: int, until: int = NEVER
@@ -2644,7 +2859,9 @@ class Store(TypeSettings):
         if aside:
             after = [set_aside(row, reason, now) for row, reason in aside]
             done = self.write_all([(row, new) for (row, _), (new, _) in zip(aside, after)])
-            taken += [told for (_, told), written in zip(after, done) if written]
+            written = [pair for pair, is_written in zip(after, done) if is_written]
+            self._follow([(new.id, "failed") for new, _ in written], now)
+            taken += [told for _, told in written]
         return taken
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
@@ -2660,7 +2877,8 @@ class Store(TypeSettings):
         for _ in range(TRIES):
             rows = self.held_by(owner, [outcome for _, outcome in todo])
             held: dict[str, Row | None] = {row.id: row for row in rows}
-            ends, pairs = [], []
+            ends: list[tuple[int, Outcome]] = []
+            pairs: list[tuple[Row, Row | None]] = []
             for number, outcome in todo:
                 row = held.get(outcome.id)
                 if row is not None and is_held(row, owner, outcome):
@@ -2668,7 +2886,11 @@ class Store(TypeSettings):
                     led[number] = led_to(row, following, outcome)
                     ends.append((number, outcome))
                     pairs.append((row, following))
-            todo = [end for end, done in zip(ends, self.write_all(pairs)) if not done]
+            written = self.write_all(pairs)
+            hows = [how_ended(*pair, outcome) for pair, (_, outcome) in zip(pairs, ends)]
+            told = [(row.id, how) for (row, _), how, done in zip(pairs, hows, written) if done]
+            self._follow(told, now)
+            todo = [end for end, done in zip(ends, written) if not done]
             for number, _ in todo:
                 led[number] = ""
             if not todo:
@@ -2764,7 +2986,7 @@ class Store(TypeSettings):
     ) -> list[Row]:
         """Have *policy* say what follows all that *owner* holds. Returns the Rows that ended."""
         pairs = [(row, checked(policy, row, now)) for row in self.held_by(owner)]
-        self._put(pairs)
+        self._put(pairs, now)
         self.open_lanes(owner)
         self.forget(owner)
         # The same incarnation, of which no run is owed any more.
@@ -2777,19 +2999,27 @@ class Store(TypeSettings):
 
     def remove(self, query: Query, now: int) -> int:
         """-> (removed). A running task is marked: after its run nothing follows."""
-        return self._change(self._for_each, query, now, after_remove)
+
+        def work() -> int:
+            rows = self.rows(query, now)
+            self._put([(row, after_remove(row)) for row in rows], now)
+            return len(rows)
+
+        return self._change(work)
 
     def retry(self, query: Query, now: int) -> int:
         """failed -> waiting, with a fresh set of attempts. Returns how many."""
         if query.states is not None and "failed" not in query.states:
             return 0
-        failed = query._replace(states=["failed"])
-        return self._change(self._for_each, failed, now, lambda row: after_retry(row, now))
 
-    def _for_each(self, query: Query, now: int, policy: Callable[[Row], Row | None]) -> int:
-        pairs = [(row, policy(row)) for row in self.rows(query, now)]
-        self._put(pairs)
-        return len(pairs)
+        def work() -> int:
+            rows = self.rows(query._replace(states=["failed"]), now)
+            bonds = self.bonds(children=[row.id for row in rows], one_each=True)
+            held = {bond.child for bond in bonds}
+            self._put([(row, after_retry(row, now, row.id in held)) for row in rows], now)
+            return len(rows)
+
+        return self._change(work)
 
     def align(self, declared: Mapping[str, Row | None], now: int) -> None:
         """Have the schedules of declared tasks follow the code: {id: as it is declared, or
@@ -2807,16 +3037,18 @@ class Store(TypeSettings):
         if fresh:
             self.add(fresh, now)
         if pairs():  # Most starts change nothing, and write nothing.
-            self._change(lambda: self._put(pairs()))
+            self._change(lambda: self._put(pairs(), now))
 
     def update(self, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
-        """waiting -> waiting with *changes* to its columns, as after_update() says."""
+        """waiting -> waiting with *changes* to its columns, as after_update() says. `after`
+        among them adds bonds; () drops all."""
 
         def work() -> Row:
             old = next(iter(self.rows(Query(ids=[task_id]), now)), None)
             new = after_update(old, task_id, changes, now)
-            self._put([(old, new)])
-            return new
+            new = bound(new, {row.id: row for row in _parents(self, [new], now)})
+            self._put([(old, new)], now)
+            return new._replace(after=())
 
         return self._change(work)
 
@@ -2879,7 +3111,7 @@ class MemoryStore(Store):
     tasks leave dead entries, which are skipped, and swept when they outnumber the rest.
     """
 
-    in_memory = True
+    in_memory = has_bonds = True
 
     def __init__(self) -> None:
         self._settings: dict[str, Setting] = {}
@@ -2895,6 +3127,9 @@ class MemoryStore(Store):
         self._rows: dict[str, Row] = {}
         self._arrived: collections.deque[Row] = collections.deque()  # Not in lines yet.
         self._insertions = itertools.count()
+        # {parent: {child: Bond}}, and {child: {parent: Bond}}.
+        self._children: dict[str, dict[str, Bond]] = {}
+        self._bonds: dict[str, dict[str, Bond]] = {}
         self._clear_lines()
 
     def _clear_lines(self) -> None:
@@ -2940,8 +3175,35 @@ class MemoryStore(Store):
                     self._enter(row)
         return True
 
+    def bonds(
+        self, parents: _Ids = None, children: _Ids = None, one_each: bool = False
+    ) -> list[Bond]:
+        with self._lock:
+            if parents is None and children is None:
+                parents, one_each = list(itertools.islice(self._children, 1)), True
+            sides = self._bonds if parents is None else self._children
+            found = (sides.get(task_id, {}).values() for task_id in parents or children or ())
+            return [bond for side in found for bond in itertools.islice(side, one_each or None)]
+
+    def bind(self, add: Sequence[Bond], drop: Sequence[Bond]) -> None:
+        for bond in drop:
+            for sides, one, other in self._sides(bond):
+                side = sides.get(one, {})
+                side.pop(other, None)
+                if not side:
+                    sides.pop(one, None)
+        for bond in add:
+            for sides, one, other in self._sides(bond):
+                side = sides.setdefault(one, {})
+                if bond.anyway is False or other not in side:
+                    side[other] = bond
+
+    def _sides(self, bond: Bond) -> Sequence[tuple[dict[str, dict[str, Bond]], str, str]]:
+        parent, child = bond[:2]
+        return (self._children, parent, child), (self._bonds, child, parent)
+
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
-        if len(additions) == 1:
+        if len(additions) == 1 and not additions[0][0].after:
             # Without the lock, for which a producer would wait as long as a claim takes.
             new = additions[0][0]
             try:
@@ -3072,6 +3334,8 @@ class MemoryStore(Store):
                 del self._rows[row.id]
             else:
                 self.write(row, following)
+            if self._bonds:
+                self._follow([(row.id, how_ended(row, following, outcome))], now)
         return led
 
     def expire(self, now: int) -> None:
@@ -3126,6 +3390,14 @@ ON taskpool_task (lane, task_type, ready_at) WHERE state = 'scheduled';
 -- For _HELD_BY, _OWNERS, _READY, _RUNNING.
 CREATE INDEX IF NOT EXISTS taskpool_running
 ON taskpool_task (owner, interrupted, task_type) WHERE state = 'running';
+-- For _OPEN_LANE, and those who look for held tasks.
+CREATE INDEX IF NOT EXISTS taskpool_held
+ON taskpool_task (lane, task_type) WHERE state = 'held';
+-- Whom held tasks wait for, and those that failed before they could start. By their ids.
+CREATE TABLE IF NOT EXISTS taskpool_after (
+    parent TEXT NOT NULL, child TEXT NOT NULL, anyway INTEGER NOT NULL,
+    PRIMARY KEY (parent, child)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS taskpool_after_child ON taskpool_after (child);
 -- For _EXPIRE.
 CREATE INDEX IF NOT EXISTS taskpool_kept
 ON taskpool_task (kept_until) WHERE kept_until IS NOT NULL;
@@ -3155,6 +3427,21 @@ _HAS_READ = (
     "see README, In your own transaction), add the task before you read, or give the queue a "
     "file of its own"
 )
+
+_ANY_BOND = "SELECT parent, child, anyway FROM taskpool_after LIMIT 1"
+_BONDS_OF = """
+SELECT bond.parent, child, anyway FROM json_each(?) AS given
+CROSS JOIN taskpool_after AS bond ON bond.{} = given.value
+""".format
+_BOUND = """
+SELECT '', value, 0 FROM json_each(?)
+WHERE EXISTS (SELECT 1 FROM taskpool_after WHERE child = value)
+"""
+_BIND = """
+INSERT INTO taskpool_after VALUES (?, ?, ?)
+ON CONFLICT (parent, child) DO UPDATE SET anyway = min(anyway, excluded.anyway)
+"""
+_UNBIND = "DELETE FROM taskpool_after WHERE parent = ? AND child = ?"
 
 # -> waiting, without a history but for claim: one task and ten, by the number of the values
 # that _addition() gives.
@@ -3268,6 +3555,7 @@ WHERE owner IS NOT NULL AND owner NOT IN (SELECT owner FROM taskpool_master)
 _OPEN_LANE = f"""
 UPDATE taskpool_task SET lane = '' WHERE (state = 'ready' AND lane > '' AND lane IN {_OWNER})
 OR (state = 'scheduled' AND lane > '' AND lane IN {_OWNER})
+OR (state = 'held' AND lane > '' AND lane IN {_OWNER})
 """
 _EXPIRE = """
 DELETE FROM taskpool_task WHERE kept_until IS NOT NULL AND kept_until <= ? AND state = 'done'
@@ -3296,6 +3584,7 @@ GROUP BY task_type ORDER BY task_type
 # waiting, failed, done -> (removed); a running task is marked.
 _REMOVE = "DELETE FROM taskpool_task WHERE state <> 'running'"
 _MARK = "UPDATE taskpool_task SET removed = 1, successor = NULL WHERE state = 'running'"
+_REMOVED = "SELECT id FROM taskpool_task WHERE state NOT IN ('running', 'done')"
 
 
 _Database = Union[sqlite3.Connection, sqlite3.Cursor]
@@ -3356,7 +3645,7 @@ def _write_of(names: Sequence[str]) -> str:
 
 
 def _stored_row(columns: Sequence[Any]) -> Row:
-    return tuple.__new__(Row, (*columns, 0))  # A fifth of the time of Row(*columns).
+    return tuple.__new__(Row, (*columns, 0, ()))  # A fifth of the time of Row(*columns).
 
 
 def _where(query: Query, now: int) -> tuple[str, list[Any]]:
@@ -3372,12 +3661,24 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     }
     if query.due is not None:
         is_open = "task_type NOT IN (SELECT value FROM json_each(?))"
-        could_run = f"((state = 'ready' OR ready_at <= ?) AND {is_open})"
-        waiting_so = f"state IN ('scheduled', 'ready') AND {could_run} = {int(query.due)}"
-        terms[waiting_so] = [now, json.dumps(list(query.paused))]
+        is_due = "(state = 'ready' OR (state = 'scheduled' AND ready_at <= ?))"
+        could_run = f"({is_due} AND {is_open}) = {int(query.due)}"
+        terms[f"state IN {_WAITING} AND {could_run}"] = [now, json.dumps(list(query.paused))]
     if query.until != NEVER:
         terms["due_at <= ?"] = [query.until]
-    return " AND ".join(["1", *terms]), [*itertools.chain(*terms.values())]
+    # +: the ids lead to the rows, where there are any.
+    held = {None: "1", True: f"{'+' * (query.ids is not None)}state = 'held'"}
+    first = held.get(query.held, "state <> 'held'")
+    return " AND ".join([first, *terms]), [*itertools.chain(*terms.values())]
+
+
+def _bonds_query(parents: _Ids, children: _Ids, one_each: bool) -> tuple[str, tuple[str, ...]]:
+    """The statement of Store.bonds(), and its values."""
+    ids = children if parents is None else parents
+    if ids is None:
+        return _ANY_BOND, ()
+    statement = _BOUND if one_each else _BONDS_OF("child" if parents is None else "parent")
+    return statement, (json.dumps([task_id for task_id in ids if type(task_id) is str]),)
 
 
 def _addition(row: Row, may_expire: bool = False) -> tuple[Any, ...]:
@@ -3573,7 +3874,7 @@ class SQLiteStore(Store):
     StoreError, with the path, for whatever SQLite reports.
     """
 
-    atomic = True
+    atomic = has_bonds = True
 
     def __init__(
         self, path: str | os.PathLike[str], *, synchronous: str = "NORMAL", _looking: bool = False
@@ -3778,9 +4079,18 @@ class SQLiteStore(Store):
         count += self._writer.executemany(_ADD[len(rows[0])], rows[tens:]).rowcount
         return [count == len(rows)] * len(rows)
 
-    def _put(self, pairs: Sequence[_Pair]) -> None:
-        if not all(self.write_all(pairs)):
-            raise StoreError(f"{self.path}: a task cannot be changed: {_IGNORED}")
+    def _undo(self, pairs: Sequence[_Pair], done: Sequence[bool]) -> None:
+        raise StoreError(f"{self.path}: a task cannot be changed: {_IGNORED}")
+
+    def bonds(
+        self, parents: _Ids = None, children: _Ids = None, one_each: bool = False
+    ) -> list[Bond]:
+        asked = _bonds_query(parents, children, one_each)
+        return [Bond(*bond) for bond in self._select(*asked)]
+
+    def bind(self, add: Sequence[Bond], drop: Sequence[Bond]) -> None:
+        self._writer.executemany(_UNBIND, [bond[:2] for bond in drop])
+        self._writer.executemany(_BIND, [bond[:3] for bond in add])
 
     def heartbeat(self, owner: str) -> None:
         self._run(_HEARTBEAT, (owner,))
@@ -3851,18 +4161,23 @@ class SQLiteStore(Store):
 
     def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
         led: list[str] = []
+        ends: list[tuple[str, str]] = []
         for outcome in outcomes:
             claim = outcome.id, outcome.claim, owner
             is_plain = outcome.state == "done" and outcome.result is None and outcome.error is None
             if is_plain and self._run(_FINISH, claim):
                 led.append("done")
+                ends.append((outcome.id, "done"))
                 continue
             became = ""
             for row in map(_stored_row, self._writer.execute(_HELD_ROW, claim).fetchall()):
                 following = checked(after_run, row, outcome, now)
                 if self.write(row, following):
                     became = led_to(row, following, outcome)
+                    ends.append((row.id, how_ended(row, following, outcome)))
             led.append(became)
+        if self._writer.execute(_ANY_BOND).fetchone():
+            self._follow(ends, now)
         return led
 
     def open_lanes(self, owner: str) -> None:
@@ -3890,13 +4205,20 @@ class SQLiteStore(Store):
     def remove(self, query: Query, now: int) -> int:
         where, values = _where(query, now)
         statements = f"{_MARK} AND {where}", f"{_REMOVE} AND {where}"
-        return self._change(lambda: sum(self._run(s, values) for s in statements))
+
+        def work() -> int:
+            gone = self._select(f"{_REMOVED} AND {where}", values) if self.bonds() else ()
+            count = sum(self._run(statement, values) for statement in statements)
+            self._follow([(task_id, "removed") for (task_id,) in gone], now)
+            return count
+
+        return self._change(work)
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         with self._write_lock:
             db = self._writer
             is_idle = self._files.get(db) and not (db.in_transaction or self._changing)
-            if len(additions) == 1 and is_idle:
+            if len(additions) == 1 and is_idle and not additions[0][0].after:
                 row = additions[0][0]
                 try:  # By one statement, in half of the time of a transaction.
                     values = _addition(row)
@@ -3969,7 +4291,7 @@ _SHORT = [n for n in _COLUMNS if n not in ("data", "result", "error", "progress"
 # fields that an application has beside these are never decoded.
 _INSERTED = dict.fromkeys("taskType priority data createdAt onGoing dueDate taskpool".split(), 1)
 _READ = dict.fromkeys("taskType priority data taskpool".split(), 1)
-_READ_SHORT = dict.fromkeys([_TOP.get(n, f"taskpool.{n}") for n in _SHORT], 1)
+_READ_SHORT = dict.fromkeys([_TOP.get(n, f"taskpool.{n}") for n in (*_SHORT, "followed")], 1)
 _RANK = [("priority", -1), ("taskpool.created_at", 1), ("taskpool.seq", 1)]  # Of claims.
 _BY_DATE = [("taskpool.ready_at", 1)]
 _PLACE = [("taskpool.state", 1), ("taskpool.lane", 1), ("taskType", 1)]
@@ -3982,7 +4304,11 @@ _MONGO_INDEXES: tuple[tuple[str, list[tuple[str, int]], dict[str, bool]], ...] =
     # Sparse: only running documents have an owner, only `done` ones expire.
     ("taskpool_running", [("taskpool.owner", 1)], {"sparse": True}),
     ("taskpool_kept", [("taskpool.kept_until", 1)], {"sparse": True}),
+    # Sparse: only what is to follow others has bonds, only those others are followed.
+    ("taskpool_after", [("taskpool.after", 1)], {"sparse": True}),
+    ("taskpool_followed", [("taskpool.followed", 1)], {"sparse": True}),
 )
+_MOST_BONDS = 10_000  # Of a task: they are in its document.
 _READABLE_CHARS = 1_000_000  # Longer data are stored as text, which is smaller.
 _MOST_BYTES = 7_000_000  # Of data, and of a result: MongoDB's 16 MB hold both.
 _ADOPTED_AT_ONCE = 1000
@@ -3995,12 +4321,18 @@ _COROUTINE = 0x80  # inspect.CO_COROUTINE.
 _MASTER = {"_id": {"$gt": ""}}
 _TASKS = {"taskpool.state": {"$gt": ""}}
 _NEW = {"taskpool.state": {"$not": {"$gt": ""}}}  # Documents that an application inserted.
-_RESERVED = {"taskpool.state": {"$in": ["ready", "scheduled", "running"]}}
+_RESERVED = {"taskpool.state": {"$in": [*_WAITING, "running"]}}
 # Any task that failed: all that retry() changes has an unusual value.
 _FAILED = Row(
     *("", "", "", 0, 0, 0, -1, 0, 1.0, None, None, "-", "failed", 1.0, 1),
     error="-", removed=1, progress="-",
 )  # fmt: skip
+
+
+class _FollowedRow(Row):
+    """A task that others may follow, as its document says: then its end is told to them."""
+
+    __slots__ = ()
 
 
 class _Undecodable(Exception):
@@ -4043,10 +4375,22 @@ def _date(*instants: Any) -> datetime:
     return _datetime(min(max(latest, 0), 253_402_300_799_999_999))
 
 
+def _bond_text(parent: str, anyway: bool) -> str:
+    """A bond, as the document of the follower has it."""
+    return f"{'*' if anyway else '='}{parent}"
+
+
+def _bonds_field(row: Row) -> list[str]:
+    if len(row.after) > _MOST_BONDS:
+        text = f"after has {len(row.after):,} tasks; MongoDB holds at most {_MOST_BONDS:,} for one"
+        raise ValueError(f"{text}: give it tasks that follow parts of them")
+    return [_bond_text(bond.parent, bond.anyway) for bond in row.after]
+
+
 def _fields_of(row: Row) -> dict[str, Any]:
     """A Row as the fields of its document, without those of its data."""
-    ended = row.state in ("failed", "done")
-    fields = {
+    ended = row.state in ("failed", "done", "held")  # Those that it must not start.
+    fields: dict[str, Any] = {
         "createdAt": _date(row.created_at),
         # The original starts what is not on-going and has a dueDate that is past. So it
         # keeps off what runs here, retries that wait, and what has ended.
@@ -4057,6 +4401,8 @@ def _fields_of(row: Row) -> dict[str, Any]:
         value = getattr(row, name)
         if name != "data" and (name not in _USUAL or value != _USUAL[name]):
             fields[_TOP.get(name, f"taskpool.{name}")] = value
+    if row.after:
+        fields["taskpool.after"] = _bonds_field(row)
     return fields
 
 
@@ -4079,6 +4425,11 @@ def _changes(old: Row, new: Row) -> dict[str, Any]:
         before["taskpool.json" if "data" in put else "data"] = None
     gone = dict.fromkeys(before.keys() - after.keys() - put.keys(), "")
     changes = {"$set": {"taskpool.state": new.state, **put}}
+    if not new.after and not _keeps_bonds(old, new):
+        gone["taskpool.after"] = ""
+    elif new.after and old.state == "held" and old.created_at == new.created_at:
+        changes["$addToSet"] = {"taskpool.after": {"$each": put.pop("taskpool.after")}}
+        del changes["$set"]["taskpool.after"]
     return {**changes, "$unset": gone} if gone else changes
 
 
@@ -4090,6 +4441,8 @@ def _unchanged(row: Row) -> dict[str, Any]:
         if type(value) in _KINDS[name].types:  # NaN, say, does not equal itself.
             usual = {"$in": [None, value]}  # None: or not there.
             where[f"taskpool.{name}"] = usual if value == _USUAL.get(name, row) else value
+    if not isinstance(row, _FollowedRow):
+        where["taskpool.followed"] = None
     return where
 
 
@@ -4120,7 +4473,7 @@ def _row_of(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Row:
         if isinstance(value, (int, float)) and type(value) not in (bool, *kind.types):
             if -MAX_INT < value < MAX_INT and value // 1 == value:
                 columns[index] = int(value)  # JavaScript's 1.0; the driver's kinds of int.
-    return Row(*columns)
+    return (_FollowedRow if ours.get("followed") else Row)(*columns)
 
 
 def _microseconds(date: Any) -> Any:
@@ -4168,7 +4521,7 @@ def _selector(query: Query, now: int) -> dict[str, Any]:
     if query.due is not None:
         instants = {"$lte" if query.due else "$gt": now}
         dated = {"taskpool.state": "scheduled", "taskpool.ready_at": instants}
-        kinds: list[Any] = [dated, *[{"taskpool.state": "ready"}] * query.due]
+        kinds: list[Any] = [dated, {"taskpool.state": "ready" if query.due else "held"}]
         paused = {"taskType": {"$in": list(query.paused)}}
         if query.paused and not query.due:
             states = {"$in": ["ready", "scheduled"]}
@@ -4176,6 +4529,8 @@ def _selector(query: Query, now: int) -> dict[str, Any]:
         elif query.paused:
             terms.append({"$nor": [paused]})
         terms.append({"$or": kinds})
+    if query.held is not None:
+        terms.append({"taskpool.state": "held" if query.held else {"$ne": "held"}})
     return {"$and": terms}
 
 
@@ -4379,11 +4734,30 @@ class _Documents:
                 self.write(writes)
 
     def replace(
-        self, pairs: Iterable[tuple[Row, Row | None]], **options: Any
+        self, pairs: Sequence[tuple[Row, Row | None]], hows: Sequence[str] = (), **options: Any
     ) -> list[bool | None]:
-        """Put the second Row of each pair in place of the first, if that has not changed."""
+        """Put the second Row of each pair in place of the first, if that has not changed. *hows*
+        are the ends of which the followers are to be told."""
         writes = [(_unchanged(old), new and _changes(old, new)) for old, new in pairs]
+        for (_, changes), how in zip(writes, hows):
+            if how and changes:
+                changes["$set"]["taskpool.followed"] = how
         return self.write(writes, **options)
+
+    def bonds(self, parents: _Ids, children: _Ids) -> list[Bond]:
+        """As Store.bonds(). If two tasks have both kinds, the stricter one counts."""
+        texts = [_bond_text(i, kind) for i in parents or () for kind in (True, False)]
+        where: Any = {"taskpool.after": {"$gt": ""} if parents is None else {"$in": texts}}
+        where, limit = (where, parents is None) if children is None else (_named(children), 0)
+        found: dict[tuple[str, str], Bond] = {}
+        for document in self.find(where, {"taskpool.id": 1, "taskpool.after": 1}, 0, int(limit)):
+            ours = document["taskpool"]
+            for text in ours.get("after") or ():
+                bond = Bond(text[1:], ours["id"], text[0] == "*")
+                if not (bond.anyway and bond[:2] in found):
+                    found[bond[:2]] = bond
+        wanted = None if parents is None else set(parents)
+        return [bond for bond in found.values() if wanted is None or bond.parent in wanted]
 
     def store(self, pairs: Sequence[tuple[Row | None, Row]], at_once: bool) -> None:
         """Write these pairs of add(); *at_once*: in a transaction."""
@@ -4399,6 +4773,8 @@ class _Documents:
             fresh = []
             for row in (new for old, new in pairs if old is None):
                 fields = {"_id": row.id, **_fields_of(row), **_data_fields(row.data)}
+                if isinstance(row, _FollowedRow):
+                    fields["taskpool.followed"] = "yes"
                 fresh.append(_nested(fields, next(self._insertions)))
             if fresh:
                 self._collection.insert_many(fresh, **options)
@@ -4412,6 +4788,102 @@ class _Documents:
         found = {row[:6] for row in there}  # The columns that a run does not change.
         ids = [row.id for row in rows if row[:6] in found]
         return f"; stored all the same: {ids}" if ids else "; nothing was stored"
+
+
+class _Followers:
+    """How a MongoStore tells tasks of the ends of those that they follow.
+
+    `taskpool.after` of a document has its bonds. Whom it follows has `taskpool.followed`: "yes",
+    or how a run has ended that its followers are still to be told of. That is written with the
+    end itself; what is to go stays as `done`, until they are told. Whoever comes finishes what a
+    crash has cut short. Nobody marks what has ended, so who adds a bond looks once more.
+    """
+
+    def __init__(self, documents: _Documents, collection: Any) -> None:
+        self._documents, self._tasks = documents, collection
+        self.succeeded: set[tuple[str, int]] = set()  # Claims that settle() is about to end.
+        self.untold: dict[str, str] = {}  # {id: how it has ended}.
+
+    def ending(self, old: Row, new: Row | None) -> tuple[Row | None, str]:
+        """What is to be written in place of *new*, and how *old* has ended by that, if it may
+        be followed."""
+        if not isinstance(old, _FollowedRow):
+            return new, ""
+        is_done = (old.id, old.claim) in self.succeeded
+        how = "done" if is_done else how_ended(old, new)
+        if new is None and how:
+            new = old._replace(state="done", owner="", kept_until=1, successor=None, repeat=None)
+        return new, how
+
+    def mark(self, bonds: Sequence[Bond]) -> None:
+        """From now on those that are followed are not ended without telling."""
+        where = _named({bond.parent for bond in bonds})
+        alive = {**where, "taskpool.followed": None, "taskpool.state": {"$ne": "done"}}
+        self._tasks.update_many(alive, {"$set": {"taskpool.followed": "yes"}})
+
+    def look_again(self, bonds: Sequence[Bond]) -> None:
+        """Note which of those have ended before they were marked."""
+        rows = self._documents.rows(_named({bond.parent for bond in bonds}), fields=_READ_SHORT)
+        states = {row.id: row.state for row in rows}
+        for bond in bonds:
+            state = states.get(bond.parent, "done")
+            if state == "done" or (state == "failed" and bond.anyway):
+                self.untold[bond.parent] = state
+
+    def left(self) -> None:
+        """Note the ends that somebody has recorded, but not told."""
+        where = {"taskpool.followed": {"$in": ["done", "failed", "removed"]}}
+        for document in self._documents.find(where, {"taskpool.id": 1, "taskpool.followed": 1}):
+            self.untold[document["taskpool"]["id"]] = document["taskpool"]["followed"]
+
+    def tell(self, write_all: Callable[[Sequence[_Pair]], Any]) -> list[Row]:
+        """Tell of the ends that are noted, and of those that follow. Returns the Rows that wait
+        for their due dates now."""
+        free: list[Row] = []
+        while self.untold:
+            ends, self.untold = self.untold, {}
+            by_end: dict[str, list[str]] = collections.defaultdict(list)
+            for task_id, how in ends.items():
+                by_end[how].append(task_id)
+            held = {"taskpool.state": "held"}
+            for parent in by_end["removed"]:
+                strict = {"taskpool.after": _bond_text(parent, False)}
+                rows = self._documents.rows({**held, **strict})
+                write_all([(row, orphaned(row, parent)) for row in rows])
+            for how, ids in by_end.items():
+                free += self._free(ids, only_anyway=how == "failed")
+            for how, ids in by_end.items():
+                where = {**_named(ids), "taskpool.followed": how}
+                gone = {"taskpool.state": "done", "taskpool.kept_until": 1}
+                self._tasks.delete_many({**where, **gone})
+                self._tasks.update_many(where, {"$set": {"taskpool.followed": "yes"}})
+        return free
+
+    def _free(self, ids: list[str], only_anyway: bool) -> list[Row]:
+        """Drop the bonds of these. The last one of a task goes in the write that releases it, so
+        that none is forgotten, also where two do this at once."""
+        kinds = (True,) if only_anyway else (True, False)
+        met = [_bond_text(task_id, kind) for task_id in ids for kind in kinds]
+        more, child = {"$elemMatch": {"$nin": met}}, {"taskpool.after": {"$in": met}}
+        last = {"taskpool.state": "held", "$and": [child, {"taskpool.after": {"$not": more}}]}
+        free = self._release(last)
+        rest = [{"taskpool.state": "failed"}, {"taskpool.after": more}]
+        self._tasks.update_many({**child, "$or": rest}, {"$pullAll": {"taskpool.after": met}})
+        return free + self._release(last)
+
+    def _release(self, last: dict[str, Any]) -> list[Row]:
+        free: list[Row] = []
+        for _ in range(TRIES):
+            rows = self._documents.rows(last)
+            if not rows:
+                break
+            after = [checked(released, row, -NEVER) for row in rows]  # A look makes it ready.
+            self._documents.write([
+                ({**_unchanged(row), **last}, new and _changes(row, new))
+                for row, new in zip(rows, after)
+            ])
+            free += [row for row in after if row is not None]
+        return free
 
 
 class _Claims:
@@ -4455,8 +4927,11 @@ class MongoStore(Store):
     again, finds out.
     """
 
+    has_bonds = True
+
     def __init__(self, collection: Any) -> None:
         self._documents = _Documents(collection)
+        self._followers = _Followers(self._documents, collection)
         self._tasks, self._masters = collection, collection["masters"]
         self._transactions = True  # Until the server says that it has none.
         self._reset_after_fork()
@@ -4486,13 +4961,11 @@ class MongoStore(Store):
         for claims in list(self._claims.values()) if later else ():
             claims.later += later
 
-    def _put(self, pairs: Sequence[_Pair]) -> None:
-        if not all(self.write_all(pairs)):
-            raise _Raced  # What is written stays so: the verb begins anew with the others.
-
     def write_all(self, pairs: Sequence[_Pair]) -> list[bool]:
-        todo = cast("Sequence[tuple[Row, Row | None]]", pairs)  # add() has its own way.
-        there = self._documents.replace(todo)
+        given = cast("Sequence[tuple[Row, Row | None]]", pairs)  # add() has its own way.
+        ends = [self._followers.ending(old, new) for old, new in given]
+        todo = [(old, new) for (old, _), (new, _) in zip(given, ends)]
+        there = self._documents.replace(todo, [how for _, how in ends])
         self._tell_of(new for _, new in todo if new is not None)
         known = [self._claims.get(str(old.owner)) or _Claims() for old, _ in todo]
         unsure = [
@@ -4510,11 +4983,38 @@ class MongoStore(Store):
             same = row is not None and (row.state, row.owner, row.claim) == before
             mine = row is None or row.interrupted <= old.interrupted
             done.append(bool(hit) or (perhaps and mine and not same))
+            how = ends[len(done) - 1][1]
+            if done[-1] and how:
+                self._followers.untold[old.id] = how
             if old.id in claims.rows and not done[-1]:
                 claims.rows[old.id] = old._replace(state="")  # settle() reads it again.
             elif old.id in claims.rows and new is not None and new.state == "running":
                 claims.rows[old.id] = new
         return done
+
+    # ---- Those that follow others
+
+    def bonds(
+        self, parents: _Ids = None, children: _Ids = None, one_each: bool = False
+    ) -> list[Bond]:
+        with self._documents.errors():
+            return self._documents.bonds(parents, children)
+
+    def _put(self, pairs: Sequence[_Pair], now: int) -> None:
+        bonds = [bond for _, new in pairs if new is not None for bond in new.after]
+        if bonds:
+            _check_rings(self, pairs)
+            self._followers.mark(bonds)
+        done = self.write_all(pairs)
+        if bonds:
+            self._followers.look_again(bonds)
+        self._follow((), now)
+        if not all(done):
+            raise _Raced  # What is written stays so: the verb begins anew with the others.
+
+    def _follow(self, ends: Iterable[tuple[str, str]], now: int) -> None:
+        if self._followers.untold:
+            self._tell_of(self._followers.tell(self.write_all))
 
     # ---- Adding
 
@@ -4524,16 +5024,26 @@ class MongoStore(Store):
             if len(new.data) * 4 > _MOST_BYTES and len(new.data.encode()) > _MOST_BYTES:
                 raise ValueError(f"data of {_shown(new.id)}: over {_MOST_BYTES:,} bytes as JSON")
         there: list[Row] = []  # The first try reads nothing, as most ids are new.
+        parents = {bond.parent for new, _ in additions for bond in new.after}
         with self._documents.errors():
             for attempt in range(TRIES):
                 whole = not many or self._transactions  # Else a failure may store a part of it.
-                if attempt or not whole:
-                    there = self.rows(Query(ids=ids), now)
+                if attempt or parents or not whole:
+                    there = self.rows(Query(ids=[*ids, *parents]), now)
                 pairs, rows = after_adds(there, additions)
+                bonds = [bond for _, new in pairs for bond in new.after]
+                if bonds:
+                    _check_rings(self, pairs)
+                    self._followers.mark(bonds)
+                    pairs = [(o, _FollowedRow(*n) if n.id in parents else n) for o, n in pairs]
                 try:
                     self._documents.store(pairs, whole and many)
                     self._tell_of(new for _, new in pairs)
-                    return rows
+                    if bonds:
+                        with self._lock:
+                            self._followers.look_again(bonds)
+                            self._follow((), now)
+                    return [row._replace(after=()) if row.after else row for row in rows]
                 except Exception as error:
                     last, code = self._documents.text(error), getattr(error, "code", None)
                     if many and whole and (code == 20 or isinstance(error, NotImplementedError)):
@@ -4751,6 +5261,7 @@ class MongoStore(Store):
         """Set aside those that are not to run. Returns all, as they are told of then."""
         after = [_sorted_out(row, now) for row in rows]
         self.write_all([(row, new) for row, (new, _) in zip(rows, after) if new is not row])
+        self._follow((), now)
         return [told for _, told in after]
 
     def _requeue_unknown(self, owner: str, now: int) -> None:
@@ -4762,6 +5273,7 @@ class MongoStore(Store):
         if ids:
             rows = self._documents.rows({**_named(ids), **_held_by(owner)}, now)
             self.write_all([(row, checked(requeued, row, now)) for row in rows])
+            self._follow((), now)
         claims.in_doubt = False
 
     def held_by(self, owner: str, outcomes: Sequence[Outcome] | None = None) -> list[Row]:
@@ -4777,6 +5289,7 @@ class MongoStore(Store):
 
     def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
         claims = self._claims[owner]
+        self._followers.succeeded = {it[:2] for it in outcomes if it.state == "done"}
         try:
             led = super()._settle(owner, list(map(_fitting, outcomes)), now)
         except BaseException:
@@ -4812,6 +5325,8 @@ class MongoStore(Store):
 
     def _renew(self, owner: str, now: int) -> None:
         super()._renew(owner, now)
+        self._followers.left()
+        self._follow((), now)
         self._requeue_unknown(owner, now)
 
     def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
@@ -4836,7 +5351,8 @@ class MongoStore(Store):
 
     def expire(self, now: int) -> None:
         done = {"taskpool.state": "done", "taskpool.kept_until": {"$lte": now}}
-        self._tasks.delete_many(done)
+        told = {"taskpool.followed": {"$in": [None, "yes"]}}
+        self._tasks.delete_many({**done, **told})
 
     # ---- Looking and changing
 
@@ -4939,14 +5455,21 @@ class MongoStore(Store):
         with self._documents.errors(now):
             # The marks come first: a task that is claimed before the delete keeps its mark.
             removed = cast(int, self._tasks.update_many(where, mark).matched_count)
-            self._tasks.delete_many(idle)
+            self._tasks.delete_many({**idle, "taskpool.followed": None})
+            rows = self._documents.rows(idle) if removed else []
+            if rows:
+                self._change(lambda: self._put([(row, None) for row in rows], now))
             return removed
 
     def retry(self, query: Query, now: int) -> int:
         where = {"taskpool.state": "failed", **_selector(query, now)}
-        changes = _changes(_FAILED, after_retry(_FAILED, now))
+        retried = 0
         with self._documents.errors(now):
-            return cast(int, self._tasks.update_many(where, changes).matched_count)
+            for is_bound in (True, False):
+                changes = _changes(_FAILED, after_retry(_FAILED, now, is_bound))
+                bound = {"taskpool.after.0": {"$exists": True}} if is_bound else {}
+                retried += self._tasks.update_many({**where, **bound}, changes).matched_count
+            return retried
 
 
 @atexit.register
@@ -5579,19 +6102,27 @@ def _listed(name: str, value: Any, choices: Sequence[str] | None = None) -> list
 
 
 STATES = ("waiting", "running", "failed", "done")
-_FILTERS = ("task_id", "task_type", "state", "due")
+_FILTERS = ("task_id", "task_type", "state", "due", "held", "after", "before")
 
 
-def _make_query(method: str, filters: Mapping[str, Any]) -> Query:
+def _make_query(method: str, filters: Mapping[str, Any], store: Store) -> Query:
     for name in filters:
         if name not in _FILTERS:
             raise TypeError(f"{method}() has no filter {name!r}; give {', '.join(_FILTERS)}")
-    task_id, task_type, state, due = map(filters.get, _FILTERS)
+    task_id, task_type, state, due, held, after, before = map(filters.get, _FILTERS)
+    ids = _listed("task_id", task_id)
+    if after is not None:
+        found = {bond.child for bond in store.bonds(parents=_listed("after", after))}
+        ids = list(found if ids is None else found.intersection(ids))
+    if before is not None:
+        found = {bond.parent for bond in store.bonds(children=_listed("before", before))}
+        ids = list(found if ids is None else found.intersection(ids))
     return Query(
-        _listed("task_id", task_id),
+        ids,
         _listed("task_type", task_type),
         _listed("state", state, STATES),
         None if due is None else _checked_bool("due", due),
+        held=None if held is None else _checked_bool("held", held),
     )
 
 
@@ -5603,12 +6134,17 @@ def _told(setting: Setting) -> dict[str, Any]:
     return {**told, "rate": None if starts is None else (starts, (setting.period or 0) / 1e6)}
 
 
+_PREDECESSORS = ("after", "after_end")
+
+
 class _Tasks:
     """The verbs that TaskQueue and TaskQueue.in_memory share.
 
     Filters: `task_id`, `task_type` and `state` (a value or a list of values; states are
     waiting, running, failed, done), `due` (True: could run now; False: waiting for its
-    time). A task must fit all filters that are given.
+    time, or held), `held` (whether it waits for the end of others), `after` and `before`
+    (an id, or a list of ids: the tasks that follow these; those that these wait for). A
+    task must fit all filters that are given.
     """
 
     _store: Store
@@ -5628,7 +6164,7 @@ class _Tasks:
         raise NotImplementedError
 
     def _query(self, method: str, filters: Mapping[str, Any]) -> Query:
-        query = _make_query(method, filters)
+        query = _make_query(method, filters, self._store)
         if query.due is None:
             return query
         paused = [name for name, it in self._store.settings(all_types=True).items() if it.paused]
@@ -5685,7 +6221,9 @@ class _Tasks:
         *changes*: data, priority, due_date, repeat, retries, retry_delay, timeout,
         keep_result and expires, as in add_task. A new *repeat* without *due_date* starts at
         its first slot, as in add_task; repeat=None leaves a single run at the due date.
-        Raises ValueError if the task is not waiting.
+        *after* and *after_end* add predecessors to those that it has; None drops all of both,
+        so that it waits for its due date only. Raises ValueError if the task is not waiting,
+        and for predecessors as add_task does.
         """
         _refuse_rerun("update")
         _checked_text("task_id", task_id)
@@ -5695,19 +6233,27 @@ class _Tasks:
         columns["due_date"] = ("due_at", "ready_at")
         if changes.get("repeat") is not None:
             columns["repeat"] = ("repeat", "due_at", "ready_at", "attempt")
+        for name in _PREDECESSORS:
+            columns[name] = ("after",) if changes.get(name, ()) not in ([], (), set()) else ()
         for name in changes:
             if name not in columns:
-                raise TypeError(f"update() cannot change {name!r}; give {', '.join(allowed)}")
-        now, names = self._now(), [column for name in changes for column in columns[name]]
-        options: dict[str, Any] = {"in_memory": self._store.in_memory, **changes}
-        if isinstance(changes.get("expires"), datetime) and "due_at" not in names:
+                names = ", ".join([*allowed, *_PREDECESSORS])
+                raise TypeError(f"update() cannot change {name!r}; give {names}")
+        now, in_memory = self._now(), self._store.in_memory
+        given = [changes.get(name, ()) for name in _PREDECESSORS]
+        follows = _bonds(task_id, in_memory, *given)
+        if None in given and follows:
+            raise ValueError("after or after_end is None, which drops all; give the others later")
+        changed = [column for name in changes for column in columns[name]]
+        options = {**cast("dict[str, Any]", changes), **dict.fromkeys(_PREDECESSORS)}
+        if isinstance(changes.get("expires"), datetime) and "due_at" not in changed:
             old = self.find_one(task_id=task_id)  # The seconds count from its due date.
             options["due_date"] = old and old.due_date
-        row = _make_row(now, "any", **options)[0]
-        values = {column: getattr(row, column) for column in names}
-        changed = self._store.update(task_id, values, now)
+        row = _make_row(now, "any", **options, in_memory=in_memory)[0]._replace(after=follows)
+        values = {column: getattr(row, column) for column in changed}
+        row = self._store.update(task_id, values, now)
         self._changed()
-        return Task(changed)
+        return Task(row)
 
     def types(self) -> list[dict[str, Any]]:
         """What there is of each task type that has tasks, a history, or a setting.
@@ -6081,6 +6627,11 @@ class TaskQueue(_Tasks):
                             running, the new one follows it), "follow" (if it waits, it stays
                             and gets the new data; if it runs, the new one follows it, or
                             the one that follows already gets the new data)
+        after=None          a Task, an id, or a list of them: it starts when all of these are
+                            done; behind one that failed it waits until that is retried and
+                            succeeds; if one is removed it fails, and a retry starts it. A
+                            Task that is gone counts as done, an id must be there
+        after_end=None      the same, but it starts when all have ended, however they did
         connection=None     your own sqlite3.Connection to the same file: the task exists if
                             and only if your transaction commits (begin by BEGIN IMMEDIATE)
 
@@ -7665,6 +8216,11 @@ class TaskFuture(Future[Any]):
         return self.cancelled()
 
 
+def _is_own(row: Row, stored: Row) -> bool:
+    """Whether the Row that add() has returned for *row* is that task, not one that was kept."""
+    return stored == row._replace(created_at=stored.created_at, state=stored.state, after=())
+
+
 def _waits_for(future: TaskFuture, row: Row) -> bool:
     """Whether *future* waits for this very task, not for another incarnation of its id.
 
@@ -7694,6 +8250,7 @@ class _Futures:
         self.failure: TaskPoolError | None = None  # Of the dispatcher.
         self.replacements = 0  # Calls of end_replaced().
         self.opened = 0  # Others may have taken stored tasks that were added until then.
+        self.bound = False  # A task was held: it may end without a run, as another is removed.
 
     def __bool__(self) -> bool:
         return bool(self._by_id)
@@ -7789,7 +8346,9 @@ class _Futures:
     def end_all(self) -> None:
         """The cluster ends."""
         for future in self.all():
-            self.end(future, *self.unknown_end(future))
+            end = functools.partial(future._end, *self.unknown_end(future))
+            # After what that thread is to do: fail_waiting() knows better how some of them end.
+            self.threads[_FUTURES].post(end) if self.threads else end()
 
     def end_replaced(self, task_id: str) -> None:
         """End those of an id whose tasks are no longer there: replaced, or removed."""
@@ -7806,6 +8365,7 @@ class _Futures:
         """No worker can start: end those whose tasks wait here, and remove these tasks."""
 
         def fail(future: TaskFuture) -> None:
+            future._held = True  # A look that finds its task gone must not cancel it.
             try:
                 if not future._foreign:  # Else it is not ours to remove.
                     self.remove_task(future._row)
@@ -7923,6 +8483,15 @@ class _Options(NamedTuple):
     shutdown_timeout: float
     initializer: Callable[..., Any] | None = None
     initargs: _Arguments | None = None
+
+
+def _warn_followers(store: Store, failed: Sequence[str]) -> None:
+    """Say how many tasks wait for these, which have failed for good. In the store's thread."""
+    with contextlib.suppress(StoreError):  # What has failed is recorded.
+        waiting = collections.Counter(bond.parent for bond in store.bonds(parents=failed))
+        for task_id, count in waiting.items():
+            text = "cluster:\t%d task(s) wait for %s, which failed: retry or remove it"
+            _log.warning(text, count, task_id)
 
 
 def _log_start(row: Row) -> None:
@@ -8289,7 +8858,10 @@ class _Watch:
                 foreign = self._foreign(wall)
                 self._next_warning = now + WARN_SECONDS
             seconds = self._clock.look(time.monotonic())
-            return store.recover(self._owner, seconds, wall), foreign, held
+            ended = store.recover(self._owner, seconds, wall)
+            if ended:
+                _warn_followers(store, [row.id for row in ended if row.state == "failed"])
+            return ended, foreign, held
         except BaseException:
             self._clock.miss()
             self._next_heartbeat = 0.0
@@ -8439,6 +9011,15 @@ class _Source:
             turn = store.turn(owner, outcomes, costs, room, most, now, until, eager)
             if turn.limited and any(run.row.task_type in turn.limited for run in runs):
                 queue._place_is_free(store)  # Another cluster may wait for it.
+            failed = []
+            for outcome, led in zip(outcomes, turn.led):
+                if led == outcome.state == "failed":
+                    failed.append(outcome.id)
+            for row in turn.rows:
+                if row.state == "failed":
+                    failed.append(row.id)
+            if failed:
+                _warn_followers(store, failed)
             return now, turn
 
         self.call_store(work, functools.partial(self._on_exchange, runs, costs, room))
@@ -8920,7 +9501,8 @@ class _Dispatcher:
         for source in self.sources:
             if source.looked_at + self.cluster._refresh <= now or not source.watch:
                 source.changed = True
-            source.check_futures = source.check_futures or self.idle.is_set()
+            look = self.idle.is_set() or self.futures.bound
+            source.check_futures = source.check_futures or look
             waits = waits or source.busy or source.available > 0
             if source.watch and source.watch.heard + LEASE_SECONDS <= now:
                 self.futures.opened = wall
@@ -9464,7 +10046,8 @@ class Cluster(concurrent.futures.Executor):
             futures.discard(future)
             raise
         if stored is not row:
-            if stored == row._replace(created_at=stored.created_at):
+            if _is_own(row, stored):
+                futures.bound = futures.bound or stored.state == "held"
                 future._row = stored
             else:  # Kept: another task stands for this one.
                 future = futures.join(future, stored)

@@ -1955,6 +1955,166 @@ class InOrder:
         self.assertGreater(next(ages), 100)
 
 
+class Following:
+    """Part of the contract of stores whose tasks can follow others."""
+
+    LIVES = 150
+
+    def follow(self, child, after=(), after_end=(), if_exists="raise"):
+        return self.add(row(child, now=NOW + next(self.ages), after=list(after), after_end=list(after_end)), if_exists=if_exists)
+
+    def told(self):
+        """{id: [state, {predecessor: however it ends}]}"""
+        told = {r.id: ["ready" if r.state == "scheduled" else r.state, {}] for r in self.store.find(Query(), NOW)}
+        for bond in self.store.bonds(parents=list(told)):  # Nobody else has any.
+            told[bond.child][1][bond.parent] = bool(bond.anyway)
+        self.assertEqual(len(self.store.bonds(children=list(told))), sum(len(bonds) for _, bonds in told.values()))
+        return told
+
+    def test_whatever_happens_followers_do_what_the_manual_says(self):
+        """Random lives against a model of the manual's table; what is cut short has not happened."""
+        follow = self.store._follow
+
+        def cut_short(*arguments):
+            follow(*arguments)
+            raise StoreError("cut short")
+
+        for seed in range(self.LIVES):
+            self.ages, chance, model = itertools.count(), random.Random(seed), Lives()
+            for step in range(80):
+                change, then = model.choose(chance, self), copy.deepcopy(model)
+                cut = self.store.atomic and chance.random() < 0.2
+                with mock.patch.object(self.store, "_follow", cut_short if cut else follow):
+                    try:
+                        change(then)
+                        model = then
+                    except StoreError:
+                        self.assertTrue(cut)
+                self.assertEqual(self.told(), model.tasks, (seed, step))
+                self.assertEqual(self.store.count(Query(held=True), NOW), sum(state == "held" for state, _ in model.tasks.values()))
+            self.store.leave(self.OWNER, NOW)
+            self.store.remove(Query(), NOW)
+            self.assertEqual((self.told(), self.store.bonds()), ({}, []))
+
+
+class Lives:
+    """What the manual says of tasks that follow others, in the simplest words."""
+
+    def __init__(self):
+        self.tasks = {}  # {id: [state, {predecessor: however it ends}]}
+        self.removed, self.succeeded = set(), set()  # While they run: removed; followed under their ids.
+
+    def ended(self, ids, how):
+        """These have ended at the same time; a task that is removed is no longer there."""
+        if how == "removed":
+            for i in ids:
+                self.tasks.pop(i, None)
+        failed = []
+        for i, (child, it) in itertools.product(ids, self.tasks.items()):
+            if i in it[1] and (how != "failed" or it[1][i]):
+                anyway = it[1].pop(i)
+                if it[0] == "held" and how == "removed" and not anyway:
+                    it[0] = "failed"
+                    failed.append(child)
+        for it in self.tasks.values():
+            if it[0] == "held" and not it[1]:
+                it[0] = "ready"
+        if failed:
+            self.ended(failed, "failed")
+
+    def settled(self, ends):
+        """The runs of these have ended: {id: (state, charged)}."""
+        gone = []
+        for i, (state, charged) in ends.items():
+            if state == "removed" or (i in self.removed and state != "done"):
+                gone.append(i)
+            elif state == "ready" and not (charged and i in self.succeeded):
+                self.tasks[i][0] = "ready"
+            else:
+                if state == "done":
+                    del self.tasks[i]
+                if i in self.succeeded:
+                    self.tasks[i] = ["ready", {}]
+                elif state == "failed":
+                    self.tasks[i][0] = "failed"
+                self.ended([i], "done" if state == "done" else "failed")
+                self.succeeded.discard(i)
+            self.removed.discard(i)
+        self.succeeded.difference_update(gone)
+        self.ended(gone, "removed")
+
+    def above(self, i):
+        found, todo = set(), set(self.tasks[i][1])
+        while todo:
+            found |= todo
+            todo = {p for j in todo for p in self.tasks[j][1]} - found
+        return found
+
+    def choose(self, chance, test):
+        """A random change: it makes it in the store, and then in a model."""
+        ids, store = sorted(self.tasks), test.store
+        some = chance.sample(ids, min(len(ids), chance.choice([1, 1, 2])))
+        others = [i for i in ids if i not in some]
+        after, after_end = (chance.sample(others, min(len(others), chance.choice([0, 0, 1, 2, 3]))) for _ in range(2))
+        wanted = {**{i: True for i in after_end if self.tasks[i][0] != "failed"}, **dict.fromkeys(after, False)}
+        kind = chance.choice(["add", "add", "replace", "claim", "claim", "end", "end", "end", "remove", "retry", "update", "free", "die"])
+        state = self.tasks[some[0]][0] if some else ""
+        rings = any(some[0] in {p, *self.above(p)} for p in wanted) if some else False
+        ends = [(chance.choice(["done", "done", "failed", "ready", "removed"]), chance.random() < 0.7) for _ in range(2)]
+        limit = chance.randrange(1, 4)
+
+        def change(model):
+            if kind == "add" or not some:
+                new = f"t{next(test.ages)}"
+                test.follow(new, after, after_end)
+                model.tasks[new] = ["held" if wanted else "ready", wanted]
+            elif kind == "replace":
+                if rings or (state == "running" and (after or after_end)):
+                    return test.assertRaises(ValueError, test.follow, some[0], after, after_end, "replace")
+                test.follow(some[0], after, after_end, "replace")
+                model.removed.discard(some[0])
+                if state == "running":
+                    model.succeeded.add(some[0])
+                else:
+                    model.succeeded.discard(some[0])
+                    model.tasks[some[0]] = ["held" if wanted else "ready", wanted]
+            elif kind in ("update", "free"):
+                bonds = row(some[0], after=after, after_end=after_end).after if kind == "update" else ()
+                changes = {"after": bonds} if bonds or kind == "free" else {"priority": 2}
+                if state not in ("ready", "held") or (rings and kind == "update"):
+                    return test.assertRaises(ValueError, store.update, some[0], changes, NOW + 10**6)
+                store.update(some[0], changes, NOW + 10**6)
+                before = model.tasks[some[0]][1]
+                bonds = {} if kind == "free" else {**before, **{p: anyway and before.get(p, True) for p, anyway in wanted.items()}}
+                model.tasks[some[0]] = ["held" if bonds else "ready", bonds]
+            elif kind == "claim":
+                for r in test.claim(limit, now=NOW + 10**6):
+                    test.assertEqual(self.tasks[r.id][0], "ready")
+                    model.tasks[r.id][0] = "running"
+            elif kind == "end":
+                held = dict(zip(store.held_by(test.OWNER), ends))
+                outcomes = [Outcome(r.id, r.claim, end, charged or end != "ready", NOW) for r, (end, charged) in held.items()]
+                test.assertNotIn("", store.settle(test.OWNER, outcomes, NOW + 10**6))
+                model.settled({o.id: o[2:4] for o in outcomes})
+            elif kind == "die":
+                store.leave(test.OWNER, NOW + 10**6)
+                model.settled({i: ("ready", False) for i, it in self.tasks.items() if it[0] == "running"})
+            elif kind == "remove":
+                store.remove(Query(ids=some), NOW + 10**6)
+                running = {i for i in some if self.tasks[i][0] == "running"}
+                model.removed |= running
+                model.succeeded -= set(some)
+                model.ended([i for i in some if i not in running], "removed")
+            elif kind == "retry":
+                store.retry(Query(ids=some), NOW + 10**6)
+                for i in some:
+                    if self.tasks[i][0] == "failed":
+                        model.tasks[i][0] = "held" if model.tasks[i][1] else "ready"
+            return None
+
+        return change
+
+
 class Spoiled:
     """Stores in which others write: spoil() puts a value into the stored task "bad"."""
 
@@ -1991,7 +2151,7 @@ class Spoiled:
         self.assertIsNotNone(self.look("bad"))
 
 
-class TestMemoryStore(Gates, InOrder, StoreContract, unittest.TestCase):
+class TestMemoryStore(Gates, InOrder, Following, StoreContract, unittest.TestCase):
     """The in-memory store keeps the contract."""
 
     def open(self):
@@ -2026,7 +2186,7 @@ class TestMemoryStore(Gates, InOrder, StoreContract, unittest.TestCase):
         self.assertEqual(self.entries(), 1)
 
 
-class TestSQLiteStore(Gates, InOrder, Spoiled, StoreContract, InFolder):
+class TestSQLiteStore(Gates, InOrder, Following, Spoiled, StoreContract, InFolder):
     """The SQLite store keeps the contract, in a file."""
 
     def open(self):
@@ -2045,6 +2205,7 @@ class TestSQLiteStore(Gates, InOrder, Spoiled, StoreContract, InFolder):
             "_NEXT_DUE": f"{ready}.*{scheduled}", "_STARTABLE": f"{ready} .*taskpool_scheduled .*taskpool_scheduled ",
             "_HELD_BY": running, "_OWNERS": running, "_OPEN_LANE": f"{ready}.*taskpool_scheduled",
             "_EXPIRE": "taskpool_kept", "_MASTERS": masters, "_LEAVE": masters, "_RUNNING": running, "_GATES": "taskpool_gates",
+            "_ANY_BOND": "taskpool_after", "_BOUND": "taskpool_after_child", "_UNBIND": "PRIMARY KEY .parent=. AND child=", "_REMOVED": by_id,
         }  # fmt: skip
         statements = {
             name: value for name, value in vars(taskpool).items()
@@ -2053,7 +2214,7 @@ class TestSQLiteStore(Gates, InOrder, Spoiled, StoreContract, InFolder):
         }
         self.assertEqual(set(statements), set(served))
         for name, statement in statements.items():
-            if name in ("_REMOVE", "_MARK"):  # The filters of the user follow.
+            if name in ("_REMOVE", "_MARK", "_REMOVED"):  # The filters of the user follow.
                 statement += " AND " + taskpool._where(Query(ids=["a"]), NOW)[0]
             statement = statement.format("state = ?")  # What _WRITE changes.
             named = re.findall(r":(\w+)", statement)
@@ -2761,10 +2922,11 @@ class WithMongo(InFolder):
         return store, lambda: [events.pop(0) for _ in list(events)]
 
 
-class MongoContract(Spoiled, StoreContract):
+class MongoContract(Following, Spoiled, StoreContract):
     """What holds for MongoStore on whatever has a Collection."""
 
     FLOOD = 600  # Documents.
+    LIVES = 25
 
     test_a_dead_master = TestSQLiteStore.test_a_master_that_is_seen_to_be_dead_is_recovered_at_once
     test_a_silent_master = TestSQLiteStore.test_a_silent_master_is_recovered_after_its_lease
@@ -3003,6 +3165,73 @@ class MongoContract(Spoiled, StoreContract):
             with self.assertRaisesRegex(StoreError, "one_of_each" if self.TRANSACTIONS else "taskType|Duplicate"):
                 self.add(*rows)
 
+    def test_what_a_crash_cuts_short_is_finished_and_no_follower_starts_too_early_or_never(self):
+        """Processes that die before a random command, one after the other."""
+        total = 0
+        for seed in range(40):
+            chance, ended, wanted, left, deaths = random.Random(seed), set(), {}, [], 0
+            for i in range(10):
+                ids = [f"t{j}" for j in range(i)]
+                wanted[f"t{i}"] = {j: chance.random() < 0.3 for j in chance.sample(ids, min(i, chance.choice([0, 1, 2, 3])))}
+                strict, anyway = ([taskpool.Task(row(j)) for j, a in wanted[f"t{i}"].items() if a is b] for b in (False, True))
+                left.append(row(f"t{i}", now=NOW + i, after=strict, after_end=anyway))
+            failing = {i for i in wanted if chance.random() < 0.3}
+            while True:
+                store, faults = self.faulty()
+                lives = iter(range(chance.randrange(12, 40) if deaths < 60 else 10**6))
+                faults.now = lambda method, lives=lives: (None if next(lives, None) is not None else LookupError("died"), False, None)
+                try:
+                    store.leave("me", NOW), store.renew("me", NOW)
+                    while left or store.count(Query(states=["waiting", "running"]), NOW):
+                        for _ in range(chance.randrange(4) if left else 0):
+                            some = left[: chance.randrange(1, 3)]
+                            store.add([(r, "keep") for r in some], NOW)
+                            left = left[len(some):]
+                        claimed = store.claim("me", ["x"], 2, NOW + SECOND)
+                        for r in claimed:
+                            self.assertLessEqual({p for p, anyway in wanted[r.id].items() if anyway or p not in failing}, ended, (seed, r.id))
+                            self.assertEqual({p for p, anyway in wanted[r.id].items() if not anyway and p in failing}, set(), (seed, r.id))
+                        ended.update(r.id for r in claimed)
+                        store.settle("me", [Outcome(r.id, r.claim, "failed" if r.id in failing else "done") for r in claimed], NOW + SECOND)
+                        if not (claimed or left):
+                            break
+                    break
+                except (StoreError, LookupError):
+                    deaths += 1
+            held = {r.id for r in self.store.find(Query(held=True), NOW)}
+            stuck = {i for i in wanted if i not in ended}
+            self.assertEqual(held, stuck, seed)
+            for i in stuck:  # Each waits for one that failed, or that waits itself.
+                self.assertTrue(any((p in failing and not a) or p in stuck for p, a in wanted[i].items()), (seed, i))
+            total += deaths
+            self.collection.delete_many({})
+        self.assertGreater(total, 60)
+
+    def test_no_follower_is_forgotten_that_is_added_or_told_while_another_process_does_the_same(self):
+        store, faults = self.faulty()
+        for method in ("", "insert_many", "update_many", "find", "delete_one", "bulk_write"):
+            for skip in range(4):
+                with self.subTest(before=method, skip=skip):
+                    self.add(row("a"), row("b"))
+                    a, b = self.claim()
+                    after = [taskpool.Task(r) for r in (a, b)]
+                    faults.before(method, lambda a=a: self.assertEqual(self.settle(a, "done"), "done"), skip)
+                    self.assertEqual(len(store.add([(row("c", now=NOW + 1, after=after), "raise")], NOW)), 1)
+                    if faults.left():
+                        self.settle(a, "done")
+                    self.settle(b, "done")
+                    self.assertEqual([r.id for r in self.claim(now=NOW + 9)], ["c"])
+                    self.store.leave(self.OWNER, NOW), self.store.remove(Query(), NOW)
+                    self.add(row("a"), row("b"))
+                    a, b = self.claim()
+                    self.add(row("c", now=NOW + 1, after=after))
+                    faults.before(method, lambda b=b: self.assertEqual(self.settle(b, "done"), "done"), skip)
+                    self.assertEqual(store.settle(self.OWNER, [Outcome("a", a.claim, "done")], NOW), ["done"])
+                    if faults.left():
+                        self.settle(b, "done")
+                    self.assertEqual([r.id for r in self.claim(now=NOW + 9)], ["c"])
+                    self.store.leave(self.OWNER, NOW), self.store.remove(Query(), NOW)
+
     def test_the_indexes_serve_the_claims_and_are_made_once(self):
         """PF-01, MG-09: a claim reads what is ready, of its types, in order, and nothing else."""
         for _ in range(2):
@@ -3013,7 +3242,8 @@ class MongoContract(Spoiled, StoreContract):
         self.assertEqual(found, {
             "_id_": [("_id", 1)], "taskpool_id": [("taskpool.id", 1)], "taskpool_ready": [*place, *rank],
             "taskpool_scheduled": [*place, ("taskpool.ready_at", 1)], "taskpool_running": [("taskpool.owner", 1)],
-            "taskpool_kept": [("taskpool.kept_until", 1)],
+            "taskpool_kept": [("taskpool.kept_until", 1)], "taskpool_after": [("taskpool.after", 1)],
+            "taskpool_followed": [("taskpool.followed", 1)],
         })
         store, faults = self.faulty()
         self.add(row("a"), row("b"), row("c", due_date=timedelta(1)), row("d", due_date=timedelta(seconds=1)))
@@ -8237,6 +8467,252 @@ class TestPassingFailures(InFolder):
         self.assertEqual(self.queue().count(), 0)
 
 
+def add_parts_for(job):
+    """Add ten tasks, and have another that follows this one wait for those, too."""
+    with TaskQueue(job.data["db"]) as queue:
+        parts = queue.add_tasks({"task_type": "line", "data": job.data, "task_id": f"{job.id}{i}"} for i in range(10))
+        queue.update(job.data["then"], after=parts)
+    add_line(job)
+
+
+class TestFollowers(InFolder):
+    """Tasks that wait for the ends of others, by `after` and `after_end`."""
+
+    MASTER = """
+        from test_taskpool import chaos
+        if __name__ == "__main__":
+            Cluster({"chaos": chaos}, TaskQueue("tasks.db"), max_available_workers=2, oversubscribe=True,
+                    keep_alive="always", refresh_rate=100, logs="error").run()
+    """
+
+    def line(self, task_id, verbs=None, task_type="line", **options):
+        data = {"file": str(self.folder / "lines"), **options.pop("data", {})}
+        in_memory = verbs is not None and verbs is getattr(self.tasks, "in_memory", None)
+        return self.tasks.add_task(task_type, data, task_id=task_id, in_memory=in_memory, **options)
+
+    def setUp(self):
+        super().setUp()
+        self.tasks = self.queue()
+
+    def states(self, verbs=None):
+        return {t.id: "held" if t.held else t.state for t in (verbs or self.tasks).find()}
+
+    def ran(self):
+        return [line.split()[0] for line in lines_of(self.folder / "lines")] if (self.folder / "lines").exists() else []
+
+    def test_it_takes_tasks_ids_and_lists_and_tells_who_waits_for_whom(self):
+        for verbs in (self.tasks, self.tasks.in_memory):
+            with self.subTest(verbs=verbs):
+                a, b = self.line("a", verbs), self.line("b", verbs)
+                for after, after_end in ((a, None), ("a", None), ([a, "b"], None), (None, (a, b)), ({"a"}, [b]), ([], "a"), (["a"], ["a", "b"])):
+                    c = self.line("c", verbs, after=after, after_end=after_end, priority=9)
+                    self.assertEqual((c.held, c.state, verbs.find(held=True)), (True, "waiting", [c]))
+                    self.assertEqual((verbs.find(after="a"), verbs.count(after="c"), verbs.count(due=True), verbs.count(due=False)), ([c], 0, 2, 1))
+                    self.assertEqual({t.id for t in verbs.find(before="c")} | {"b"}, {"a", "b"})
+                    self.assertEqual((verbs.find(held=False), verbs.count(held=True, task_id=["a", "c"])), ([a, b], 1))
+                    self.assertEqual((verbs.remove(after=["a", "b"], held=True), verbs.find()), (1, [a, b]))
+                self.assertFalse(self.line("c", verbs, after=[], after_end=()).held)
+                self.assertEqual(verbs.remove(state="waiting"), 3)
+
+    def test_what_cannot_be_followed_is_refused_and_nothing_stored(self):
+        a, there = self.line("a"), self.line("m", self.tasks.in_memory)
+        self.line("b", after=a)
+        for error, options, text in (
+            (ValueError, {"after": "typo"}, "'typo'.*there"), (ValueError, {"after_end": ["a", "typo"]}, "after_end is 'typo'"),
+            (TypeError, {"after": 5}, "after is 5"), (TypeError, {"after_end": [a, None]}, "after_end is None"), (ValueError, {"after": ""}, "after"),
+            (ValueError, {"after": "c", "task_id": "c"}, "itself"), (ValueError, {"after": there}, "stored"), (ValueError, {"after": a, "in_memory": True}, "in memory"),
+            (ValueError, {"after": a, "repeat": timedelta(1)}, "repeat.*schedule"), (ValueError, {"after": "b", "task_id": "a", "if_exists": "replace"}, "wait for itself"),
+        ):
+            with self.subTest(**options), self.assertRaisesRegex(error, text):
+                self.tasks.add_task("line", **options)
+        for task_id, changes, text in (
+            ("b", {"after": "typo"}, "typo"), ("b", {"after": "b"}, "itself"), ("a", {"after": "b"}, "itself"), ("b", {"repeat": timedelta(1)}, "schedule"),
+            ("b", {"after": None, "after_end": "a"}, "None"),
+        ):
+            with self.subTest(task_id, **changes), self.assertRaisesRegex(ValueError, text):
+                self.tasks.update(task_id, **changes)
+        with self.assertRaisesRegex(ValueError, r"tasks\[1\].*|later"):
+            self.tasks.add_tasks([{"task_type": "x"}, {"task_type": "y", "after": "later"}, {"task_type": "x", "task_id": "later"}])
+        with self.assertRaises(StoreError) as raised:
+            TaskQueue(TestTheManualsOwnStore.open(self)).add_task("x", after=a)
+        self.assertIn("lacks", str(raised.exception))
+        self.assertEqual((self.states(), self.states(self.tasks.in_memory)), ({"a": "waiting", "b": "held"}, {"m": "waiting"}))
+
+    def test_whom_it_was_to_follow_may_be_over_where_it_was_given_as_a_task(self):
+        for verbs in (self.tasks, self.tasks.in_memory):
+            gone, kept = self.line("gone", verbs), self.line("kept", verbs, keep_result=60)
+            self.tasks.run_due(EVERYTHING)
+            tasks = [self.line("first", verbs, after=[gone, kept]), self.line("then", verbs, after_end=[gone, "kept", "first"])]
+            self.assertEqual([t.held for t in tasks], [False, True])
+            self.assertEqual([t.id for t in self.tasks.run_due(EVERYTHING)], ["first", "then"])
+            verbs.remove(state="done")
+
+    def test_a_transaction_stores_both_or_neither(self):
+        self.tasks.count()
+        for commits in (False, True):
+            with contextlib.closing(sqlite3.connect(self.folder / "tasks.db")) as db:
+                a = self.line("a", connection=db)
+                self.line("b", connection=db, after="a"), self.line("c", connection=db, after_end=[a, "b"])
+                db.commit() if commits else db.rollback()
+            self.assertEqual(self.states(), {"a": "waiting", "b": "held", "c": "held"} if commits else {})
+        self.assertEqual(len(self.sql("SELECT * FROM taskpool_after")), 3)
+        data = {"file": str(self.folder / "lines")}
+        self.tasks.add_tasks({"task_type": "line", "data": data, "task_id": i, "after": a} for i, a in (("d", "c"), ("e", "d"), ("f", ["d", "e"])))
+        self.assertEqual([t.id for t in self.tasks.run_due(EVERYTHING)], list("abcdef"))
+
+    def test_behind_one_that_fails_it_waits_for_the_retry_and_one_that_takes_any_end_runs(self):
+        for verbs in (self.tasks, self.tasks.in_memory):
+            with self.subTest(verbs=verbs):
+                self.line("a", verbs, "fail"), self.line("b", verbs, after="a"), self.line("c", verbs, after="b"), self.line("any", verbs, after_end="a")
+                self.assertEqual([(t.id, t.state) for t in self.tasks.run_due(EVERYTHING)], [("a", "failed"), ("any", "done")])
+                self.assertEqual((self.states(verbs), verbs.count(due=True)), ({"a": "failed", "b": "held", "c": "held"}, 0))
+                verbs.retry(task_id="a")
+                self.assertEqual([t.id for t in self.tasks.run_due({**EVERYTHING, "fail": echo})], ["a", "b", "c"])
+
+    def test_of_one_that_is_removed_the_followers_fail_and_a_retry_starts_them(self):
+        for verbs in (self.tasks, self.tasks.in_memory):
+            with self.subTest(verbs=verbs):
+                self.line("a:7", verbs), self.line("x", verbs, "fail"), self.line("b", verbs, after=["a:7", "x"]), self.line("c", verbs, after="b")
+                verbs.remove(task_id="a:7")
+                b = verbs.find_one(task_id="b")
+                self.assertEqual((b.state, b.error, self.states(verbs)["c"]), ("failed", "not started: a:7, which it was to follow, was removed", "held"))
+                self.assertEqual(verbs.retry(task_id="b"), 1)
+                self.assertTrue(verbs.find_one(task_id="b").held)
+                self.assertEqual([t.id for t in self.tasks.run_due({**EVERYTHING, "fail": echo})], ["x", "b", "c"])
+                self.line("a", verbs), self.line("b", verbs, after="a")
+                self.assertEqual((verbs.remove(task_id=["a", "b"]), verbs.find()), (2, []))
+
+    def test_a_held_task_can_be_changed_told_to_run_now_and_keeps_its_due_date(self):
+        self.line("a"), self.line("b", after="a")
+        self.assertEqual((self.tasks.update("b", priority=9).held, self.tasks.update("b", after=[]).held), (True, True))
+        self.assertEqual(self.tasks.update("b", after=None).held, False)
+        self.assertEqual([t.id for t in self.tasks.run_due(EVERYTHING)], ["b", "a"])
+        self.tasks.clock = Clock()
+        self.line("a"), self.line("b", after="a", due_date=timedelta(hours=1))
+        self.assertEqual([t.id for t in self.tasks.run_due(EVERYTHING)], ["a"])
+        self.assertEqual([(t.id, t.held) for t in self.tasks.find(due=False)], [("b", False)])
+        self.tasks.clock.offset = 3601
+        self.assertEqual([t.id for t in self.tasks.run_due(EVERYTHING)], ["b"])
+
+    def test_a_repeating_task_lets_its_followers_go_at_the_end_of_a_run(self):
+        self.tasks.clock = Clock()
+        self.tasks.add_task("fail", task_id="a", repeat=timedelta(hours=1))
+        self.line("b", after="a"), self.line("any", after_end="a")
+        self.assertEqual([t.id for t in self.tasks.run_due(EVERYTHING)], ["a", "any"])
+        self.tasks.clock.offset = 3700
+        self.assertEqual([t.id for t in self.tasks.run_due({**EVERYTHING, "fail": echo})], ["a", "b"])
+
+    def test_it_starts_after_the_end_of_the_last_and_exactly_once(self):
+        """Pairs, a fan-in, diamonds and a chain, on four workers, stored and in memory."""
+        cluster = self.cluster(EVERYTHING, self.tasks, max_available_workers=4, keep_alive="always")
+        cluster.initialize()
+        for verbs in (self.tasks, self.tasks.in_memory):
+            with self.subTest(verbs=verbs):
+                befores = {}
+                for i in range(40):
+                    befores[f"b{i}"] = [self.line(f"a{i}", verbs)]
+                    self.line(f"b{i}", verbs, after=befores[f"b{i}"])
+                parts = [self.line(f"p{i}", verbs) for i in range(100)]
+                befores.update(left=parts, right=parts, bottom=[self.line(name, verbs, after=parts) for name in ("left", "right")])
+                last = self.line("bottom", verbs, after=befores["bottom"])
+                for i in range(30):
+                    befores[f"c{i}"] = [last]
+                    last = self.line(f"c{i}", verbs, after=last)
+                self.assertTrue(cluster.drain(PATIENCE))
+                eventually(lambda: not verbs.find(), "the end of all")
+                ran = self.ran()
+                self.assertEqual(len(ran), len(set(ran)))
+                for name, before in befores.items():
+                    self.assertLess(max(ran.index(t.id) for t in before), ran.index(name), name)
+                os.remove(self.folder / "lines")
+
+    def test_nobody_waits_for_a_held_task_and_the_log_tells_of_those_behind_a_failed_one(self):
+        for in_memory in (False, True):
+            with self.subTest(in_memory=in_memory), self.assertLogs("taskpool", "WARNING") as logs:
+                verbs = self.tasks.in_memory if in_memory else self.tasks
+                with self.cluster(EVERYTHING, self.tasks) as cluster:
+                    first = cluster.submit("fail", task_id="a", in_memory=in_memory)
+                    held = [cluster.submit("echo", i, task_id=f"b{i}", in_memory=in_memory, after=first.task) for i in range(2)]
+                    self.assertIsInstance(first.exception(PATIENCE), ValueError)
+                    self.assertTrue(cluster.drain(PATIENCE))
+                    self.assertEqual([(f.done(), f.running(), t.held) for f, t in zip(held, verbs.find(held=True))], [(False, False, True)] * 2)
+                    with self.assertRaises(TimeoutError):
+                        self.tasks.wait("b0", 0)
+                self.assertIn("2 task(s) wait for a, which failed", "".join(logs.output))
+                self.assertEqual(([f.cancelled() for f in held], verbs.count(held=True)), ([True, True], 2))
+        self.tasks.retry(task_id="a")
+        with self.cluster({**EVERYTHING, "fail": echo}, self.tasks) as cluster:
+            cluster.drain(PATIENCE)
+        self.assertEqual(self.tasks.find(), [])
+
+    def test_the_future_of_one_that_cannot_start_any_more_ends(self):
+        for in_memory in (False, True):
+            with self.subTest(in_memory=in_memory):
+                cluster = self.cluster(EVERYTHING, self.tasks)
+                verbs, path = self.tasks.in_memory if in_memory else self.tasks, str(self.folder / f"run{in_memory}")
+                runs = cluster.submit("hold and fail", path, in_memory=in_memory, retries=5)
+                then = cluster.submit("echo", 1, after=runs.task.id, in_memory=in_memory)
+                last = cluster.submit("echo", 2, after_end=then.task, in_memory=in_memory)
+                begun(path)
+                verbs.remove(task_id=runs.task.id)
+                self.assertFalse(then.done())
+                let_end(path)
+                self.assertRegex(str(then.exception(PATIENCE)), "not started|was removed")
+                self.assertEqual(last.result(PATIENCE), 2)
+
+    def test_a_running_task_lets_its_follower_wait_for_the_tasks_that_it_adds(self):
+        """In a chain, and two at once."""
+        data = {"db": str(self.folder / "tasks.db"), "then": "b"}
+        for name in ("a", "x"):
+            self.line(name, task_type="parts", data=data)
+        self.line("b", task_type="parts", data={**data, "then": "c"}, after=["a", "x"]), self.line("c", after="b")
+        with self.cluster({"line": add_line, "parts": add_parts_for}, self.tasks) as cluster:
+            eventually(lambda: cluster.drain() and not self.tasks.find(), "the end of all")
+        ran = self.ran()
+        self.assertEqual((len(ran), len(set(ran)), ran[-1], ran.index("b")), (34, 34, "c", 22))
+
+    def test_programs_with_different_types_follow_each_other(self):
+        here, there = self.cluster({"here": add_line}, self.tasks), self.cluster({"there": add_line}, self.queue())
+        here.initialize(), there.initialize()
+        for i in range(20):
+            self.line(f"{i}", task_type=["here", "there"][i % 2], after=[f"{i - 1}"] if i and str(i - 1) in self.states() else [])
+        last = self.line("last", task_type="there", after_end=self.tasks.find())
+        self.tasks.wait(last.id, PATIENCE)
+        self.assertEqual(self.ran()[-1], "last")
+
+    def test_a_master_that_is_killed_starts_no_follower_too_early_and_forgets_none(self):
+        self.kill(kills=3, pairs=30)
+
+    def kill(self, kills, pairs):
+        chance, quiet = random.Random(kills), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        master = self.script(self.MASTER, "master.py")
+        data = {"file": str(self.folder / "lines"), "seconds": 0.01}
+        running, lines = self.start(master, **quiet), self.folder / "lines"
+        for i in range(pairs):
+            a = self.tasks.add_task("chaos", {**data, "name": f"a{i}"}, task_id=f"a{i}", retries=9, retry_delay=0.0)
+            self.tasks.add_task("chaos", {**data, "name": f"b{i}"}, task_id=f"b{i}", after=a, retries=9, retry_delay=0.0)
+        for _ in range(kills):
+            size = lines.stat().st_size if lines.exists() else 0
+            eventually(lambda size=size: (lines.exists() and lines.stat().st_size > size) or not self.tasks.find())
+            time.sleep(chance.uniform(0, 0.05))
+            running.kill()
+            running.communicate()
+            running = self.start(master, **quiet)
+        eventually(lambda: not self.tasks.find(state=["waiting", "running"]), "the end of all")
+        running.terminate()
+        running.communicate()
+        self.assertEqual((self.tasks.find(), self.tasks._store.bonds()), ([], []))
+        ended, starts = set(), collections.Counter()
+        for kind, name in map(str.split, lines_of(lines)):
+            if kind == "end":
+                ended.add(name)
+            else:
+                starts[name] += 1
+                self.assertTrue(name[0] == "a" or "a" + name[1:] in ended, f"{name} was too early")
+        self.assertEqual(set(starts), {f"{kind}{i}" for kind in "ab" for i in range(pairs)})
+        self.assertLessEqual(sum(starts.values()), 2 * pairs + 2 * kills)  # Two workers run when a master dies.
+
+
 class TestKillAnythingAnyTime(InFolder):
     """P1-P4: random workers and masters get SIGKILL, and every task ends as promised.
 
@@ -8418,6 +8894,33 @@ class TestMongoKillAnythingAnyTime(WithMongo):
     @unittest.skipUnless(LINUX, "finds the victims in /proc")
     def test_two_masters_and_producers_in_other_processes(self):
         self.drive(masters=2, kills=14, producers=2, tasks=600)
+
+
+class TestMongoFollowers(WithMongo):
+    """Tasks that wait for the ends of others, with MongoDB."""
+
+    line, states, ran, kill = (getattr(TestFollowers, name) for name in ("line", "states", "ran", "kill"))
+    MASTER = f"\n        import pymongo{TestFollowers.MASTER}".replace(
+        'TaskQueue("tasks.db")', "TaskQueue(taskpool.MongoStore(pymongo.MongoClient(URI).test.NAME))")
+
+    def setUp(self):
+        super().setUp()
+        self.tasks = self.queue()
+
+    def script(self, source, name="script.py"):
+        return super().script(source.replace("URI", repr(self.uri())).replace("NAME", self.collection.name), name)
+
+    test_start, test_future, test_held, test_kill = (
+        getattr(TestFollowers, f"test_{name}") for name in (
+            "it_starts_after_the_end_of_the_last_and_exactly_once", "the_future_of_one_that_cannot_start_any_more_ends",
+            "nobody_waits_for_a_held_task_and_the_log_tells_of_those_behind_a_failed_one",
+            "a_master_that_is_killed_starts_no_follower_too_early_and_forgets_none"))
+    test_takes, test_fails, test_removed, test_changed = (
+        getattr(TestFollowers, f"test_{name}") for name in (
+            "it_takes_tasks_ids_and_lists_and_tells_who_waits_for_whom",
+            "behind_one_that_fails_it_waits_for_the_retry_and_one_that_takes_any_end_runs",
+            "of_one_that_is_removed_the_followers_fail_and_a_retry_starts_them",
+            "a_held_task_can_be_changed_told_to_run_now_and_keeps_its_due_date"))
 
 
 def command_line(pid):
