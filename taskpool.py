@@ -2085,6 +2085,14 @@ def how_ended(row: Row, following: Row | None, outcome: Outcome | None = None) -
     return "" if same else "failed"
 
 
+def keeps_bonds(old: Row, new: Row | None) -> bool:
+    """Whether a stored task that changes keeps its bonds: only what is held, or has failed
+    before it could start, has any."""
+    if old.state not in ("held", "failed"):
+        return True
+    return new is not None and new.created_at == old.created_at and new.state in ("held", "failed")
+
+
 def bond_after(how: str, anyway: bool) -> str:
     """What the end of a predecessor makes of a bond: `met`, `broken`, or "": it stays."""
     if how == "done" or (how and anyway):
@@ -2508,6 +2516,10 @@ class TypeSettings:
         self.change_setting(task_type, {"next_at": next_at})
         return True
 
+    def paused(self) -> list[str]:
+        """The types that are paused."""
+        return [name for name, it in self.settings(all_types=True).items() if it.paused]
+
     def knows_settings(self) -> bool:
         """Whether this store has settings() and change_setting()."""
         return type(self).change_setting is not TypeSettings.change_setting
@@ -2530,11 +2542,16 @@ class TypeSettings:
         return {name: place_for(it, running.get(name, 0), now) for name, it in mine.items()}
 
     def upcoming(
-        self, owner: str, types: Iterable[str], limit: int, now: int, until: int,
-        settings: Mapping[str, Setting],
+        self, owner: str, types: Collection[str], limit: int, now: int, until: int,
+        settings: Mapping[str, Setting] | None = None,
     ) -> list[int]:  # fmt: skip
-        """next_due() as far as *settings* allow: NEVER stands for the end of another task, and
-        a paused type has no date."""
+        """next_due() as far as *settings* (or those stored) allow: NEVER stands for the end of
+        another task, and a paused type has no date."""
+        dates = self.next_due(owner, types, limit, now, until) if types else []
+        if dates and settings is None:
+            settings = self.settings()
+        if not (dates and settings):
+            return dates
         places = self._places(settings, types, now)
         free = [name for name in types if name not in places]
         dates = self.next_due(owner, free, limit, now, until) if free else []
@@ -2543,6 +2560,18 @@ class TypeSettings:
                 due = self.next_due(owner, [name], limit, now, until)
                 dates += dates_within(settings[name], place, due, now)
         return sorted(dates)[:limit]
+
+    def _counted_starts(
+        self, chosen: list[Row], places: Iterable[str], settings: Mapping[str, Setting], now: int
+    ) -> list[Row]:
+        """Those of *chosen* that may start as far as rates go: their starts are counted."""
+        for name in places:
+            count, setting = sum(row.task_type == name for row in chosen), settings[name]
+            first, spacing = next_start(setting, now)
+            if setting.starts is not None and (count or setting.next_at > first):
+                if not self.reserve_starts(name, setting, first + count * spacing):
+                    chosen = [row for row in chosen if row.task_type != name]
+        return chosen
 
     def summary(self, now: int) -> list[tuple[Any, ...]]:
         """For each task type: its name; how many tasks wait, are due, run, have failed and are
@@ -2572,64 +2601,106 @@ class TypeSettings:
         self._change(work)
 
 
-def _keeps_bonds(old: Row, new: Row | None) -> bool:
-    """Whether a stored task that changes keeps its bonds: only what is held, or has failed
-    before it could start, has any."""
-    if old.state not in ("held", "failed"):
-        return True
-    return new is not None and new.created_at == old.created_at and new.state in ("held", "failed")
+class Following:
+    """The part of a Store that knows which tasks follow others. A backend that has none of
+    these primitives is a Store, too."""
+
+    has_bonds = False  # Whether there are bonds() and bind().
+    rows: Callable[[Query, int], list[Row]]
+    write: Callable[[Row | None, Row | None], bool]
+    write_all: Callable[[Sequence[_Pair]], list[bool]]
+
+    # ---- Primitives
+
+    def bonds(
+        self, parents: _Ids = None, children: _Ids = None, one_each: bool = False
+    ) -> list[Bond]:
+        """The bonds of these parents, or of these children, of each child but one if
+        *one_each*. Without either: whether there are any at all."""
+        return []
+
+    def bind(self, add: Sequence[Bond], drop: Sequence[Bond]) -> None:
+        """Forget bonds, then store others; of two of the same tasks the stricter one counts."""
+        raise NotImplementedError
+
+    # ---- What the verbs do with them
+
+    def _parents(self, rows: Iterable[Row], now: int) -> list[Row]:
+        """The predecessors of new Rows that are there."""
+        ids = list({bond.parent for row in rows for bond in row.after})
+        if ids and not self.has_bonds:
+            lacks = "bonds() and bind(), so that no task can follow others here"
+            raise StoreError(f"{self!r} lacks the primitives {lacks}")
+        return self.rows(Query(ids=ids), now) if ids else []
+
+    def _check_rings(self, pairs: Sequence[_Pair]) -> None:
+        """Raise ValueError if a task would wait for itself. Only one that others wait for can: it
+        was there before."""
+        planned = {new.id: [bond.parent for bond in new.after] for _, new in pairs if new}
+        for task_id in [new.id for old, new in pairs if old and new]:
+            todo, seen = set(planned[task_id]), set[str]()
+            while todo:
+                if task_id in todo:
+                    text = "others that do not wait for it; now it would wait for itself"
+                    raise _wrong_value("after", planned[task_id][0], text)
+                seen.update(todo)
+                above = {b.parent for b in self.bonds(children=list(todo - planned.keys()))}
+                todo = above.union(*(planned.get(i, ()) for i in todo)) - seen
+
+    def _undo(self, pairs: Sequence[_Pair], done: Sequence[bool]) -> None:
+        """Another writer was quicker with those that are not done: undo the others, unless the
+        transaction does that. Raises _Raced."""
+        for (old, new), written in zip(pairs, done):
+            if written:
+                self.write(new, old)
+        raise _Raced
+
+    def _put(self, pairs: Sequence[_Pair], now: int) -> None:
+        """Write all pairs, or none if another writer was quicker with one of them; then their
+        bonds, and what follows for those that follow them."""
+        bonds = [bond for _, new in pairs if new is not None for bond in new.after]
+        if bonds:
+            self._check_rings(pairs)
+            pairs = [(old, new and new._replace(after=())) for old, new in pairs]
+        if not all(done := self.write_all(pairs)):
+            self._undo(pairs, done)
+        changes = [(old, new) for old, new in pairs if old is not None]
+        if bonds or (changes and self.bonds()):
+            freed = [old.id for old, new in changes if not keeps_bonds(old, new)]
+            self.bind(bonds, self.bonds(children=freed) if freed else ())
+            self._follow([(old.id, how_ended(old, new)) for old, new in changes], now)
+
+    def _follow(self, ends: Iterable[tuple[str, str]], now: int) -> None:
+        """The choke point of all arrows: these tasks have changed, each as how_ended() says."""
+        how = {task_id: end for task_id, end in ends if end}
+        while how and self.bonds():
+            how = self._follow_once(how, now)
+
+    def _follow_once(self, how: Mapping[str, str], now: int) -> dict[str, str]:
+        """Carry out what bond_after() says for those that follow tasks which have ended so.
+        Returns which of them have failed by that: an end, too."""
+        gone = [task_id for task_id, end in how.items() if end == "removed"]
+        if gone:  # Whom they have followed themselves does not matter any more.
+            self.bind((), self.bonds(children=gone))
+        bonds = self.bonds(parents=list(how))
+        became = [bond_after(how[bond.parent], bond.anyway) for bond in bonds]
+        met = [bond for bond, end in zip(bonds, became) if end == "met"]
+        broken = [bond for bond, end in zip(bonds, became) if end == "broken"]
+        self.bind((), met + broken)
+        losers = {bond.child: bond.parent for bond in broken}
+        free = {bond.child for bond in met} - losers.keys()
+        free -= {bond.child for bond in self.bonds(children=list(free), one_each=True)}
+        query = Query(ids=[*free, *losers], held=True)
+        pairs: list[tuple[Row, Row]] = []
+        for row in self.rows(query, now) if query.ids else ():
+            is_free = row.id in free
+            new = checked(released, row, now) if is_free else orphaned(row, losers[row.id])
+            pairs.append((row, cast(Row, new)))
+        self.write_all(pairs)
+        return {row.id: "failed" for row, new in pairs if new.state == "failed"}
 
 
-def _parents(store: Store, rows: Iterable[Row], now: int) -> list[Row]:
-    """The predecessors of new Rows that are there."""
-    ids = list({bond.parent for row in rows for bond in row.after})
-    if ids and not store.has_bonds:
-        lacks = "bonds() and bind(), so that no task can follow others here"
-        raise StoreError(f"{store!r} lacks the primitives {lacks}")
-    return store.rows(Query(ids=ids), now) if ids else []
-
-
-def _check_rings(store: Store, pairs: Sequence[_Pair]) -> None:
-    """Raise ValueError if a task would wait for itself. Only one that others wait for can: it
-    was there before."""
-    planned = {new.id: [bond.parent for bond in new.after] for _, new in pairs if new}
-    for old, new in pairs:
-        todo = set(planned[new.id]) if new is not None and old is not None else set()
-        seen: set[str] = set()
-        while todo and old is not None:
-            if old.id in todo:
-                text = "others that do not wait for it; now it would wait for itself"
-                raise _wrong_value("after", planned[old.id][0], text)
-            seen.update(todo)
-            above = {b.parent for b in store.bonds(children=list(todo - planned.keys()))}
-            todo = above.union(*(planned.get(i, ()) for i in todo)) - seen
-
-
-def _follow_once(store: Store, how: Mapping[str, str], now: int) -> dict[str, str]:
-    """Carry out what bond_after() says for those that follow tasks which have ended so. Returns
-    which of them have failed by that: an end, too."""
-    gone = [task_id for task_id, end in how.items() if end == "removed"]
-    if gone:  # Whom they have followed themselves does not matter any more.
-        store.bind((), store.bonds(children=gone))
-    bonds = store.bonds(parents=list(how))
-    became = [bond_after(how[bond.parent], bond.anyway) for bond in bonds]
-    met = [bond for bond, end in zip(bonds, became) if end == "met"]
-    broken = [bond for bond, end in zip(bonds, became) if end == "broken"]
-    store.bind((), met + broken)
-    losers = {bond.child: bond.parent for bond in broken}
-    free = {bond.child for bond in met} - losers.keys()
-    free -= {bond.child for bond in store.bonds(children=list(free), one_each=True)}
-    pairs: list[tuple[Row, Row]] = []
-    for row in store.rows(Query(ids=[*free, *losers], held=True), now) if free or losers else ():
-        if row.id in losers:
-            pairs.append((row, orphaned(row, losers[row.id])))
-        else:
-            pairs.append((row, cast(Row, checked(released, row, now))))
-    store.write_all(pairs)
-    return {row.id: "failed" for row, new in pairs if new.state == "failed"}
-
-
-class Store(TypeSettings):
+class Store(TypeSettings, Following):
     """Where tasks live. Subclass it, and TaskQueue takes your store.
 
     The verbs, each an arrow of the drawing above, are written once, here: read rows, ask a
@@ -2644,7 +2715,6 @@ class Store(TypeSettings):
 
     in_memory = False
     atomic = False  # Whether a transaction() that raises undoes what was done in it.
-    has_bonds = False  # Whether there are bonds() and bind().
 
     # ---- Primitives that every backend has
 
@@ -2685,19 +2755,6 @@ class Store(TypeSettings):
 
     def close(self) -> None:
         """Let go of files and connections. A later call opens them again."""
-
-    # ---- Primitives of backends whose tasks can follow others (both, or none)
-
-    def bonds(
-        self, parents: _Ids = None, children: _Ids = None, one_each: bool = False
-    ) -> list[Bond]:
-        """The bonds of these parents, or of these children, of each child but one if
-        *one_each*. Without either: whether there are any at all."""
-        return []
-
-    def bind(self, add: Sequence[Bond], drop: Sequence[Bond]) -> None:
-        """Forget bonds, then store others; of two of the same tasks the stricter one counts."""
-        raise NotImplementedError
 
     # ---- Primitives that a backend may have a quicker way for
 
@@ -2773,35 +2830,6 @@ class Store(TypeSettings):
                 pass
         raise StoreError(f"{self!r}: others change the same tasks all the time")
 
-    def _undo(self, pairs: Sequence[_Pair], done: Sequence[bool]) -> None:
-        """Another writer was quicker with those that are not done: undo the others, unless the
-        transaction does that. Raises _Raced."""
-        for (old, new), written in zip(pairs, done):
-            if written:
-                self.write(new, old)
-        raise _Raced
-
-    def _put(self, pairs: Sequence[_Pair], now: int) -> None:
-        """Write all pairs, or none if another writer was quicker with one of them; then their
-        bonds, and what follows for those that follow them."""
-        bonds = [bond for _, new in pairs if new is not None for bond in new.after]
-        if bonds:
-            _check_rings(self, pairs)
-            pairs = [(old, new and new._replace(after=())) for old, new in pairs]
-        if not all(done := self.write_all(pairs)):
-            self._undo(pairs, done)
-        changes = [(old, new) for old, new in pairs if old is not None]
-        if bonds or (changes and self.bonds()):
-            freed = [old.id for old, new in changes if not _keeps_bonds(old, new)]
-            self.bind(bonds, self.bonds(children=freed) if freed else ())
-            self._follow([(old.id, how_ended(old, new)) for old, new in changes], now)
-
-    def _follow(self, ends: Iterable[tuple[str, str]], now: int) -> None:
-        """The choke point of all arrows: these tasks have changed, each as how_ended() says."""
-        how = {task_id: end for task_id, end in ends if end}
-        while how and self.bonds():
-            how = _follow_once(self, how, now)
-
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         """-> waiting, for (row, if_exists) in *additions*: all, or none if one raises.
 
@@ -2814,7 +2842,7 @@ class Store(TypeSettings):
         followers = [new for new, _ in additions if new.after]
         there = self.rows(Query(ids=[new.id for new, _ in additions]), now)
         if followers:
-            there += _parents(self, followers, now)
+            there += self._parents(followers, now)
         pairs, added = after_adds(there, additions)
         self._put(pairs, now)
         return [row._replace(after=()) for row in added] if followers else added
@@ -2849,12 +2877,7 @@ class Store(TypeSettings):
         most = math.ceil(limit / max(min(costs.values(), default=1.0), LEAST_SHARE))
         candidates = self.candidates(owner, costs, most, now, until, places)
         chosen, aside = choose(candidates, costs, limit, now, places)
-        for name in places:
-            count, setting = sum(row.task_type == name for row in chosen), settings[name]
-            first, spacing = next_start(setting, now)
-            if setting.starts is not None and (count or setting.next_at > first):
-                if not self.reserve_starts(name, setting, first + count * spacing):
-                    chosen = [row for row in chosen if row.task_type != name]
+        chosen = self._counted_starts(chosen, places, settings, now)
         taken = self.take(chosen, owner, now) if chosen else []
         if aside:
             after = [set_aside(row, reason, now) for row, reason in aside]
@@ -2908,9 +2931,7 @@ class Store(TypeSettings):
         that are stored."""
         room = room if types else 0.0
         if not (outcomes or (eager and room > 0)):
-            due = self.next_due(owner, types, most or 1, now, until) if types else []
-            if due and (known := self.settings() if settings is None else settings):
-                due = self.upcoming(owner, types, most or 1, now, until, known)
+            due = self.upcoming(owner, types, most or 1, now, until, settings)
             if room <= 0 or not due or due[0] > now:
                 return Turn([], [], due[:most])
 
@@ -2932,11 +2953,7 @@ class Store(TypeSettings):
         led, rows, known = self._change(work)
         limited = known and [name for name in known if name in types and not known[name].paused]
         try:
-            if known and most:  # The claim may have changed them.
-                known = self.settings() if settings is None else settings
-                due = self.upcoming(owner, types, most, now, until, known)
-            else:
-                due = self.next_due(owner, types, most, now, until) if most else []
+            due = self.upcoming(owner, types, most, now, until, settings) if most else []
             return Turn(led, rows, due, limited)
         except StoreError:
             if not (led or rows):
@@ -3046,7 +3063,7 @@ class Store(TypeSettings):
         def work() -> Row:
             old = next(iter(self.rows(Query(ids=[task_id]), now)), None)
             new = after_update(old, task_id, changes, now)
-            new = bound(new, {row.id: row for row in _parents(self, [new], now)})
+            new = bound(new, {row.id: row for row in self._parents([new], now)})
             self._put([(old, new)], now)
             return new._replace(after=())
 
@@ -3819,7 +3836,7 @@ _folders: set[str] = set()  # The current ones when a queue, a Cluster or a work
 _known: _Known | None = None  # In a worker that has run the file again.
 
 
-def _masters_path(store: SQLiteStore, known: _Known) -> str:
+def _masters_path(store: _SQLiteFile, known: _Known) -> str:
     """The file that *store*, made in a worker, is in the master; "" if it cannot be known.
 
     That is the file of the store that the same call made in the master, even if the call
@@ -3844,7 +3861,7 @@ def _masters_path(store: SQLiteStore, known: _Known) -> str:
     return paths.pop() if len(paths) == 1 else ""
 
 
-def _check_path(store: SQLiteStore) -> None:
+def _check_path(store: _SQLiteFile) -> None:
     """Raise StoreError where this may be another file than in the master."""
     what = f"{store._given}: in a worker process it cannot be known which file this is"
     if not store.path:
@@ -3863,18 +3880,8 @@ def _check_path(store: SQLiteStore) -> None:
             )
 
 
-class SQLiteStore(Store):
-    """Tasks in one SQLite file (WAL), shared by any number of processes of one machine.
-
-    *path* is a file name; the file is made at first use, its folder must exist.
-    *synchronous* is SQLite's: "NORMAL" survives the death of any process, "FULL" power
-    failure as well, at the price of an fsync per write.
-
-    Writers take turns by SQLite's lock, for which a call waits up to 30 s. Raises
-    StoreError, with the path, for whatever SQLite reports.
-    """
-
-    atomic = has_bonds = True
+class _SQLiteFile(Store):
+    """The file of a SQLiteStore, and the connections to it."""
 
     def __init__(
         self, path: str | os.PathLike[str], *, synchronous: str = "NORMAL", _looking: bool = False
@@ -4040,6 +4047,20 @@ class SQLiteStore(Store):
             for db in self._files:
                 db.close()
             self._files, self._writer, self._reader = {}, None, None
+
+
+class SQLiteStore(_SQLiteFile):
+    """Tasks in one SQLite file (WAL), shared by any number of processes of one machine.
+
+    *path* is a file name; the file is made at first use, its folder must exist.
+    *synchronous* is SQLite's: "NORMAL" survives the death of any process, "FULL" power
+    failure as well, at the price of an fsync per write.
+
+    Writers take turns by SQLite's lock, for which a call waits up to 30 s. Raises
+    StoreError, with the path, for whatever SQLite reports.
+    """
+
+    atomic = has_bonds = True
 
     # ---- Primitives
 
@@ -4425,7 +4446,7 @@ def _changes(old: Row, new: Row) -> dict[str, Any]:
         before["taskpool.json" if "data" in put else "data"] = None
     gone = dict.fromkeys(before.keys() - after.keys() - put.keys(), "")
     changes = {"$set": {"taskpool.state": new.state, **put}}
-    if not new.after and not _keeps_bonds(old, new):
+    if not new.after and not keeps_bonds(old, new):
         gone["taskpool.after"] = ""
     elif new.after and old.state == "held" and old.created_at == new.created_at:
         changes["$addToSet"] = {"taskpool.after": {"$each": put.pop("taskpool.after")}}
@@ -4904,7 +4925,101 @@ class _Claims:
         self.holders_at = -math.inf  # By the seconds of recover().
 
 
-class MongoStore(Store):
+class _MongoSide(Store):
+    """The documents of a MongoStore beside those of tasks: of masters, and of task types."""
+
+    _documents: _Documents
+    _tasks: Any
+    _masters: Any
+
+    def _forget_side(self) -> None:
+        self._holders: set[str] = set()  # Of claims and reserved tasks, as of late.
+        self._heard: list[str] | None = None  # Masters, where one here looks for them.
+        # Of the types that are paused or limited, as they were read at that time (monotonic).
+        self._gates: dict[str, Setting] = {}
+        self._gates_at = -math.inf
+
+    def heartbeat(self, owner: str) -> None:
+        # Random: a counter that starts again could show the value that an observer saw last.
+        beat = {"$set": {"beat": os.urandom(8).hex()}}
+        self._masters.update_one({"_id": owner}, beat, upsert=True)
+
+    def heartbeats(self) -> dict[str, Any]:
+        with self._documents.errors():
+            documents = list(self._masters.find({}, {"claims": 0, "counts": 0}))
+            masters = {m["_id"]: m.get("beat") for m in documents if type(m["_id"]) is str}
+        self._learn(documents, False)
+        self._heard = list(masters)
+        return {**dict.fromkeys(self._holders), **masters}
+
+    def owners(self) -> list[str]:
+        if self._heard is None:
+            with self._documents.errors():
+                return [master["_id"] for master in self._masters.find(_MASTER, {"_id": 1})]
+        return self._heard
+
+    def settings(self, all_types: bool = False) -> Mapping[str, Setting]:
+        if not all_types and time.monotonic() < self._gates_at + 1.5 * WATCH_SECONDS:
+            return self._gates
+        with self._documents.errors():
+            return self._learn(self._masters.find(), all_types)
+
+    def _learn(self, documents: Iterable[Any], all_types: bool) -> Mapping[str, Setting]:
+        """Remember, and return, the Settings among these documents."""
+        found = [doc for doc in documents if isinstance(doc["_id"], Mapping)]
+        types = {str(doc["_id"].get("type")): _setting_of(doc) for doc in found}
+        self._gates = {name: it for name, it in types.items() if is_gate(it)}
+        self._gates_at = time.monotonic()
+        return types if all_types else self._gates
+
+    def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
+        self._masters.update_one({"_id": {"type": task_type}}, {"$set": changes}, upsert=True)
+        self._gates_at = -math.inf
+
+    def reserve_starts(self, task_type: str, setting: Setting, next_at: int) -> bool:
+        same = {"_id": {"type": task_type}, "next_at": setting.next_at}
+        if setting.next_at == 0:
+            same["next_at"] = {"$in": [None, 0]}
+        self._gates_at = -math.inf
+        return bool(self._masters.update_one(same, {"$set": {"next_at": next_at}}).matched_count)
+
+    def _tally(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, more in counts.items():
+            added = {f"counts.{how}": n for how, n in more.items() if how != "took" and n}
+            added.update({f"counts.took.{i}": n for i, n in enumerate(more.get("took", ())) if n})
+            if added:
+                self._masters.update_one({"_id": {"type": name}}, {"$inc": added}, upsert=True)
+
+    def running(self, types: Collection[str]) -> Mapping[str, int]:
+        return {name: self._tasks.count_documents(_runs_of(name)) for name in types}
+
+    def _has_place(self, row: Row) -> bool:
+        """Whether a claimed task may start. Its claim is written down with its type: at most
+        as many as may run, without those that run no more."""
+        setting, mine = self._gates.get(row.task_type), {"id": row.id, "claim": row.claim}
+        if setting is None or setting.at_once is None:
+            return True
+        key = {"_id": {"type": row.task_type}}
+        room = {**key, f"claims.{setting.at_once - 1}": {"$exists": False}}
+        for _ in range(2):
+            if self._masters.update_one(room, {"$push": {"claims": mine}}).matched_count:
+                return True
+            claims = [claim for doc in self._masters.find(key) for claim in doc.get("claims", ())]
+            ids = _named(claim["id"] for claim in claims)
+            rows = self._documents.rows({**ids, "taskpool.state": "running"}, fields=_READ_SHORT)
+            running = {(row.id, row.claim) for row in rows}
+            ended = [claim for claim in claims if (claim["id"], claim["claim"]) not in running]
+            if not ended:
+                return False
+            self._masters.update_one(key, {"$pullAll": {"claims": ended}})
+        return False
+
+    def summary(self, now: int) -> list[tuple[Any, ...]]:
+        with self._documents.errors(now):
+            return summed(map(readable, self._documents.rows(_TASKS, now, _READ_SHORT)), now)
+
+
+class MongoStore(_MongoSide):
     """Tasks in a MongoDB collection, shared by any number of processes and machines.
 
     *collection* is a pymongo Collection, or what behaves like one (it is never imported).
@@ -4943,11 +5058,7 @@ class MongoStore(Store):
     def _reset_after_fork(self) -> None:
         self._lock = threading.RLock()  # Held while a cluster's claims change.
         self._claims: dict[str, _Claims] = collections.defaultdict(_Claims)
-        self._holders: set[str] = set()  # Of claims and reserved tasks, as of late.
-        # Of the types that are paused or limited, as they were read at that time (monotonic).
-        self._gates: dict[str, Setting] = {}
-        self._gates_at = -math.inf
-        self._heard: list[str] | None = None  # Masters, where one here looks for them.
+        self._forget_side()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -5003,7 +5114,7 @@ class MongoStore(Store):
     def _put(self, pairs: Sequence[_Pair], now: int) -> None:
         bonds = [bond for _, new in pairs if new is not None for bond in new.after]
         if bonds:
-            _check_rings(self, pairs)
+            self._check_rings(pairs)
             self._followers.mark(bonds)
         done = self.write_all(pairs)
         if bonds:
@@ -5033,7 +5144,7 @@ class MongoStore(Store):
                 pairs, rows = after_adds(there, additions)
                 bonds = [bond for _, new in pairs for bond in new.after]
                 if bonds:
-                    _check_rings(self, pairs)
+                    self._check_rings(pairs)
                     self._followers.mark(bonds)
                     pairs = [(o, _FollowedRow(*n) if n.id in parents else n) for o, n in pairs]
                 try:
@@ -5174,64 +5285,6 @@ class MongoStore(Store):
         self.write_all([(row, requeued(row, now)) for row in full])
         return [row for row in taken if row not in full]
 
-    # ---- Pauses and limits
-
-    def settings(self, all_types: bool = False) -> Mapping[str, Setting]:
-        if not all_types and time.monotonic() < self._gates_at + 1.5 * WATCH_SECONDS:
-            return self._gates
-        with self._documents.errors():
-            return self._learn(self._masters.find(), all_types)
-
-    def _learn(self, documents: Iterable[Any], all_types: bool) -> Mapping[str, Setting]:
-        """Remember, and return, the Settings among these documents."""
-        found = [doc for doc in documents if isinstance(doc["_id"], Mapping)]
-        types = {str(doc["_id"].get("type")): _setting_of(doc) for doc in found}
-        self._gates = {name: it for name, it in types.items() if is_gate(it)}
-        self._gates_at = time.monotonic()
-        return types if all_types else self._gates
-
-    def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
-        self._masters.update_one({"_id": {"type": task_type}}, {"$set": changes}, upsert=True)
-        self._gates_at = -math.inf
-
-    def reserve_starts(self, task_type: str, setting: Setting, next_at: int) -> bool:
-        same = {"_id": {"type": task_type}, "next_at": setting.next_at}
-        if setting.next_at == 0:
-            same["next_at"] = {"$in": [None, 0]}
-        self._gates_at = -math.inf
-        return bool(self._masters.update_one(same, {"$set": {"next_at": next_at}}).matched_count)
-
-    def _tally(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
-        for name, more in counts.items():
-            added = {f"counts.{how}": n for how, n in more.items() if how != "took" and n}
-            added.update({f"counts.took.{i}": n for i, n in enumerate(more.get("took", ())) if n})
-            if added:
-                self._masters.update_one({"_id": {"type": name}}, {"$inc": added}, upsert=True)
-
-    def running(self, types: Collection[str]) -> Mapping[str, int]:
-        return {name: self._tasks.count_documents(_runs_of(name)) for name in types}
-
-    def _has_place(self, row: Row) -> bool:
-        """Whether a claimed task may start. Its claim is written down with its type: at most
-        as many as may run, without those that run no more."""
-        setting, mine = self._gates.get(row.task_type), {"id": row.id, "claim": row.claim}
-        if setting is None or setting.at_once is None:
-            return True
-        key = {"_id": {"type": row.task_type}}
-        room = {**key, f"claims.{setting.at_once - 1}": {"$exists": False}}
-        for _ in range(2):
-            if self._masters.update_one(room, {"$push": {"claims": mine}}).matched_count:
-                return True
-            claims = [claim for doc in self._masters.find(key) for claim in doc.get("claims", ())]
-            ids = _named(claim["id"] for claim in claims)
-            rows = self._documents.rows({**ids, "taskpool.state": "running"}, fields=_READ_SHORT)
-            running = {(row.id, row.claim) for row in rows}
-            ended = [claim for claim in claims if (claim["id"], claim["claim"]) not in running]
-            if not ended:
-                return False
-            self._masters.update_one(key, {"$pullAll": {"claims": ended}})
-        return False
-
     def _start(self, owner: str, where: dict[str, Any], now: int, one: bool) -> list[Row]:
         """ready -> running for all that *where* selects, or only for the first (*one*). Returns
         the Rows after that; those that are not to start have been set aside."""
@@ -5303,25 +5356,6 @@ class MongoStore(Store):
         return led
 
     # ---- Masters
-
-    def heartbeat(self, owner: str) -> None:
-        # Random: a counter that starts again could show the value that an observer saw last.
-        beat = {"$set": {"beat": os.urandom(8).hex()}}
-        self._masters.update_one({"_id": owner}, beat, upsert=True)
-
-    def heartbeats(self) -> dict[str, Any]:
-        with self._documents.errors():
-            documents = list(self._masters.find({}, {"claims": 0, "counts": 0}))
-            masters = {m["_id"]: m.get("beat") for m in documents if type(m["_id"]) is str}
-        self._learn(documents, False)
-        self._heard = list(masters)
-        return {**dict.fromkeys(self._holders), **masters}
-
-    def owners(self) -> list[str]:
-        if self._heard is None:
-            with self._documents.errors():
-                return [master["_id"] for master in self._masters.find(_MASTER, {"_id": 1})]
-        return self._heard
 
     def _renew(self, owner: str, now: int) -> None:
         super()._renew(owner, now)
@@ -5426,10 +5460,6 @@ class MongoStore(Store):
         with self._documents.errors(now):
             found = [self._tasks.distinct("taskType", where) for where in (ready, due)]
             return sorted({name for names in found for name in names if type(name) is str})
-
-    def summary(self, now: int) -> list[tuple[Any, ...]]:
-        with self._documents.errors(now):
-            return summed(map(readable, self._documents.rows(_TASKS, now, _READ_SHORT)), now)
 
     def rows(self, query: Query, now: int) -> list[Row]:
         options = {"sort": _RANK[1:], "skip": query.offset, "limit": query.limit or 0}
@@ -5988,10 +6018,9 @@ class _RunHere:
                 now, due = queue._now() if until is None else now, [NEVER]
                 costs = dict.fromkeys(self._task_map, 1.0)  # A task may have declared more.
                 for store in self._stores:
-                    settings = store.settings(all_types=True).items()
-                    paused = [name for name, it in settings if it.paused]
-                    gates = dict.fromkeys(paused, Setting(paused=1))  # No limits: it would wait.
-                    turn = store.turn(self._owner, [], costs, 1, 1, now, last, settings=gates)
+                    open_types = dict.fromkeys(costs.keys() - store.paused(), 1.0)
+                    # Without limits: it would have to wait.
+                    turn = store.turn(self._owner, [], open_types, 1, 1, now, last, settings={})
                     for row in turn.rows:  # One that runs, and any that were set aside.
                         if row.state == "running":
                             self._run(store, row)
@@ -6167,8 +6196,7 @@ class _Tasks:
         query = _make_query(method, filters, self._store)
         if query.due is None:
             return query
-        paused = [name for name, it in self._store.settings(all_types=True).items() if it.paused]
-        return query._replace(paused=paused)
+        return query._replace(paused=self._store.paused())
 
     def find(
         self, *, limit: int | None = None, offset: int = 0, **filters: Unpack[Filters]
@@ -6398,73 +6426,18 @@ def _is_same(function: Any, other: Any) -> bool:
     return code is not None and code is not other_code and name == other_name
 
 
-class TaskQueue(_Tasks):
-    """Tasks waiting to be run, in a store and in this process's memory.
+class _TaskTypes(_Tasks):
+    """The part of a TaskQueue that knows of task types, declared or in the maps of clusters."""
 
-    *store* is a path (-> SQLiteStore) or a Store. It is opened at first use, and closed
-    by close() or `with`. May be used by any thread of any process: give each process a
-    TaskQueue on the same file. `find`, `count`, `remove`, `retry` and `update` mean the
-    persistent tasks; `in_memory` has the same verbs for those of this process's memory
-    (master only, else RuntimeError).
+    in_memory: InMemoryTasks
+    _watchers: tuple[Any, ...] = ()  # The dispatchers of running clusters.
 
-    `clock` may be set to a function like time.time, for tests.
-    """
-
-    def __init__(self, store: str | os.PathLike[str] | Store = "taskpool.db") -> None:
-        if not isinstance(store, (Store, str, os.PathLike)):
-            raise _wrong_type("store", store, "a file name or a Store")
-        self._store = store if isinstance(store, Store) else SQLiteStore(store)
-        self.clock = time.time
-        self.in_memory = InMemoryTasks(self)
-        self._watchers: tuple[Any, ...] = ()  # The dispatchers of running clusters.
-        self._listeners: dict[str, Listener] = {}
-        self._ports: list[int] = []  # Where the other masters hear of new tasks.
-        self._next_owners = self._next_knock = 0.0  # Monotonic.
+    def __init__(self) -> None:
         self._declared: dict[str, _Declared] = {}
         self._functions: dict[str, TaskFunction] = {}  # Of the declared types.
         self._own_styles: dict[str, _Style] = {}  # How they are called.
         self._styles: dict[str, _Style] = {}  # These, and those in task maps of clusters.
         self._unknown: set[str] = set()  # Types that nobody here knows, and that were warned of.
-        self._key = _register("TaskQueue", self, _caller())
-
-    def __enter__(self) -> TaskQueue:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"TaskQueue({self._store!r})"
-
-    def close(self) -> None:
-        """Close the store's files and connections; the next use opens them again."""
-        self._store.close()
-
-    def _changed(self, removed: bool = False, stored: bool = True) -> None:
-        if _worker is not None:
-            _worker.tell("changed")
-        for watcher in self._watchers:
-            watcher.queue_changed(removed, stored)
-
-    def _place_is_free(self, store: Store) -> None:
-        """A run of a limited type has ended."""
-        self._changed(stored=not store.in_memory)
-        if not store.in_memory:
-            self._wake_others()
-
-    def _wake_others(self) -> None:
-        """Have the masters in other processes look at the store, so that they need not poll
-        it. Of many tasks in a row not each wakes them: a woken master looks twice."""
-        now = time.monotonic()
-        if now >= self._next_owners:
-            self._next_owners = now + OWNERS_SECONDS
-            with contextlib.suppress(StoreError):
-                self._ports = _ports_of(self._store.owners())
-        if self._ports and now >= self._next_knock:
-            self._next_knock = now + KNOCK_SECONDS
-            _ring(self._ports)
-
-    # ---- Declared tasks
 
     @property
     def task_map(self) -> Mapping[str, TaskFunction]:
@@ -6556,6 +6529,20 @@ class TaskQueue(_Tasks):
             for stored in (False, True):
                 watcher.queue_changed(removed=False, stored=stored)
 
+    def _check_declared(self, in_memory_only: bool) -> int:
+        """Raise ValueError or StoreError for what is declared and a cluster cannot heed. Returns
+        how many types are declared."""
+        declared = list(self._declared.items())
+        scheduled = [name for name, it in declared if it.schedule]
+        if in_memory_only and scheduled:
+            allowed = f"False: the schedule of {scheduled[0]!r} is stored"
+            raise _wrong_value("in_memory_only", True, allowed)
+        limited = [name for name, it in declared if it.limits]
+        if limited and not (in_memory_only or self._store.knows_settings()):
+            lacks = "has no change_setting() for the limits of"
+            raise StoreError(f"{self._store!r} {lacks} {limited[0]!r}")
+        return len(declared)
+
     def _name_of(self, task_type: Any) -> str:
         """The name of a task type that is given by its name, or by its declared function."""
         if not callable(task_type):
@@ -6590,6 +6577,111 @@ class TaskQueue(_Tasks):
             if known.get(name) != changes:
                 self._store.set_up([name], changes)
         return limits
+
+    def _know(self, styles: Mapping[str, _Style]) -> None:
+        """A cluster on this queue has functions that are called so."""
+        for name, style in styles.items():
+            if self._styles.setdefault(name, style) != style:
+                self._styles[name] = _PLAIN  # Of two functions, nobody knows which will run.
+
+    def _addition(
+        self, now: int, task_type: Any, data: Any, options: Any, styles: Mapping[str, _Style],
+        lane: str = "",
+    ) -> tuple[Row, str]:  # fmt: skip
+        """The Row of a new task, with what its type declares, and its `if_exists`."""
+        if type(task_type) is not str:
+            task_type = self._name_of(task_type)
+        if not options.keys() <= _ADD_PARAMETERS:
+            unknown = min(map(str, options.keys() - _ADD_PARAMETERS))
+            nearest = _nearest(unknown, _ADD_PARAMETERS)
+            raise TypeError(f"add_task and submit have no parameter {unknown!r}{nearest}")
+        declared, style = self._declared.get(task_type), styles.get(task_type)
+        if declared is not None and declared.defaults:
+            options = {**declared.defaults, **options}
+        addition = _make_row(now, task_type, data, lane=lane, **options)
+        if style is None:
+            self._warn_of(task_type)
+        elif style is not _PLAIN:
+            for one in data if type(data) is _Chunk else (data,):
+                style.keywords(task_type, one)
+        return addition
+
+    def _known_name(self, task_type: Any) -> str:
+        name = self._name_of(task_type)
+        if name not in self._styles:
+            self._warn_of(name)
+        return name
+
+    def _warn_of(self, task_type: str) -> None:
+        """Warn once of a type that nobody here knows; another program may know it."""
+        if task_type in self._unknown or not self._styles or len(self._unknown) >= 100:
+            return  # Names that are made of data have no end.
+        self._unknown.add(task_type)
+        if _worker is None or task_type not in _worker.task_map:
+            nearest = _nearest(task_type, list(self._styles))
+            _log.warning("no task type %r is declared or mapped here%s", task_type, nearest)
+
+
+class TaskQueue(_TaskTypes):
+    """Tasks waiting to be run, in a store and in this process's memory.
+
+    *store* is a path (-> SQLiteStore) or a Store. It is opened at first use, and closed
+    by close() or `with`. May be used by any thread of any process: give each process a
+    TaskQueue on the same file. `find`, `count`, `remove`, `retry` and `update` mean the
+    persistent tasks; `in_memory` has the same verbs for those of this process's memory
+    (master only, else RuntimeError).
+
+    `clock` may be set to a function like time.time, for tests.
+    """
+
+    def __init__(self, store: str | os.PathLike[str] | Store = "taskpool.db") -> None:
+        if not isinstance(store, (Store, str, os.PathLike)):
+            raise _wrong_type("store", store, "a file name or a Store")
+        super().__init__()
+        self._store = store if isinstance(store, Store) else SQLiteStore(store)
+        self.clock = time.time
+        self.in_memory = InMemoryTasks(self)
+        self._listeners: dict[str, Listener] = {}
+        self._ports: list[int] = []  # Where the other masters hear of new tasks.
+        self._next_owners = self._next_knock = 0.0  # Monotonic.
+        self._key = _register("TaskQueue", self, _caller())
+
+    def __enter__(self) -> TaskQueue:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"TaskQueue({self._store!r})"
+
+    def close(self) -> None:
+        """Close the store's files and connections; the next use opens them again."""
+        self._store.close()
+
+    def _changed(self, removed: bool = False, stored: bool = True) -> None:
+        if _worker is not None:
+            _worker.tell("changed")
+        for watcher in self._watchers:
+            watcher.queue_changed(removed, stored)
+
+    def _place_is_free(self, store: Store) -> None:
+        """A run of a limited type has ended."""
+        self._changed(stored=not store.in_memory)
+        if not store.in_memory:
+            self._wake_others()
+
+    def _wake_others(self) -> None:
+        """Have the masters in other processes look at the store, so that they need not poll
+        it. Of many tasks in a row not each wakes them: a woken master looks twice."""
+        now = time.monotonic()
+        if now >= self._next_owners:
+            self._next_owners = now + OWNERS_SECONDS
+            with contextlib.suppress(StoreError):
+                self._ports = _ports_of(self._store.owners())
+        if self._ports and now >= self._next_knock:
+            self._next_knock = now + KNOCK_SECONDS
+            _ring(self._ports)
 
     # ---- Adding
 
@@ -6673,49 +6765,6 @@ class TaskQueue(_Tasks):
         if any(connection is not connections[0] for connection in connections):
             raise ValueError("connection differs between tasks; add those in a call of their own")
         return [Task(row) for row in self._add(additions, connections[0])]
-
-    def _know(self, styles: Mapping[str, _Style]) -> None:
-        """A cluster on this queue has functions that are called so."""
-        for name, style in styles.items():
-            if self._styles.setdefault(name, style) != style:
-                self._styles[name] = _PLAIN  # Of two functions, nobody knows which will run.
-
-    def _addition(
-        self, now: int, task_type: Any, data: Any, options: Any, styles: Mapping[str, _Style],
-        lane: str = "",
-    ) -> tuple[Row, str]:  # fmt: skip
-        """The Row of a new task, with what its type declares, and its `if_exists`."""
-        if type(task_type) is not str:
-            task_type = self._name_of(task_type)
-        if not options.keys() <= _ADD_PARAMETERS:
-            unknown = min(map(str, options.keys() - _ADD_PARAMETERS))
-            nearest = _nearest(unknown, _ADD_PARAMETERS)
-            raise TypeError(f"add_task and submit have no parameter {unknown!r}{nearest}")
-        declared, style = self._declared.get(task_type), styles.get(task_type)
-        if declared is not None and declared.defaults:
-            options = {**declared.defaults, **options}
-        addition = _make_row(now, task_type, data, lane=lane, **options)
-        if style is None:
-            self._warn_of(task_type)
-        elif style is not _PLAIN:
-            for one in data if type(data) is _Chunk else (data,):
-                style.keywords(task_type, one)
-        return addition
-
-    def _known_name(self, task_type: Any) -> str:
-        name = self._name_of(task_type)
-        if name not in self._styles:
-            self._warn_of(name)
-        return name
-
-    def _warn_of(self, task_type: str) -> None:
-        """Warn once of a type that nobody here knows; another program may know it."""
-        if task_type in self._unknown or not self._styles or len(self._unknown) >= 100:
-            return  # Names that are made of data have no end.
-        self._unknown.add(task_type)
-        if _worker is None or task_type not in _worker.task_map:
-            nearest = _nearest(task_type, list(self._styles))
-            _log.warning("no task type %r is declared or mapped here%s", task_type, nearest)
 
     def _add(
         self, additions: list[tuple[Row, str]], connection: sqlite3.Connection | None = None
@@ -9984,18 +10033,9 @@ class Cluster(concurrent.futures.Executor):
 
     def _learn_types(self) -> None:
         """The queue may have declared more since the last time. Raises ValueError."""
-        declared = dict(self.queue._declared)
-        scheduled = [name for name, it in declared.items() if it.schedule]
-        if self._options.in_memory_only and scheduled:
-            allowed = f"False: the schedule of {scheduled[0]!r} is stored"
-            raise _wrong_value("in_memory_only", True, allowed)
-        store = self.queue._store
-        stores = not self._options.in_memory_only
-        for name in [name for name, it in declared.items() if it.limits]:
-            if stores and not store.knows_settings():
-                raise StoreError(f"{store!r} has no change_setting() for the limits of {name!r}")
+        count = self.queue._check_declared(self._options.in_memory_only)
         self._boot = _with_functions(self._boot, self)
-        if len(self.queue._declared) > len(declared):  # By another thread, which may be done.
+        if len(self.queue._declared) > count:  # By another thread, which may be done.
             self._learn_types()
 
     def _unregister(self) -> None:
@@ -10121,7 +10161,7 @@ class Cluster(concurrent.futures.Executor):
         now, types, owner = self.queue._now(), list(self.task_map), self._engine.owner
         running = Query(types=types, states=["running"], until=until, limit=1)
         return any(
-            store.upcoming(owner, types, 1, now, until, store.settings())
+            store.upcoming(owner, types, 1, now, until)
             or store.find(running, now)
             for store in self._stores()
         )
