@@ -1085,16 +1085,17 @@ class Task:
 
     @property
     def started_at(self) -> datetime | None:
-        """When its last run began, in UTC; None before the first. While it runs: when it was
-        claimed for that. A run that goes back to waiting uncounted leaves no trace here."""
+        """When its last run began, in UTC; None before the first, and where it failed without
+        one. While it runs: when it was claimed for that. A run that goes back to waiting
+        uncounted leaves no trace here."""
         row = self._row
         instant = row.ready_at if row.state == "running" else row.started_at
         return None if instant is None else _datetime(instant)
 
     @property
     def ended_at(self) -> datetime | None:
-        """When the end of its last run was recorded, in UTC; None before the first, and while
-        it runs."""
+        """When the end of its last run was recorded, or that it failed without one, in UTC;
+        None before the first, and while it runs."""
         row = self._row
         is_over = row.state != "running" and row.ended_at is not None
         return _datetime(cast(int, row.ended_at)) if is_over else None
@@ -1712,54 +1713,23 @@ class Setting(NamedTuple):
 
 
 _ENDS = ("done", "failed", "retried", "later", "interrupted", "expired")
-# What a master has added up: by task type, state of the outcome, what that led to, and whether
-# the start was charged, the runs that took at most each of BOUNDS, and longer; all their seconds.
-_Tally = dict[tuple[str, str, str, bool], list[Any]]
+_TOOK = (*(f"{bound * 1000:.0f} ms" for bound in BOUNDS), "longer")
+# Sums by task type: how many runs ended as each of _ENDS, and took at most as long as each of
+# _TOOK but longer than the one before; and all their microseconds ("us").
+_Tally = dict[str, "collections.Counter[str]"]
 
 
 def new_tally() -> _Tally:
-    return collections.defaultdict(lambda: [0] * (len(BOUNDS) + 1) + [0.0])
+    return collections.defaultdict(collections.Counter)
 
 
-def read_counts(text: str | None) -> dict[str, Any]:
-    """How many runs of a type have ended how, and how long they took (`took`, by BOUNDS, and
-    `seconds`): the counts of a Setting. What cannot be read counts as nothing."""
-    counts: dict[str, Any] = {**dict.fromkeys(_ENDS, 0), "seconds": 0.0}
-    counts["took"] = nothing = [0] * (len(BOUNDS) + 1)
-    with contextlib.suppress(ValueError):
-        found: Any = _decode(text) if isinstance(text, str) else None
-        for name in counts.keys() & found if isinstance(found, dict) else ():
-            if type(found[name]) is type(counts[name]):
-                counts[name] = found[name]
-    if [*map(type, counts["took"])] != [int] * len(nothing):
-        counts["took"] = nothing
-    return counts
-
-
-def add_counts(counts: dict[str, Any], more: Mapping[str, Any]) -> None:
-    for name, value in more.items():
-        if name == "took":
-            counts[name] = list(map(operator.add, counts[name], value))
-        else:
-            counts[name] += value
-
-
-def tally_of(tallies: Iterable[_Tally]) -> dict[str, dict[str, Any]]:
-    """The counts of each type that these masters' sums make up.
-
-    >>> counts = tally_of([{("x", "ready", "waits", True): [0, 3, 0, 0, 0, 0, 0, 0, 0.25]}])
-    >>> counts["x"]["retried"], counts["x"]["took"][:2], counts["x"]["seconds"]
-    (3, [0, 3], 0.25)
-    """
-    types: dict[str, dict[str, Any]] = {}
-    ends = itertools.chain.from_iterable(tally.items() for tally in tallies)
-    for (task_type, state, led, charged), (*took, seconds) in ends:
-        how = "done" if state == "done" else "failed"
-        if led == "waits":
-            how = "retried" if charged else "later"
-        counts = types.setdefault(task_type, read_counts(None))
-        add_counts(counts, {how: sum(took), "took": took, "seconds": seconds})
-    return types
+def read_counts(text: Any) -> collections.Counter[str]:
+    """The counts of a Setting. What cannot be read counts as nothing."""
+    found: Any = None
+    with contextlib.suppress(TypeError, ValueError):
+        found = _decode(text)
+    counts = found.items() if isinstance(found, dict) else ()
+    return collections.Counter({name: n for name, n in counts if type(n) is int})
 
 
 def is_gate(setting: Setting) -> bool:
@@ -1768,52 +1738,38 @@ def is_gate(setting: Setting) -> bool:
 
 
 def next_start(setting: Setting, now: int) -> tuple[int, int]:
-    """When the next task of a type with a rate may start, and the time between two starts.
+    """When the next task of a type may start, as far as its rate goes, and the time between two
+    starts (0: it has no rate).
 
     The instant is in the past if several may start now: where starts are closer than
     LUMP_SECONDS, those of so long. After a clock was set back it is one spacing ahead at most.
 
     >>> next_start(Setting(starts=10, period=1_000_000, next_at=90), 100)
-    (100, 100000)
+    (100, 101000)
     >>> next_start(Setting(starts=1_000, period=1_000_000), 60_000_000)
-    (59950000, 1000)
+    (59950000, 1010)
     """
-    spacing = -(-(setting.period or 1) // (setting.starts or 1))
-    lump = int(LUMP_SECONDS * 1e6) if spacing < LUMP_SECONDS * 1e6 else 0
-    return max(min(setting.next_at, now + spacing), now - lump), spacing
+    if setting.starts is None or setting.period is None:
+        return now, 0
+    lump = int(LUMP_SECONDS * 1e6)
+    # A start is counted when it is claimed. Its function may begin a little later than that,
+    # and the next ones less late: 1 % more keeps them apart, too.
+    spacing = -(-(setting.period + min(setting.period // 100, lump)) // setting.starts)
+    earliest = now - lump if spacing < lump else now
+    return max(min(setting.next_at, now + spacing), earliest), spacing
 
 
-def place_for(setting: Setting, running: int, now: int) -> int:
-    """How many tasks of a type may start now, while so many run.
+def openings(setting: Setting, running: int, most: int, now: int) -> list[int]:
+    """When the next tasks of a type may start, the first *most*, while so many of it run. NEVER
+    stands for the end of another one. None, if the type is paused.
 
-    >>> place_for(Setting(at_once=3), 1, 0), place_for(Setting(paused=1), 0, 0)
-    (2, 0)
+    >>> openings(Setting(at_once=3), 1, 3, 50), openings(Setting(paused=1), 0, 3, 50)
+    ([50, 50, 9223372036854775807], [])
     """
-    if setting.paused:
-        return 0
-    place = NEVER if setting.at_once is None else max(setting.at_once - running, 0)
-    if setting.starts is not None:
-        first, spacing = next_start(setting, now)
-        place = min(place, max((now - first) // spacing + 1, 0))
-    return place
-
-
-def dates_within(
-    setting: Setting, place: int, dates: Sequence[int], now: int
-) -> list[int]:
-    """When waiting tasks of a type can start of which *place* may start now, where *dates* says
-    when they are due. NEVER: when another has ended. None of them, if the type is paused."""
-    if setting.paused:
-        return []
     first, spacing = next_start(setting, now)
-    if setting.next_at > now + spacing and setting.starts is not None:
-        return [now, *dates[1:]]  # A clock was set back: a claim is to cut that down.
-    when = []
-    for number, due in enumerate(dates):
-        at = first + number * spacing if setting.starts is not None else due
-        is_full = number >= place and max(at, due) <= now
-        when.append(NEVER if is_full else max(at, due))
-    return when
+    room = most if setting.at_once is None else setting.at_once - running
+    dates = [first + n * spacing if n < room else NEVER for n in range(most)]
+    return [] if setting.paused else dates
 
 
 def _after_end(row: Row, now: int) -> Row | None:
@@ -1830,12 +1786,14 @@ def _after_end(row: Row, now: int) -> Row | None:
     return row._replace(kept_until=now + kept)
 
 
-def quarantined(row: Row, reason: str) -> Row:
-    """any -> failed, for a row that cannot be read. Its data and plans stay as they are."""
-    return row._replace(state="failed", owner="", interrupted=0, error=reason)
+def without_run(row: Row, reason: str, now: int) -> Row:
+    """any -> failed, for a task that is not to start. Its data and plans stay as they are."""
+    ended: dict[str, Any] = {"started_at": None, "ended_at": now}
+    return row._replace(state="failed", owner="", interrupted=0, error=reason, **ended)
 
 
-EXPIRED = "Expired: "  # So begins the error of a task that was too late to start.
+# So begin the errors of tasks that were too late to start, and whose predecessor was removed.
+EXPIRED, ORPHANED = "Expired: ", "not started: "
 
 
 def expiry(row: Row, now: int) -> str:
@@ -1849,10 +1807,15 @@ def expiry(row: Row, now: int) -> str:
     return error
 
 
+def is_late(row: Row) -> bool:
+    """Whether a task that was set aside had expired."""
+    return row.error is not None and row.error.startswith(EXPIRED)
+
+
 def set_aside(row: Row, reason: str, now: int) -> tuple[Row, Row]:
     """waiting -> failed, for a task that is not to start; a schedule skips the slot that has
     expired. Returns what is to be stored, and the Row of the task for those it is told."""
-    failed = quarantined(row, reason)
+    failed = without_run(row, reason, now)
     if not reason.startswith(EXPIRED):
         return failed, readable(failed)
     if row.successor is not None:
@@ -1862,29 +1825,28 @@ def set_aside(row: Row, reason: str, now: int) -> tuple[Row, Row]:
 
 
 def not_started(row: Row) -> TaskPoolError:
-    """What is told of a task that was set aside."""
+    """What is told of a task that has failed without a run."""
     error = row.error or ""
-    if error.startswith(EXPIRED):
+    if error.startswith((EXPIRED, ORPHANED)):
         return TaskPoolError(error.partition("\n")[0])
     return StoreError(f"the stored task cannot be run: {error}")
 
 
 def choose(
     candidates: Iterable[Row], costs: Mapping[str, float], limit: float, now: int,
-    places: Mapping[str, int] = MappingProxyType({}),
+    places: dict[str, int] | None = None,
 ) -> tuple[list[Row], list[tuple[Row, str]]]:  # fmt: skip
     """What a claim takes of *candidates*, which come in order; and those that it came across
     and that are not to start, with the reasons.
 
     Each task uses up its cost of *limit*; the first that does not fit ends the claim. A task
-    that was interrupted is taken alone. (P3) Of a type in *places* at most so many are taken;
-    what else there is of it stands in nobody's way.
+    that was interrupted is taken alone. (P3) Of a type in *places* at most so many are taken,
+    which are counted down there; what else there is of it stands in nobody's way.
     """
     taken: list[Row] = []
     aside: list[tuple[Row, str]] = []
-    left = dict(places)
     for row in candidates:
-        if left and left.get(row.task_type, 1) < 1:
+        if places and not places.get(row.task_type, 1):
             continue
         if (not isinstance(row, MemoryRow) and (reason := _unusable(row))) or (
             row.expires is not None and (reason := expiry(row, now))
@@ -1898,8 +1860,8 @@ def choose(
             break
         limit -= cost
         taken.append(row)
-        if left and row.task_type in left:
-            left[row.task_type] -= 1
+        if places and row.task_type in places:
+            places[row.task_type] -= 1
         if is_suspect or limit + 1e-9 < LEAST_SHARE:  # There is room for no other.
             break
     return taken, aside
@@ -2031,10 +1993,24 @@ def what_became(before: Row, found: Row | None) -> str:
     return "repeated" if found.repeat is not None and has_repeated else ""
 
 
+def count_run(tally: _Tally, task_type: str, outcome: Outcome, led: str) -> None:
+    """Count the end of a run, which led_to() *led*; not of one that did not come to its end."""
+    if outcome.seconds is None:
+        return
+    how = "done"
+    if outcome.state != "done":
+        how = "later" if not outcome.charged else "retried" if led == "waits" else "failed"
+    counts = tally[task_type]
+    counts[how] += 1
+    counts[_TOOK[bisect_left(BOUNDS, outcome.seconds)]] += 1
+    counts["us"] += int(outcome.seconds * 1e6)
+
+
 def checked(policy: Callable[..., Row | None], row: Row, *arguments: Any) -> Row | None:
-    """What follows a stored row: what *policy* says, or `failed` if it cannot be read."""
+    """What follows a stored row: what *policy* says, or `failed` if it cannot be read. The last
+    of *arguments* is the instant."""
     reason = "" if isinstance(row, MemoryRow) else _unusable(row)  # A MemoryRow is sound.
-    return quarantined(row, reason) if reason else policy(row, *arguments)
+    return without_run(row, reason, arguments[-1]) if reason else policy(row, *arguments)
 
 
 def after_remove(row: Row) -> Row | None:
@@ -2064,9 +2040,10 @@ def bound(row: Row, there: Mapping[str, Row]) -> Row:
         state = "done" if parent is None else parent.state
         if not (state == "done" or (bond.anyway and state == "failed")):
             bonds.append(bond)
-    if bonds and row.repeat is not None:
-        raise _wrong_value("after", bonds[0].parent, "None, as a schedule follows nobody")
-    return row._replace(after=tuple(bonds), state="held" if bonds else row.state)
+    state = "held" if bonds else row.state
+    if state == "held" and row.repeat is not None:
+        raise ValueError(f"task_id {_shown(row.id)}: a schedule follows nobody; give no repeat")
+    return row._replace(after=tuple(bonds), state=state)
 
 
 def how_ended(row: Row, following: Row | None, outcome: Outcome | None = None) -> str:
@@ -2105,10 +2082,9 @@ def released(row: Row, now: int) -> Row:
     return row._replace(state="ready" if row.ready_at <= now else "scheduled")
 
 
-def orphaned(row: Row, parent: str) -> Row:
+def orphaned(row: Row, parent: str, now: int) -> Row:
     """held -> failed, as a predecessor was removed."""
-    error = f"not started: {parent}, which it was to follow, was removed"
-    return row._replace(state="failed", error=error)
+    return without_run(row, f"{ORPHANED}{parent}, which it was to follow, was removed", now)
 
 
 def after_adds(
@@ -2145,11 +2121,7 @@ def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now:
     row = row._replace(**changes)
     if not isinstance(row, MemoryRow) and (reason := _unusable(row)):
         raise ValueError(f"task_id {_shown(task_id)} cannot be run, with these changes: {reason}")
-    if row.state == "held" and changes.get("after") != ():
-        if row.repeat is not None:
-            raise _wrong_value("repeat", changes["repeat"], _NO_SCHEDULE)
-        return row
-    return released(row, now)
+    return row if row.state == "held" and changes.get("after") != () else released(row, now)
 
 
 _DECLARED = "data priority retries retry_delay timeout keep_result expires repeat".split()
@@ -2171,7 +2143,7 @@ def after_declaration(old: Row, new: Row | None, now: int) -> Row | None:
         return follows
     if _read_repeat(old.repeat) == _read_repeat(new.repeat):
         return follows
-    last = old.created_at if old.started_at is None else last_slot(old.repeat, old.due_at)
+    last = old.created_at if old.ended_at is None else last_slot(old.repeat, old.due_at)
     due_at = next_slot(new.repeat, last, now) or old.due_at
     return follows._replace(due_at=due_at, ready_at=due_at)
 
@@ -2531,15 +2503,14 @@ class TypeSettings:
 
     # ---- The verbs
 
-    def _places(
-        self, settings: Mapping[str, Setting], types: Iterable[str], now: int
-    ) -> dict[str, int]:
-        """How many tasks may start now, for each of *types* that is paused or limited."""
-        types = set(types)
-        mine = {name: it for name, it in settings.items() if name in types}
+    def _openings(
+        self, settings: Mapping[str, Setting], types: Iterable[str], most: int, now: int
+    ) -> dict[str, list[int]]:
+        """openings() of each of *types* that is paused or limited."""
+        mine = {name: settings[name] for name in types if name in settings}
         counted = [name for name, it in mine.items() if it.at_once is not None and not it.paused]
         running = self.running(counted) if counted else {}
-        return {name: place_for(it, running.get(name, 0), now) for name, it in mine.items()}
+        return {name: openings(it, running.get(name, 0), most, now) for name, it in mine.items()}
 
     def upcoming(
         self, owner: str, types: Collection[str], limit: int, now: int, until: int,
@@ -2550,15 +2521,16 @@ class TypeSettings:
         dates = self.next_due(owner, types, limit, now, until) if types else []
         if dates and settings is None:
             settings = self.settings()
-        if not (dates and settings):
+        limited = self._openings(settings, types, limit, now) if dates and settings else {}
+        if not (limited and settings):
             return dates
-        places = self._places(settings, types, now)
-        free = [name for name in types if name not in places]
+        free = [name for name in types if name not in limited]
         dates = self.next_due(owner, free, limit, now, until) if free else []
-        for name, place in places.items():
-            if not settings[name].paused:
-                due = self.next_due(owner, [name], limit, now, until)
-                dates += dates_within(settings[name], place, due, now)
+        for name, starts in limited.items():
+            if starts and settings[name].next_at > starts[0]:
+                starts[0] = now  # A clock was set back: a claim is to cut that down.
+            due = self.next_due(owner, [name], limit, now, until) if starts else []
+            dates += map(max, starts, due)
         return sorted(dates)[:limit]
 
     def _counted_starts(
@@ -2568,7 +2540,7 @@ class TypeSettings:
         for name in places:
             count, setting = sum(row.task_type == name for row in chosen), settings[name]
             first, spacing = next_start(setting, now)
-            if setting.starts is not None and (count or setting.next_at > first):
+            if spacing and (count or setting.next_at > first):
                 if not self.reserve_starts(name, setting, first + count * spacing):
                     chosen = [row for row in chosen if row.task_type != name]
         return chosen
@@ -2579,17 +2551,25 @@ class TypeSettings:
         will be (or None); how many are held."""
         return summed(self.rows(Query(), now), now)
 
-    def tally(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
+    def tally(self, tally: _Tally) -> None:
         """Add to the counts of task types."""
-        if counts and self.knows_settings():
-            self._change(self._tally, counts)
+        if tally and self.knows_settings():
+            self._change(self._tally, tally)
 
-    def _tally(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
+    def _tally(self, tally: _Tally) -> None:
         settings = self.settings(all_types=True)
-        for name, more in counts.items():
+        for name, counts in tally.items():
             total = read_counts(settings[name].counts if name in settings else None)
-            add_counts(total, more)
+            total.update(counts)
             self.change_setting(name, {"counts": json.dumps(total)})
+
+    def _count(self, how: str, rows: Iterable[Row]) -> None:
+        """Count ends of which no master knows that it is to count them."""
+        tally = new_tally()
+        for row in rows:
+            tally[row.task_type][how] += 1
+        if tally and self.knows_settings():
+            self._tally(tally)
 
     def set_up(self, types: Iterable[str], changes: Mapping[str, Any]) -> None:
         """Change these columns of the Settings of these types."""
@@ -2605,19 +2585,21 @@ class Following:
     """The part of a Store that knows which tasks follow others. A backend that has none of
     these primitives is a Store, too."""
 
-    has_bonds = False  # Whether there are bonds() and bind().
+    has_bonds = False  # Whether there are these primitives.
+    followed = 0  # Another number than before: tasks were released, or failed, as others ended.
     rows: Callable[[Query, int], list[Row]]
     write: Callable[[Row | None, Row | None], bool]
     write_all: Callable[[Sequence[_Pair]], list[bool]]
 
     # ---- Primitives
 
-    def bonds(
-        self, parents: _Ids = None, children: _Ids = None, one_each: bool = False
-    ) -> list[Bond]:
-        """The bonds of these parents, or of these children, of each child but one if
-        *one_each*. Without either: whether there are any at all."""
+    def bonds(self, parents: _Ids = None, children: _Ids = None) -> list[Bond]:
+        """The bonds of these parents, or of these children."""
         return []
+
+    def followers(self, ids: Collection[str] | None = None) -> set[str]:
+        """Which of these tasks have bonds; None: any one that has."""
+        return set()
 
     def bind(self, add: Sequence[Bond], drop: Sequence[Bond]) -> None:
         """Forget bonds, then store others; of two of the same tasks the stricter one counts."""
@@ -2636,16 +2618,17 @@ class Following:
     def _check_rings(self, pairs: Sequence[_Pair]) -> None:
         """Raise ValueError if a task would wait for itself. Only one that others wait for can: it
         was there before."""
-        planned = {new.id: [bond.parent for bond in new.after] for _, new in pairs if new}
+        added = {new.id: [bond.parent for bond in new.after] for _, new in pairs if new}
+        freed = {old.id for old, new in pairs if old and not keeps_bonds(old, new)}
         for task_id in [new.id for old, new in pairs if old and new]:
-            todo, seen = set(planned[task_id]), set[str]()
+            todo, seen = set(added[task_id]), set[str]()
             while todo:
                 if task_id in todo:
                     text = "others that do not wait for it; now it would wait for itself"
-                    raise _wrong_value("after", planned[task_id][0], text)
+                    raise _wrong_value("after", added[task_id][0], text)
                 seen.update(todo)
-                above = {b.parent for b in self.bonds(children=list(todo - planned.keys()))}
-                todo = above.union(*(planned.get(i, ()) for i in todo)) - seen
+                above = {bond.parent for bond in self.bonds(children=list(todo - freed))}
+                todo = above.union(*(added.get(i, ()) for i in todo)) - seen
 
     def _undo(self, pairs: Sequence[_Pair], done: Sequence[bool]) -> None:
         """Another writer was quicker with those that are not done: undo the others, unless the
@@ -2665,39 +2648,35 @@ class Following:
         if not all(done := self.write_all(pairs)):
             self._undo(pairs, done)
         changes = [(old, new) for old, new in pairs if old is not None]
-        if bonds or (changes and self.bonds()):
+        if bonds or (changes and self.followers()):
             freed = [old.id for old, new in changes if not keeps_bonds(old, new)]
-            self.bind(bonds, self.bonds(children=freed) if freed else ())
+            self.bind(bonds, self.bonds(children=freed))
             self._follow([(old.id, how_ended(old, new)) for old, new in changes], now)
 
     def _follow(self, ends: Iterable[tuple[str, str]], now: int) -> None:
-        """The choke point of all arrows: these tasks have changed, each as how_ended() says."""
+        """The choke point of all arrows: these tasks have changed, each as how_ended() says, and
+        bond_after() says what that is for those that follow them. Who fails by it has ended,
+        too."""
         how = {task_id: end for task_id, end in ends if end}
-        while how and self.bonds():
-            how = self._follow_once(how, now)
-
-    def _follow_once(self, how: Mapping[str, str], now: int) -> dict[str, str]:
-        """Carry out what bond_after() says for those that follow tasks which have ended so.
-        Returns which of them have failed by that: an end, too."""
-        gone = [task_id for task_id, end in how.items() if end == "removed"]
-        if gone:  # Whom they have followed themselves does not matter any more.
-            self.bind((), self.bonds(children=gone))
-        bonds = self.bonds(parents=list(how))
-        became = [bond_after(how[bond.parent], bond.anyway) for bond in bonds]
-        met = [bond for bond, end in zip(bonds, became) if end == "met"]
-        broken = [bond for bond, end in zip(bonds, became) if end == "broken"]
-        self.bind((), met + broken)
-        losers = {bond.child: bond.parent for bond in broken}
-        free = {bond.child for bond in met} - losers.keys()
-        free -= {bond.child for bond in self.bonds(children=list(free), one_each=True)}
-        query = Query(ids=[*free, *losers], held=True)
-        pairs: list[tuple[Row, Row]] = []
-        for row in self.rows(query, now) if query.ids else ():
-            is_free = row.id in free
-            new = checked(released, row, now) if is_free else orphaned(row, losers[row.id])
-            pairs.append((row, cast(Row, new)))
-        self.write_all(pairs)
-        return {row.id: "failed" for row, new in pairs if new.state == "failed"}
+        while how and self.followers():
+            over, losers = list[Bond](), dict[str, str]()
+            for bond in self.bonds(parents=list(how)):
+                end = bond_after(how[bond.parent], bond.anyway)
+                if end:
+                    over.append(bond)
+                if end == "broken":
+                    losers[bond.child] = bond.parent
+            self.bind((), over)
+            children = {bond.child for bond in over}
+            free = children - losers.keys() - self.followers(children)
+            pairs: list[tuple[Row, Row]] = []
+            for row in self.rows(Query(ids=[*free, *losers], held=True), now) if over else ():
+                lost = losers.get(row.id)
+                new = checked(released, row, now) if lost is None else orphaned(row, lost, now)
+                pairs.append((row, cast(Row, new)))
+            self.write_all(pairs)
+            self.followed += len(pairs)
+            how = {row.id: "failed" for row, new in pairs if new.state == "failed"}
 
 
 class Store(TypeSettings, Following):
@@ -2768,7 +2747,7 @@ class Store(TypeSettings, Following):
     ) -> Iterable[Row]:  # fmt: skip
         """What *owner* could claim, in order: at least the first *most* of them. None that was
         interrupted, as long as *owner* holds another task that was. Of a type in *places* the
-        first so many are enough."""
+        first so many are enough; each that is taken is counted down there."""
         query = Query(types=list(types), due=True, until=until)
         mine = [row for row in self.rows(query, now) if row.lane in ("", owner)]
         if any(row.interrupted for row in self.held_by(owner)):
@@ -2870,8 +2849,10 @@ class Store(TypeSettings, Following):
         settings: Mapping[str, Setting] | None = None,
     ) -> list[Row]:  # fmt: skip
         settings = self.settings() if settings is None else settings
-        places = self._places(settings, costs, now) if settings else {}
-        if places:
+        places: dict[str, int] = {}
+        if settings:
+            starts = self._openings(settings, costs, math.ceil(limit), now)
+            places = {name: sum(at <= now for at in dates) for name, dates in starts.items()}
             # A task of a limited type takes a whole worker: none waits behind another there.
             costs = {t: 1.0 if t in places else c for t, c in costs.items() if places.get(t, 1)}
         most = math.ceil(limit / max(min(costs.values(), default=1.0), LEAST_SHARE))
@@ -2885,6 +2866,7 @@ class Store(TypeSettings, Following):
             written = [pair for pair, is_written in zip(after, done) if is_written]
             self._follow([(new.id, "failed") for new, _ in written], now)
             taken += [told for _, told in written]
+            self._count("expired", [told for _, told in written if is_late(told)])
         return taken
 
     def settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
@@ -2910,9 +2892,8 @@ class Store(TypeSettings, Following):
                     ends.append((number, outcome))
                     pairs.append((row, following))
             written = self.write_all(pairs)
-            hows = [how_ended(*pair, outcome) for pair, (_, outcome) in zip(pairs, ends)]
-            told = [(row.id, how) for (row, _), how, done in zip(pairs, hows, written) if done]
-            self._follow(told, now)
+            told = zip(pairs, ends, written)
+            self._follow([(p[0].id, how_ended(*p, end[1])) for p, end, done in told if done], now)
             todo = [end for end, done in zip(ends, written) if not done]
             for number, _ in todo:
                 led[number] = ""
@@ -2935,25 +2916,25 @@ class Store(TypeSettings, Following):
             if room <= 0 or not due or due[0] > now:
                 return Turn([], [], due[:most])
 
-        settle, claim = self._settle, self._claim
-        if not self.atomic:  # After a race each begins anew by itself.
-            settle = functools.partial(self._change, settle)
-            claim = functools.partial(self._change, claim)
-
         def work() -> tuple[list[str], list[Row], Mapping[str, Setting]]:
-            led = settle(owner, outcomes, now) if outcomes else []
+            led = self._change(self._settle, owner, outcomes, now) if outcomes else []
+            rows: list[Row] = []
             try:
                 known = self.settings() if settings is None else settings
-                return led, claim(owner, types, room, now, until, known) if room > 0 else [], known
+                if room > 0:
+                    rows = self._change(self._claim, owner, types, room, now, until, known)
+                return led, rows, known
             except StoreError:
                 if self.atomic or not led:
                     raise
                 return led, [], {}  # What is settled counts. The rest is asked again.
 
         led, rows, known = self._change(work)
-        limited = known and [name for name in known if name in types and not known[name].paused]
+        limited = [it for it in known if it in types and not known[it].paused] if known else ()
         try:
-            due = self.upcoming(owner, types, most, now, until, settings) if most else []
+            # Starts have changed them, if there are any.
+            again = settings if known else known
+            due = self.upcoming(owner, types, most, now, until, again) if most else []
             return Turn(led, rows, due, limited)
         except StoreError:
             if not (led or rows):
@@ -2988,9 +2969,7 @@ class Store(TypeSettings, Following):
         # Looked at again in the transaction, as a heartbeat may have come in between.
         if self.heartbeats().get(other) != beat:
             return []
-        if self.knows_settings():
-            cut_short = collections.Counter(row.task_type for row in self.held_by(other))
-            self._tally({name: {"interrupted": count} for name, count in cut_short.items()})
+        self._count("interrupted", self.held_by(other))
         return self._release(other, after_interruption, now)
 
     def leave(self, owner: str, now: int) -> None:
@@ -3031,8 +3010,7 @@ class Store(TypeSettings, Following):
 
         def work() -> int:
             rows = self.rows(query._replace(states=["failed"]), now)
-            bonds = self.bonds(children=[row.id for row in rows], one_each=True)
-            held = {bond.child for bond in bonds}
+            held = self.followers([row.id for row in rows])
             self._put([(row, after_retry(row, now, row.id in held)) for row in rows], now)
             return len(rows)
 
@@ -3145,8 +3123,8 @@ class MemoryStore(Store):
         self._arrived: collections.deque[Row] = collections.deque()  # Not in lines yet.
         self._insertions = itertools.count()
         # {parent: {child: Bond}}, and {child: {parent: Bond}}.
-        self._children: dict[str, dict[str, Bond]] = {}
-        self._bonds: dict[str, dict[str, Bond]] = {}
+        self._children: dict[str, dict[str, Bond]] = collections.defaultdict(dict)
+        self._bonds: dict[str, dict[str, Bond]] = collections.defaultdict(dict)
         self._clear_lines()
 
     def _clear_lines(self) -> None:
@@ -3192,32 +3170,28 @@ class MemoryStore(Store):
                     self._enter(row)
         return True
 
-    def bonds(
-        self, parents: _Ids = None, children: _Ids = None, one_each: bool = False
-    ) -> list[Bond]:
+    def bonds(self, parents: _Ids = None, children: _Ids = None) -> list[Bond]:
+        sides, ids = (self._bonds, children) if parents is None else (self._children, parents)
         with self._lock:
-            if parents is None and children is None:
-                parents, one_each = list(itertools.islice(self._children, 1)), True
-            sides = self._bonds if parents is None else self._children
-            found = (sides.get(task_id, {}).values() for task_id in parents or children or ())
-            return [bond for side in found for bond in itertools.islice(side, one_each or None)]
+            return [bond for i in ids or () for bond in sides.get(i, {}).values()]
+
+    def followers(self, ids: Collection[str] | None = None) -> set[str]:
+        with self._lock:
+            return self._bonds.keys() & (itertools.islice(self._bonds, 1) if ids is None else ids)
 
     def bind(self, add: Sequence[Bond], drop: Sequence[Bond]) -> None:
         for bond in drop:
             for sides, one, other in self._sides(bond):
-                side = sides.get(one, {})
-                side.pop(other, None)
-                if not side:
-                    sides.pop(one, None)
+                del sides[one][other]
+                if not sides[one]:
+                    del sides[one]
         for bond in add:
             for sides, one, other in self._sides(bond):
-                side = sides.setdefault(one, {})
-                if bond.anyway is False or other not in side:
-                    side[other] = bond
+                if not bond.anyway or other not in sides[one]:
+                    sides[one][other] = bond
 
     def _sides(self, bond: Bond) -> Sequence[tuple[dict[str, dict[str, Bond]], str, str]]:
-        parent, child = bond[:2]
-        return (self._children, parent, child), (self._bonds, child, parent)
+        return (self._children, *bond[:2]), (self._bonds, bond.child, bond.parent)
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         if len(additions) == 1 and not additions[0][0].after:
@@ -3270,16 +3244,17 @@ class MemoryStore(Store):
         # Never changed in place: others may be reading them.
         self._settings = {**self._settings, task_type: setting}
         self._gates = {name: it for name, it in self._settings.items() if is_gate(it)}
-        if setting.at_once is None:
+        if "at_once" in changes:
             self._claimed.pop(task_type, None)
-        elif task_type not in self._claimed:
-            self._claimed[task_type] = self.rows(Query(types=[task_type], states=["running"]), 0)
 
     def running(self, types: Collection[str]) -> Mapping[str, int]:
         for name in types:
+            if name not in self._claimed:
+                query = Query(types=[name], states=["running"])
+                self._claimed[name] = self.rows(query, 0)
             found = [(row, self._rows.get(row.id)) for row in self._claimed[name]]
             self._claimed[name] = [
-                row
+                now
                 for row, now in found
                 if now is not None and now.state == "running" and now.claim == row.claim
             ]
@@ -3303,11 +3278,14 @@ class MemoryStore(Store):
     ) -> Iterable[Row]:  # fmt: skip
         if not places:
             return map(_ROW_OF, self._ranked(owner, types, now, until))
-        # Who is asked for more than there is room for would have to put it back into its line.
-        lines = [self._ranked(owner, [name for name in types if name not in places], now, until)]
-        for name in places.keys() & types:
+
+        def line(name: str) -> Iterator[_RankedRow]:
+            # Who is asked for the next one has taken the last: only while there are places.
             ranked = self._ranked(owner, [name], now, until)
-            lines.append(itertools.islice(ranked, places[name]))
+            return itertools.takewhile(lambda _: places[name], ranked)
+
+        free = [name for name in types if name not in places]
+        lines = [self._ranked(owner, free, now, until), *map(line, places.keys() & types)]
         return map(_ROW_OF, heapq.merge(*lines))
 
     def _ranked(
@@ -3338,6 +3316,8 @@ class MemoryStore(Store):
         return running
 
     def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
+        if self._bonds:
+            return super()._settle(owner, outcomes, now)
         # In half of the kernel's time: nobody else can change a row meanwhile.
         led: list[str] = []
         for outcome in outcomes:
@@ -3351,8 +3331,6 @@ class MemoryStore(Store):
                 del self._rows[row.id]
             else:
                 self.write(row, following)
-            if self._bonds:
-                self._follow([(row.id, how_ended(row, following, outcome))], now)
         return led
 
     def expire(self, now: int) -> None:
@@ -3445,14 +3423,13 @@ _HAS_READ = (
     "file of its own"
 )
 
-_ANY_BOND = "SELECT parent, child, anyway FROM taskpool_after LIMIT 1"
 _BONDS_OF = """
 SELECT bond.parent, child, anyway FROM json_each(?) AS given
 CROSS JOIN taskpool_after AS bond ON bond.{} = given.value
 """.format
-_BOUND = """
-SELECT '', value, 0 FROM json_each(?)
-WHERE EXISTS (SELECT 1 FROM taskpool_after WHERE child = value)
+_FOLLOWER = "SELECT child FROM taskpool_after LIMIT 1"
+_FOLLOWERS = """
+SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM taskpool_after WHERE child = value)
 """
 _BIND = """
 INSERT INTO taskpool_after VALUES (?, ?, ?)
@@ -3637,20 +3614,12 @@ def _json_list(texts: tuple[str, ...]) -> str:
 
 
 def _readable_setting(columns: Sequence[Any]) -> Setting:
-    """A stored Setting; what is no whole number of at least 0 counts as not set."""
-    setting = Setting(*columns)
-    paused, at_once, starts, period, next_at, _ = setting
-    for value in (paused, at_once or 0, starts or 1, period or 1, next_at):
-        if type(value) is not int or not 0 <= value <= MAX_INT // 2:
-            usual = Setting._field_defaults.items()
-            kept = {n: getattr(setting, n) for n, _ in usual if type(getattr(setting, n)) is int}
-            wrong = {n: default for n, default in usual if not 0 < kept.get(n, 0) < MAX_INT // 2}
-            setting = setting._replace(**wrong)
-            break
+    """A stored Setting; what is no whole number over 0 counts as not set."""
+    *numbers, counts = columns
+    pairs = zip(numbers, Setting._field_defaults.values())
+    usable = [n if type(n) is int and 0 < n <= MAX_INT // 2 else usual for n, usual in pairs]
+    setting = Setting._make([*usable, counts])
     return setting if setting.period else setting._replace(starts=None)
-
-
-_stored_setting = lru_cache(maxsize=1000)(_readable_setting)  # For every claim.
 
 
 @lru_cache(maxsize=1000)
@@ -3689,13 +3658,9 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     return " AND ".join([first, *terms]), [*itertools.chain(*terms.values())]
 
 
-def _bonds_query(parents: _Ids, children: _Ids, one_each: bool) -> tuple[str, tuple[str, ...]]:
-    """The statement of Store.bonds(), and its values."""
-    ids = children if parents is None else parents
-    if ids is None:
-        return _ANY_BOND, ()
-    statement = _BOUND if one_each else _BONDS_OF("child" if parents is None else "parent")
-    return statement, (json.dumps([task_id for task_id in ids if type(task_id) is str]),)
+def _texts(ids: Iterable[Any]) -> str:
+    """The ids as JSON, but for those that cannot be read: nobody follows these."""
+    return json.dumps([task_id for task_id in ids if type(task_id) is str])
 
 
 def _addition(row: Row, may_expire: bool = False) -> tuple[Any, ...]:
@@ -4103,11 +4068,13 @@ class SQLiteStore(_SQLiteFile):
     def _undo(self, pairs: Sequence[_Pair], done: Sequence[bool]) -> None:
         raise StoreError(f"{self.path}: a task cannot be changed: {_IGNORED}")
 
-    def bonds(
-        self, parents: _Ids = None, children: _Ids = None, one_each: bool = False
-    ) -> list[Bond]:
-        asked = _bonds_query(parents, children, one_each)
-        return [Bond(*bond) for bond in self._select(*asked)]
+    def bonds(self, parents: _Ids = None, children: _Ids = None) -> list[Bond]:
+        side, ids = ("child", children) if parents is None else ("parent", parents)
+        return [Bond(*it) for it in self._select(_BONDS_OF(side), (_texts(ids or ()),))]
+
+    def followers(self, ids: Collection[str] | None = None) -> set[str]:
+        asked = (_FOLLOWER, ()) if ids is None else (_FOLLOWERS, (_texts(ids),))
+        return {task_id for (task_id,) in self._select(*asked)}
 
     def bind(self, add: Sequence[Bond], drop: Sequence[Bond]) -> None:
         self._writer.executemany(_UNBIND, [bond[:2] for bond in drop])
@@ -4127,7 +4094,7 @@ class SQLiteStore(_SQLiteFile):
 
     def settings(self, all_types: bool = False) -> Mapping[str, Setting]:
         found = self._select(_SETTINGS if all_types else _GATES)
-        return {str(line[0]): _stored_setting(line[1:]) for line in found} if found else {}
+        return {str(line[0]): _readable_setting(line[1:]) for line in found} if found else {}
 
     def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
         for column, value in changes.items():
@@ -4158,7 +4125,7 @@ class SQLiteStore(_SQLiteFile):
             for columns in db.execute(_READY, {**place, "most": first}):
                 left -= 1
                 yield columns
-            if not left:  # Some are set aside.
+            if not left and places.get(head[2], 1):  # Some were set aside.
                 yield from db.execute(_MORE, {**place, "most": ASIDE_TASKS, "first": first})
 
         self._seqs = {}
@@ -4178,27 +4145,26 @@ class SQLiteStore(_SQLiteFile):
         return running
 
     def held_by(self, owner: str, outcomes: Sequence[Outcome] | None = None) -> list[Row]:
+        if outcomes is not None:
+            return super().held_by(owner, outcomes)
         return list(map(_stored_row, self._select(_HELD_BY, {"owner": owner})))
 
     def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
+        if self._writer.execute(_FOLLOWER).fetchone():
+            return super()._settle(owner, outcomes, now)
         led: list[str] = []
-        ends: list[tuple[str, str]] = []
         for outcome in outcomes:
             claim = outcome.id, outcome.claim, owner
             is_plain = outcome.state == "done" and outcome.result is None and outcome.error is None
             if is_plain and self._run(_FINISH, claim):
                 led.append("done")
-                ends.append((outcome.id, "done"))
                 continue
             became = ""
             for row in map(_stored_row, self._writer.execute(_HELD_ROW, claim).fetchall()):
                 following = checked(after_run, row, outcome, now)
                 if self.write(row, following):
                     became = led_to(row, following, outcome)
-                    ends.append((row.id, how_ended(row, following, outcome)))
             led.append(became)
-        if self._writer.execute(_ANY_BOND).fetchone():
-            self._follow(ends, now)
         return led
 
     def open_lanes(self, owner: str) -> None:
@@ -4228,9 +4194,10 @@ class SQLiteStore(_SQLiteFile):
         statements = f"{_MARK} AND {where}", f"{_REMOVE} AND {where}"
 
         def work() -> int:
-            gone = self._select(f"{_REMOVED} AND {where}", values) if self.bonds() else ()
+            ids = self._select(f"{_REMOVED} AND {where}", values) if self.followers() else ()
             count = sum(self._run(statement, values) for statement in statements)
-            self._follow([(task_id, "removed") for (task_id,) in gone], now)
+            self.bind((), self.bonds(children=[task_id for (task_id,) in ids]) if ids else ())
+            self._follow([(task_id, "removed") for (task_id,) in ids], now)
             return count
 
         return self._change(work)
@@ -4517,7 +4484,7 @@ def _adopted(document: Mapping[str, Any], now: int) -> Row:
     row = _row_of(document, ours)
     wrong = (repr(value) for value in document.values() if isinstance(value, _Undecodable))
     problem = _unusable(row) or next(wrong, "")
-    return quarantined(_readable(row[:-1], problem), problem) if problem else row
+    return without_run(_readable(row[:-1], problem), problem, now) if problem else row
 
 
 def _named(ids: Iterable[Any]) -> dict[str, Any]:
@@ -4588,9 +4555,7 @@ def _setting_of(document: Mapping[str, Any]) -> Setting:
     # The driver's kinds of int, and what a shell writes.
     columns = [int(v) if isinstance(v, (int, float)) and v // 1 == v else v for v in columns]
     if isinstance(columns[-1], Mapping):
-        took = columns[-1].get("took", {})
-        took = [took.get(f"{i}", 0) for i in range(len(BOUNDS) + 1)]
-        columns[-1] = json.dumps({**columns[-1], "took": took})
+        columns[-1] = json.dumps(dict(columns[-1]))
     return _readable_setting(columns)
 
 
@@ -4857,7 +4822,7 @@ class _Followers:
         for document in self._documents.find(where, {"taskpool.id": 1, "taskpool.followed": 1}):
             self.untold[document["taskpool"]["id"]] = document["taskpool"]["followed"]
 
-    def tell(self, write_all: Callable[[Sequence[_Pair]], Any]) -> list[Row]:
+    def tell(self, write_all: Callable[[Sequence[_Pair]], Any], now: int) -> list[Row]:
         """Tell of the ends that are noted, and of those that follow. Returns the Rows that wait
         for their due dates now."""
         free: list[Row] = []
@@ -4870,7 +4835,7 @@ class _Followers:
             for parent in by_end["removed"]:
                 strict = {"taskpool.after": _bond_text(parent, False)}
                 rows = self._documents.rows({**held, **strict})
-                write_all([(row, orphaned(row, parent)) for row in rows])
+                write_all([(row, orphaned(row, parent, now)) for row in rows])
             for how, ids in by_end.items():
                 free += self._free(ids, only_anyway=how == "failed")
             for how, ids in by_end.items():
@@ -4983,12 +4948,10 @@ class _MongoSide(Store):
         self._gates_at = -math.inf
         return bool(self._masters.update_one(same, {"$set": {"next_at": next_at}}).matched_count)
 
-    def _tally(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
-        for name, more in counts.items():
-            added = {f"counts.{how}": n for how, n in more.items() if how != "took" and n}
-            added.update({f"counts.took.{i}": n for i, n in enumerate(more.get("took", ())) if n})
-            if added:
-                self._masters.update_one({"_id": {"type": name}}, {"$inc": added}, upsert=True)
+    def _tally(self, tally: _Tally) -> None:
+        for name, counts in tally.items():
+            added = {f"counts.{how}": n for how, n in counts.items()}
+            self._masters.update_one({"_id": {"type": name}}, {"$inc": added}, upsert=True)
 
     def running(self, types: Collection[str]) -> Mapping[str, int]:
         return {name: self._tasks.count_documents(_runs_of(name)) for name in types}
@@ -5105,11 +5068,13 @@ class MongoStore(_MongoSide):
 
     # ---- Those that follow others
 
-    def bonds(
-        self, parents: _Ids = None, children: _Ids = None, one_each: bool = False
-    ) -> list[Bond]:
+    def bonds(self, parents: _Ids = None, children: _Ids = None) -> list[Bond]:
         with self._documents.errors():
             return self._documents.bonds(parents, children)
+
+    def followers(self, ids: Collection[str] | None = None) -> set[str]:
+        children = None if ids is None else list(ids)
+        return {bond.child for bond in self.bonds(children=children)}
 
     def _put(self, pairs: Sequence[_Pair], now: int) -> None:
         bonds = [bond for _, new in pairs if new is not None for bond in new.after]
@@ -5125,7 +5090,8 @@ class MongoStore(_MongoSide):
 
     def _follow(self, ends: Iterable[tuple[str, str]], now: int) -> None:
         if self._followers.untold:
-            self._tell_of(self._followers.tell(self.write_all))
+            self._tell_of(self._followers.tell(self.write_all, now))
+            self.followed += 1
 
     # ---- Adding
 
@@ -5315,6 +5281,8 @@ class MongoStore(_MongoSide):
         after = [_sorted_out(row, now) for row in rows]
         self.write_all([(row, new) for row, (new, _) in zip(rows, after) if new is not row])
         self._follow((), now)
+        aside = [told for row, (new, told) in zip(rows, after) if new is not row]
+        self._count("expired", filter(is_late, aside))
         return [told for _, told in after]
 
     def _requeue_unknown(self, owner: str, now: int) -> None:
@@ -6062,6 +6030,8 @@ class _RunHere:
         row, now = self._row, self._queue._now()
         outcome = outcome._replace(progress=row.progress, seconds=(now - row.ready_at) / 1e6)
         (led,) = store.settle(self._owner, [outcome], now)
+        count_run(tally := new_tally(), row.task_type, outcome, led)
+        store.tally(tally if led else {})
         told = as_told(row, led or outcome.state, outcome, now)
         result = None if error is not None else _kept(row._replace(keep_result=0.0), value)[0]
         ended = Task(told._replace(result=result))
@@ -6157,8 +6127,10 @@ def _make_query(method: str, filters: Mapping[str, Any], store: Store) -> Query:
 
 def _told(setting: Setting) -> dict[str, Any]:
     """A Setting as types() tells it."""
-    runs, starts = read_counts(setting.counts), setting.starts
-    runs["seconds_le"] = dict(zip(BOUNDS, itertools.accumulate(runs.pop("took"))))
+    counts, starts = read_counts(setting.counts), setting.starts
+    runs: dict[str, Any] = {how: counts[how] for how in _ENDS}
+    runs["seconds"] = counts["us"] / 1e6
+    runs["seconds_le"] = dict(zip(BOUNDS, itertools.accumulate(counts[name] for name in _TOOK)))
     told = {"paused": bool(setting.paused), "at_once": setting.at_once, "runs": runs}
     return {**told, "rate": None if starts is None else (starts, (setting.period or 0) / 1e6)}
 
@@ -6183,10 +6155,7 @@ class _Tasks:
         return int(self.clock() * 1e6)
 
     def _changed(self, removed: bool = False) -> None:
-        """Called after every change: wakes the clusters of this queue."""
-
-    def _wake_others(self) -> None:
-        """Wakes the clusters of other processes."""
+        """Called after every change: wakes the clusters, also those of other processes."""
 
     def _known_name(self, task_type: Any) -> str:
         """The name of a task type. Warns if nobody here knows it."""
@@ -6255,30 +6224,26 @@ class _Tasks:
         """
         _refuse_rerun("update")
         _checked_text("task_id", task_id)
-        allowed = "data priority due_date repeat retries retry_delay timeout keep_result".split()
-        allowed.append("expires")
-        columns: dict[str, tuple[str, ...]] = {name: (name,) for name in allowed}
-        columns["due_date"] = ("due_at", "ready_at")
+        for name in changes.keys() - Changes.__optional_keys__:
+            names = ", ".join(sorted(Changes.__optional_keys__))
+            raise TypeError(f"update() cannot change {name!r}; give {names}")
+        columns = {"due_date": ("due_at", "ready_at"), **dict.fromkeys(_PREDECESSORS, ())}
         if changes.get("repeat") is not None:
             columns["repeat"] = ("repeat", "due_at", "ready_at", "attempt")
-        for name in _PREDECESSORS:
-            columns[name] = ("after",) if changes.get(name, ()) not in ([], (), set()) else ()
-        for name in changes:
-            if name not in columns:
-                names = ", ".join([*allowed, *_PREDECESSORS])
-                raise TypeError(f"update() cannot change {name!r}; give {names}")
+        changed = {column for name in changes for column in columns.get(name, (name,))}
         now, in_memory = self._now(), self._store.in_memory
         given = [changes.get(name, ()) for name in _PREDECESSORS]
         follows = _bonds(task_id, in_memory, *given)
         if None in given and follows:
             raise ValueError("after or after_end is None, which drops all; give the others later")
-        changed = [column for name in changes for column in columns[name]]
         options = {**cast("dict[str, Any]", changes), **dict.fromkeys(_PREDECESSORS)}
         if isinstance(changes.get("expires"), datetime) and "due_at" not in changed:
             old = self.find_one(task_id=task_id)  # The seconds count from its due date.
             options["due_date"] = old and old.due_date
-        row = _make_row(now, "any", **options, in_memory=in_memory)[0]._replace(after=follows)
+        row = _make_row(now, "any", **options, in_memory=in_memory)[0]
         values = {column: getattr(row, column) for column in changed}
+        if follows or None in given:
+            values["after"] = follows
         row = self._store.update(task_id, values, now)
         self._changed()
         return Task(row)
@@ -6346,7 +6311,6 @@ class _Tasks:
             raise TypeError(f"{method}() takes one task type or more")
         self._store.set_up([self._known_name(name) for name in types], changes)
         self._changed()
-        self._wake_others()
 
 
 class InMemoryTasks(_Tasks):
@@ -6664,11 +6628,7 @@ class TaskQueue(_TaskTypes):
             _worker.tell("changed")
         for watcher in self._watchers:
             watcher.queue_changed(removed, stored)
-
-    def _place_is_free(self, store: Store) -> None:
-        """A run of a limited type has ended."""
-        self._changed(stored=not store.in_memory)
-        if not store.in_memory:
+        if stored:
             self._wake_others()
 
     def _wake_others(self) -> None:
@@ -6781,8 +6741,6 @@ class TaskQueue(_TaskTypes):
             if connection.in_transaction:
                 return rows  # Others see them only after the caller's commit.
         self._changed(stored=not in_memory)
-        if not in_memory:
-            self._wake_others()
         return rows
 
     def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
@@ -8299,7 +8257,6 @@ class _Futures:
         self.failure: TaskPoolError | None = None  # Of the dispatcher.
         self.replacements = 0  # Calls of end_replaced().
         self.opened = 0  # Others may have taken stored tasks that were added until then.
-        self.bound = False  # A task was held: it may end without a run, as another is removed.
 
     def __bool__(self) -> bool:
         return bool(self._by_id)
@@ -8515,7 +8472,9 @@ class _Futures:
             self.end(future, _FINISHED, left)
         else:
             name, _, text = row.error.partition("\n")[0].partition(": ")
-            self.end(future, _FINISHED, RemoteError(name, text, row.error))
+            ran = row.started_at is not None
+            left = RemoteError(name, text, row.error) if ran else not_started(row)
+            self.end(future, _FINISHED, left)
 
 
 class _Options(NamedTuple):
@@ -8538,9 +8497,9 @@ def _warn_followers(store: Store, failed: Sequence[str]) -> None:
     """Say how many tasks wait for these, which have failed for good. In the store's thread."""
     with contextlib.suppress(StoreError):  # What has failed is recorded.
         waiting = collections.Counter(bond.parent for bond in store.bonds(parents=failed))
-        for task_id, count in waiting.items():
-            text = "cluster:\t%d task(s) wait for %s, which failed: retry or remove it"
-            _log.warning(text, count, task_id)
+        for row in store.rows(Query(ids=list(waiting), states=["failed"]), 0) if waiting else ():
+            text = "cluster:%s:%s:\t%d task(s) wait for this one: retry or remove it"
+            _log.warning(text, row.task_type, row.id, waiting[row.id])
 
 
 def _log_start(row: Row) -> None:
@@ -8884,11 +8843,11 @@ class _Watch:
         self.next_look = self._next_heartbeat = self._next_warning = 0.0
         self.heard = time.monotonic()  # When observers last heard of this cluster.
         self._strays: set[tuple[str, int]] = set()  # Claims that were unknown here.
-        self.tallies: list[_Tally] = []  # To be written with the next heartbeat.
+        self.tally = new_tally()  # To be written with the next heartbeat.
 
     def write_counts(self) -> None:
-        self._store.tally(tally_of(self.tallies))
-        self.tallies.clear()
+        self._store.tally(self.tally)
+        self.tally.clear()
 
     def look(self, now: float, wall: int) -> tuple[list[Row], list[str], list[Row] | None]:
         """In the store thread: the tasks that ended with their masters; the types of which
@@ -8907,10 +8866,7 @@ class _Watch:
                 foreign = self._foreign(wall)
                 self._next_warning = now + WARN_SECONDS
             seconds = self._clock.look(time.monotonic())
-            ended = store.recover(self._owner, seconds, wall)
-            if ended:
-                _warn_followers(store, [row.id for row in ended if row.state == "failed"])
-            return ended, foreign, held
+            return store.recover(self._owner, seconds, wall), foreign, held
         except BaseException:
             self._clock.miss()
             self._next_heartbeat = 0.0
@@ -9057,18 +9013,12 @@ class _Source:
 
         def work() -> tuple[int, Turn]:
             now = int(queue.clock() * 1e6)
+            before = store.followed
             turn = store.turn(owner, outcomes, costs, room, most, now, until, eager)
-            if turn.limited and any(run.row.task_type in turn.limited for run in runs):
-                queue._place_is_free(store)  # Another cluster may wait for it.
-            failed = []
-            for outcome, led in zip(outcomes, turn.led):
-                if led == outcome.state == "failed":
-                    failed.append(outcome.id)
-            for row in turn.rows:
-                if row.state == "failed":
-                    failed.append(row.id)
-            if failed:
-                _warn_followers(store, failed)
+            is_free = turn.limited and any(run.row.task_type in turn.limited for run in runs)
+            if is_free or store.followed != before:
+                # Other clusters may have something to start, or a Future may have ended.
+                queue._changed(removed=True, stored=not store.in_memory)
             return now, turn
 
         self.call_store(work, functools.partial(self._on_exchange, runs, costs, room))
@@ -9151,21 +9101,20 @@ class _Source:
             _log.error("%s: %d submitted task(s) stay waiting", what, waiting)
 
     def pass_tally(self) -> None:
-        """Have what was counted here added to the totals in the store."""
-        if self.tally:
-            tally, self.tally = self.tally, new_tally()
-            if self.watch is not None:
-                self.watch.tallies.append(tally)
-            else:
-                self.store.tally(tally_of([tally]))
+        """Have what was counted here added to the totals in the store, sooner or later."""
+        tally, self.tally = self.tally, new_tally()
+        if self.watch is None:
+            self.store.tally(tally)
+            return
+        for name, counts in tally.items():
+            self.watch.tally[name].update(counts)
 
     def leave(self) -> None:
         # leave() opens a store again that the program has closed.
         with contextlib.suppress(StoreError), contextlib.closing(self.store):
-            self.pass_tally()
-            if self.watch is not None:
-                self.watch.write_counts()
             self.store.leave(self.engine.owner, self.engine.cluster.queue._now())
+            self.pass_tally()
+            cast(_Watch, self.watch).write_counts()
 
     # ---- Claims and their ends
 
@@ -9227,23 +9176,24 @@ class _Source:
     def _settled(self, runs: list[_Run], led: list[str], now: int) -> None:
         """The store has recorded *now* how these ended, if their claims were still held."""
         engine, listeners = self.engine, self.engine.cluster.queue._listeners
-        settled = engine.futures.settled
+        settled, failed = engine.futures.settled, list[str]()
         for run, became in zip(runs, led):
             if became == "running":
                 continue
-            if not became:
+            if became:
+                count_run(self.tally, run.row.task_type, run.outcome, became)
+            else:
                 text = "cluster:%s:%s:\tits claim was lost; this outcome is discarded"
                 _log.warning(text, run.row.task_type, run.row.id)
-            outcome = run.outcome
-            if became and outcome.seconds is not None:
-                how = run.row.task_type, outcome.state, became, outcome.charged
-                counts = self.tally[how]
-                counts[bisect_left(BOUNDS, outcome.seconds)] += 1
-                counts[-1] += outcome.seconds
+            if became == "failed":
+                failed.append(run.row.id)
             settled(run, became)
             if listeners and became and run.event in listeners:
                 task = Task(as_told(run.row, became, run.outcome, now))
                 engine.tell(listeners[run.event], run.left, task)
+        if failed:
+            warn = functools.partial(_warn_followers, self.store, failed)
+            self.thread.post(warn) if self.thread else warn()
 
     def _ended_elsewhere(self, row: Row, error: TaskPoolError) -> None:
         """Tell of the end of a task that this cluster did not run."""
@@ -9550,8 +9500,7 @@ class _Dispatcher:
         for source in self.sources:
             if source.looked_at + self.cluster._refresh <= now or not source.watch:
                 source.changed = True
-            look = self.idle.is_set() or self.futures.bound
-            source.check_futures = source.check_futures or look
+            source.check_futures = source.check_futures or self.idle.is_set()
             waits = waits or source.busy or source.available > 0
             if source.watch and source.watch.heard + LEASE_SECONDS <= now:
                 self.futures.opened = wall
@@ -10087,7 +10036,6 @@ class Cluster(concurrent.futures.Executor):
             raise
         if stored is not row:
             if _is_own(row, stored):
-                futures.bound = futures.bound or stored.state == "held"
                 future._row = stored
             else:  # Kept: another task stands for this one.
                 future = futures.join(future, stored)
