@@ -2858,7 +2858,8 @@ class Store(TypeSettings, Following):
         most = math.ceil(limit / max(min(costs.values(), default=1.0), LEAST_SHARE))
         candidates = self.candidates(owner, costs, most, now, until, places)
         chosen, aside = choose(candidates, costs, limit, now, places)
-        chosen = self._counted_starts(chosen, places, settings, now)
+        if places:
+            chosen = self._counted_starts(chosen, places, settings, now)
         taken = self.take(chosen, owner, now) if chosen else []
         if aside:
             after = [set_aside(row, reason, now) for row, reason in aside]
@@ -3437,16 +3438,11 @@ ON CONFLICT (parent, child) DO UPDATE SET anyway = min(anyway, excluded.anyway)
 """
 _UNBIND = "DELETE FROM taskpool_after WHERE parent = ? AND child = ?"
 
-# -> waiting, without a history but for claim: one task and ten, by the number of the values
-# that _addition() gives.
-_EXPIRES = _COLUMNS.index("expires")
-_INTO = "INSERT INTO taskpool_task ({}, attempt, owner, interrupted, removed) VALUES {}".format
-_ADD, _ADD_TEN = dict[int, str](), dict[int, str]()
-for _given in (("claim", "repeat"), ("claim", "repeat", "expires")):
-    _names = *_COLUMNS[:_EXPIRES], *_given
-    _first = f"({'?, ' * len(_names)}0, '', 0, 0)"
-    _ADD[len(_names)] = _INTO(", ".join(_names), _first)
-    _ADD_TEN[len(_names)] = _INTO(", ".join(_names), ", ".join([_first] * 10))
+# -> waiting, without a history but for claim: one task, and ten. _addition() gives the values.
+_GIVEN = *_COLUMNS[: _COLUMNS.index("attempt")], "claim", "repeat"
+_FIRST = f"({'?, ' * len(_GIVEN)}0, '', 0, 0)"
+_INTO = f"INSERT INTO taskpool_task ({', '.join(_GIVEN)}, attempt, owner, interrupted, removed)"
+_ADD, _ADD_TEN = (f"{_INTO} VALUES {', '.join([_FIRST] * count)}" for count in (1, 10))
 _ERASE = "DELETE FROM taskpool_task WHERE id = ?"
 # Any state -> any other: writes what differs, so that nothing else is touched.
 _WRITE = "UPDATE taskpool_task SET {} WHERE id = ?"
@@ -3480,7 +3476,6 @@ AND (interrupted = 0 OR NOT EXISTS (
     SELECT 1 FROM taskpool_task WHERE state = 'running' AND owner = :owner AND interrupted > 0))
 ORDER BY priority DESC, created_at, seq LIMIT :most
 """
-_MORE = f"{_READY} OFFSET :first"
 # ready -> running
 _CLAIM = """
 UPDATE taskpool_task
@@ -3663,9 +3658,8 @@ def _texts(ids: Iterable[Any]) -> str:
     return json.dumps([task_id for task_id in ids if type(task_id) is str])
 
 
-def _addition(row: Row, may_expire: bool = False) -> tuple[Any, ...]:
-    values = (*row[:_EXPIRES], row.claim, row.repeat)
-    return (*values, row.expires) if may_expire or row.expires is not None else values
+def _addition(row: Row) -> tuple[Any, ...]:
+    return (*row[:_ATTEMPT], row.claim, row.repeat)
 
 
 def _version_of(db: _Database, path: str) -> int | None:
@@ -4038,8 +4032,7 @@ class SQLiteStore(_SQLiteFile):
 
     def write(self, old: Row | None, new: Row | None) -> bool:
         if old is None:
-            first = () if new is None else _addition(new)
-            return new is None or self._run(_ADD[len(first)], first) == 1
+            return new is None or self._run(_ADD, _addition(new)) == 1
         statement, values = _ERASE, [old.id]
         if new is not None:
             pairs = zip(_COLUMNS, old, new)
@@ -4056,13 +4049,12 @@ class SQLiteStore(_SQLiteFile):
         if len(pairs) < 10 or any(old is not None for old, _ in pairs):
             return super().write_all(pairs)
         # Ten rows by each statement, in a third of the time.
-        may_expire = any(new is not None and new.expires is not None for _, new in pairs)
-        rows = [_addition(cast(Row, new), may_expire) for _, new in pairs]
+        rows = [_addition(cast(Row, new)) for _, new in pairs]
         tens = len(rows) // 10 * 10
         values = itertools.chain.from_iterable(rows[:tens])
         groups = zip(*[values] * (10 * len(rows[0])))
-        count = self._writer.executemany(_ADD_TEN[len(rows[0])], groups).rowcount
-        count += self._writer.executemany(_ADD[len(rows[0])], rows[tens:]).rowcount
+        count = self._writer.executemany(_ADD_TEN, groups).rowcount
+        count += self._writer.executemany(_ADD, rows[tens:]).rowcount
         return [count == len(rows)] * len(rows)
 
     def _undo(self, pairs: Sequence[_Pair], done: Sequence[bool]) -> None:
@@ -4119,14 +4111,12 @@ class SQLiteStore(_SQLiteFile):
         def line(head: Sequence[Any]) -> Iterator[Sequence[Any]]:
             if len(heads) > 1:
                 yield head  # Until it is the best there is, the line behind it is not read.
-            place: dict[str, Any] = {"type": head[2], "lane": head[3], "until": until}
-            place["owner"] = owner
-            first = left = min(most, places.get(head[2], most))
-            for columns in db.execute(_READY, {**place, "most": first}):
-                left -= 1
-                yield columns
-            if not left and places.get(head[2], 1):  # Some were set aside.
-                yield from db.execute(_MORE, {**place, "most": ASIDE_TASKS, "first": first})
+            # Read one by one, so that more of them cost nothing where none is set aside.
+            place = {"type": head[2], "lane": head[3], "until": until, "most": most + ASIDE_TASKS}
+            rows = db.execute(_READY, {"owner": owner, **place})
+            if head[2] in places:
+                rows = itertools.takewhile(lambda _: places[head[2]], rows)
+            yield from rows
 
         self._seqs = {}
         for columns in heapq.merge(*map(line, heads), key=_rank):
@@ -4209,8 +4199,7 @@ class SQLiteStore(_SQLiteFile):
             if len(additions) == 1 and is_idle and not additions[0][0].after:
                 row = additions[0][0]
                 try:  # By one statement, in half of the time of a transaction.
-                    values = _addition(row)
-                    if self._run(_ADD[len(values)], values) == 1 and self._is_current(db):
+                    if self._run(_ADD, _addition(row)) == 1 and self._is_current(db):
                         return [row]
                 except sqlite3.IntegrityError:
                     pass  # The id is taken: after_add() says what that means.

@@ -2204,7 +2204,7 @@ class TestSQLiteStore(Gates, InOrder, Following, Spoiled, StoreContract, InFolde
         ready, scheduled, running = "taskpool_ready", "PRIMARY KEY .*taskpool_scheduled", "taskpool_running"
         served = {
             "_ERASE": by_id, "_WRITE": by_id, "_HELD_ROW": by_id, "_REMOVE": by_id, "_MARK": by_id, "_FINISH": by_id, "_BEGINNING": by_id,
-            "_CLAIM": "PRIMARY KEY", **dict.fromkeys(("_READY", "_MORE"), f"{ready}.*{running}"), "_HEADS": f"PRIMARY KEY .*{ready}", "_PROMOTE": scheduled, "_DUE": scheduled[-18:],
+            "_CLAIM": "PRIMARY KEY", "_READY": f"{ready}.*{running}", "_HEADS": f"PRIMARY KEY .*{ready}", "_PROMOTE": scheduled, "_DUE": scheduled[-18:],
             "_NEXT_DUE": f"{ready}.*{scheduled}", "_STARTABLE": f"{ready} .*taskpool_scheduled .*taskpool_scheduled ",
             "_HELD_BY": running, "_OWNERS": running, "_OPEN_LANE": f"{ready}.*taskpool_scheduled",
             "_EXPIRE": "taskpool_kept", "_MASTERS": masters, "_LEAVE": masters, "_RUNNING": running, "_GATES": "taskpool_gates",
