@@ -1745,16 +1745,16 @@ def next_start(setting: Setting, now: int) -> tuple[int, int]:
     LUMP_SECONDS, those of so long. After a clock was set back it is one spacing ahead at most.
 
     >>> next_start(Setting(starts=10, period=1_000_000, next_at=90), 100)
-    (100, 101000)
+    (100, 105000)
     >>> next_start(Setting(starts=1_000, period=1_000_000), 60_000_000)
-    (59950000, 1010)
+    (59950000, 1050)
     """
     if setting.starts is None or setting.period is None:
         return now, 0
     lump = int(LUMP_SECONDS * 1e6)
-    # A start is counted when it is claimed. Its function may begin a little later than that,
-    # and the next ones less late: 1 % more keeps them apart, too.
-    spacing = -(-(setting.period + min(setting.period // 100, lump)) // setting.starts)
+    # A start counts from its claim on, but its function may begin later, by some 50 ms on a
+    # busy machine, and the next ones at once: a period that is so much longer keeps the rate.
+    spacing = -(-(setting.period + min(setting.period // 20, lump)) // setting.starts)
     earliest = now - lump if spacing < lump else now
     return max(min(setting.next_at, now + spacing), earliest), spacing
 
@@ -2698,9 +2698,8 @@ class Store(TypeSettings, Following):
     # ---- Primitives that every backend has
 
     def transaction(self) -> contextlib.AbstractContextManager[Any]:
-        """A context whose reads and writes take effect together, or not at all. turn() enters
-        it a second time within itself. A backend without transactions gives a lock, and its
-        write() says False after a race."""
+        """A context whose reads and writes take effect together, or not at all. A backend
+        without transactions gives a lock, and its write() says False after a race."""
         raise NotImplementedError
 
     def rows(self, query: Query, now: int) -> list[Row]:
@@ -2918,13 +2917,12 @@ class Store(TypeSettings, Following):
                 return Turn([], [], due[:most])
 
         def work() -> tuple[list[str], list[Row], Mapping[str, Setting]]:
-            led = self._change(self._settle, owner, outcomes, now) if outcomes else []
-            rows: list[Row] = []
+            led = self._settle(owner, outcomes, now) if outcomes else []
             try:
                 known = self.settings() if settings is None else settings
-                if room > 0:
-                    rows = self._change(self._claim, owner, types, room, now, until, known)
-                return led, rows, known
+                if room <= 0:
+                    return led, [], known
+                return led, self._claim(owner, types, room, now, until, known), known
             except StoreError:
                 if self.atomic or not led:
                     raise
@@ -3953,8 +3951,6 @@ class _SQLiteFile(Store):
         # lock would stay taken as long as somebody keeps the KeyboardInterrupt.
         with self._write_lock:
             if self._changing:
-                if work in (self._settle, self._claim):  # Of turn().
-                    return work(*arguments)
                 # As a part of the interrupted write, it could be undone with that.
                 raise _write_in_a_write(self.path)
             if not self._is_current(self._writer):
