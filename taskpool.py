@@ -1709,7 +1709,7 @@ class Setting(NamedTuple):
     starts: int | None = None  # So many starts, at most, ...
     period: int | None = None  # ... in so many microseconds, evenly spaced.
     next_at: int = 0  # The instant of the next start, where starts and period are set.
-    counts: str | None = None  # JSON: see added_counts().
+    counts: str | None = None  # JSON: see read_counts().
 
 
 _ENDS = ("done", "failed", "retried", "later", "interrupted", "expired")
@@ -2468,6 +2468,7 @@ class TypeSettings:
     """The part of a Store that knows of task types: pauses, limits and counters. A backend that
     has none of these is a Store, too."""
 
+    has_settings = False  # Whether there are settings() and change_setting().
     rows: Callable[[Query, int], list[Row]]
     next_due: Callable[..., list[int]]
     _change: Callable[..., Any]
@@ -2491,10 +2492,6 @@ class TypeSettings:
     def paused(self) -> list[str]:
         """The types that are paused."""
         return [name for name, it in self.settings(all_types=True).items() if it.paused]
-
-    def knows_settings(self) -> bool:
-        """Whether this store has settings() and change_setting()."""
-        return type(self).change_setting is not TypeSettings.change_setting
 
     def running(self, types: Collection[str]) -> Mapping[str, int]:
         """How many tasks of each of these types run, whoever has claimed them."""
@@ -2553,7 +2550,7 @@ class TypeSettings:
 
     def tally(self, tally: _Tally) -> None:
         """Add to the counts of task types."""
-        if tally and self.knows_settings():
+        if tally and self.has_settings:
             self._change(self._tally, tally)
 
     def _tally(self, tally: _Tally) -> None:
@@ -2568,7 +2565,7 @@ class TypeSettings:
         tally = new_tally()
         for row in rows:
             tally[row.task_type][how] += 1
-        if tally and self.knows_settings():
+        if tally and self.has_settings:
             self._tally(tally)
 
     def set_up(self, types: Iterable[str], changes: Mapping[str, Any]) -> None:
@@ -2585,7 +2582,7 @@ class Following:
     """The part of a Store that knows which tasks follow others. A backend that has none of
     these primitives is a Store, too."""
 
-    has_bonds = False  # Whether there are these primitives.
+    has_bonds = False  # Whether there are bonds(), followers() and bind().
     followed = 0  # Another number than before: tasks were released, or failed, as others ended.
     rows: Callable[[Query, int], list[Row]]
     write: Callable[[Row | None, Row | None], bool]
@@ -2659,18 +2656,16 @@ class Following:
         too."""
         how = {task_id: end for task_id, end in ends if end}
         while how and self.followers():
-            over, losers = list[Bond](), dict[str, str]()
-            for bond in self.bonds(parents=list(how)):
-                end = bond_after(how[bond.parent], bond.anyway)
-                if end:
-                    over.append(bond)
-                if end == "broken":
-                    losers[bond.child] = bond.parent
+            bonds = self.bonds(parents=list(how))
+            became = {bond: bond_after(how[bond.parent], bond.anyway) for bond in bonds}
+            over = [bond for bond, end in became.items() if end]
+            if not over:
+                return
             self.bind((), over)
-            children = {bond.child for bond in over}
-            free = children - losers.keys() - self.followers(children)
-            pairs: list[tuple[Row, Row]] = []
-            for row in self.rows(Query(ids=[*free, *losers], held=True), now) if over else ():
+            losers = {bond.child: bond.parent for bond in over if became[bond] == "broken"}
+            free = {bond.child for bond in over} - losers.keys()
+            ids, pairs = [*(free - self.followers(free)), *losers], list[tuple[Row, Row]]()
+            for row in self.rows(Query(ids=ids, held=True), now) if ids else ():
                 lost = losers.get(row.id)
                 new = checked(released, row, now) if lost is None else orphaned(row, lost, now)
                 pairs.append((row, cast(Row, new)))
@@ -3105,7 +3100,7 @@ class MemoryStore(Store):
     tasks leave dead entries, which are skipped, and swept when they outnumber the rest.
     """
 
-    in_memory = has_bonds = True
+    in_memory = has_bonds = has_settings = True
 
     def __init__(self) -> None:
         self._settings: dict[str, Setting] = {}
@@ -3116,8 +3111,8 @@ class MemoryStore(Store):
     def _reset_after_fork(self) -> None:
         """A forked child starts empty: the tasks belong to its parent."""
         self._lock = threading.RLock()  # Protects all below; held for a moment only.
-        # What was claimed of each type that has a limit: all that runs, and some that has ended.
-        self._claimed: dict[str, list[Row]] = {}
+        # The ids of what runs of each type that is limited, and of some that has ended.
+        self._claimed: dict[str, set[str]] = {}
         self._rows: dict[str, Row] = {}
         self._arrived: collections.deque[Row] = collections.deque()  # Not in lines yet.
         self._insertions = itertools.count()
@@ -3248,15 +3243,10 @@ class MemoryStore(Store):
 
     def running(self, types: Collection[str]) -> Mapping[str, int]:
         for name in types:
-            if name not in self._claimed:
-                query = Query(types=[name], states=["running"])
-                self._claimed[name] = self.rows(query, 0)
-            found = [(row, self._rows.get(row.id)) for row in self._claimed[name]]
-            self._claimed[name] = [
-                now
-                for row, now in found
-                if now is not None and now.state == "running" and now.claim == row.claim
-            ]
+            ids = list(self._claimed.get(name, self._rows))  # All, at first.
+            rows = [self._rows[task_id] for task_id in ids if task_id in self._rows]
+            run = {row.id for row in rows if row.state == "running" and row.task_type == name}
+            self._claimed[name] = run
         return {name: len(self._claimed[name]) for name in types}
 
     def _lines(self, owner: str, types: Iterable[str], now: int) -> list[_Line]:
@@ -3310,8 +3300,8 @@ class MemoryStore(Store):
         running = [claimed(row, owner, now) for row in rows]  # Their entries are gone.
         for row in running:
             self._rows[row.id] = row
-        for name in self._claimed:
-            self._claimed[name] += [row for row in running if row.task_type == name]
+        for name, ids in self._claimed.items():
+            ids.update(row.id for row in running if row.task_type == name)
         return running
 
     def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
@@ -4015,7 +4005,7 @@ class SQLiteStore(_SQLiteFile):
     StoreError, with the path, for whatever SQLite reports.
     """
 
-    atomic = has_bonds = True
+    atomic = has_bonds = has_settings = True
 
     # ---- Primitives
 
@@ -4131,9 +4121,10 @@ class SQLiteStore(_SQLiteFile):
         return running
 
     def held_by(self, owner: str, outcomes: Sequence[Outcome] | None = None) -> list[Row]:
+        asked: list[tuple[str, Any]] = [(_HELD_BY, {"owner": owner})]
         if outcomes is not None:
-            return super().held_by(owner, outcomes)
-        return list(map(_stored_row, self._select(_HELD_BY, {"owner": owner})))
+            asked = [(_HELD_ROW, (outcome.id, outcome.claim, owner)) for outcome in outcomes]
+        return [_stored_row(columns) for it in asked for columns in self._select(*it)]
 
     def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
         if self._writer.execute(_FOLLOWER).fetchone():
@@ -4180,10 +4171,11 @@ class SQLiteStore(_SQLiteFile):
         statements = f"{_MARK} AND {where}", f"{_REMOVE} AND {where}"
 
         def work() -> int:
-            ids = self._select(f"{_REMOVED} AND {where}", values) if self.followers() else ()
-            count = sum(self._run(statement, values) for statement in statements)
-            self.bind((), self.bonds(children=[task_id for (task_id,) in ids]) if ids else ())
-            self._follow([(task_id, "removed") for (task_id,) in ids], now)
+            found = self._select(f"{_REMOVED} AND {where}", values) if self.followers() else ()
+            count, gone = sum(self._run(it, values) for it in statements), [i for (i,) in found]
+            if gone:
+                self.bind((), self.bonds(children=gone))
+                self._follow([(task_id, "removed") for task_id in gone], now)
             return count
 
         return self._change(work)
@@ -4990,7 +4982,7 @@ class MongoStore(_MongoSide):
     again, finds out.
     """
 
-    has_bonds = True
+    has_bonds = has_settings = True
 
     def __init__(self, collection: Any) -> None:
         self._documents = _Documents(collection)
@@ -6090,6 +6082,7 @@ _FILTERS = ("task_id", "task_type", "state", "due", "held", "after", "before")
 
 
 def _make_query(method: str, filters: Mapping[str, Any], store: Store) -> Query:
+    """The tasks of *store* that these arguments of *method* mean."""
     for name in filters:
         if name not in _FILTERS:
             raise TypeError(f"{method}() has no filter {name!r}; give {', '.join(_FILTERS)}")
@@ -6106,6 +6099,7 @@ def _make_query(method: str, filters: Mapping[str, Any], store: Store) -> Query:
         _listed("task_type", task_type),
         _listed("state", state, STATES),
         None if due is None else _checked_bool("due", due),
+        paused=() if due is None else store.paused(),
         held=None if held is None else _checked_bool("held", held),
     )
 
@@ -6146,18 +6140,12 @@ class _Tasks:
         """The name of a task type. Warns if nobody here knows it."""
         raise NotImplementedError
 
-    def _query(self, method: str, filters: Mapping[str, Any]) -> Query:
-        query = _make_query(method, filters, self._store)
-        if query.due is None:
-            return query
-        return query._replace(paused=self._store.paused())
-
     def find(
         self, *, limit: int | None = None, offset: int = 0, **filters: Unpack[Filters]
     ) -> list[Task]:
         """The tasks that fit the filters, oldest first: at most *limit*, without the first
         *offset*."""
-        query = self._query("find", filters)._replace(
+        query = _make_query("find", filters, self._store)._replace(
             limit=None if limit is None else _checked_int("limit", limit, 0),
             offset=_checked_int("offset", offset, 0),
         )
@@ -6170,7 +6158,7 @@ class _Tasks:
 
     def count(self, **filters: Unpack[Filters]) -> int:
         """How many tasks fit the filters of find()."""
-        return self._store.count(self._query("count", filters), self._now())
+        return self._store.count(_make_query("count", filters, self._store), self._now())
 
     def remove(self, **filters: Unpack[Filters]) -> int:
         """Remove the tasks that fit the filters, and return how many.
@@ -6179,7 +6167,7 @@ class _Tasks:
         Raises ValueError without a filter (say `state=[...]` to mean all).
         """
         _refuse_rerun("remove")
-        query = self._query("remove", filters)
+        query = _make_query("remove", filters, self._store)
         if query == Query():
             states = ", ".join(map(repr, STATES))
             raise ValueError(f"remove() without a filter; to mean all tasks give state=[{states}]")
@@ -6193,7 +6181,7 @@ class _Tasks:
         They get a fresh set of attempts and are due now.
         """
         _refuse_rerun("retry")
-        retried = self._store.retry(self._query("retry", filters), self._now())
+        retried = self._store.retry(_make_query("retry", filters, self._store), self._now())
         self._changed()
         return retried
 
@@ -6487,7 +6475,7 @@ class _TaskTypes(_Tasks):
             allowed = f"False: the schedule of {scheduled[0]!r} is stored"
             raise _wrong_value("in_memory_only", True, allowed)
         limited = [name for name, it in declared if it.limits]
-        if limited and not (in_memory_only or self._store.knows_settings()):
+        if limited and not (in_memory_only or self._store.has_settings):
             lacks = "has no change_setting() for the limits of"
             raise StoreError(f"{self._store!r} {lacks} {limited[0]!r}")
         return len(declared)

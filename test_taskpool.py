@@ -10940,7 +10940,7 @@ class TestPausesAndLimits(InFolder):
 
     def test_a_store_of_ones_own_says_what_it_lacks(self):
         class Simple(MemoryStore):
-            settings, change_setting = taskpool.Store.settings, taskpool.Store.change_setting
+            has_settings, change_setting = False, taskpool.Store.change_setting
 
         queue = TaskQueue(Simple())
         for call in (lambda: queue.pause("x"), lambda: queue.limit("x", at_once=1)):
