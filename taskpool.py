@@ -1712,10 +1712,11 @@ class Setting(NamedTuple):
     counts: str | None = None  # JSON: see read_counts().
 
 
-_ENDS = ("done", "failed", "retried", "later", "interrupted", "expired")
+_ENDS = ("failed", "retried", "later", "interrupted", "expired")
 _TOOK = (*(f"{bound * 1000:.0f} ms" for bound in BOUNDS), "longer")
-# Sums by task type: how many runs ended as each of _ENDS, and took at most as long as each of
-# _TOOK but longer than the one before; and all their microseconds ("us").
+# Sums by task type: how many runs ended as each of _ENDS; how many took at most as long as each
+# of _TOOK but longer than the one before; all their microseconds ("us"). Of those that came to
+# their end, what has not failed, nor is to start again, is done.
 _Tally = dict[str, "collections.Counter[str]"]
 
 
@@ -1997,11 +1998,10 @@ def count_run(tally: _Tally, task_type: str, outcome: Outcome, led: str) -> None
     """Count the end of a run, which led_to() *led*; not of one that did not come to its end."""
     if outcome.seconds is None:
         return
-    how = "done"
-    if outcome.state != "done":
-        how = "later" if not outcome.charged else "retried" if led == "waits" else "failed"
     counts = tally[task_type]
-    counts[how] += 1
+    if outcome.state != "done":
+        again = "retried" if led == "waits" else "failed"
+        counts[again if outcome.charged else "later"] += 1
     counts[_TOOK[bisect_left(BOUNDS, outcome.seconds)]] += 1
     counts["us"] += int(outcome.seconds * 1e6)
 
@@ -2515,20 +2515,15 @@ class TypeSettings:
     ) -> list[int]:  # fmt: skip
         """next_due() as far as *settings* (or those stored) allow: NEVER stands for the end of
         another task, and a paused type has no date."""
-        dates = self.next_due(owner, types, limit, now, until) if types else []
-        if dates and settings is None:
-            settings = self.settings()
-        limited = self._openings(settings, types, limit, now) if dates and settings else {}
-        if not (limited and settings):
-            return dates
-        free = [name for name in types if name not in limited]
+        settings = self.settings() if settings is None else settings
+        limited = self._openings(settings, types, limit, now) if settings else {}
+        free = [name for name in types if name not in limited] if limited else types
         dates = self.next_due(owner, free, limit, now, until) if free else []
         for name, starts in limited.items():
             if starts and settings[name].next_at > starts[0]:
                 starts[0] = now  # A clock was set back: a claim is to cut that down.
-            due = self.next_due(owner, [name], limit, now, until) if starts else []
-            dates += map(max, starts, due)
-        return sorted(dates)[:limit]
+            dates += map(max, starts, starts and self.next_due(owner, [name], limit, now, until))
+        return sorted(dates)[:limit] if limited else dates
 
     def _counted_starts(
         self, chosen: list[Row], places: Iterable[str], settings: Mapping[str, Setting], now: int
@@ -2635,17 +2630,17 @@ class Following:
                 self.write(new, old)
         raise _Raced
 
-    def _put(self, pairs: Sequence[_Pair], now: int) -> None:
+    def _put(self, pairs: Sequence[_Pair], now: int, binds: bool = False) -> None:
         """Write all pairs, or none if another writer was quicker with one of them; then their
-        bonds, and what follows for those that follow them."""
-        bonds = [bond for _, new in pairs if new is not None for bond in new.after]
+        bonds (*binds*: there may be some), and what follows for those that follow them."""
+        bonds = [bond for _, new in pairs if new for bond in new.after] if binds else []
         if bonds:
             self._check_rings(pairs)
             pairs = [(old, new and new._replace(after=())) for old, new in pairs]
         if not all(done := self.write_all(pairs)):
             self._undo(pairs, done)
-        changes = [(old, new) for old, new in pairs if old is not None]
-        if bonds or (changes and self.followers()):
+        if bonds or self.followers():
+            changes = [(old, new) for old, new in pairs if old is not None]
             freed = [old.id for old, new in changes if not keeps_bonds(old, new)]
             self.bind(bonds, self.bonds(children=freed))
             self._follow([(old.id, how_ended(old, new)) for old, new in changes], now)
@@ -2817,7 +2812,7 @@ class Store(TypeSettings, Following):
         if followers:
             there += self._parents(followers, now)
         pairs, added = after_adds(there, additions)
-        self._put(pairs, now)
+        self._put(pairs, now, bool(followers))
         return [row._replace(after=()) for row in added] if followers else added
 
     def claim(
@@ -3036,7 +3031,7 @@ class Store(TypeSettings, Following):
             old = next(iter(self.rows(Query(ids=[task_id]), now)), None)
             new = after_update(old, task_id, changes, now)
             new = bound(new, {row.id: row for row in self._parents([new], now)})
-            self._put([(old, new)], now)
+            self._put([(old, new)], now, binds=True)
             return new._replace(after=())
 
         return self._change(work)
@@ -3605,6 +3600,9 @@ def _readable_setting(columns: Sequence[Any]) -> Setting:
     return setting if setting.period else setting._replace(starts=None)
 
 
+_stored_setting = lru_cache(maxsize=1000)(_readable_setting)  # For every claim.
+
+
 @lru_cache(maxsize=1000)
 def _write_of(names: Sequence[str]) -> str:
     changes = [f"{name} = ?" for name in names]
@@ -4072,7 +4070,7 @@ class SQLiteStore(_SQLiteFile):
 
     def settings(self, all_types: bool = False) -> Mapping[str, Setting]:
         found = self._select(_SETTINGS if all_types else _GATES)
-        return {str(line[0]): _readable_setting(line[1:]) for line in found} if found else {}
+        return {str(line[0]): _stored_setting(line[1:]) for line in found} if found else {}
 
     def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
         for column, value in changes.items():
@@ -5053,7 +5051,7 @@ class MongoStore(_MongoSide):
         children = None if ids is None else list(ids)
         return {bond.child for bond in self.bonds(children=children)}
 
-    def _put(self, pairs: Sequence[_Pair], now: int) -> None:
+    def _put(self, pairs: Sequence[_Pair], now: int, binds: bool = False) -> None:
         bonds = [bond for _, new in pairs if new is not None for bond in new.after]
         if bonds:
             self._check_rings(pairs)
@@ -6107,9 +6105,10 @@ def _make_query(method: str, filters: Mapping[str, Any], store: Store) -> Query:
 def _told(setting: Setting) -> dict[str, Any]:
     """A Setting as types() tells it."""
     counts, starts = read_counts(setting.counts), setting.starts
-    runs: dict[str, Any] = {how: counts[how] for how in _ENDS}
-    runs["seconds"] = counts["us"] / 1e6
-    runs["seconds_le"] = dict(zip(BOUNDS, itertools.accumulate(counts[name] for name in _TOOK)))
+    took = list(itertools.accumulate(counts[name] for name in _TOOK))
+    done = took[-1] - sum(counts[how] for how in ("failed", "retried", "later"))
+    runs: dict[str, Any] = {"done": done, **{how: counts[how] for how in _ENDS}}
+    runs.update(seconds=counts["us"] / 1e6, seconds_le=dict(zip(BOUNDS, took)))
     told = {"paused": bool(setting.paused), "at_once": setting.at_once, "runs": runs}
     return {**told, "rate": None if starts is None else (starts, (setting.period or 0) / 1e6)}
 

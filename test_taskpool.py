@@ -1879,9 +1879,11 @@ class Gates:
                 taskpool.count_run(tally, "x", Outcome("t", 1, state, charged, seconds=seconds), led)
             self.store.tally(tally)
             self.store.tally({})
+        self.add(row("late", expires=1), row("later", expires=2))
+        self.claim(now=NOW + 2 * SECOND)
         told = taskpool._told(self.store.settings(all_types=True)["x"])["runs"]
         self.assertEqual(told.pop("seconds_le"), {0.01: 4, 0.1: 6, 1.0: 6, 10.0: 8, 60.0: 12, 600.0: 12, 3600.0: 12})
-        self.assertEqual(told, {"done": 4, "failed": 4, "later": 4, "retried": 2, "interrupted": 0, "expired": 0, "seconds": 2 * 10124.03})
+        self.assertEqual(told, {"done": 4, "failed": 4, "later": 4, "retried": 2, "interrupted": 0, "expired": 1, "seconds": 2 * 10124.03})
         self.assertEqual(dict(self.store.settings()), {})
 
     def test_a_summary_counts_each_task_of_each_type(self):
