@@ -10454,17 +10454,25 @@ examples:
   python taskpool.py list tasks.db --state failed   the failed ones, oldest first
   python taskpool.py show tasks.db ID               all of one task, with its error
   python taskpool.py retry tasks.db ID ID           put failed ones back to waiting
+  python taskpool.py pause tasks.db mail            no cluster starts that type, until resume
+  python taskpool.py limit tasks.db mail --at-once 4 --rate 10/60
   python taskpool.py cron "0 9 * * MON-FRI" --tz Europe/Berlin
   python -c "help(__import__('taskpool').TaskQueue.add_task)"     one call, explained
 """
 _BEHIND = "an ID that begins with - goes behind --: show tasks.db -- -ID"
 _BEGINNING = "SELECT id FROM taskpool_task WHERE id BETWEEN ? AND ? ORDER BY id LIMIT 4"
-_COUNTS = ("waiting", "due", "running", "failed", "done")
-_TYPE_COLUMNS = ("task_type", *_COUNTS, "oldest_wait", "next_due")
+# How many tasks wait for one that has failed.
+_STUCK = """
+SELECT count(DISTINCT child) FROM taskpool_after
+CROSS JOIN taskpool_task AS first ON first.id = parent AND first.state = 'failed'
+CROSS JOIN taskpool_task AS held ON held.id = child AND held.state = 'held'
+"""
+_COUNTS = ("waiting", "due", "held", "running", "failed", "done")
+_TYPE_COLUMNS = ("task_type", "limits", *_COUNTS, "oldest_wait", "next_due")
 _RUN_COLUMNS = ("task_type", "id", "attempt", "where", "since", "progress")
 _SHOWN = (
-    "id task_type state data priority due_date created_at started_at ended_at attempt retries "
-    "retry_delay timeout expires repeat progress result error"
+    "id task_type state held data priority due_date created_at started_at ended_at attempt "
+    "retries retry_delay timeout expires repeat progress result error"
 ).split()
 LIST_TASKS = 100  # The command list shows so many.
 COLUMN_CHARS = 40  # Widest column of a table.
@@ -10554,37 +10562,50 @@ def _table(rows: Sequence[Mapping[str, Any]], now: int, width: int = 0) -> list[
     return lines
 
 
-# Each of the next three gives what its command prints: for programs, and as lines for people.
+def _limits(kind: Mapping[str, Any]) -> str:
+    """What types() tells of a pause and limits: "paused, 4 at once, 10 per 60 s"."""
+    words = ["paused"] * kind["paused"]
+    words += [] if kind["at_once"] is None else [f"{kind['at_once']:,} at once"]
+    words += ["{:,} per {:.9g} s".format(*kind["rate"])] if kind["rate"] else []
+    return ", ".join(words)
+
+
+# Each of the next four gives what its command prints: for programs, and as lines for people.
 _Told = tuple[Any, list[str]]
 
 
 def _tell_status(view: SQLiteStore, options: Any, now: int, width: int) -> _Told:
-    found = view.summary(now)
-    types = [dict(zip(_TYPE_COLUMNS, line)) for line in found]
-    for kind in types:
-        due = kind["next_due"]
-        kind["next_due"] = due and _datetime(min(max(due, _YEARS[0]), _YEARS[1]))
+    types = TaskQueue(view).types()
+    table = [
+        {**kind, "limits": _limits(kind) or None, "oldest_wait": kind["oldest_due"]}
+        for kind in types
+    ]
+    # What is not used has no column. One that --watch has shown stays, so that nothing jumps.
+    options.columns.update(n for line in table for n in ("limits", "held") if line[n])
+    table = [{n: line[n] for n in _TYPE_COLUMNS if n in options.columns} for line in table]
+    stuck = view._select(_STUCK)[0][0] if any(kind["held"] for kind in types) else 0
     runs = [
         {**_tell(row), "where": told_owner(row.owner), "since": _datetime(row.ready_at)}
         for row in view.find(Query(states=["running"]), now)
     ]
-    total = sum(kind[name] for kind in types for name in _COUNTS if name != "due")
+    total = sum(kind[name] for kind in types for name in ("waiting", *_COUNTS[3:]))
     masters = [told_owner(owner) for owner in view.owners()]
     who = ", ".join(f"pid {m['pid']} ({m['state']})" for m in masters)
-    lines = [f"{_plain(options.db)}: {total:,} tasks"]
+    few = f"; {stuck:,} wait for failed tasks" if stuck else ""
+    lines = [f"{_plain(options.db)}: {total:,} tasks{few}"]
     lines.append(f"masters: {who or 'none; nothing runs until a Cluster works on this file'}")
     if "(unknown)" in who:
         lines.append("  (unknown: of another machine or container, or a system without /proc)")
-    lines += ["", *_table(types, now)] if types else []
-    few = [{name: run[name] for name in _RUN_COLUMNS} for run in runs[:20]]
-    lines += ["", "running now:", *_table(few, now, width)] if few else []
+    lines += ["", *_table(table, now)] if table else []
+    first = [{name: run[name] for name in _RUN_COLUMNS} for run in runs[:20]]
+    lines += ["", "running now:", *_table(first, now, width)] if first else []
     lines += [f"... and {len(runs) - 20:,} more"] if runs[20:] else []
-    told = {"file": view.path, "tasks": total, "types": types, "running": runs, "masters": masters}
-    return told, lines
+    told = {"file": view.path, "tasks": total, "waiting_for_failed": stuck, "types": types}
+    return {**told, "running": runs, "masters": masters}, lines
 
 
 def _tell_list(view: SQLiteStore, options: Any, now: int, width: int) -> _Told:
-    query = Query(types=options.type, states=options.state)
+    query = Query(types=options.type, states=options.state, held=options.held or None)
     total = view.count(query, now)
     limit = options.limit or (total if options.json else LIST_TASKS)
     offset = max(total - limit, 0) if options.newest else 0
@@ -10620,7 +10641,11 @@ def _found(view: SQLiteStore, text: str, now: int) -> Row:
 
 
 def _tell_task(view: SQLiteStore, options: Any, now: int, width: int) -> _Told:
-    task, lines = _tell(_found(view, options.id, now)), []
+    task, lines, queue = _tell(_found(view, options.id, now)), [], TaskQueue(view)
+    others = sorted(queue.find(before=task["id"]), key=lambda other: other.state)  # Failed first.
+    task["after"] = {other.id: other.state for other in others}
+    task["followed_by"] = queue.count(after=task["id"])
+    task["error"] = task.pop("error")  # It is long: the last one.
     for name, value in task.items():
         if isinstance(value, datetime):
             text = f"{value.isoformat()} ({_cell(value, now)})"
@@ -10633,8 +10658,74 @@ def _tell_task(view: SQLiteStore, options: Any, now: int, width: int) -> _Told:
     return task, lines
 
 
+METRIC_TYPES = 500  # Each has 25 lines. All further types are summed up as "(other)".
+_METRICS = {
+    "tasks": "gauge Tasks by state; each is counted once.",
+    "oldest_due_seconds": "gauge How long the oldest task that is due has been so.",
+    "paused": "gauge 1 if the type is paused, else 0.",
+    "at_once": "gauge How many tasks of the type may run at once.",
+    "runs_total": "counter Runs by how they ended.",
+    "run_seconds": "histogram How long runs took.",
+    "masters": "gauge Clusters that work on these tasks.",
+    "build_info": "gauge The version of taskpool.",
+    "counted_seconds": "gauge How old these numbers are.",
+}
+_IN_LABELS = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+def metrics_text(
+    types: Sequence[Mapping[str, Any]], masters: Iterable[str], version: str, age: float = 0.0
+) -> str:
+    """What types() said *age* seconds ago, and the states of the masters, for Prometheus: in its
+    text format 0.0.4. Where the name of a type has control characters, their codes are told."""
+    found: dict[str, float] = {}
+
+    def put(sample: str, value: float, labels: str) -> None:
+        """Types that share a name are added up; of some numbers the largest counts."""
+        merge = max if sample in ("oldest_due_seconds", "paused") else operator.add
+        sample += f"{{{labels}}}"
+        found[sample] = merge(found.get(sample, 0), value)
+
+    for number, kind in enumerate(types):
+        name = kind["task_type"] if number < METRIC_TYPES else "(other)"
+        name = "\n".join(map(_plain, name.split("\n"))).translate(_IN_LABELS)
+        label, runs = f'type="{name}"', kind["runs"]
+        counts = {"scheduled": 0, "paused": 0, **{state: kind[state] for state in _COUNTS[1:]}}
+        rest = "paused" if kind["paused"] else "scheduled"
+        counts[rest] = kind["waiting"] - kind["due"] - kind["held"]
+        for state, count in counts.items():
+            put("tasks", count, f'{label},state="{state}"')
+        put("oldest_due_seconds", kind["oldest_due"] or 0, label)
+        put("paused", int(kind["paused"]), label)
+        if kind["at_once"] is not None and number < METRIC_TYPES:
+            put("at_once", kind["at_once"], label)
+        for end in _ENDS:
+            put("runs_total", runs[end], f'{label},outcome="{end}"')
+        total = sum(runs[end] for end in _ENDS[:4])  # Each run has ended as one of these.
+        for most, count in [*runs["seconds_le"].items(), ("+Inf", total)]:
+            put("run_seconds_bucket", count, f'{label},le="{most}"')
+        put("run_seconds_sum", runs["seconds"], label)
+        put("run_seconds_count", total, label)
+    states = collections.Counter(masters)
+    for state in ("alive", "dead", "unknown"):
+        put("masters", states[state], f'state="{state}"')
+    put("build_info", 1, f'version="{version}"')
+    found["counted_seconds"] = age
+    lines = []
+    for name, about in _METRICS.items():
+        how, _, text = about.partition(" ")
+        lines += [f"# HELP taskpool_{name} {text}", f"# TYPE taskpool_{name} {how}"]
+        lines += [f"taskpool_{it} {value}" for it, value in found.items() if it.startswith(name)]
+    return "\n".join([*lines, ""])
+
+
+def _tell_metrics(view: SQLiteStore, options: Any, now: int, width: int) -> _Told:
+    masters = [told_owner(owner)["state"] for owner in view.owners()]
+    return None, metrics_text(TaskQueue(view).types(), masters, __version__).splitlines()
+
+
 def _look(options: Any) -> int:
-    """status, list and show: print what is told, with --watch each second."""
+    """status, list, show and metrics: print what is told, with --watch each second."""
     import shutil
 
     able = os.environ.get("TERM", "dumb") != "dumb" or "WT_SESSION" in os.environ
@@ -10664,32 +10755,58 @@ def _add(options: Any) -> int:
     return OK
 
 
+# What each command calls for a task, what it says of that, and why the call may do nothing.
+_CHANGES: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "retry": (TaskQueue.retry, "waiting", "it is {}, not failed"),
+    "remove": (TaskQueue.remove, "removed", "no such task"),
+    "cancel": (lambda queue, task_id: queue.cancel(task_id), "cancelled", "no such task"),
+    "now": (functools.partial(TaskQueue.update, due_date=None, after=None), "due now", ""),
+}
+
+
 def _change(options: Any) -> int:
-    """retry and remove: say what became of each ID, or how many tasks the filters meant."""
+    """retry, remove, cancel and now: say what became of each ID, or how many tasks the filters
+    meant."""
     filters = {"task_type": options.type, "state": options.state}
     filters = {name: some for name, some in filters.items() if some}
     if bool(filters) == bool(options.id):
         options.parser.error("give either IDs, or --type, --state or both")
-    now, missed, view = time.time_ns() // 1000, False, SQLiteStore(options.db, _looking=True)
+    (change, word, not_so), missed = _CHANGES[options.command], False
+    now, view = time.time_ns() // 1000, SQLiteStore(options.db, _looking=True)
     with contextlib.closing(view), TaskQueue(options.db) as queue:
         view.owners()  # Raises if no file of ours is there to be changed.
-        verb, word, not_so = queue.remove, "removed", "no such task"
-        if options.command == "retry":
-            verb, word, not_so = queue.retry, "waiting", "it is {}, not failed"
         if filters:
-            print(f"{verb(**filters):,} {'put back to ' * (word == 'waiting')}{word}")
+            print(f"{change(queue, **filters):,} {'put back to ' * (word == 'waiting')}{word}")
         for text in dict.fromkeys(options.id):
             try:
                 row = _found(view, text, now)
-                if not verb(task_id=row.id):
+                if not change(queue, task_id=row.id):
                     why = not_so.format(_public_state(row.state))
                     raise TaskPoolError(f"{_shown(row.id)}: {why}")
-                runs = "runs; it is removed at the end of this run"
-                print(f"{_plain(row.id)}: {runs if row.state == 'running' else word}")
-            except TaskPoolError as error:
+                is_later = row.state == "running" and word == "removed"
+                end = "runs; it is removed at the end of this run" if is_later else word
+                print(f"{_plain(row.id)}: {end}")
+            except (TaskPoolError, ValueError) as error:
                 missed = True
                 print(f"taskpool.py: {_plain(str(error))}", file=sys.stderr)
     return FAILURE if missed else OK
+
+
+def _set_types(options: Any) -> int:
+    """pause, resume and limit: say what holds for each TYPE from now on."""
+    given = {name: v for name, v in vars(options).items() if name in ("at_once", "rate")}
+    if options.command == "limit" and not given:
+        options.parser.error("give --at-once, --rate or both")
+    view = SQLiteStore(options.db, _looking=True)
+    with contextlib.closing(view), TaskQueue(options.db) as queue:
+        known = [kind["task_type"] for kind in TaskQueue(view).types()]
+        for name in dict.fromkeys(options.types):
+            getattr(queue, options.command)(name, **given)
+            text = _limits(_told(view.settings().get(name, Setting()))) or "no limit"
+            if name not in known:
+                text += f"; no task here is of that type{_nearest(name, known)}"
+            print(_plain(f"{name}: {text}"))
+    return OK
 
 
 @lru_cache(maxsize=1)
@@ -10761,15 +10878,22 @@ def _print_cron(options: Any) -> int:
     return OK
 
 
+_CHOOSING = "--type --state"
 _SERVING = "--keep-alive --max-tasks-per-worker --start-method --shutdown-timeout --logs"
 # What each command does, its arguments, what it is for, and what _look tells.
 _COMMANDS: dict[str, tuple[Callable[[Any], int], str, str, Any]] = {
     "status": (_look, "db --watch --json", "what waits, runs and fails, by type", _tell_status),
-    "list": (_look, "db --type --state --newest --limit --json", "tasks by age", _tell_list),
+    "list": (_look, f"db {_CHOOSING} --held --newest --limit --json", "tasks by age", _tell_list),
     "show": (_look, "db id --json", "all of one task", _tell_task),
     "add": (_add, "db task_type data?", "add a task; a missing file is made", None),
-    "retry": (_change, "db id* --type --state", "put failed tasks back to waiting", None),
-    "remove": (_change, "db id* --type --state", "remove tasks; a running one ends its run", None),
+    "retry": (_change, f"db id* {_CHOOSING}", "put failed tasks back to waiting", None),
+    "remove": (_change, f"db id* {_CHOOSING}", "remove tasks; a running one ends its run", None),
+    "cancel": (_change, "db id+", "remove tasks; what runs is stopped", None),
+    "now": (_change, "db id+", "due now: no due date, no others to follow", None),
+    "pause": (_set_types, "db types+", "start no tasks of a type, in all clusters", None),
+    "resume": (_set_types, "db types+", "end a pause", None),
+    "limit": (_set_types, "db types+ --at-once --rate", "limit how tasks of a type start", None),
+    "metrics": (_look, "db", "numbers for Prometheus", _tell_metrics),
     "run": (
         _serve, f"name db? --workers --oversubscribe {_SERVING}",
         "serve tasks until a signal; a missing file is made", None,
@@ -10779,45 +10903,60 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, str, Any]] = {
 }  # fmt: skip
 
 
+def _read_place(text: str) -> str:
+    module, _, name = text.partition(":")
+    if name and module[-3:] != ".py" and all(map(str.isidentifier, module.split("."))):
+        return text
+    raise ValueError(text)
+
+
+def _read_whole(text: str) -> int:
+    return _checked_int("", int(text), 1)
+
+
+def _read_rate(text: str) -> tuple[int, float]:
+    starts, _, seconds = text.partition("/")
+    rate = int(starts), float(seconds)
+    _checked_limits(_AS_IS, rate)
+    return rate
+
+
 def _arguments() -> dict[str, dict[str, Any]]:
     """How argparse reads each argument."""
     import argparse
 
-    def read(how: Callable[[str], Any], allowed: str) -> Callable[[str], Any]:
+    def read(how: Callable[[str], Any], allowed: str, **words: Any) -> Callable[[str], Any]:
         def type_(text: str) -> Any:
             try:
-                return how(text)
+                return words[text] if text in words else how(text)
             except (TypeError, ValueError):
                 raise argparse.ArgumentTypeError(f"{_shown(text)} is not {allowed}") from None
 
         return type_
 
-    def place(text: str) -> str:
-        module, _, name = text.partition(":")
-        if name and module[-3:] != ".py" and all(map(str.isidentifier, module.split("."))):
-            return text
-        raise ValueError(text)
-
-    whole = read(lambda text: _checked_int("", int(text), 1), "a whole number, 1 or more")
+    whole = read(_read_whole, "a whole number, 1 or more")
+    most = read(_read_whole, 'a whole number, 1 or more, or "none"', none=None)
+    idle = read(_read_whole, 'a whole number of milliseconds, or "always"', always="always")
+    rate = read(_read_rate, 'N/SECONDS, such as 10/60, or "none"', none=None)
     span = read(lambda text: _checked_seconds("", float(text), zero=True), "a number of seconds")
-    value = read(_decode, "JSON")
-    idle = read(
-        lambda text: text if text == "always" else _checked_int("", int(text), 1),
-        'a whole number of milliseconds, 1 or more, or "always"',
-    )
+    kind = read(functools.partial(_checked_text, ""), "the name of a task type")
+    place = read(_read_place, "MODULE:NAME, such as app:queue")
     flag, count = {"action": "store_true"}, {"type": whole, "metavar": "N"}
+    limit = {"default": argparse.SUPPRESS}  # What is not given stays as it is.
     return {
         "db": {"metavar": "DB", "help": "the file of your TaskQueue"},
-        "db?": {"metavar": "DB", "nargs": "?", "help": "the file, if NAME is a task map"},
         "id": {"metavar": "ID", "help": "an id, or its beginning"},
-        "id*": {"metavar": "ID", "nargs": "*", "help": "an id, or its beginning"},
+        "types": {"metavar": "TYPE", "type": kind},
         "task_type": {"metavar": "TYPE", "help": "without the defaults that the code declares"},
-        "data?": {"metavar": "JSON", "nargs": "?", "type": value, "default": _NO_DATA},
-        "name": {"metavar": "MODULE:NAME", "type": read(place, "MODULE:NAME, such as app:queue")},
+        "data": {"metavar": "JSON", "type": read(_decode, "JSON"), "default": _NO_DATA},
+        "name": {"metavar": "MODULE:NAME", "type": place},
         "text": {"metavar": "EXPR", "help": 'such as "0 9 * * MON-FRI"'},
         "--json": {**flag, "help": "for programs"},
+        "--at-once": {**limit, "type": most, "metavar": "N", "help": "so many run at once"},
+        "--held": {**flag, "help": "only those that wait for the end of others"},
         "--limit": {**count, "help": f"at most so many ({LIST_TASKS}; with --json all)"},
         "--newest": {**flag, "help": "the newest first"},
+        "--rate": {**limit, "type": rate, "metavar": "N/SECONDS", "help": "so many start"},
         "--state": {"action": "append", "choices": STATES, "help": "only tasks in that state"},
         "--type": {"action": "append", "help": "only tasks of that type"},
         "--tz": {"default": "UTC", "help": "its time zone (%(default)s)"},
@@ -10852,12 +10991,15 @@ def _parser() -> Any:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     specs = _arguments()
     for name, (act, words, text, tell) in _COMMANDS.items():
-        epilog = _BEHIND if {"id", "id*"} & set(words.split()) else None
+        epilog = _BEHIND if " id" in words else None
         about = f"{text.capitalize()}."
         added = commands.add_parser(name, help=text, description=about, epilog=epilog)
-        added.set_defaults(act=act, tell=tell, parser=added, watch=False)
+        added.set_defaults(act=act, tell=tell, parser=added, watch=False, json=False)
+        added.set_defaults(type=None, state=None, columns={*_TYPE_COLUMNS} - {"limits", "held"})
         for word in words.split():
-            added.add_argument(word.strip("*?"), **specs[word])
+            argument = word.rstrip("*?+")
+            many: Any = {"nargs": word[-1]} if word != argument else {}
+            added.add_argument(argument, **specs[argument], **many)
     return parser
 
 
@@ -10872,7 +11014,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("say what to do")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A terminal that lacks a letter is no error.
-            stream.reconfigure(errors="backslashreplace")
+            coding = "utf-8" if options.command == "metrics" else None  # As Prometheus asks.
+            stream.reconfigure(encoding=coding, errors="backslashreplace")
     try:
         code = _demo() if options.demo else cast(int, options.act(options))
         if sys.stdout is not None:  # As under `>&-`.

@@ -11625,7 +11625,7 @@ class TestOperators(InFolder):
             "echo": (1, 0, 0, 0, 1), "fail": (0, 0, 0, 1, 0), "hold": (0, 0, 1, 0, 0),
             "other": (1, 1, 0, 0, 0), "steps": (0, 0, 1, 0, 0),
         })
-        by_type = {t["task_type"]: (t["oldest_wait"], t["next_due"]) for t in status["types"]}
+        by_type = {t["task_type"]: (t["oldest_due"], t["next_due"]) for t in status["types"]}
         wait, due = by_type["other"]
         self.assertTrue(0 <= wait < PATIENCE and due is None, wait)
         self.assertEqual(by_type["echo"], (None, queue.find_one(task_id="later").due_date.isoformat()))
@@ -11642,6 +11642,69 @@ class TestOperators(InFolder):
         self.assertRegex(text, r"\necho +1 +0 +0 +0 +1  - +in 3 d\n")
         self.assertRegex(text, r"\nsteps +steps +1  pid \d+  .* ago  \[#{19} \]  99%  999 of 1,000  half way\n")
         self.assertIn("masters: none", self.out("status", "tasks.db"))
+
+    def test_status_tells_of_pauses_limits_and_what_is_held_in_columns_that_stay_while_it_watches(self):
+        queue = self.some()
+        self.assertNotRegex(self.out("status", "tasks.db"), "limits|held|wait for")
+        queue.limit("echo", at_once=1234, rate=(10, 60))
+        queue.limit("none", rate=(1, 0.25))
+        queue.pause("other", "echo")
+        queue.add_task("next", after=["bad", "later"])
+        queue.add_task("next", after_end=["bad", "later"], task_id="end")
+        queue.add_task("last", after=["end"])
+        text, status = self.out("status", "tasks.db"), self.json("status", "tasks.db")
+        self.assertRegex(text, r"\Atasks.db: 7 tasks; 1 wait for failed tasks\nmasters: .*\n\ntype +limits +waiting  due  held  ")
+        for line in (r"echo +paused, 1,234 at once, 10 per 60 s +1 +0 +0 ", "last +- +1 +0 +1 ", "next +- +2 +0 +2 ",
+                     r"none +1 per 0\.25 s +0 ", "other +paused +1 +0 +0 +0 +0 +0  - +-"):
+            self.assertRegex(text, rf"\n{line}")
+        self.assertEqual((status["waiting_for_failed"], [t["held"] for t in status["types"]]), (1, [0, 0, 1, 2, 0, 0]))
+        self.assertEqual([t["paused"] for t in status["types"]], [True, False, False, False, False, True])
+        options = taskpool._parser().parse_args(["status", "tasks.db", "--watch"])
+        for change in (lambda: None, lambda: queue.resume("echo"), lambda: queue.remove(task_type=["next", "last"])):
+            change()
+            with contextlib.closing(SQLiteStore(self.folder / "tasks.db", _looking=True)) as view:
+                _, lines = taskpool._tell_status(view, options, NOW, 0)
+            self.assertRegex(lines[3], "limits .* held")
+        self.assertNotIn("wait for", lines[0])
+
+    def test_pause_resume_and_limit_tell_what_holds_then(self):
+        queue = self.some()
+        def told(name):
+            return next(kind for kind in queue.types() if kind["task_type"] == name)
+        self.assertEqual(self.out("pause", "tasks.db", "echo", "fail", "echo"), "echo: paused\nfail: paused\n")
+        self.assertTrue(told("echo")["paused"] and told("fail")["paused"])
+        self.assertEqual(self.out("limit", "tasks.db", "echo", "--at-once", 4, "--rate", "10/0.5"), "echo: paused, 4 at once, 10 per 0.5 s\n")
+        self.assertEqual(self.out("resume", "tasks.db", "echo"), "echo: 4 at once, 10 per 0.5 s\n")
+        self.assertEqual(self.out("limit", "tasks.db", "echo", "--rate", "none"), "echo: 4 at once\n")
+        self.assertEqual((told("echo")["paused"], told("echo")["at_once"], told("echo")["rate"]), (False, 4, None))
+        self.assertEqual(self.out("limit", "tasks.db", "echo", "--at-once", "none"), "echo: no limit\n")
+        evil = "\x1b[2J\u202e\n"
+        self.assertEqual(self.out("pause", "tasks.db", "ecko", evil),
+                         "ecko: paused; no task here is of that type; did you mean 'echo'?\n"
+                         "\\x1b[2J\\u202e\\n: paused; no task here is of that type\n")
+
+    def test_now_starts_what_waits_for_its_time_or_for_others_and_list_and_show_tell_of_those(self):
+        queue, later = self.some(), timedelta(days=1)
+        queue.add_task("echo", task_id="end", after=["later", "bad"], due_date=later)
+        queue.add_task("echo", task_id="next", after="end")
+        shown = self.out("show", "tasks.db", "end")
+        self.assertRegex(shown, r'\nheld +true\n(.*\n)*after +\{"bad": "failed", "later": "waiting"\}\nfollowed_by +1\nerror +null\n\Z')
+        self.assertEqual([(t["id"], t["held"]) for t in self.json("list", "tasks.db", "--held")], [("end", True), ("next", True)])
+        self.assertEqual(self.out("list", "tasks.db", "--held", "--type", "other"), "no tasks\n")
+        self.assertEqual(self.out("now", "tasks.db", "en", "later"), "end: due now\nlater: due now\n")
+        self.assertEqual((self.json("show", "tasks.db", "end")["after"], self.json("show", "tasks.db", "next")["after"]), ({}, {"end": "waiting"}))
+        self.assertEqual([task.id for task in queue.run_due({"echo": echo})], ["later", "end", "next"])
+        code, out, err = self.main("now", "tasks.db", "bad", "other", "nope")
+        self.assertEqual((code, out, err.count("\n")), (1, "other: due now\n", 2))
+        self.assertRegex(err, "'bad' is failed; only waiting tasks .*\n.*'nope': no such task\n")
+
+    def test_cancel_tells_of_each_task(self):
+        self.some()
+        with mock.patch.object(TaskQueue, "cancel", create=True, side_effect=[True, False]) as cancel:
+            code, out, err = self.main("cancel", "tasks.db", "lat", "good", "nope")
+        self.assertEqual((code, out), (1, "later: cancelled\n"))
+        self.assertEqual(err, "taskpool.py: 'good': no such task\ntaskpool.py: 'nope': no such task\n")
+        self.assertEqual([call[0][0] for call in cancel.call_args_list], ["later", "good"])
 
     @unittest.skipUnless(LINUX, "only /proc tells that a process is dead")
     def test_status_tells_that_a_master_is_dead(self):
@@ -11667,7 +11730,8 @@ class TestOperators(InFolder):
         self.assertRegex(self.out("list", "old.db"), r"\nx     one  waiting        0  ")
         self.assertEqual(self.json("show", "old.db", "one")["progress"], None)
         self.assertRegex(self.out("status", "old.db"), r"\nx +1 +1 +0 +0 +0 ")
-        for command in (("status",), ("list",), ("show", "x"), ("retry", "x"), ("remove", "x")):
+        for command in (("status",), ("list",), ("show", "x"), ("retry", "x"), ("remove", "x"), ("cancel", "x"), ("now", "x"),
+                        ("pause", "x"), ("resume", "x"), ("limit", "x", "--at-once", "1"), ("metrics",)):
             for name, text in (
                 ("none.db", "no such file"), ("tasks.db", "made by a newer taskpool"),
                 ("foreign.db", "holds no tasks"), ("text.db", "not a database"), (".", " is a folder"),
@@ -11766,7 +11830,7 @@ class TestOperators(InFolder):
             queue.add_task("x", task_id=task_id)
         self.assertIn("id           -x\n", self.out("show", "tasks.db", "--", "-x"))
         self.assertIn("id           --json\n", self.out("show", "tasks.db", "--", "--json"))
-        for command in ("show", "retry", "remove"):
+        for command in ("show", "retry", "remove", "cancel", "now"):
             self.assertIn("begins with - goes behind --", self.error(command, "tasks.db", "-x", code=2))
             self.assertIn("begins with - goes behind --", self.out(command, "--help"))
         self.assertEqual(self.out("remove", "tasks.db", "--", "-x", "--json", "-1").count("removed"), 3)
@@ -11833,6 +11897,10 @@ class TestOperators(InFolder):
                 "shutdown-timeout=-1", "shutdown-timeout=nan", "logs=none")),
             ["add", "a"], *(["add", "a", "x", text] for text in ("{", "NaN", "{'a': 1}", "[" * 5000, "x")),
             *([command, "a", *rest] for command in ("retry", "remove") for rest in ((), ("b", "--type", "x"), ("--state", "x"))),
+            *([command, *rest] for command in ("cancel", "now", "pause", "resume", "limit") for rest in ((), ("a",))),
+            ["metrics"], ["pause", "a", ""], ["pause", "a", "x", "\udc80"], ["cancel", "a", "--type", "x"], ["limit", "a", "x"],
+            *(["limit", "a", "x", f"--{option}"] for option in (
+                "at-once=0", "at-once=x", "at-once=", "rate=5", "rate=0/5", "rate=1.5/5", "rate=5/0", "rate=5/nan", "rate=5/6/7", "rate=NONE")),
         ):
             with self.subTest(arguments=arguments):
                 self.assertIn("; usage: taskpool.py", self.error(*arguments, code=2))
@@ -11999,6 +12067,95 @@ class TestOperators(InFolder):
         self.assertEqual(process.returncode, 1)
         self.assertIn("was called while a worker process runs your file again", err)
         self.assertEqual(self.queue("other.db").count(), 0)
+
+
+class TestMetrics(InFolder):
+    """python taskpool.py metrics: numbers in the text format of Prometheus, 0.0.4."""
+
+    def read(self, text):
+        """{name of a sample: {its labels: its value}}, by the rules of the format."""
+        samples, known, family = {}, set(), None
+        self.assertEqual(text[-1:], "\n")
+        for line in text[:-1].split("\n"):
+            if line.startswith("#"):
+                kind, name, rest = re.fullmatch(r"# (HELP|TYPE) (taskpool_[a-z_]+) (.+)", line).groups()
+                if kind == "TYPE":
+                    self.assertNotIn(name, known)
+                    self.assertIn(rest, ("gauge", "counter", "histogram"))
+                    known.add(name)
+                    family = rf"{name}(_bucket|_sum|_count)" if rest == "histogram" else name
+                continue
+            name, within, value = re.fullmatch(r"([a-z_]+)(?:\{(.+)\})? (\S+)", line).groups()
+            self.assertRegex(name, rf"\A{family}\Z")  # All of a family stand together.
+            label = r'([a-z]+)="((?:[^"\\]|\\[\\"n])*)"'
+            self.assertTrue(re.fullmatch(rf"{label}(,{label})*", within or 'a=""'), line)
+            labels = tuple(re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), text) for _, text in re.findall(label, within or ""))
+            self.assertNotIn(labels, samples.setdefault(name, {}))
+            samples[name][labels] = float(value)
+        return samples
+
+    def metrics(self):
+        done = subprocess.run([sys.executable, str(HERE / "taskpool.py"), "metrics", "tasks.db"], cwd=self.folder, timeout=PATIENCE,
+                              env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        return self.read(done.stdout.decode("utf-8"))
+
+    def test_each_task_is_counted_in_one_state(self):
+        queue, flag, odd = self.queue(), str(self.folder / "flag"), '\u6f22"b\n\\'
+        for name in ("echo", "off", odd):
+            queue.add_tasks({"task_type": name, "due_date": due} for due in (None, None, timedelta(days=9)))
+        queue.add_task("fail", task_id="bad")
+        queue.add_task("kept", keep_result=600)
+        queue.run_due({"fail": fail, "kept": job_itself})
+        queue.add_task("off", after="bad")
+        queue.pause("off")
+        queue.limit("kept", at_once=7)
+        with self.cluster({"hold": hold}, queue):
+            queue.add_task("hold", flag)
+            begun(flag)
+            found, count = self.metrics(), queue.count()
+            let_end(flag)
+        self.assertEqual({labels: n for labels, n in found["taskpool_tasks"].items() if n}, {
+            ("echo", "due"): 2, ("echo", "scheduled"): 1, (odd, "due"): 2, (odd, "scheduled"): 1, ("off", "paused"): 3, ("off", "held"): 1,
+            ("fail", "failed"): 1, ("kept", "done"): 1, ("hold", "running"): 1})
+        self.assertEqual((sum(found["taskpool_tasks"].values()), len(found["taskpool_tasks"])), (count, 6 * 7))
+        self.assertEqual({labels[0] for labels, n in found["taskpool_oldest_due_seconds"].items() if n}, {"echo", odd})
+        self.assertEqual([labels[0] for labels, n in found["taskpool_paused"].items() if n], ["off"])
+        self.assertEqual(found["taskpool_at_once"], {("kept",): 7})
+        self.assertEqual(sum(found["taskpool_masters"].values()), 1)
+        self.assertEqual((found["taskpool_build_info"], found["taskpool_counted_seconds"]), ({(taskpool.__version__,): 1}, {(): 0}))
+
+    def test_runs_are_counted_by_their_ends_and_durations(self):
+        queue = self.queue()
+        with self.cluster({"echo": echo, "fail": fail, "wish": wish}, queue):
+            queue.add_tasks({"task_type": "echo"} for _ in range(20))
+            queue.add_task("fail", retries=2, retry_delay=0)
+            queue.add_task("wish", {"file": str(self.folder / "starts"), "raise": ["Busy", 0.01], "times": 2})
+        found = self.metrics()
+        self.assertEqual({labels: n for labels, n in found["taskpool_runs_total"].items() if n},
+                         {("echo", "done"): 20, ("fail", "failed"): 1, ("fail", "retried"): 2, ("wish", "later"): 2, ("wish", "done"): 1})
+        for name, count in (("echo", 20), ("fail", 3), ("wish", 3)):
+            steps = [(le, n) for (task_type, le), n in found["taskpool_run_seconds_bucket"].items() if task_type == name]
+            self.assertEqual([float(le) for le, _ in steps], [*taskpool.BOUNDS, math.inf])
+            self.assertEqual([n for _, n in steps], sorted(n for _, n in steps))
+            self.assertEqual((steps[-1], found["taskpool_run_seconds_count"][name,]), (("+Inf", count), count))
+            self.assertGreater(found["taskpool_run_seconds_sum"][name,], 0)
+
+    def test_of_many_types_the_rest_is_summed_up_and_no_name_is_a_command_to_a_terminal(self):
+        queue = self.queue()
+        queue.add_tasks({"task_type": f"t{number:03}"} for number in range(600))
+        queue.add_tasks({"task_type": name} for name in ("(other)", "\x1b[2J\u202e"))
+        queue.pause("t599")
+        text = taskpool.metrics_text(queue.types(), ["dead", "alive", "dead"], "1")
+        self.assertEqual([c for c in text if c != "\n" and not c.isprintable()], [])
+        found = self.read(text)
+        self.assertEqual(sum(found["taskpool_tasks"].values()), 602)
+        self.assertEqual(len({name for name, _ in found["taskpool_tasks"]}), 500)
+        self.assertEqual([found["taskpool_tasks"]["(other)", state] for state in ("due", "paused")], [102, 1])
+        self.assertEqual((found["taskpool_paused"]["(other)",], found["taskpool_paused"]["t000",]), (1, 0))
+        oldest = found["taskpool_oldest_due_seconds"]
+        self.assertLess(oldest["(other)",], 2 * oldest["t000",])  # Of all that it stands for the longest, not their sum.
+        self.assertEqual(found["taskpool_masters"], {("alive",): 1, ("dead",): 2, ("unknown",): 0})
 
 
 class TestReadme(InFolder):
