@@ -2826,6 +2826,41 @@ class TestTheManualsOwnStore(StoreContract, unittest.TestCase):
         return names["DictStore"]()
 
 
+class TestAStoreWithAllThatTheManualNames(Gates, Following, StoreContract, unittest.TestCase):
+    """With these primitives a store of one's own knows pauses, limits, counters and followers."""
+
+    LIVES = 20
+
+    def open(self):
+        class Complete(type(TestTheManualsOwnStore.open(self))):
+            has_bonds = True
+
+            def __init__(self):
+                super().__init__()
+                self.types, self.bound = {}, {}
+
+            def settings(self, all_types=False):
+                return {name: it for name, it in self.types.items() if all_types or taskpool.is_gate(it)}
+
+            def change_setting(self, task_type, changes):
+                self.types[task_type] = self.types.get(task_type, taskpool.Setting())._replace(**changes)
+
+            def bonds(self, parents=None, children=None):
+                return [b for b in self.bound.values() if b.parent in (parents or ()) or b.child in (children or ())]
+
+            def followers(self, ids=None):
+                return {b.child for b in self.bound.values() if ids is None or b.child in ids}
+
+            def bind(self, add, drop):
+                for bond in drop:
+                    del self.bound[bond[:2]]
+                for bond in add:
+                    if not bond.anyway or bond[:2] not in self.bound:
+                        self.bound[bond[:2]] = bond
+
+        return Complete()
+
+
 # --- MongoDB -------------------------------------------------------------------------
 
 try:
@@ -12163,22 +12198,21 @@ class TestReadme(InFolder):
 
     TEXT = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
 
-    BLOCKS = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", TEXT, re.S)
+    BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
     # A block that begins with `# name.py` is a file of that name, which others may import.
-    FILES = {match[1]: program for program, _ in BLOCKS for match in [re.match(r"# (\w+\.py)\n", program)] if match}
+    FILES = {match[1]: program for program in BLOCKS for match in [re.match(r"# (\w+\.py)\n", program)] if match}
 
     PACKAGES = {"flask": "flask", "sqlalchemy": "sqlalchemy", "django": "'django>=5.1'", "pytest": "pytest"}
 
     def run_block(self, number):
         """The block as a program in a folder of its own; one that imports pytest is run by that."""
-        folder, program = self.folder / f"block{number}", self.BLOCKS[number][0]
+        folder, program = self.folder / f"block{number}", self.BLOCKS[number]
         folder.mkdir()
         for name, text in {**self.FILES, "example.py": program}.items():
             (folder / name).write_text(text, encoding="utf-8")
         command = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if "import pytest" in program else []
-        # asyncio's debug mode, part of -X dev, refuses run_in_executor(cluster, ...).
-        command = [*(["-W", "default"] if "run_in_executor" in program else ["-X", "dev"]), *command, "example.py"]
+        command = ["-X", "dev", *command, "example.py"]
         environment = {**os.environ, "PYTHONPATH": str(HERE), "SHOP_TASKS": str(folder / "tasks.db")}
         return subprocess.run(
             [sys.executable, *command], cwd=folder, text=True, capture_output=True, env=environment, timeout=2 * PATIENCE
@@ -12187,16 +12221,16 @@ class TestReadme(InFolder):
     def check_blocks(self, package):
         """The blocks that import *package*; None: none of PACKAGES."""
         needs = re.compile(rf"^(?:import|from) ({'|'.join(self.PACKAGES)})\b", re.M)
-        found = {n: needs.search(program) for n, (program, _) in enumerate(self.BLOCKS)}
+        found = {n: needs.search(program) for n, program in enumerate(self.BLOCKS)}
         numbers = [n for n, match in found.items() if (match and match[1]) == package]
         self.assertGreater(len(numbers), 0)
         with concurrent.futures.ThreadPoolExecutor(3) as pool:  # They wait much.
             for number, done in zip(numbers, pool.map(self.run_block, numbers)):
-                program, output = self.BLOCKS[number]
+                program = self.BLOCKS[number]
                 with self.subTest(block=number, starts=program[:60]):
                     self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
                     if package != "pytest":
-                        self.assertEqual(done.stdout, output)
+                        self.assertEqual(done.stdout, "".join(re.findall(r"# -> (.*\n)", program)))
                     # Such as ResourceWarning, with -X dev. Of a spawned __main__, Python 3.15 gives one of its own.
                     self.assertNotIn("Warning", done.stderr.replace("DeprecationWarning: Module globals is missing a __spec__", ""))
 
@@ -12233,11 +12267,12 @@ class TestReadme(InFolder):
 
     def test_every_command_prints_what_the_manual_says(self):
         """A console block is run in the folder of the program before it."""
-        blocks = re.findall(r"```python\n((?:(?!```).)*?)```\s*```console\n(.*?)```", self.TEXT, re.S)
+        blocks = re.findall(r"```python\n((?:(?!```).)*?)```(?:(?!```).)*```console\n(.*?)```", self.TEXT, re.S)
         self.assertGreater(len(blocks), 0)
         environment = {**os.environ, "PYTHONPATH": str(HERE), "COLUMNS": "200"}
         for program, console in blocks:
-            subprocess.run([sys.executable, str(self.script(program))], cwd=self.folder, env=environment, check=True)
+            command = [sys.executable, str(self.script(program))]
+            subprocess.run(command, cwd=self.folder, env=environment, check=True, stdout=subprocess.DEVNULL)
             for part in console.split("$ python ")[1:]:
                 line, _, expected = part.partition("\n")
                 command = shlex.split(line)
@@ -12256,7 +12291,7 @@ class TestReadme(InFolder):
         return re.sub(r" +", " ", text)
 
     def test_the_first_program_is_short_and_the_manual_is_no_book(self):
-        self.assertLess(len([line for line in self.BLOCKS[0][0].splitlines() if line.strip()]), 15)
+        self.assertLess(len([line for line in self.BLOCKS[0].splitlines() if line.strip()]), 15)
         self.assertLessEqual(len(self.TEXT.splitlines()), 1000)
 
     def test_all_links_within_the_manual_lead_somewhere(self):
