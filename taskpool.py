@@ -48,6 +48,7 @@ The life of a task (each arrow is a method of Store)
                 |                retry                           |
                 +------------------------------------------------+
     remove: waiting, failed, done --> (removed)      update: waiting --> waiting
+    cancel: the same; running --> (removed), as its master kills the worker
     claim, of what `expires` or cannot be read: waiting --> failed
 
     A task that is to follow others (`after`, `after_end`) is held: it waits in no line, until
@@ -713,7 +714,7 @@ class Row(NamedTuple):
     started_at: int | None = None  # Of the last run that ended, like the next one.
     ended_at: int | None = None
     kept_until: int | None = None  # When a `done` row is removed.
-    removed: int = 0  # 1: remove() was called during the run.
+    removed: int = 0  # During the run, 1: remove() was called. 2: cancel() was.
     successor: Any = None  # What replaces it when its run ends: see _packed_row.
     repeat: str | None = None  # JSON text: microseconds, or the arguments of Cron.
     progress: str | None = None  # JSON of a Progress: the last report of its run.
@@ -1430,7 +1431,7 @@ _GROUPS = {
     "progress": _Kind((str, _NULL), None, None, _read_progress),
     "started_at ended_at": _Kind((int, _NULL), None, _YEARS),
     "kept_until": _Kind((int, _NULL), None, _ANY),
-    "removed": _Kind((int,), 0, (0, 1)),
+    "removed": _Kind((int,), 0, (0, 2)),
 }
 _KINDS = {n: kind for n in _COLUMNS for names, kind in _GROUPS.items() if n in names.split()}
 _LIMITS = [(i, *kind.limits) for i, kind in enumerate(_KINDS.values()) if kind.limits]
@@ -1668,9 +1669,10 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
     replacing = new._replace(claim=old.claim)  # The fencing token is never reset.
     if old.state in ("failed", "done"):
         return replacing, new
-    if if_exists == "keep" and not old.removed:
-        return None, old
-    if if_exists == "raise":
+    there = successor if old.removed else old  # A removed task is not, though it still runs.
+    if if_exists == "keep" and there:
+        return None, there
+    if if_exists == "raise" and (there or old.removed == 1):
         raise DuplicateTask(
             f"task_id {_shown(old.id)} is {_public_state(old.state)}; give another task_id, "
             'or if_exists="keep", "replace" or "follow"'
@@ -1681,8 +1683,8 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
             kind = f"is of the type {_shown(changed.task_type)}"
             raise DuplicateTask(f"task_id {_shown(old.id)} {kind}; give another task_id")
         return old._replace(successor=_packed_row(changed)) if successor else changed, changed
-    if old.state == "running":
-        return old._replace(successor=_packed_row(new), removed=0), new
+    if old.state == "running":  # That revokes a remove(), but no cancel().
+        return old._replace(successor=_packed_row(new), removed=old.removed & 2), new
     return replacing, new
 
 
@@ -1813,6 +1815,13 @@ def is_late(row: Row) -> bool:
     return row.error is not None and row.error.startswith(EXPIRED)
 
 
+def succeeded(row: Row) -> Row | None:
+    """The task that is to follow under the same id, or None."""
+    if row.successor is None:
+        return None
+    return _unpacked_row(row.successor)._replace(claim=row.claim)
+
+
 def set_aside(row: Row, reason: str, now: int) -> tuple[Row, Row]:
     """waiting -> failed, for a task that is not to start; a schedule skips the slot that has
     expired. Returns what is to be stored, and the Row of the task for those it is told."""
@@ -1820,7 +1829,7 @@ def set_aside(row: Row, reason: str, now: int) -> tuple[Row, Row]:
     if not reason.startswith(EXPIRED):
         return failed, readable(failed)
     if row.successor is not None:
-        return _unpacked_row(row.successor)._replace(claim=row.claim), failed
+        return cast(Row, succeeded(row)), failed
     following = cast(Row, _after_end(failed, now))
     return following, following
 
@@ -1907,12 +1916,14 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
         row = row._replace(progress=outcome.progress)
     if outcome.state == "running":
         return row
-    if row.removed or outcome.state == "removed":
+    if row.removed:
+        return succeeded(row)  # It was added after the removal.
+    if outcome.state == "removed":
         return None
     if not outcome.charged and outcome.seconds is None:
         return _waiting_again(row)._replace(ready_at=outcome.ready_at)
     if row.successor is not None:
-        return _unpacked_row(row.successor)._replace(claim=row.claim)
+        return succeeded(row)
     row = row._replace(
         state=outcome.state, owner="", interrupted=0, result=outcome.result, error=outcome.error,
         **_run_times(row, outcome, now),
@@ -1936,11 +1947,11 @@ def after_interruption(row: Row, now: int) -> Row | None:
     then on it is claimed singly and each interruption of such a claim counts.
     """
     if row.removed:
-        return None
+        return succeeded(row)
     if row.interrupted < INTERRUPTIONS:
         return _waiting_again(row)._replace(interrupted=row.interrupted + 1, lane="")
     if row.successor is not None:
-        return _unpacked_row(row.successor)._replace(claim=row.claim)
+        return succeeded(row)
     times = f"{INTERRUPTIONS} times in a row"
     error = f"Interrupted: its master died {times} while it ran this task alone"
     row = row._replace(state="failed", owner="", interrupted=0, result=None, error=error)
@@ -2013,9 +2024,11 @@ def checked(policy: Callable[..., Row | None], row: Row, *arguments: Any) -> Row
     return without_run(row, reason, arguments[-1]) if reason else policy(row, *arguments)
 
 
-def after_remove(row: Row) -> Row | None:
-    """any -> (removed); a running task is marked, as its run goes on."""
-    return row._replace(removed=1, successor=None) if row.state == "running" else None
+def after_remove(row: Row, mark: int = 1) -> Row | None:
+    """any -> (removed); a running task is marked: by 1 if its run is to go on, else by 2."""
+    if row.state != "running":
+        return None
+    return row._replace(removed=2 if row.removed == 2 else mark, successor=None)
 
 
 def after_retry(row: Row, now: int, is_bound: bool = False) -> Row:
@@ -2138,7 +2151,8 @@ def after_declaration(old: Row, new: Row | None, now: int) -> Row | None:
         return after_remove(old)
     if not isinstance(old, MemoryRow) and _unusable(old):
         return after_add(readable(old)._replace(state="failed"), new, "replace")[0]
-    follows = old._replace(removed=0, **{name: getattr(new, name) for name in _DECLARED})
+    declared = {name: getattr(new, name) for name in _DECLARED}
+    follows = old._replace(removed=old.removed & 2, **declared)
     if old.repeat is None or new.repeat is None or old.state == "running" or old.due_at <= now:
         return follows
     if _read_repeat(old.repeat) == _read_repeat(new.repeat):
@@ -2336,12 +2350,15 @@ def _ports_of(owners: Iterable[str]) -> list[int]:
     return ports
 
 
-def _ring(ports: Iterable[int]) -> None:
+CANCELLED_BELL = b"-"  # What rings where a task was cancelled; anything else: one was added.
+
+
+def _ring(ports: Iterable[int], what: bytes) -> None:
     """Tell the masters there that there is something new. It may be lost."""
     with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as knock:
         knock.setblocking(False)
         for port in ports:
-            knock.sendto(b"!", ("127.0.0.1", port))
+            knock.sendto(what, ("127.0.0.1", port))
 
 
 # --- Stores --------------------------------------------------------------------------
@@ -2754,6 +2771,12 @@ class Store(TypeSettings, Following):
         running = self.rows(Query(ids=ids, states=["running"]), 0)
         return [row for row in running if row.owner == owner]
 
+    def cancelled(self, owner: str, ids: Sequence[str]) -> Collection[tuple[str, int]]:
+        """The id and claim of each running task of *owner* that was cancelled. *ids* are those
+        that it knows of."""
+        rows = self.rows(Query(ids=ids, states=["running"]), 0)
+        return [(row.id, row.claim) for row in rows if row.removed == 2 and row.owner == owner]
+
     def open_lanes(self, owner: str) -> None:
         """What *owner* has reserved may be claimed by all."""
         mine = [row for row in self.rows(Query(), 0) if row.lane == owner]
@@ -2984,13 +3007,17 @@ class Store(TypeSettings, Following):
 
     def remove(self, query: Query, now: int) -> int:
         """-> (removed). A running task is marked: after its run nothing follows."""
+        return self._change(self._remove, query, now, 1)
 
-        def work() -> int:
-            rows = self.rows(query, now)
-            self._put([(row, after_remove(row)) for row in rows], now)
-            return len(rows)
+    def cancel(self, task_id: str, now: int) -> bool:
+        """-> (removed), if it is there. A running task is marked, and its owner, who looks by
+        cancelled(), is to end the run."""
+        return self._change(self._remove, Query(ids=[task_id]), now, 2) > 0
 
-        return self._change(work)
+    def _remove(self, query: Query, now: int, mark: int) -> int:
+        rows = self.rows(query, now)
+        self._put([(row, after_remove(row, mark)) for row in rows], now)
+        return len(rows)
 
     def retry(self, query: Query, now: int) -> int:
         """failed -> waiting, with a fresh set of attempts. Returns how many."""
@@ -3016,7 +3043,8 @@ class Store(TypeSettings, Following):
         def there() -> list[Row]:
             return self.rows(Query(ids=list(declared)), now)
 
-        stays = {row.id for row in there() if row.state not in ("failed", "done")}
+        ended = "failed", "done"
+        stays = {row.id for row in there() if row.state not in ended and row.removed != 2}
         fresh = [(new, "keep") for new in declared.values() if new and new.id not in stays]
         if fresh:
             self.add(fresh, now)
@@ -3369,6 +3397,8 @@ ON taskpool_task (lane, task_type, ready_at) WHERE state = 'scheduled';
 -- For _HELD_BY, _OWNERS, _READY, _RUNNING.
 CREATE INDEX IF NOT EXISTS taskpool_running
 ON taskpool_task (owner, interrupted, task_type) WHERE state = 'running';
+-- For _CANCELLED_BY: empty, but for the moment until a master has seen it.
+CREATE INDEX IF NOT EXISTS taskpool_cancelled ON taskpool_task (owner) WHERE removed = 2;
 -- For _OPEN_LANE, and those who look for held tasks.
 CREATE INDEX IF NOT EXISTS taskpool_held
 ON taskpool_task (lane, task_type) WHERE state = 'held';
@@ -3486,6 +3516,7 @@ _HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE id = ? AND {_HELD}"
 # The name of an owner may be text that is not UTF-8: we know it as bytes.
 _OWNER = "(:owner, CAST(:owner AS TEXT))"
 _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner IN {_OWNER}"
+_CANCELLED_BY = "SELECT id, claim FROM taskpool_task WHERE removed = 2 AND owner = ?"
 
 # From a random number: an owner that was given up and comes back shows another beat.
 _HEARTBEAT = """
@@ -3555,7 +3586,9 @@ GROUP BY task_type ORDER BY task_type
 
 # waiting, failed, done -> (removed); a running task is marked.
 _REMOVE = "DELETE FROM taskpool_task WHERE state <> 'running'"
-_MARK = "UPDATE taskpool_task SET removed = 1, successor = NULL WHERE state = 'running'"
+_MARK = """
+UPDATE taskpool_task SET removed = max(removed, 1), successor = NULL WHERE state = 'running'
+"""
 _REMOVED = "SELECT id FROM taskpool_task WHERE state NOT IN ('running', 'done')"
 
 
@@ -4141,6 +4174,9 @@ class SQLiteStore(_SQLiteFile):
                     became = led_to(row, following, outcome)
             led.append(became)
         return led
+
+    def cancelled(self, owner: str, ids: Sequence[str]) -> Collection[tuple[str, int]]:
+        return self._select(_CANCELLED_BY, (owner,))
 
     def open_lanes(self, owner: str) -> None:
         self._run(_OPEN_LANE, {"owner": owner})
@@ -5322,6 +5358,12 @@ class MongoStore(_MongoSide):
         self._claims.pop(owner, None)
         self._heard = None  # Nobody may look for masters here from now on.
 
+    def cancelled(self, owner: str, ids: Sequence[str]) -> Collection[tuple[str, int]]:
+        with self._documents.errors():
+            where = {**_held_by(owner), "taskpool.removed": 2}
+            rows = self._documents.rows(where, fields=_READ_SHORT)
+        return [(row.id, row.claim) for row in rows]
+
     def open_lanes(self, owner: str) -> None:
         where = {**_RESERVED, "taskpool.lane": owner}
         self._tasks.update_many(where, {"$set": {"taskpool.lane": ""}})
@@ -5423,7 +5465,7 @@ class MongoStore(_MongoSide):
 
     def remove(self, query: Query, now: int) -> int:
         where = _selector(query, now)
-        mark = {"$set": {"taskpool.removed": 1}, "$unset": {"taskpool.successor": ""}}
+        mark = {"$max": {"taskpool.removed": 1}, "$unset": {"taskpool.successor": ""}}
         idle = {"taskpool.state": {"$ne": "running"}, "taskpool.removed": 1, **where}
         with self._documents.errors(now):
             # The marks come first: a task that is claimed before the delete keeps its mark.
@@ -6135,6 +6177,9 @@ class _Tasks:
     def _changed(self, removed: bool = False) -> None:
         """Called after every change: wakes the clusters, also those of other processes."""
 
+    def _wake_others(self, removed: bool = False) -> None:
+        """Wakes the clusters of other processes; if something was *removed* each time."""
+
     def _known_name(self, task_type: Any) -> str:
         """The name of a task type. Warns if nobody here knows it."""
         raise NotImplementedError
@@ -6173,6 +6218,24 @@ class _Tasks:
         removed = self._store.remove(query, self._now())
         self._changed(removed=True)
         return removed
+
+    def cancel(self, task_id: str) -> bool:
+        """Remove the task of that id, and end its run if it runs, in whatever process that is.
+
+        True if there was one; it may also be held, failed or done. Its cluster kills the worker
+        that runs it, at once or within a second; a task may cancel itself. (Only run_due lets
+        it end.) It is neither retried nor repeated, its run counts nowhere in types(), and its
+        Future is cancelled, unless the run came to its end first. If its cluster is dead, it
+        does not start again. What was to replace it is removed, too; what is added under its id
+        from then on starts when the run has ended. Tasks that were to start `after` it become
+        failed, as by remove().
+        """
+        _refuse_rerun("cancel")
+        was_there = self._store.cancel(_checked_text("task_id", task_id), self._now())
+        if was_there:
+            self._changed(removed=True)
+            self._wake_others(removed=True)
+        return was_there
 
     def retry(self, **filters: Unpack[Filters]) -> int:
         """Put failed tasks that fit the filters back to waiting; return how many.
@@ -6229,7 +6292,8 @@ class _Tasks:
         at_once and rate, as they are set; and `runs`: how many ended as done, failed, retried or
         later, and how many were interrupted or expired; their seconds, and seconds_le: how many
         took at most so many seconds. Masters add up runs and write the sums every 10 s and when
-        they leave; they grow for the life of the store.
+        they leave; they grow for the life of the store. A run that was cancelled is none of
+        these.
         """
         now, names = self._now(), ("waiting", "due", "running", "failed", "done")
         settings = self._store.settings(all_types=True)
@@ -6603,17 +6667,18 @@ class TaskQueue(_TaskTypes):
         if stored:
             self._wake_others()
 
-    def _wake_others(self) -> None:
+    def _wake_others(self, removed: bool = False) -> None:
         """Have the masters in other processes look at the store, so that they need not poll
-        it. Of many tasks in a row not each wakes them: a woken master looks twice."""
+        it. Of many tasks in a row not each wakes them: a woken master looks twice. What was
+        *removed* is told of each time."""
         now = time.monotonic()
-        if now >= self._next_owners:
+        if removed or now >= self._next_owners:
             self._next_owners = now + OWNERS_SECONDS
             with contextlib.suppress(StoreError):
                 self._ports = _ports_of(self._store.owners())
-        if self._ports and now >= self._next_knock:
+        if self._ports and (removed or now >= self._next_knock):
             self._next_knock = now + KNOCK_SECONDS
-            _ring(self._ports)
+            _ring(self._ports, CANCELLED_BELL if removed else b"!")
 
     # ---- Adding
 
@@ -7555,8 +7620,8 @@ def _disown(end: Any) -> None:
 class _WakeUp:
     """Ends the dispatcher's wait, from any thread: at most one byte is under way.
 
-    Other processes that add tasks send a datagram to `bell`, a socket on loopback. Its content
-    does not matter: whoever sends one causes a look at the store, no more.
+    Other processes that add or cancel tasks send a datagram to `bell`, a socket on loopback:
+    whoever sends one causes a look at the store, no more.
     """
 
     def __init__(self) -> None:
@@ -7588,10 +7653,13 @@ class _WakeUp:
             self.reader.recv(64)
         self._pending = False
 
-    def clear_bell(self) -> None:
+    def clear_bell(self) -> bool:
+        """Whether it told of a cancelled task."""
+        told = set()
         with contextlib.suppress(OSError):
             for _ in range(1000):
-                self.bell.recv(64)
+                told.add(self.bell.recv(64))
+        return CANCELLED_BELL in told
 
     def close(self) -> None:
         for end in (self.reader, self._writer, self.bell):
@@ -8588,26 +8656,29 @@ class _Crew:
         self.boot_error, self.failed_boots, self.boot_after, self.freed = None, 0, 0.0, True
 
     def cancel(self, task_id: str) -> _Run | None:
-        """Take the task back from its worker, or kill the worker if it runs the task."""
-        for worker in self.workers:
-            run = next((run for run in worker.runs if run.row.id == task_id), None)
-            if run is None:
-                continue
-            run.verdict = "cancel"
-            if self._take_back(worker, run):
-                run.source.cancelled(run)
-            else:
-                worker.kill()
-            return run
-        return None
+        """End the run of that task, if there is one."""
+        run = next((run for run in self.runs() if run.row.id == task_id), None)
+        self.cancel_runs([] if run is None else [run])
+        return run
 
-    def _take_back(self, worker: _Worker, wanted: _Run | None = None) -> bool:
-        """Requeue what the worker has not begun, but for *wanted*: whether it was among them."""
+    def cancel_runs(self, runs: Collection[_Run]) -> None:
+        """Take runs back from their workers, or kill the workers if they have begun."""
+        for run in runs:
+            run.verdict = "cancel"
+        for worker in self.workers:
+            if any(run in runs for run in worker.runs):
+                self._take_back(worker)
+                if any(run in runs for run in worker.runs):
+                    worker.kill()
+
+    def _take_back(self, worker: _Worker) -> None:
+        """Requeue what the worker has not begun, but for what is cancelled."""
         taken, self.freed = worker.take_back(), True
         for run in taken:
-            if run is not wanted:
+            if run.verdict == "cancel":
+                run.source.cancelled(run)
+            else:
                 run.source.requeue(run)
-        return wanted in taken
 
     def excuse(self, late: float) -> None:
         """Move all deadlines by *late* seconds, in which this process was perhaps stopped."""
@@ -8892,7 +8963,8 @@ class _Source:
             self.watch = _Watch(engine.cluster, store, engine.owner)
         self.changed = True  # Something may be claimable. Any thread sets it.
         self.eager = False  # Something was added: claim at once. Any thread sets it.
-        self.check_futures = False  # Tasks of Futures may be gone. Any thread sets it.
+        # Tasks of Futures may be gone, and runs may be cancelled. Any thread sets it.
+        self.check_futures = False
         self.look_at, self.looked_at = math.inf, 0.0  # Monotonic: the next and the last one.
         self.again = 0.0  # Monotonic: when advance() is to be called though nothing changed.
         self.due: list[int] = []  # When tasks can start that the last look left.
@@ -9031,7 +9103,8 @@ class _Source:
             watch.next_look = time.monotonic() + WATCH_SECONDS
             if isinstance(result, BaseException):
                 return
-            ended, foreign, held = result
+            cancelled, (ended, foreign, held) = result
+            self.engine.crew.cancel_runs(cancelled)
             for row in ended:
                 self._ended_elsewhere(row, TaskPoolError(row.error))
             known = [*self.unsettled, *self.engine.crew.runs()]
@@ -9042,22 +9115,39 @@ class _Source:
                 names = ", ".join(foreign)
                 _log.warning("tasks wait that this cluster has no function for: %s", names)
 
+        find, queue = self._find_cancelled(), self.engine.cluster.queue
         self.pass_tally()
-        self.call_store(lambda: watch.look(now, self.engine.cluster.queue._now()), answer)
+        self.call_store(lambda: (find(), watch.look(now, queue._now())), answer)
 
     def _look_after_futures(self) -> None:
-        """End Futures whose tasks were removed, or ended in another cluster."""
+        """End runs that were cancelled, and Futures whose tasks were removed, or ended in
+        another cluster."""
         self.check_futures, futures = False, self.engine.futures
+        find = self._find_cancelled()
 
         def answer(result: Any) -> None:
             if isinstance(result, BaseException):
                 self.check_futures = True
                 return
-            for future, row in result:
+            cancelled, found = result
+            self.engine.crew.cancel_runs(cancelled)
+            for future, row in found:
                 futures.compare(future, row)
 
-        if futures:
-            self.call_store(lambda: futures.look(self.store), answer)
+        if futures or self.engine.crew.runs():
+            self.call_store(lambda: (find(), futures.look(self.store)), answer)
+
+    def _find_cancelled(self) -> Callable[[], list[_Run]]:
+        """A call of the store that finds those of the runs there are now that were cancelled."""
+        mine = [run for run in self.engine.crew.runs() if run.source is self]
+        runs = {(run.row.id, run.row.claim): run for run in mine}
+
+        def find() -> list[_Run]:
+            ids = [task_id for task_id, _ in runs]
+            claims = self.store.cancelled(self.engine.owner, ids) if ids else ()
+            return [runs[claim] for claim in claims if claim in runs]
+
+        return find
 
     def give_up(self) -> None:
         """The cluster ends: if the store did not come back, say what is lost by that."""
@@ -9110,7 +9200,8 @@ class _Source:
     ) -> None:
         """Have the store record how a run ended; who waits for it is told after that."""
         if run.verdict == "cancel" and (outcome.state == "ready" or run.row.repeat is not None):
-            outcome, event = outcome._replace(state="removed"), None  # It came to its end first.
+            # It came to its end first, which counts for nothing.
+            outcome, event = outcome._replace(state="removed", seconds=None), None
         run.outcome, run.event, run.left = outcome, event, left
         self.unsettled.append(run)
 
@@ -9119,6 +9210,8 @@ class _Source:
         self.record(run, Outcome(run.row.id, run.row.claim, "ready", charged=False))
 
     def cancelled(self, run: _Run) -> None:
+        if self.engine.crew.logs_runs:
+            _log.info("cluster:%s:%s:\tcancelled", run.row.task_type, run.row.id)
         self.record(run, Outcome(run.row.id, run.row.claim, "removed"))
 
     def fail(
@@ -9314,7 +9407,8 @@ class _Dispatcher:
         """Something was added to the queue, removed or changed."""
         for source in self.sources[stored : stored + 1]:
             source.eager = source.changed = True
-            source.check_futures = source.check_futures or removed
+            if removed:
+                source.check_futures = True
         # First `changed`, then `hungry`; the dispatcher sets `hungry` and then reads `changed`.
         wake = self.wake
         if wake is not None and (removed or self.hungry):
@@ -9480,11 +9574,10 @@ class _Dispatcher:
             self.crew.retire_idle(now)
 
     def _on_bell(self) -> None:
-        """Another process has added a task. It does not ring for each: look again soon."""
-        cast(_WakeUp, self.wake).clear_bell()
-        stored = self.sources[1]
-        stored.changed = stored.eager = True
-        stored.look_at = time.monotonic() + 2 * KNOCK_SECONDS
+        """Another process has added or cancelled a task. It does not ring for each that it adds:
+        look again soon."""
+        self.queue_changed(cast(_WakeUp, self.wake).clear_bell(), stored=True)
+        self.sources[1].look_at = time.monotonic() + 2 * KNOCK_SECONDS
 
     # ---- Workers
 
@@ -10055,7 +10148,7 @@ class Cluster(concurrent.futures.Executor):
     def cancel(self, task_id: str) -> bool:
         """Remove a waiting task, or kill the worker that runs it. Its Future is cancelled.
 
-        False if there is no such task, or it runs in another cluster.
+        False if there is no such task, or it runs in another cluster: see TaskQueue.cancel.
         """
         self._use("cancel")
         _checked_text("task_id", task_id)
@@ -10679,6 +10772,7 @@ def metrics_text(
     """What types() said *age* seconds ago, and the states of the masters, for Prometheus: in its
     text format 0.0.4. Where the name of a type has control characters, their codes are told."""
     found: dict[str, float] = {}
+    ends = ("done", *_ENDS)
 
     def put(sample: str, value: float, labels: str) -> None:
         """Types that share a name are added up; of some numbers the largest counts."""
@@ -10699,9 +10793,9 @@ def metrics_text(
         put("paused", int(kind["paused"]), label)
         if kind["at_once"] is not None and number < METRIC_TYPES:
             put("at_once", kind["at_once"], label)
-        for end in _ENDS:
+        for end in ends:
             put("runs_total", runs[end], f'{label},outcome="{end}"')
-        total = sum(runs[end] for end in _ENDS[:4])  # Each run has ended as one of these.
+        total = sum(runs[end] for end in ends[:4])  # Each run has ended as one of these.
         for most, count in [*runs["seconds_le"].items(), ("+Inf", total)]:
             put("run_seconds_bucket", count, f'{label},le="{most}"')
         put("run_seconds_sum", runs["seconds"], label)
