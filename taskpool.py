@@ -2408,14 +2408,13 @@ def summed(rows: Iterable[Row], now: int) -> list[tuple[Any, ...]]:
     lines = []
     for name, those in sorted(types.items()):
         states = collections.Counter(row.state for row in those)
+        waiting = sum(states[state] for state in _WAITING)
         due = [row for row in those if fits(row, Query(due=True), now)]
         since = [max(row.created_at, row.due_at, row.ready_at) for row in due]
         later = [row.ready_at for row in those if row.state == "scheduled" and row.ready_at > now]
-        waiting = states["ready"] + states["scheduled"] + states["held"]
         ends = states["running"], states["failed"], states["done"]
-        oldest = max(0.0, (now - min(since)) / 1e6) if since else None
-        following = min(later, default=None), states["held"]
-        lines.append((name, waiting, len(due), *ends, oldest, *following))
+        dates = max(0.0, (now - min(since)) / 1e6) if since else None, min(later, default=None)
+        lines.append((name, waiting, len(due), *ends, *dates, states["held"]))
     return lines
 
 
@@ -3452,7 +3451,9 @@ ON CONFLICT (parent, child) DO UPDATE SET anyway = min(anyway, excluded.anyway)
 _UNBIND = "DELETE FROM taskpool_after WHERE parent = ? AND child = ?"
 
 # -> waiting, without a history but for claim: one task, and ten. _addition() gives the values.
-_GIVEN = *_COLUMNS[: _COLUMNS.index("attempt")], "claim", "repeat"
+# `expires` comes by a second statement: few have it, and here it costs a twentieth more.
+_EXPIRES = _COLUMNS.index("expires")
+_GIVEN = *_COLUMNS[:_EXPIRES], "claim", "repeat"
 _FIRST = f"({'?, ' * len(_GIVEN)}0, '', 0, 0)"
 _INTO = f"INSERT INTO taskpool_task ({', '.join(_GIVEN)}, attempt, owner, interrupted, removed)"
 _ADD, _ADD_TEN = (f"{_INTO} VALUES {', '.join([_FIRST] * count)}" for count in (1, 10))
@@ -3678,7 +3679,7 @@ def _texts(ids: Iterable[Any]) -> str:
 
 
 def _addition(row: Row) -> tuple[Any, ...]:
-    return (*row[:_ATTEMPT], row.claim, row.repeat)
+    return (*row[:_EXPIRES], row.claim, row.repeat)
 
 
 def _version_of(db: _Database, path: str) -> int | None:
@@ -4049,7 +4050,10 @@ class SQLiteStore(_SQLiteFile):
 
     def write(self, old: Row | None, new: Row | None) -> bool:
         if old is None:
-            return new is None or self._run(_ADD, _addition(new)) == 1
+            done = new is None or self._run(_ADD, _addition(new)) == 1
+            if new is not None and new.expires is not None:
+                self._run(_write_of(("expires",)), (new.expires, new.id))
+            return done
         statement, values = _ERASE, [old.id]
         if new is not None:
             pairs = zip(_COLUMNS, old, new)
@@ -4066,12 +4070,15 @@ class SQLiteStore(_SQLiteFile):
         if len(pairs) < 10 or any(old is not None for old, _ in pairs):
             return super().write_all(pairs)
         # Ten rows by each statement, in a third of the time.
-        rows = [_addition(cast(Row, new)) for _, new in pairs]
+        added = [cast(Row, new) for _, new in pairs]
+        rows = [_addition(row) for row in added]
         tens = len(rows) // 10 * 10
         values = itertools.chain.from_iterable(rows[:tens])
         groups = zip(*[values] * (10 * len(rows[0])))
         count = self._writer.executemany(_ADD_TEN, groups).rowcount
         count += self._writer.executemany(_ADD, rows[tens:]).rowcount
+        late = [(row.expires, row.id) for row in added if row.expires is not None]
+        self._writer.executemany(_write_of(("expires",)), late)
         return [count == len(rows)] * len(rows)
 
     def _undo(self, pairs: Sequence[_Pair], done: Sequence[bool]) -> None:
@@ -4218,8 +4225,8 @@ class SQLiteStore(_SQLiteFile):
         with self._write_lock:
             db = self._writer
             is_idle = self._files.get(db) and not (db.in_transaction or self._changing)
-            if len(additions) == 1 and is_idle and not additions[0][0].after:
-                row = additions[0][0]
+            row = additions[0][0] if len(additions) == 1 else None
+            if row is not None and is_idle and not row.after and row.expires is None:
                 try:  # By one statement, in half of the time of a transaction.
                     if self._run(_ADD, _addition(row)) == 1 and self._is_current(db):
                         return [row]
@@ -6295,20 +6302,18 @@ class _Tasks:
         they leave; they grow for the life of the store. A run that was cancelled is none of
         these.
         """
-        now, names = self._now(), ("waiting", "due", "running", "failed", "done")
-        settings = self._store.settings(all_types=True)
-        types: dict[str, dict[str, Any]] = {}
-        for name, *numbers, oldest, later, held in self._store.summary(now):
-            types[str(name)] = dict(zip(names, numbers), oldest_due=oldest, held=held)
-            at = min(max(later, _YEARS[0]), _YEARS[1]) if type(later) is int else None
-            types[str(name)]["next_due"] = None if at is None else _datetime(at)
-        none = {**dict.fromkeys((*names, "held"), 0), "oldest_due": None, "next_due": None}
-        for name in settings:
-            types.setdefault(name, none)
-            if settings[name].paused:
-                types[name] = {**types[name], "due": 0, "oldest_due": None}
-        told = {name: _told(settings.get(name, Setting())) for name in types}
-        return [{"task_type": name, **types[name], **told[name]} for name in sorted(types)]
+        names = "waiting due running failed done oldest_due next_due held".split()
+        settings, types = self._store.settings(all_types=True), []
+        lines = {str(name): line for name, *line in self._store.summary(self._now())}
+        for name in sorted({*settings, *lines}):
+            setting = settings.get(name, Setting())
+            told = dict(zip(names, lines.get(name, (0, 0, 0, 0, 0, None, None, 0))))
+            if setting.paused:
+                told.update(due=0, oldest_due=None)
+            if (later := told["next_due"]) is not None:
+                told["next_due"] = _datetime(min(max(later, _YEARS[0]), _YEARS[1]))
+            types.append({"task_type": name, **told, **_told(setting)})
+        return types
 
     def pause(self, *types: str | TaskFunction) -> None:
         """Have no cluster start tasks of these types, until resume().
@@ -6331,10 +6336,11 @@ class _Tasks:
         """Limit how tasks of a type start, in all clusters together; None: without a limit.
 
         *at_once*: so many of them run at once, at most. *rate* = (starts, seconds): at most so
-        many starts in so many seconds, evenly spaced; each start counts, retries included.
-        Of starts that are closer than 50 ms those of 50 ms may come together. What is not
-        given stays as it is. Tasks that must wait stand in nobody's way, and nothing that runs
-        is stopped. Raises TypeError and ValueError for wrong arguments.
+        many starts in so many seconds, evenly spaced (a little wider, as a start may be late);
+        each start counts, retries included. Of starts that are closer than 50 ms those of 50 ms
+        may come together. What is not given stays as it is. Tasks that must wait stand in
+        nobody's way, and nothing that runs is stopped. Raises TypeError and ValueError for
+        wrong arguments.
         """
         changes = _checked_limits(at_once, rate)
         if not changes:
@@ -8431,7 +8437,11 @@ class _Futures:
         """Remove those of these tasks that wait; all are in one store."""
         ids, instants = [row.id for row in rows], [row.created_at for row in rows]
         query = Query(ids=ids, states=["waiting"], created_at=instants)
-        return self.store_of(rows[0]).remove(query, self._queue._now())
+        store = self.store_of(rows[0])
+        before, removed = store.followed, store.remove(query, self._queue._now())
+        if store.followed != before:
+            self._queue._changed(removed=True, stored=not store.in_memory)
+        return removed
 
     def drop(self, futures: Iterable[TaskFuture]) -> None:
         """Nobody waits for these any more: remove their tasks, which are in one store, wherever
@@ -8923,16 +8933,15 @@ class _Watch:
         ids = [SCHEDULE + name for name in types if name not in self._cluster.queue._declared]
         scheduled = {row.id for row in self._store.find(Query(ids=ids), wall)} if ids else ()
         path, texts = getattr(self._store, "path", None), []
-        settings = self._store.settings()
+        paused = self._store.paused() if types else ()
         for name in types:
-            if name in settings and settings[name].paused:
-                texts.append(f"{name!r} (paused)")
-                continue
             task_id, text = SCHEDULE + name, repr(name)
             how = f"queue.remove(task_id={task_id!r})"
             if path:
                 how = f"python taskpool.py remove {shlex.quote(path)} {shlex.quote(task_id)}"
-            if task_id in scheduled:
+            if name in paused:
+                text += " (paused)"
+            elif task_id in scheduled:
                 text += f" (if no program declares its schedule any more, remove that: {how})"
             texts.append(text)
         return texts
@@ -11086,7 +11095,7 @@ def _parser() -> Any:
     specs = _arguments()
     for name, (act, words, text, tell) in _COMMANDS.items():
         epilog = _BEHIND if " id" in words else None
-        about = f"{text.capitalize()}."
+        about = f"{text[:1].upper()}{text[1:]}."
         added = commands.add_parser(name, help=text, description=about, epilog=epilog)
         added.set_defaults(act=act, tell=tell, parser=added, watch=False, json=False)
         added.set_defaults(type=None, state=None, columns={*_TYPE_COLUMNS} - {"limits", "held"})
