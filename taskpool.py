@@ -96,6 +96,7 @@ import copy
 import copyreg
 import errno
 import functools
+import graphlib
 import heapq
 import itertools
 import json
@@ -1545,7 +1546,8 @@ class Retry(TaskPoolError):
         return new, (type(self), *self.args), self.__dict__
 
     def __str__(self) -> str:
-        return f"again in {self.seconds} s" + ("" if self.counts else ", not counted")
+        when = "later" if self.seconds is None else f"in {self.seconds:g} s"
+        return f"again {when}" + ("" if self.counts else ", not counted")
 
 
 class GiveUp(TaskPoolError):
@@ -1745,7 +1747,9 @@ def next_start(setting: Setting, now: int) -> tuple[int, int]:
     starts (0: it has no rate).
 
     The instant is in the past if several may start now: where starts are closer than
-    LUMP_SECONDS, those of so long. After a clock was set back it is one spacing ahead at most.
+    LUMP_SECONDS, those of so long. Where it is ahead by far, a clock was set back: then it is
+    one spacing ahead. (By a little it may be, as *now* was read before a long wait for the
+    store, or by another machine's clock.)
 
     >>> next_start(Setting(starts=10, period=1_000_000, next_at=90), 100)
     (100, 105000)
@@ -1758,8 +1762,9 @@ def next_start(setting: Setting, now: int) -> tuple[int, int]:
     # A start counts from its claim on, but its function may begin later, by some 50 ms on a
     # busy machine, and the next ones at once: a period that is so much longer keeps the rate.
     spacing = -(-(setting.period + min(setting.period // 20, lump)) // setting.starts)
-    earliest = now - lump if spacing < lump else now
-    return max(min(setting.next_at, now + spacing), earliest), spacing
+    if setting.next_at > now + spacing + int(LEASE_SECONDS * 1e6):
+        return now + spacing, spacing
+    return max(setting.next_at, now - lump if spacing < lump else now), spacing
 
 
 def openings(setting: Setting, running: int, most: int, now: int) -> list[int]:
@@ -2624,19 +2629,24 @@ class Following:
         return self.rows(Query(ids=ids), now) if ids else []
 
     def _check_rings(self, pairs: Sequence[_Pair]) -> None:
-        """Raise ValueError if a task would wait for itself. Only one that others wait for can: it
-        was there before."""
-        added = {new.id: [bond.parent for bond in new.after] for _, new in pairs if new}
+        """Raise ValueError if a task would wait for itself."""
+        above = {new.id: [bond.parent for bond in new.after] for _, new in pairs if new}
         freed = {old.id for old, new in pairs if old and not keeps_bonds(old, new)}
-        for task_id in [new.id for old, new in pairs if old and new]:
-            todo, seen = set(added[task_id]), set[str]()
-            while todo:
-                if task_id in todo:
-                    text = "others that do not wait for it; now it would wait for itself"
-                    raise _wrong_value("after", added[task_id][0], text)
-                seen.update(todo)
-                above = {bond.parent for bond in self.bonds(children=list(todo - freed))}
-                todo = above.union(*(added.get(i, ()) for i in todo)) - seen
+        seen: set[str] = set()
+        # Stored tasks can wait only for those of the pairs that were there before.
+        todo = set(above).union(*above.values()) if any(old for old, _ in pairs) else set()
+        while todo := todo - freed - seen:
+            seen |= todo
+            bonds = self.bonds(children=list(todo))
+            for bond in bonds:
+                above.setdefault(bond.child, []).append(bond.parent)
+            todo = {bond.parent for bond in bonds}
+        try:
+            graphlib.TopologicalSorter(above).prepare()
+        except graphlib.CycleError as error:
+            ring = [_shown(task_id) for task_id in reversed(error.args[1])]
+            text = f"after or after_end would have {ring[0]} wait for itself"
+            raise ValueError(f"{text}: {' waits for '.join(ring)}") from None
 
     def _undo(self, pairs: Sequence[_Pair], done: Sequence[bool]) -> None:
         """Another writer was quicker with those that are not done: undo the others, unless the
@@ -6720,8 +6730,8 @@ class TaskQueue(_TaskTypes):
         if_exists="raise"   what a waiting or running task of the same task_id does: "raise"
                             DuplicateTask, "keep" (it is returned), "replace" (if it is
                             running, the new one follows it), "follow" (if it waits, it stays
-                            and gets the new data; if it runs, the new one follows it, or
-                            the one that follows already gets the new data)
+                            as it is, but for the new data; if it runs, the new one follows
+                            it, or the one that follows already gets the new data)
         after=None          a Task, an id, or a list of them: it starts when all of these are
                             done; behind one that failed it waits until that is retried and
                             succeeds; if one is removed it fails, and a retry starts it. A

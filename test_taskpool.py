@@ -1909,6 +1909,9 @@ class Gates:
         self.assertEqual(self.turn(now=NOW + step - 1)[0], [])
         self.assertEqual(self.turn([Outcome("0", 1, "ready", charged=False)], now=NOW + step - 1)[0], [])
         self.assertEqual(self.turn(now=NOW + step)[0], ["0"])  # It counts again.
+        # One that has read its clock before it waited for the store gives no start away.
+        self.assertEqual(self.turn(now=NOW - SECOND), ([], [NOW + i * step for i in range(2, 6)]))
+        self.assertEqual(self.turn(now=NOW + 2 * step - 1)[0], [])
         self.assertEqual(self.turn(now=NOW + 36_000 * step)[0], ["1"])
         self.assertEqual(self.turn(now=NOW), ([], [NOW + i * step for i in range(1, 4)]))  # A clock set back.
         self.assertEqual(self.turn(now=NOW + step)[0], ["2"])
@@ -8754,6 +8757,7 @@ class TestFollowers(InFolder):
             ([{"task_id": "y", "after": "later"}, {"task_id": "later"}], "'later'.*there"),
             # The first one stays, with its bonds, and gets other data.
             ([{"task_id": "b", "if_exists": "follow"}, {"task_id": "a", "after": "b", "if_exists": "replace"}], "wait for itself"),
+            ([{"task_id": "p"}, {"task_id": "q", "after": "p"}, {"task_id": "p", "after": "q", "if_exists": "replace"}], "'p' waits for 'q'"),
         ):
             with self.subTest(tasks), self.assertRaisesRegex(ValueError, text):
                 self.tasks.add_tasks({"task_type": "line", **task} for task in tasks)
