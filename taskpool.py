@@ -2584,8 +2584,9 @@ class TypeSettings:
         if tally and self.has_settings:
             self._tally(tally)
 
-    def set_up(self, types: Iterable[str], changes: Mapping[str, Any]) -> None:
-        """Change these columns of the Settings of these types."""
+    def set_up(self, types: Iterable[str], changes: Mapping[str, Any], wait: bool = True) -> None:
+        """Change these columns of the Settings of these types. With *wait* this returns when
+        every cluster goes by them."""
 
         def work() -> None:
             for task_type in types:
@@ -4325,6 +4326,10 @@ _MONGO_INDEXES: tuple[tuple[str, list[tuple[str, int]], dict[str, bool]], ...] =
     ("taskpool_followed", [("taskpool.followed", 1)], {"sparse": True}),
 )
 _MOST_BONDS = 10_000  # Of a task: they are in its document.
+_UNSURE = "?"  # Among its bonds: its predecessors are to be looked at once more.
+_GONE = {"taskpool.state": "done", "taskpool.kept_until": 1}  # What goes when that is told.
+_ENDINGS = ("done", "failed", "removed")  # What `taskpool.followed` says of an end.
+COPY_SECONDS = 1.5  # So long a master goes by pauses and limits that it has read.
 _READABLE_CHARS = 1_000_000  # Longer data are stored as text, which is smaller.
 _MOST_BYTES = 7_000_000  # Of data, and of a result: MongoDB's 16 MB hold both.
 _ADOPTED_AT_ONCE = 1000
@@ -4396,11 +4401,12 @@ def _bond_text(parent: str, anyway: bool) -> str:
     return f"{'*' if anyway else '='}{parent}"
 
 
-def _bonds_field(row: Row) -> list[str]:
-    if len(row.after) > _MOST_BONDS:
-        text = f"after has {len(row.after):,} tasks; MongoDB holds at most {_MOST_BONDS:,} for one"
-        raise ValueError(f"{text}: give it tasks that follow parts of them")
-    return [_bond_text(bond.parent, bond.anyway) for bond in row.after]
+def _bonds_of(ours: Mapping[str, Any]) -> list[Bond]:
+    """The bonds in a document. Of two to the same task the stricter one counts."""
+    found, child = ours.get("after"), ours["id"]
+    texts = sorted(map(str, found)) if isinstance(found, list) else []  # "*" is before "=".
+    bonds = {t[1:]: Bond(t[1:], child, t[0] == "*") for t in texts if t[:1] in ("*", "=")}
+    return list(bonds.values())
 
 
 def _fields_of(row: Row) -> dict[str, Any]:
@@ -4418,7 +4424,8 @@ def _fields_of(row: Row) -> dict[str, Any]:
         if name != "data" and (name not in _USUAL or value != _USUAL[name]):
             fields[_TOP.get(name, f"taskpool.{name}")] = value
     if row.after:
-        fields["taskpool.after"] = _bonds_field(row)
+        texts = (_bond_text(bond.parent, bond.anyway) for bond in row.after)
+        fields["taskpool.after"] = [_UNSURE, *texts]
     return fields
 
 
@@ -4429,8 +4436,9 @@ def _nested(fields: Mapping[str, Any], seq: int) -> dict[str, Any]:
     return {**top, "taskpool": {"seq": seq, **ours}}
 
 
-def _changes(old: Row, new: Row) -> dict[str, Any]:
-    """The update that makes the document of *old* that of *new*; other fields stay."""
+def _changes(old: Row, new: Row, how: str = "") -> dict[str, Any]:
+    """The update that makes the document of *old* that of *new*; other fields stay. *how*: the
+    followers are to be told of that end."""
     before, after = _fields_of(old), _fields_of(new)
     if new.created_at != old.created_at:  # Another task: nothing of the old one stays.
         before = {f"taskpool.{name}": name for name in (*_USUAL, "promoted_at")}
@@ -4439,6 +4447,8 @@ def _changes(old: Row, new: Row) -> dict[str, Any]:
     if new.data != old.data and type(new.data) is str:
         put.update(_data_fields(new.data))
         before["taskpool.json" if "data" in put else "data"] = None
+    if how:
+        put["taskpool.followed"] = how
     gone = dict.fromkeys(before.keys() - after.keys() - put.keys(), "")
     changes = {"$set": {"taskpool.state": new.state, **put}}
     if not new.after and not keeps_bonds(old, new):
@@ -4535,16 +4545,11 @@ def _selector(query: Query, now: int) -> dict[str, Any]:
     if query.created_at is not None:
         terms.append({"taskpool.created_at": {"$in": list(query.created_at)}})
     if query.due is not None:
-        instants = {"$lte" if query.due else "$gt": now}
-        dated = {"taskpool.state": "scheduled", "taskpool.ready_at": instants}
-        kinds: list[Any] = [dated, {"taskpool.state": "ready" if query.due else "held"}]
-        paused = {"taskType": {"$in": list(query.paused)}}
-        if query.paused and not query.due:
-            states = {"$in": ["ready", "scheduled"]}
-            kinds.append({"taskpool.state": states, **paused})
-        elif query.paused:
-            terms.append({"$nor": [paused]})
-        terms.append({"$or": kinds})
+        dated = {"taskpool.state": "scheduled", "taskpool.ready_at": {"$lte": now}}
+        kinds = {"$or": [{"taskpool.state": "ready"}, dated]}
+        could_run = {**kinds, "taskType": {"$nin": list(query.paused)}}
+        waiting = {"taskpool.state": {"$in": _WAITING}}
+        terms.append(could_run if query.due else {**waiting, "$nor": [could_run]})
     if query.held is not None:
         terms.append({"taskpool.state": "held" if query.held else {"$ne": "held"}})
     return {"$and": terms}
@@ -4567,10 +4572,6 @@ def _sorted_out(row: Row, now: int) -> tuple[Row, Row]:
     return row, row
 
 
-def _runs_of(task_type: str) -> dict[str, Any]:
-    return {"taskpool.state": "running", "taskType": task_type}
-
-
 def _rank_of(row: Row) -> tuple[int, int]:
     """The order of claims, for the Rows of several queries."""
     if type(row.priority) is not int or type(row.created_at) is not int:
@@ -4583,8 +4584,13 @@ def _setting_of(document: Mapping[str, Any]) -> Setting:
     # The driver's kinds of int, and what a shell writes.
     columns = [int(v) if isinstance(v, (int, float)) and v // 1 == v else v for v in columns]
     if isinstance(columns[-1], Mapping):
-        columns[-1] = json.dumps(dict(columns[-1]))
+        columns[-1] = json.dumps(dict(columns[-1]), default=repr)
     return _readable_setting(columns)
+
+
+def _type(task_type: str) -> dict[str, Any]:
+    """The document of a task type, beside those of masters."""
+    return {"_id": {"type": task_type}}
 
 
 def _is_over(since: int, seconds: float, now: int) -> bool:
@@ -4748,30 +4754,12 @@ class _Documents:
                 self.write(writes)
 
     def replace(
-        self, pairs: Sequence[tuple[Row, Row | None]], hows: Sequence[str] = (), **options: Any
+        self, changes: Sequence[tuple[Row, Row | None, str]], **options: Any
     ) -> list[bool | None]:
-        """Put the second Row of each pair in place of the first, if that has not changed. *hows*
-        are the ends of which the followers are to be told."""
-        writes = [(_unchanged(old), new and _changes(old, new)) for old, new in pairs]
-        for (_, changes), how in zip(writes, hows):
-            if how and changes:
-                changes["$set"]["taskpool.followed"] = how
+        """Put the second Row of each in place of the first, if that has not changed. The text is
+        the end of which the followers are to be told."""
+        writes = [(_unchanged(old), new and _changes(old, new, how)) for old, new, how in changes]
         return self.write(writes, **options)
-
-    def bonds(self, parents: _Ids, children: _Ids) -> list[Bond]:
-        """As Store.bonds(). If two tasks have both kinds, the stricter one counts."""
-        texts = [_bond_text(i, kind) for i in parents or () for kind in (True, False)]
-        where: Any = {"taskpool.after": {"$gt": ""} if parents is None else {"$in": texts}}
-        where, limit = (where, parents is None) if children is None else (_named(children), 0)
-        found: dict[tuple[str, str], Bond] = {}
-        for document in self.find(where, {"taskpool.id": 1, "taskpool.after": 1}, 0, int(limit)):
-            ours = document["taskpool"]
-            for text in ours.get("after") or ():
-                bond = Bond(text[1:], ours["id"], text[0] == "*")
-                if not (bond.anyway and bond[:2] in found):
-                    found[bond[:2]] = bond
-        wanted = None if parents is None else set(parents)
-        return [bond for bond in found.values() if wanted is None or bond.parent in wanted]
 
     def store(self, pairs: Sequence[tuple[Row | None, Row]], at_once: bool) -> None:
         """Write these pairs of add(); *at_once*: in a transaction."""
@@ -4782,7 +4770,7 @@ class _Documents:
                 concern = getattr(self._collection, "write_concern", None)
                 stack.enter_context(session.start_transaction(write_concern=concern))
                 options = {"session": session}
-            if not all(self.replace([(old, new) for old, new in pairs if old], **options)):
+            if not all(self.replace([(old, new, "") for old, new in pairs if old], **options)):
                 raise _Raced
             fresh = []
             for row in (new for old, new in pairs if old is None):
@@ -4804,102 +4792,6 @@ class _Documents:
         return f"; stored all the same: {ids}" if ids else "; nothing was stored"
 
 
-class _Followers:
-    """How a MongoStore tells tasks of the ends of those that they follow.
-
-    `taskpool.after` of a document has its bonds. Whom it follows has `taskpool.followed`: "yes",
-    or how a run has ended that its followers are still to be told of. That is written with the
-    end itself; what is to go stays as `done`, until they are told. Whoever comes finishes what a
-    crash has cut short. Nobody marks what has ended, so who adds a bond looks once more.
-    """
-
-    def __init__(self, documents: _Documents, collection: Any) -> None:
-        self._documents, self._tasks = documents, collection
-        self.succeeded: set[tuple[str, int]] = set()  # Claims that settle() is about to end.
-        self.untold: dict[str, str] = {}  # {id: how it has ended}.
-
-    def ending(self, old: Row, new: Row | None) -> tuple[Row | None, str]:
-        """What is to be written in place of *new*, and how *old* has ended by that, if it may
-        be followed."""
-        if not isinstance(old, _FollowedRow):
-            return new, ""
-        is_done = (old.id, old.claim) in self.succeeded
-        how = "done" if is_done else how_ended(old, new)
-        if new is None and how:
-            new = old._replace(state="done", owner="", kept_until=1, successor=None, repeat=None)
-        return new, how
-
-    def mark(self, bonds: Sequence[Bond]) -> None:
-        """From now on those that are followed are not ended without telling."""
-        where = _named({bond.parent for bond in bonds})
-        alive = {**where, "taskpool.followed": None, "taskpool.state": {"$ne": "done"}}
-        self._tasks.update_many(alive, {"$set": {"taskpool.followed": "yes"}})
-
-    def look_again(self, bonds: Sequence[Bond]) -> None:
-        """Note which of those have ended before they were marked."""
-        rows = self._documents.rows(_named({bond.parent for bond in bonds}), fields=_READ_SHORT)
-        states = {row.id: row.state for row in rows}
-        for bond in bonds:
-            state = states.get(bond.parent, "done")
-            if state == "done" or (state == "failed" and bond.anyway):
-                self.untold[bond.parent] = state
-
-    def left(self) -> None:
-        """Note the ends that somebody has recorded, but not told."""
-        where = {"taskpool.followed": {"$in": ["done", "failed", "removed"]}}
-        for document in self._documents.find(where, {"taskpool.id": 1, "taskpool.followed": 1}):
-            self.untold[document["taskpool"]["id"]] = document["taskpool"]["followed"]
-
-    def tell(self, write_all: Callable[[Sequence[_Pair]], Any], now: int) -> list[Row]:
-        """Tell of the ends that are noted, and of those that follow. Returns the Rows that wait
-        for their due dates now."""
-        free: list[Row] = []
-        while self.untold:
-            ends, self.untold = self.untold, {}
-            by_end: dict[str, list[str]] = collections.defaultdict(list)
-            for task_id, how in ends.items():
-                by_end[how].append(task_id)
-            held = {"taskpool.state": "held"}
-            for parent in by_end["removed"]:
-                strict = {"taskpool.after": _bond_text(parent, False)}
-                rows = self._documents.rows({**held, **strict})
-                write_all([(row, orphaned(row, parent, now)) for row in rows])
-            for how, ids in by_end.items():
-                free += self._free(ids, only_anyway=how == "failed")
-            for how, ids in by_end.items():
-                where = {**_named(ids), "taskpool.followed": how}
-                gone = {"taskpool.state": "done", "taskpool.kept_until": 1}
-                self._tasks.delete_many({**where, **gone})
-                self._tasks.update_many(where, {"$set": {"taskpool.followed": "yes"}})
-        return free
-
-    def _free(self, ids: list[str], only_anyway: bool) -> list[Row]:
-        """Drop the bonds of these. The last one of a task goes in the write that releases it, so
-        that none is forgotten, also where two do this at once."""
-        kinds = (True,) if only_anyway else (True, False)
-        met = [_bond_text(task_id, kind) for task_id in ids for kind in kinds]
-        more, child = {"$elemMatch": {"$nin": met}}, {"taskpool.after": {"$in": met}}
-        last = {"taskpool.state": "held", "$and": [child, {"taskpool.after": {"$not": more}}]}
-        free = self._release(last)
-        rest = [{"taskpool.state": "failed"}, {"taskpool.after": more}]
-        self._tasks.update_many({**child, "$or": rest}, {"$pullAll": {"taskpool.after": met}})
-        return free + self._release(last)
-
-    def _release(self, last: dict[str, Any]) -> list[Row]:
-        free: list[Row] = []
-        for _ in range(TRIES):
-            rows = self._documents.rows(last)
-            if not rows:
-                break
-            after = [checked(released, row, -NEVER) for row in rows]  # A look makes it ready.
-            self._documents.write([
-                ({**_unchanged(row), **last}, new and _changes(row, new))
-                for row, new in zip(rows, after)
-            ])
-            free += [row for row in after if row is not None]
-        return free
-
-
 class _Claims:
     """What a MongoStore remembers of one owner."""
 
@@ -4911,7 +4803,8 @@ class _Claims:
         self.ready = 0.0  # How many tasks can start now; inf: more than were read.
         self.later: list[Row] = []  # Those known to start later, in no order.
         self.few = True  # The last claim took one task at most.
-        self.asked = 0  # How many tasks beyond the room the last turn() wanted to know of.
+        self.asked = 0  # How many tasks beyond the room the last turn() wanted to know of, ...
+        self.types: Collection[str] = ()  # ... and of which types.
         self.joined = False  # The claim under way has taken one.
         # The latest instant that the owner has seen, and when it last looked and claimed.
         self.clock = self.looked_at = self.claimed_at = 0
@@ -4919,18 +4812,28 @@ class _Claims:
 
 
 class _MongoSide(Store):
-    """The documents of a MongoStore beside those of tasks: of masters, and of task types."""
+    """The documents of a MongoStore beside those of tasks: of masters, and of task types.
 
+    What is set for types is read with the heartbeats. This copy counts for COPY_SECONDS, from
+    before it was read: who sets a pause or a limit waits until no older copy counts. As a claim
+    may take long, what was claimed is looked at once more by the copy that counts then.
+    """
+
+    has_settings = True
     _documents: _Documents
     _tasks: Any
     _masters: Any
 
-    def _forget_side(self) -> None:
+    def _reset_after_fork(self) -> None:
+        self._lock = threading.RLock()  # Held while a cluster's claims change.
+        self._claims: dict[str, _Claims] = collections.defaultdict(_Claims)
         self._holders: set[str] = set()  # Of claims and reserved tasks, as of late.
         self._heard: list[str] | None = None  # Masters, where one here looks for them.
-        # Of the types that are paused or limited, as they were read at that time (monotonic).
-        self._gates: dict[str, Setting] = {}
-        self._gates_at = -math.inf
+        # The types that are paused or limited, and since when that is known (monotonic).
+        self._copy: tuple[dict[str, Setting], float] = {}, -math.inf
+        self._set_at = -math.inf  # When one of them was changed here.
+
+    # ---- Masters
 
     def heartbeat(self, owner: str) -> None:
         # Random: a counter that starts again could show the value that an observer saw last.
@@ -4938,79 +4841,249 @@ class _MongoSide(Store):
         self._masters.update_one({"_id": owner}, beat, upsert=True)
 
     def heartbeats(self) -> dict[str, Any]:
-        with self._documents.errors():
-            documents = list(self._masters.find({}, {"claims": 0, "counts": 0}))
-            masters = {m["_id"]: m.get("beat") for m in documents if type(m["_id"]) is str}
-        self._learn(documents, False)
+        masters, _ = self._read_side()
         self._heard = list(masters)
         return {**dict.fromkeys(self._holders), **masters}
 
     def owners(self) -> list[str]:
-        if self._heard is None:
-            with self._documents.errors():
-                return [master["_id"] for master in self._masters.find(_MASTER, {"_id": 1})]
-        return self._heard
+        return self._alive() if self._heard is None else self._heard
+
+    def _alive(self) -> list[str]:
+        with self._documents.errors():
+            return [master["_id"] for master in self._masters.find(_MASTER, {"_id": 1})]
+
+    def _read_side(self, *more: str) -> tuple[dict[str, Any], dict[str, Setting]]:
+        """The heartbeats of masters, and the Settings of types."""
+        read_at, fields = time.monotonic(), ("beat", *Setting._fields[:-1], *more)
+        with self._documents.errors():
+            found = list(self._masters.find({}, dict.fromkeys(fields, 1)))
+        masters = {it["_id"]: it.get("beat") for it in found if type(it["_id"]) is str}
+        of_types = [it for it in found if isinstance(it["_id"], Mapping)]
+        types = {str(it["_id"].get("type")): _setting_of(it) for it in of_types}
+        self._copy = {name: it for name, it in types.items() if is_gate(it)}, read_at
+        return masters, types
+
+    def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
+        claims = self._claims[owner]
+        if not claims.holders_at < seconds < claims.holders_at + LEASE_SECONDS / 6:
+            with self._documents.errors():  # An owner may have no heartbeat yet.
+                holders = self._tasks.distinct("taskpool.owner", _held_by({"$gt": ""}))
+                reserved = {**_RESERVED, "taskpool.lane": {"$gt": ""}}
+                holders += self._tasks.distinct("taskpool.lane", reserved)
+            self._holders, claims.holders_at = set(holders), seconds
+        return super().recover(owner, seconds, now)
+
+    def forget(self, owner: str) -> None:
+        self._masters.delete_one({"_id": owner})
+        self._holders.discard(owner)
+        self._claims.pop(owner, None)
+        self._heard = None  # Nobody may look for masters here from now on.
+
+    def cancelled(self, owner: str, ids: Sequence[str]) -> Collection[tuple[str, int]]:
+        with self._documents.errors():
+            where = {**_held_by(owner), "taskpool.removed": 2}
+            rows = self._documents.rows(where, fields=_READ_SHORT)
+        return [(row.id, row.claim) for row in rows]
+
+    # ---- Task types
 
     def settings(self, all_types: bool = False) -> Mapping[str, Setting]:
-        if not all_types and time.monotonic() < self._gates_at + 1.5 * WATCH_SECONDS:
-            return self._gates
-        with self._documents.errors():
-            return self._learn(self._masters.find(), all_types)
+        copy, read_at = self._copy
+        if not all_types and read_at >= max(self._set_at, time.monotonic() - COPY_SECONDS):
+            return copy
+        _, types = self._read_side("counts")
+        return types if all_types else self._copy[0]
 
-    def _learn(self, documents: Iterable[Any], all_types: bool) -> Mapping[str, Setting]:
-        """Remember, and return, the Settings among these documents."""
-        found = [doc for doc in documents if isinstance(doc["_id"], Mapping)]
-        types = {str(doc["_id"].get("type")): _setting_of(doc) for doc in found}
-        self._gates = {name: it for name, it in types.items() if is_gate(it)}
-        self._gates_at = time.monotonic()
-        return types if all_types else self._gates
+    def set_up(self, types: Iterable[str], changes: Mapping[str, Any], wait: bool = True) -> None:
+        super().set_up(types := list(types), changes)
+        if wait and is_gate(Setting(**changes)):
+            if any(owner not in self._claims for owner in self._alive()):
+                time.sleep(1.01 * COPY_SECONDS)  # Clocks do not go at quite the same speed.
+            for name in types if changes.get("at_once") else ():  # What runs counts, too.
+                claims = {"$each": self._running_claims(name)}
+                self._masters.update_one(_type(name), {"$addToSet": {"claims": claims}})
 
     def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
-        self._masters.update_one({"_id": {"type": task_type}}, {"$set": changes}, upsert=True)
-        self._gates_at = -math.inf
+        self._masters.update_one(_type(task_type), {"$set": changes}, upsert=True)
+        self._set_at = time.monotonic()
 
     def reserve_starts(self, task_type: str, setting: Setting, next_at: int) -> bool:
-        same = {"_id": {"type": task_type}, "next_at": setting.next_at}
-        if setting.next_at == 0:
-            same["next_at"] = {"$in": [None, 0]}
-        self._gates_at = -math.inf
-        return bool(self._masters.update_one(same, {"$set": {"next_at": next_at}}).matched_count)
+        same = {**_type(task_type), "next_at": setting.next_at or {"$in": [None, 0]}}
+        found = self._masters.update_one(same, {"$set": {"next_at": next_at}}).matched_count
+        self._set_at = time.monotonic()
+        return bool(found)
 
     def _tally(self, tally: _Tally) -> None:
         for name, counts in tally.items():
             added = {f"counts.{how}": n for how, n in counts.items()}
-            self._masters.update_one({"_id": {"type": name}}, {"$inc": added}, upsert=True)
+            self._masters.update_one(_type(name), {"$inc": added}, upsert=True)
 
     def running(self, types: Collection[str]) -> Mapping[str, int]:
-        return {name: self._tasks.count_documents(_runs_of(name)) for name in types}
+        count = self._tasks.count_documents
+        return {n: count({"taskpool.state": "running", "taskType": n}) for n in types}
 
-    def _has_place(self, row: Row) -> bool:
+    def _running_claims(self, task_type: str) -> list[str]:
+        running = {"taskpool.state": "running", "taskType": task_type}
+        rows = self._documents.rows(running, fields=_READ_SHORT)
+        return [f"{row.claim}:{row.id}" for row in rows]
+
+    def _has_place(self, row: Row, at_once: int) -> bool:
         """Whether a claimed task may start. Its claim is written down with its type: at most
         as many as may run, without those that run no more."""
-        setting, mine = self._gates.get(row.task_type), {"id": row.id, "claim": row.claim}
-        if setting is None or setting.at_once is None:
-            return True
-        key = {"_id": {"type": row.task_type}}
-        room = {**key, f"claims.{setting.at_once - 1}": {"$exists": False}}
+        key = _type(row.task_type)
+        room = {**key, f"claims.{at_once - 1}": {"$exists": False}}
+        mine = {"$push": {"claims": f"{row.claim}:{row.id}"}}
         for _ in range(2):
-            if self._masters.update_one(room, {"$push": {"claims": mine}}).matched_count:
+            if self._masters.update_one(room, mine).matched_count:
                 return True
-            claims = [claim for doc in self._masters.find(key) for claim in doc.get("claims", ())]
-            ids = _named(claim["id"] for claim in claims)
-            rows = self._documents.rows({**ids, "taskpool.state": "running"}, fields=_READ_SHORT)
-            running = {(row.id, row.claim) for row in rows}
-            ended = [claim for claim in claims if (claim["id"], claim["claim"]) not in running]
+            claims = [claim for found in self._masters.find(key) for claim in found["claims"]]
+            ended = [*{*claims}.difference(self._running_claims(row.task_type))]
             if not ended:
-                return False
+                break
             self._masters.update_one(key, {"$pullAll": {"claims": ended}})
         return False
+
+    def _allowed(self, rows: list[Row], known: Mapping[str, Setting], now: int) -> list[Row]:
+        """Those that may start of what was claimed by these Settings. The others are requeued."""
+        current, back = self.settings(), []
+        for row in rows if known or current else ():
+            knew, now_set = (them.get(row.task_type, Setting()) for them in (known, current))
+            is_changed, most = knew[:4] != now_set[:4], now_set.at_once
+            if row.state == "running" and (
+                is_changed or (most is not None and not self._has_place(row, most))
+            ):
+                back.append(row)
+        self.write_all([(row, requeued(row, now)) for row in back])
+        return [row for row in rows if row not in back]
 
     def summary(self, now: int) -> list[tuple[Any, ...]]:
         with self._documents.errors(now):
             return summed(map(readable, self._documents.rows(_TASKS, now, _READ_SHORT)), now)
 
 
-class MongoStore(_MongoSide):
+class _MongoFollowing(_MongoSide):
+    """How a MongoStore tells tasks of the ends of those that they follow.
+
+    `taskpool.after` of a document has its bonds, and at first "?": one of its predecessors may
+    have ended just before it was marked, so they are looked at once more. `taskpool.followed` of
+    those is that mark, "yes", or how a run has ended of which followers are still to be told:
+    it is written with the end itself, and what is to go stays as `done` until they are told.
+    Each step can be made again: whoever comes finishes what a crash has cut short.
+    """
+
+    has_bonds = True
+    _succeeded: Collection[tuple[str, int]] = ()  # Claims that settle() is about to end.
+    _now = 0  # The instant of the last change.
+
+    def bonds(self, parents: _Ids = None, children: _Ids = None) -> list[Bond]:
+        where = {"taskpool.after": {"$gt": ""}} if children is None else _named(children)
+        if parents is not None:
+            both = itertools.product(parents, (True, False))
+            where = {"taskpool.after": {"$in": [_bond_text(*bond) for bond in both]}}
+        fields, limit = {"taskpool.id": 1, "taskpool.after": 1}, parents is children is None
+        with self._documents.errors():
+            found = self._documents.find(where, fields, limit=int(limit))
+        bonds = itertools.chain(*(_bonds_of(document["taskpool"]) for document in found))
+        wanted = None if parents is None else set(parents)
+        return [bond for bond in bonds if wanted is None or bond.parent in wanted]
+
+    def followers(self, ids: Collection[str] | None = None) -> set[str]:
+        children = None if ids is None else list(ids)
+        return {bond.child for bond in self.bonds(children=children)}
+
+    def _put(self, pairs: Sequence[_Pair], now: int, binds: bool = False) -> None:
+        self._now = now
+        self._new_bonds(pairs)
+        if not all(self.write_all(pairs)):
+            raise _Raced  # What is written stays so: the verb begins anew with the others.
+
+    def _follow(self, ends: Iterable[tuple[str, str]], now: int) -> None:
+        """Nothing: each write tells by itself."""
+
+    def _new_bonds(self, pairs: Sequence[_Pair]) -> list[Bond]:
+        """The bonds that are to be stored. Raises ValueError for those that cannot be."""
+        bonds = [bond for _, new in pairs if new is not None for bond in new.after]
+        if bonds:
+            self._check_rings(pairs)
+            kept = [old.id for old, new in pairs if new and old and keeps_bonds(old, new)]
+            there = self.bonds(children=kept) if kept else []
+            children = collections.Counter(child for _, child in {it[:2] for it in bonds + there})
+            count = max(children.values())
+            if count > _MOST_BONDS:
+                text = f"after has {count:,} tasks; MongoDB holds at most {_MOST_BONDS:,} for one"
+                raise ValueError(f"{text}: give it tasks that follow parts of them")
+        return bonds
+
+    def _end(self, old: Row, new: Row | None) -> tuple[Row, Row | None, str]:
+        """*old*, what is to be written in place of it, and how it has ended by that, if others
+        may follow it."""
+        if not isinstance(old, _FollowedRow):
+            return old, new, ""
+        is_done = (old.id, old.claim) in self._succeeded
+        how = "done" if is_done else how_ended(old, new)
+        if new is None and how:
+            new = old._replace(state="done", owner="", kept_until=1)  # As in _GONE.
+        return old, new, how
+
+    def _mark(self, bonds: Sequence[Bond]) -> None:
+        """From now on none of those that are followed ends without telling."""
+        where = _named({bond.parent for bond in bonds})
+        alive = {**where, "taskpool.followed": None, "taskpool.state": {"$ne": "done"}}
+        self._tasks.update_many(alive, {"$set": {"taskpool.followed": "yes"}})
+
+    def _look_again(self, where: Mapping[str, Any]) -> None:
+        """Tell new followers of ends that came before the mark."""
+        fields = {f"taskpool.{name}": 1 for name in ("id", "after", "state", "followed")}
+        found = self._documents.find({**where, "taskpool.after": _UNSURE}, fields)
+        new = [document["taskpool"] for document in found]
+        parents = {bond.parent for ours in new for bond in _bonds_of(ours)}
+        if new:
+            there = [it["taskpool"] for it in self._documents.find(_named(parents), fields)]
+            states = {ours["id"]: ours["state"] for ours in there}
+            states.update((it["id"], "removed") for it in there if it.get("followed") == "removed")
+            ends = {i: how for i in parents if (how := states.get(i, "done")) in _ENDINGS}
+            self._tell(ends, [ours["id"] for ours in new])
+
+    def _tell(self, ends: Mapping[str, str], children: Sequence[str] = ()) -> None:
+        """Tell those that follow these how they have ended; or only *children*, which were
+        unsure."""
+        among, held = _named(children) if children else {}, {"taskpool.state": "held"}
+        removed = [parent for parent, how in ends.items() if how == "removed"]
+        for _ in range(TRIES if removed else 0):
+            losers = {it.child: it.parent for it in self.bonds(removed) if not it.anyway}
+            rows = self._documents.rows({**_named(losers), **held})
+            pairs = [(row, orphaned(row, losers[row.id], self._now)) for row in rows]
+            if all(self.write_all(pairs)):
+                break
+        both = itertools.product(ends, (True, False))
+        met = [_bond_text(i, anyway) for i, anyway in both if bond_after(ends[i], anyway)]
+        met += [_UNSURE] if children else []
+        where = {**among, "taskpool.after": {"$in": met}, "taskpool.after.0": {"$exists": True}}
+        self._tasks.update_many(where, {"$pullAll": {"taskpool.after": met}})
+        free = {"$set": {"taskpool.state": "scheduled"}, "$unset": {"taskpool.after": ""}}
+        self.followed += 1
+        if self._tasks.update_many({**held, "taskpool.after": []}, free).matched_count:
+            for claims in list(self._claims.values()):
+                claims.looked_at = 0
+        for how in () if children else set(ends.values()):
+            ids = [task_id for task_id, end in ends.items() if end == how]
+            told = {**_named(ids), "taskpool.followed": how}
+            if self._tasks.delete_many({**told, **_GONE}).deleted_count < len(ids):
+                self._tasks.update_many(told, {"$set": {"taskpool.followed": "yes"}})
+
+    def _renew(self, owner: str, now: int) -> None:
+        super()._renew(owner, now)
+        self._now = now
+        self._look_again({})
+        self._tell_untold()
+
+    def _tell_untold(self) -> None:
+        where = {"taskpool.followed": {"$in": _ENDINGS}}
+        untold = self._documents.find(where, {"taskpool.id": 1, "taskpool.followed": 1})
+        self._tell({it["taskpool"]["id"]: it["taskpool"]["followed"] for it in untold})
+
+
+class MongoStore(_MongoFollowing):
     """Tasks in a MongoDB collection, shared by any number of processes and machines.
 
     *collection* is a pymongo Collection, or what behaves like one (it is never imported).
@@ -5033,11 +5106,8 @@ class MongoStore(_MongoSide):
     again, finds out.
     """
 
-    has_bonds = has_settings = True
-
     def __init__(self, collection: Any) -> None:
         self._documents = _Documents(collection)
-        self._followers = _Followers(self._documents, collection)
         self._tasks, self._masters = collection, collection["masters"]
         self._transactions = True  # Until the server says that it has none.
         self._reset_after_fork()
@@ -5045,11 +5115,6 @@ class MongoStore(_MongoSide):
 
     def __repr__(self) -> str:
         return f"MongoStore({self._documents.name!r})"
-
-    def _reset_after_fork(self) -> None:
-        self._lock = threading.RLock()  # Held while a cluster's claims change.
-        self._claims: dict[str, _Claims] = collections.defaultdict(_Claims)
-        self._forget_side()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -5064,62 +5129,43 @@ class MongoStore(_MongoSide):
             claims.later += later
 
     def write_all(self, pairs: Sequence[_Pair]) -> list[bool]:
-        given = cast("Sequence[tuple[Row, Row | None]]", pairs)  # add() has its own way.
-        ends = [self._followers.ending(old, new) for old, new in given]
-        todo = [(old, new) for (old, _), (new, _) in zip(given, ends)]
-        there = self._documents.replace(todo, [how for _, how in ends])
-        self._tell_of(new for _, new in todo if new is not None)
-        known = [self._claims.get(str(old.owner)) or _Claims() for old, _ in todo]
-        unsure = [
-            hit is None or (not hit and (old.id, old.claim) in claims.unsure)
-            for hit, (old, _), claims in zip(there, todo, known)
-        ]
-        ids = [old.id for (old, _), perhaps in zip(todo, unsure) if perhaps]
-        read = self._documents.rows(_named(ids), fields=_READ_SHORT) if ids else ()
-        found, done = {row.id: row for row in read}, []
-        for (old, new), hit, perhaps, claims in zip(todo, there, unsure, known):
-            row = found.get(old.id)
-            # If the task has changed, take it that our write was applied, unless the task was
-            # recovered since. (A recovery is not seen if a further run has ended as well.)
-            before = old.state, old.owner, old.claim
-            same = row is not None and (row.state, row.owner, row.claim) == before
-            mine = row is None or row.interrupted <= old.interrupted
-            done.append(bool(hit) or (perhaps and mine and not same))
-            how = ends[len(done) - 1][1]
-            if done[-1] and how:
-                self._followers.untold[old.id] = how
-            if old.id in claims.rows and not done[-1]:
-                claims.rows[old.id] = old._replace(state="")  # settle() reads it again.
-            elif old.id in claims.rows and new is not None and new.state == "running":
-                claims.rows[old.id] = new
-        return done
-
-    # ---- Those that follow others
-
-    def bonds(self, parents: _Ids = None, children: _Ids = None) -> list[Bond]:
-        with self._documents.errors():
-            return self._documents.bonds(parents, children)
-
-    def followers(self, ids: Collection[str] | None = None) -> set[str]:
-        children = None if ids is None else list(ids)
-        return {bond.child for bond in self.bonds(children=children)}
-
-    def _put(self, pairs: Sequence[_Pair], now: int, binds: bool = False) -> None:
         bonds = [bond for _, new in pairs if new is not None for bond in new.after]
         if bonds:
-            self._check_rings(pairs)
-            self._followers.mark(bonds)
-        done = self.write_all(pairs)
+            self._mark(bonds)
+        todo = [self._end(cast(Row, old), new) for old, new in pairs]  # add() inserts.
+        done = self._applied([old for old, *_ in todo], self._documents.replace(todo))
+        self._tell_of(new for _, new, _ in todo if new is not None)
+        for (old, new, _), is_done in zip(todo, done):
+            claims = self._claims.get(str(old.owner))
+            if claims and old.id in claims.rows:
+                if not is_done:
+                    claims.rows[old.id] = old._replace(state="")  # settle() reads it again.
+                elif new is not None and new.state == "running":
+                    claims.rows[old.id] = new
+        ends = {old.id: how for (old, _, how), is_done in zip(todo, done) if is_done and how}
+        if ends:
+            self._tell(ends)
         if bonds:
-            self._followers.look_again(bonds)
-        self._follow((), now)
-        if not all(done):
-            raise _Raced  # What is written stays so: the verb begins anew with the others.
+            self._look_again(_named({bond.child for bond in bonds}))
+        return done
 
-    def _follow(self, ends: Iterable[tuple[str, str]], now: int) -> None:
-        if self._followers.untold:
-            self._tell_of(self._followers.tell(self.write_all, now))
-            self.followed += 1
+    def _applied(self, rows: list[Row], hits: list[bool | None]) -> list[bool]:
+        """Which of these Rows our writes have changed, where *hits* says whether the documents
+        were found. A lost reply to settle() may have told of the same change."""
+        unsure = {claim for claims in list(self._claims.values()) for claim in claims.unsure}
+        doubtful = {
+            row.id: row for row, hit in zip(rows, hits)
+            if hit is None or (not hit and (row.id, row.claim) in unsure)
+        }  # fmt: skip
+        if doubtful:
+            for row in self._documents.rows(_named(doubtful), fields=_READ_SHORT):
+                old = doubtful[row.id]
+                # If the task has changed, take it that our write was applied, unless the task was
+                # recovered since. (A recovery is not seen if a further run has ended as well.)
+                same = (row.state, row.owner, row.claim) == (old.state, old.owner, old.claim)
+                if same or row.interrupted > old.interrupted:
+                    del doubtful[row.id]
+        return [bool(hit) or row.id in doubtful for row, hit in zip(rows, hits)]
 
     # ---- Adding
 
@@ -5136,19 +5182,15 @@ class MongoStore(_MongoSide):
                 if attempt or parents or not whole:
                     there = self.rows(Query(ids=[*ids, *parents]), now)
                 pairs, rows = after_adds(there, additions)
-                bonds = [bond for _, new in pairs for bond in new.after]
-                if bonds:
-                    self._check_rings(pairs)
-                    self._followers.mark(bonds)
+                if bonds := self._new_bonds(pairs):
+                    self._mark(bonds)
                     pairs = [(o, _FollowedRow(*n) if n.id in parents else n) for o, n in pairs]
                 try:
                     self._documents.store(pairs, whole and many)
                     self._tell_of(new for _, new in pairs)
                     if bonds:
-                        with self._lock:
-                            self._followers.look_again(bonds)
-                            self._follow((), now)
-                    return [row._replace(after=()) if row.after else row for row in rows]
+                        self._look_again(_named({bond.child for bond in bonds}))
+                    return [row._replace(after=()) if bonds else row for row in rows]
                 except Exception as error:
                     last, code = self._documents.text(error), getattr(error, "code", None)
                     if many and whole and (code == 20 or isinstance(error, NotImplementedError)):
@@ -5166,7 +5208,6 @@ class MongoStore(_MongoSide):
     ) -> list[Row]:  # fmt: skip
         self._waiting([None, "scheduled"], owner, list(costs), 1, now, until)
         self._claims[owner].few = False
-        settings = self.settings() if settings is None else settings
         return self._claim_ready(owner, costs, limit, now, until, settings)
 
     def turn(
@@ -5177,9 +5218,11 @@ class MongoStore(_MongoSide):
         """Store.turn() in few commands. It looks for waiting tasks if nothing ended and nothing
         was added, but at least every other second, and remembers what it saw."""
         led = self.settle(owner, outcomes, now) if outcomes else []
-        claims, room = self._claims[owner], room if types else 0.0
-        claims.asked, known = most, self.settings() if settings is None else settings
-        limited = [name for name in known if name in types and not known[name].paused]
+        claims, known = self._claims[owner], self.settings() if settings is None else settings
+        types = {n: cost for n, cost in types.items() if n not in known or not known[n].paused}
+        if claims.types != types.keys():
+            claims.types, claims.looked_at = types.keys(), 0
+        claims.asked, room = most, room if types else 0.0
 
         def look_and_claim() -> list[Row]:
             asked = room > 0 and bool(outcomes or eager)
@@ -5189,47 +5232,48 @@ class MongoStore(_MongoSide):
                 asked = claims.ready > 0
             # After a clock was set back a look may not find what is ready: claim all the same.
             if room > 0 and (asked or _is_over(claims.claimed_at, RENEW_SECONDS, now)):
-                return self._claim_ready(owner, types, room, now, until, known)
+                return self._claim_ready(owner, types, room, now, until, settings)
             return []
 
+        limited, rows = types.keys() & known.keys(), list[Row]()
         try:
             rows = self._change(look_and_claim)
             if eager and room > 0 and not rows and most:
                 self.next_due(owner, types, most, now, until)
+            look = self.upcoming if limited and most else self._due
+            return Turn(led, rows, look(owner, types, most, now, until), limited)
         except StoreError:
-            if not outcomes:
+            if not (led or rows):
                 raise
-            return Turn(led, [], [now])  # What is settled counts. The rest is asked again.
-        if known and most:
-            known = self.settings() if settings is None else settings
-            due = self.upcoming(owner, types, most, now, until, known)
-            return Turn(led, rows, due, limited)
-        return Turn(led, rows, self._due(owner, types, most, now, until))
+            return Turn(led, rows, [now], limited)  # What is settled and claimed counts.
 
     def _claim_ready(
         self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int,
-        settings: Mapping[str, Setting],
+        settings: Mapping[str, Setting] | None,
     ) -> list[Row]:  # fmt: skip
         """Claim what is ready. A single command can claim the first task, whichever that is: it
         comes first if the last claim took one task at most, or if there is room for one."""
         claims, rows, more = self._claims[owner], [], True
+        known = self.settings() if settings is None else settings
         claims.claimed_at, claims.joined = now, False
         was_in_doubt, claims.in_doubt = claims.in_doubt, True
         least, most = max(min(costs.values()), LEAST_SHARE), max(*costs.values(), 1.0)
-        is_free = settings.keys().isdisjoint(costs)
+        is_free = known.keys().isdisjoint(costs)
         if is_free and most <= limit + 1e-9 and (claims.few or limit + 1e-9 < 2 * least):
             where = self._claimable(owner, costs, now, until)
             with contextlib.suppress(_Raced):  # The server cannot change that document so.
                 rows = self._start(owner, where, now, True)
                 claims.ready = max(claims.ready - 1, 0) if rows else 0
-                limit -= sum(cost_of(row, costs) for row in rows)
+                limit -= sum(cost_of(row, costs) for row in rows if row.state == "running")
                 claims.joined = True
                 if limit + 1e-9 < least and (claims.ready or not claims.asked):
                     more = False  # The room is full, and what is left is known or not asked.
                 more = more and bool(rows) and not rows[0].interrupted
         if more:
-            rows += super()._claim(owner, costs, limit, now, until, settings)
+            rows += super()._claim(owner, costs, limit, now, until, known)
             claims.few = len(rows) < 2
+        if settings is None:  # Else the caller answers for it.
+            rows = self._allowed(rows, known, now)
         claims.rows.update((row.id, row) for row in rows if row.state == "running")
         claims.in_doubt = was_in_doubt  # Every claim that the server made is known.
         return rows
@@ -5263,8 +5307,9 @@ class MongoStore(_MongoSide):
         options["limit"] = limit = most + claims.asked + 1
         rows = self._documents.rows(where, now, _READ_SHORT, **options)
         claims.ready = len(rows) if len(rows) < limit else math.inf
-        # Those that have expired are set aside by _start(), which reads their errors, too.
-        rows = [row if row.expires is None else row._replace(expires=None) for row in rows]
+        if any(row.expires is not None and expiry(row, now) for row in rows):
+            options["limit"] += ASIDE_TASKS  # Those are set aside, and told of with all columns.
+            rows = self._documents.rows(where, now, **options)
         if claims.joined:  # A task that was interrupted is taken alone.
             return itertools.takewhile(lambda row: not row.interrupted, rows)
         return rows
@@ -5273,11 +5318,7 @@ class MongoStore(_MongoSide):
         where = {"taskpool.state": "ready", **_named(row.id for row in rows)}
         taken = self._start(owner, where, now, len(rows) == 1)
         self._claims[owner].ready -= len(taken)
-        if not self._gates:
-            return taken
-        full = [row for row in taken if row.state == "running" and not self._has_place(row)]
-        self.write_all([(row, requeued(row, now)) for row in full])
-        return [row for row in taken if row not in full]
+        return taken
 
     def _start(self, owner: str, where: dict[str, Any], now: int, one: bool) -> list[Row]:
         """ready -> running for all that *where* selects, or only for the first (*one*). Returns
@@ -5308,7 +5349,6 @@ class MongoStore(_MongoSide):
         """Set aside those that are not to run. Returns all, as they are told of then."""
         after = [_sorted_out(row, now) for row in rows]
         self.write_all([(row, new) for row, (new, _) in zip(rows, after) if new is not row])
-        self._follow((), now)
         aside = [told for row, (new, told) in zip(rows, after) if new is not row]
         self._count("expired", filter(is_late, aside))
         return [told for _, told in after]
@@ -5318,11 +5358,8 @@ class MongoStore(_MongoSide):
         claims = self._claims[owner]
         known = {(row.id, row.claim) for row in claims.rows.values()}
         held = self._documents.rows(_held_by(owner), now, _READ_SHORT)
-        ids = [row.id for row in held if (row.id, row.claim) not in known]
-        if ids:
-            rows = self._documents.rows({**_named(ids), **_held_by(owner)}, now)
-            self.write_all([(row, checked(requeued, row, now)) for row in rows])
-            self._follow((), now)
+        unknown = [row for row in held if (row.id, row.claim) not in known]
+        self.write_all([(row, checked(requeued, row, now)) for row in unknown])
         claims.in_doubt = False
 
     def held_by(self, owner: str, outcomes: Sequence[Outcome] | None = None) -> list[Row]:
@@ -5338,7 +5375,8 @@ class MongoStore(_MongoSide):
 
     def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
         claims = self._claims[owner]
-        self._followers.succeeded = {it[:2] for it in outcomes if it.state == "done"}
+        self._now = now
+        self._succeeded = {it[:2] for it in outcomes if it.state == "done"}
         try:
             led = super()._settle(owner, list(map(_fitting, outcomes)), now)
         except BaseException:
@@ -5355,40 +5393,15 @@ class MongoStore(_MongoSide):
 
     def _renew(self, owner: str, now: int) -> None:
         super()._renew(owner, now)
-        self._followers.left()
-        self._follow((), now)
         self._requeue_unknown(owner, now)
 
-    def recover(self, owner: str, seconds: float, now: int) -> list[Row]:
-        claims = self._claims[owner]
-        if not claims.holders_at < seconds < claims.holders_at + LEASE_SECONDS / 6:
-            with self._documents.errors():  # An owner may have no heartbeat yet.
-                holders = self._tasks.distinct("taskpool.owner", _held_by({"$gt": ""}))
-                reserved = {**_RESERVED, "taskpool.lane": {"$gt": ""}}
-                holders += self._tasks.distinct("taskpool.lane", reserved)
-            self._holders, claims.holders_at = set(holders), seconds
-        return super().recover(owner, seconds, now)
-
-    def forget(self, owner: str) -> None:
-        self._masters.delete_one({"_id": owner})
-        self._holders.discard(owner)
-        self._claims.pop(owner, None)
-        self._heard = None  # Nobody may look for masters here from now on.
-
-    def cancelled(self, owner: str, ids: Sequence[str]) -> Collection[tuple[str, int]]:
-        with self._documents.errors():
-            where = {**_held_by(owner), "taskpool.removed": 2}
-            rows = self._documents.rows(where, fields=_READ_SHORT)
-        return [(row.id, row.claim) for row in rows]
-
     def open_lanes(self, owner: str) -> None:
-        where = {**_RESERVED, "taskpool.lane": owner}
-        self._tasks.update_many(where, {"$set": {"taskpool.lane": ""}})
+        mine = {**_RESERVED, "taskpool.lane": owner}
+        self._tasks.update_many(mine, {"$set": {"taskpool.lane": ""}})
 
     def expire(self, now: int) -> None:
         done = {"taskpool.state": "done", "taskpool.kept_until": {"$lte": now}}
-        told = {"taskpool.followed": {"$in": [None, "yes"]}}
-        self._tasks.delete_many({**done, **told})
+        self._tasks.delete_many({**done, "taskpool.followed": {"$in": [None, "yes"]}})
 
     # ---- Looking and changing
 
@@ -5413,10 +5426,9 @@ class MongoStore(_MongoSide):
         claims = self._claims[owner]
         claims.clock = max(claims.clock, now)
         claims.later.clear()
-        limit = most + 1
-        rows = self._waiting([None, "ready", "scheduled"], owner, types, limit, now, until)
+        rows = self._waiting([None, "ready", "scheduled"], owner, types, most + 1, now, until)
         ready = [row for row in rows if row.state == "ready"]
-        if len(rows) >= limit and ready:  # Scheduled ones may stand behind these.
+        if len(rows) > most and ready:  # Scheduled ones may stand behind these.
             rows = ready + self._waiting(["scheduled"], owner, types, most, now, until)
         dates = [claims.clock if row.state == "ready" else now for row in rows]
         later = [row for row, date in zip(rows, dates) if row.ready_at > date]
@@ -5482,15 +5494,17 @@ class MongoStore(_MongoSide):
 
     def remove(self, query: Query, now: int) -> int:
         where = _selector(query, now)
+        self._now = now
         mark = {"$max": {"taskpool.removed": 1}, "$unset": {"taskpool.successor": ""}}
         idle = {"taskpool.state": {"$ne": "running"}, "taskpool.removed": 1, **where}
         with self._documents.errors(now):
             # The marks come first: a task that is claimed before the delete keeps its mark.
             removed = cast(int, self._tasks.update_many(where, mark).matched_count)
-            self._tasks.delete_many({**idle, "taskpool.followed": None})
-            rows = self._documents.rows(idle) if removed else []
-            if rows:
-                self._change(lambda: self._put([(row, None) for row in rows], now))
+            gone = self._tasks.delete_many({**idle, "taskpool.followed": None}).deleted_count
+            if gone < removed:  # Some run, or are followed.
+                change = {"$set": {"taskpool.followed": "removed", "dueDate": None, **_GONE}}
+                if self._tasks.update_many(idle, change).matched_count:
+                    self._tell_untold()
             return removed
 
     def retry(self, query: Query, now: int) -> int:
@@ -5499,8 +5513,8 @@ class MongoStore(_MongoSide):
         with self._documents.errors(now):
             for is_bound in (True, False):
                 changes = _changes(_FAILED, after_retry(_FAILED, now, is_bound))
-                bound = {"taskpool.after.0": {"$exists": True}} if is_bound else {}
-                retried += self._tasks.update_many({**where, **bound}, changes).matched_count
+                where["taskpool.after.0"] = {"$exists": is_bound}
+                retried += self._tasks.update_many(where, changes).matched_count
             return retried
 
 
@@ -6591,7 +6605,7 @@ class _TaskTypes(_Tasks):
         limits = {name: it.limits for name, it in list(self._declared.items()) if it.limits}
         for name, changes in limits.items():
             if known.get(name) != changes:
-                self._store.set_up([name], changes)
+                self._store.set_up([name], changes, wait=False)
         return limits
 
     def _know(self, styles: Mapping[str, _Style]) -> None:

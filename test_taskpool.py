@@ -1960,7 +1960,7 @@ class InOrder:
     def test_what_has_expired_holds_up_nothing_and_500_at_once_are_set_aside(self):
         self.add(*[row(str(i), expires=1, priority=2) for i in range(1100)], row("good", due_date=timedelta(seconds=2)))
         got = [self.claim(1, now=NOW + 2 * SECOND) for _ in range(3)]
-        self.assertEqual([len(rows) for rows in got], [500, 500, 101])
+        self.assertEqual(([len(rows) // 500 for rows in got], sum(map(len, got))), ([1, 1, 0], 1101))
         self.assertEqual([(r.id, r.state) for r in got[2] if r.state != "failed"], [("good", "running")])
         self.assertEqual(self.store.count(Query(states=["failed"]), NOW), 1100)
 
@@ -2902,7 +2902,7 @@ class TestAStoreWithAllThatTheManualNames(Gates, Following, StoreContract, unitt
 
     def open(self):
         class Complete(type(TestTheManualsOwnStore.open(self))):
-            has_bonds = True
+            has_bonds = has_settings = True
 
             def __init__(self):
                 super().__init__()
@@ -3040,6 +3040,7 @@ class MongoContract(Following, Spoiled, StoreContract):
     test_a_dead_master = TestSQLiteStore.test_a_master_that_is_seen_to_be_dead_is_recovered_at_once
     test_a_silent_master = TestSQLiteStore.test_a_silent_master_is_recovered_after_its_lease
     test_an_interrupted_task = TestSQLiteStore.test_an_interrupted_task_is_claimed_singly_and_the_fifth_time_fails
+    test_what_has_expired = InOrder.test_what_has_expired_holds_up_nothing_and_500_at_once_are_set_aside
 
     def open(self):
         return taskpool.MongoStore(self.collection)
@@ -3181,7 +3182,8 @@ class MongoContract(Following, Spoiled, StoreContract):
     BAD = ("x", -1e300, float("nan"), 2**63 - 1, ["x"], datetime(2001, 2, 3))
 
     def spoils(self):
-        names = [name for name in (*taskpool._COLUMNS[2:], "json", "seq", "promoted_at") if name not in ("data", "task_type")]
+        ours = "json", "seq", "promoted_at", "after", "followed"
+        names = [name for name in (*taskpool._COLUMNS[2:], *ours) if name not in ("data", "task_type")]
         if self.faulty_kind is Faulty:  # mongomock adds to whatever it finds.
             names = [name for name in names if name not in ("claim", "attempt")]
         return [(n, v) for n, v in itertools.product(["data", *names], self.BAD) if n != "state"]
@@ -3274,72 +3276,160 @@ class MongoContract(Following, Spoiled, StoreContract):
             with self.assertRaisesRegex(StoreError, "one_of_each" if self.TRANSACTIONS else "taskType|Duplicate"):
                 self.add(*rows)
 
-    def test_what_a_crash_cuts_short_is_finished_and_no_follower_starts_too_early_or_never(self):
-        """Processes that die before a random command, one after the other."""
-        total = 0
-        for seed in range(40):
-            chance, ended, wanted, left, deaths = random.Random(seed), set(), {}, [], 0
-            for i in range(10):
-                ids = [f"t{j}" for j in range(i)]
-                wanted[f"t{i}"] = {j: chance.random() < 0.3 for j in chance.sample(ids, min(i, chance.choice([0, 1, 2, 3])))}
-                strict, anyway = ([taskpool.Task(row(j)) for j, a in wanted[f"t{i}"].items() if a is b] for b in (False, True))
-                left.append(row(f"t{i}", now=NOW + i, after=strict, after_end=anyway))
-            failing = {i for i in wanted if chance.random() < 0.3}
-            while True:
-                store, faults = self.faulty()
-                lives = iter(range(chance.randrange(12, 40) if deaths < 60 else 10**6))
-                faults.now = lambda method, lives=lives: (None if next(lives, None) is not None else LookupError("died"), False, None)
-                try:
-                    store.leave("me", NOW), store.renew("me", NOW)
-                    while left or store.count(Query(states=["waiting", "running"]), NOW):
-                        for _ in range(chance.randrange(4) if left else 0):
-                            some = left[: chance.randrange(1, 3)]
-                            store.add([(r, "keep") for r in some], NOW)
-                            left = left[len(some):]
-                        claimed = store.claim("me", ["x"], 2, NOW + SECOND)
-                        for r in claimed:
-                            self.assertLessEqual({p for p, anyway in wanted[r.id].items() if anyway or p not in failing}, ended, (seed, r.id))
-                            self.assertEqual({p for p, anyway in wanted[r.id].items() if not anyway and p in failing}, set(), (seed, r.id))
-                        ended.update(r.id for r in claimed)
-                        store.settle("me", [Outcome(r.id, r.claim, "failed" if r.id in failing else "done") for r in claimed], NOW + SECOND)
-                        if not (claimed or left):
-                            break
-                    break
-                except (StoreError, LookupError):
-                    deaths += 1
-            held = {r.id for r in self.store.find(Query(held=True), NOW)}
-            stuck = {i for i in wanted if i not in ended}
-            self.assertEqual(held, stuck, seed)
-            for i in stuck:  # Each waits for one that failed, or that waits itself.
-                self.assertTrue(any((p in failing and not a) or p in stuck for p, a in wanted[i].items()), (seed, i))
-            total += deaths
-            self.collection.delete_many({})
-        self.assertGreater(total, 60)
+    def follower(self, task_id, parents):
+        return row(task_id, now=NOW + 1, after=[taskpool.Task(row(i)) for i in parents])
 
-    def test_no_follower_is_forgotten_that_is_added_or_told_while_another_process_does_the_same(self):
+    def lives(self):
+        """What can become of `c`, which follows `a` that runs and `p` that waits, and of those around it."""
+        verbs = {
+            f"{i} {how}": lambda store, i=i, how=how: store.settle("me", [Outcome(i, 1, how, error="E")], NOW)
+            for i in "ab" for how in ("done", "failed")
+        }
+        for i in "acp":
+            verbs[f"remove {i}"] = lambda store, i=i: store.remove(Query(ids=[i]), NOW)
+            verbs[f"retry {i}"] = lambda store, i=i: store.retry(Query(ids=[i]), NOW)
+        verbs["add"] = lambda store: store.add([(self.follower(*it), "raise") for it in ("db", "ed", "fc")], NOW)
+        verbs["replace"] = lambda store: store.add([(self.follower("c", "bp"), "replace")], NOW)
+        verbs["more"] = lambda store: store.update("c", {"after": self.follower("c", "bp").after}, NOW)
+        verbs["free"] = lambda store: store.update("c", {"after": ()}, NOW)
+        verbs["renew"] = lambda store: store.renew("you", NOW)
+        verbs["leave"] = lambda store: store.leave("me", NOW)
+        return verbs
+
+    def half_removed(self, store):
+        """By a process that dies before it has told anybody."""
         store, faults = self.faulty()
-        for method in ("", "insert_many", "update_many", "find", "delete_one", "bulk_write"):
-            for skip in range(4):
-                with self.subTest(before=method, skip=skip):
-                    self.add(row("a"), row("b"))
-                    a, b = self.claim()
-                    after = [taskpool.Task(r) for r in (a, b)]
-                    faults.before(method, lambda a=a: self.assertEqual(self.settle(a, "done"), "done"), skip)
-                    self.assertEqual(len(store.add([(row("c", now=NOW + 1, after=after), "raise")], NOW)), 1)
-                    if faults.left():
-                        self.settle(a, "done")
-                    self.settle(b, "done")
-                    self.assertEqual([r.id for r in self.claim(now=NOW + 9)], ["c"])
-                    self.store.leave(self.OWNER, NOW), self.store.remove(Query(), NOW)
-                    self.add(row("a"), row("b"))
-                    a, b = self.claim()
-                    self.add(row("c", now=NOW + 1, after=after))
-                    faults.before(method, lambda b=b: self.assertEqual(self.settle(b, "done"), "done"), skip)
-                    self.assertEqual(store.settle(self.OWNER, [Outcome("a", a.claim, "done")], NOW), ["done"])
-                    if faults.left():
-                        self.settle(b, "done")
-                    self.assertEqual([r.id for r in self.claim(now=NOW + 9)], ["c"])
-                    self.store.leave(self.OWNER, NOW), self.store.remove(Query(), NOW)
+        store.count(Query(), NOW)
+        faults.at(0, None, 4)
+        with contextlib.suppress(StoreError):
+            store.remove(Query(ids=["p"]), NOW)
+
+    def check_followers(self, verbs, left):
+        found = {document["taskpool"]["id"]: document["taskpool"] for document in self.collection.find()}
+        states = collections.defaultdict(lambda: "done", {i: ours["state"] for i, ours in found.items()})
+        for i, ours in found.items():
+            bonds = ours.get("after", [])
+            self.assertTrue("?" not in bonds and ours.get("followed", "yes") == "yes", (i, ours))
+            self.assertEqual(bonds != [], ours["state"] == "held" or (bonds != [] and ours["state"] == "failed"), (i, ours))
+            self.assertEqual([b for b in bonds if states[b[1:]] in (["done", "failed"] if b[0] == "*" else ["done"])], [], found)
+            needs = {"c": "bp" if "replace" in verbs else "ap", "d": "b", "e": "d", "f": "c"}.get(i, "")
+            if ours["state"] in ("ready", "scheduled") and "free" not in verbs:
+                self.assertEqual([parent for parent in needs if states[parent] != "done"], [], (i, found))
+        if "remove p" in verbs and not {"free", "replace", "retry c", "remove c"}.intersection(verbs):
+            self.assertIn(states["c"], ["failed", *["held"] * (verbs[0] == "remove p" and left is not None)])
+
+    def test_whatever_comes_in_the_midst_of_a_verb_no_follower_starts_too_early_or_never(self):
+        """Before each of its commands another process makes a change; then or later this one may die, and others in its wake."""
+        verbs = self.lives()
+        others = {**verbs, "half remove p": self.half_removed}
+        pairs = [(name, other) for name in verbs for other in others if name[0] not in "ab" or name[:2] != other[:2]]
+        cases = [*itertools.product(pairs, [None]), *list(itertools.product(pairs, (0, 1, 3)))[::7]]
+        for (name, other), left in cases[:: self.SOME]:
+            for number in itertools.count():
+                self.collection.delete_many({})
+                store, faults = self.faulty()
+                self.add(row("a"), row("b"))
+                self.claim()
+                self.add(row("p", due_date=timedelta(1)))
+                self.add(self.follower("c", "ap"), self.follower("g", "p"), row("q", after_end=[taskpool.Task(row("g"))]))
+
+                def meanwhile(beside=self.open()):
+                    with contextlib.suppress(ValueError):
+                        others[other](beside)
+
+                store.count(Query(), NOW)  # The indexes are there.
+                faults.at(number, meanwhile, left)
+                with self.subTest(verb=name, other=other, number=number, left=left):
+                    with contextlib.suppress(ValueError, *[StoreError] * (left is not None)):
+                        verbs[name](store)
+                    was_last = faults.asked <= number
+                    if was_last:
+                        meanwhile()
+                    for died_at in itertools.count():
+                        faults.at(died_at, None, None if left is None else 0)
+                        with contextlib.suppress(StoreError):
+                            store.renew("far", NOW)
+                            break
+                    self.check_followers((name, other.replace("half ", "")), left)
+                if was_last:
+                    break
+
+    def test_a_task_can_follow_documents_of_an_application(self):
+        self.insert("m"), self.insert(5)
+        queue = TaskQueue(self.store)
+        queue.add_task("y", task_id="t", after="m", after_end="5")
+        self.assertEqual([t.id for t in queue.find(before="t")], ["m", "5"])
+        for claimed in self.claim():
+            self.assertEqual(self.look().state, "held")
+            self.settle(claimed, "done")
+        self.assertEqual([r.id for r in self.claim(types=["y"], now=int(time.time() * 1e6))], ["t"])
+
+    @mock.patch.object(taskpool, "_MOST_BONDS", 3)
+    def test_a_task_that_follows_more_than_its_document_holds_is_refused(self):
+        self.add(*[row(f"{i}") for i in range(5)], self.follower("t", "012"))
+        for wrong in (
+            lambda: self.add(self.follower("u", "0123")), lambda: self.add(row("v"), self.follower("u", "0123")),
+            lambda: self.add(self.follower("t", "1234"), if_exists="replace"), lambda: self.store.update("t", {"after": self.follower("t", "3").after}, NOW),
+        ):
+            with self.assertRaisesRegex(ValueError, "after has 4 tasks; MongoDB holds at most 3 for one: give it tasks that follow parts"):
+                wrong()
+        self.store.update("t", {"after": self.follower("t", "12").after}, NOW)
+        self.assertEqual((self.store.count(Query(), NOW), len(self.store.bonds(children=["t"]))), (6, 3))
+
+    def each_claim(self, room, changes, action):
+        """Claims of "far", with *action* before each of their commands, or after all: the store, and all rows that are claimed."""
+        is_last = False
+        for number in itertools.count():
+            if is_last:
+                break
+            self.collection.delete_many({}), self.collection["masters"].delete_many({})
+            (store, faults), self.store, self.rows = self.faulty(), self.open(), []
+            self.add(*[row(f"{i}", now=NOW + i) for i in range(9)])
+            if "at_once" in changes:
+                self.take(self.store, "old", 1.0)  # What began before there was a limit.
+            self.store.set_up(["x"], changes)
+            store.renew("far", NOW), store.settings()
+            faults.at(number, lambda: action(store))
+            self.take(store, "far", room)
+            is_last = faults.asked <= number
+            if is_last:
+                action(store)
+            faults.at(0, None)
+            yield store
+
+    def take(self, store, owner, room, now=NOW + 10):
+        self.rows += store.turn(owner, [], {"x": 1.0 if room == 1.0 else 0.1}, room, 9, now, eager=True).rows
+
+    @mock.patch.object(taskpool, "COPY_SECONDS", 0.02)
+    def test_a_pause_or_a_limit_holds_for_every_master_when_the_call_returns(self):
+        settings = ({"paused": 1}, 0), ({"at_once": 1}, 1), ({"starts": 1, "period": 3600 * SECOND}, 1)
+        for (changes, most), room, is_own in itertools.product(settings, (1.0, 9.0), (False, True)):
+            before = set()
+
+            def set_up(store):
+                before.clear()
+                (store if is_own else self.store).set_up(["x"], changes)
+                before.update(r.id for r in self.store.find(Query(states=["running"]), NOW))
+
+            for store in self.each_claim(room, {"paused": 0}, set_up):
+                self.take(store, "far", room)
+                ids = [r.id for r in self.rows]
+                with self.subTest(changes=changes, room=room, is_own=is_own, before=before):
+                    self.assertEqual(sorted(r.id for r in self.store.find(Query(states=["running"]), NOW)), sorted(ids))
+                    self.assertLessEqual(len({*ids} - before), 0 if before and "at_once" in changes else most)
+
+    def test_of_two_masters_that_claim_at_once_no_more_start_than_allowed_and_no_place_is_lost(self):
+        settings = [({"at_once": most}, most) for most in (1, 2, 3)] + [({"starts": 10, "period": SECOND}, 1)]
+        for (changes, most), room in itertools.product(settings, (1.0, 9.0)):
+            for store in self.each_claim(room, changes, lambda store, room=room: self.take(self.store, "you", room)):
+                running = [(r.owner, Outcome(r.id, r.claim, "done")) for r in self.rows]
+                with self.subTest(changes=changes, room=room, running=running):
+                    self.assertLessEqual(len(running), most)
+                    for owner, outcome in running:
+                        self.assertEqual({"far": store}.get(owner, self.store).settle(owner, [outcome], NOW), ["done"])
+                    self.rows.clear()
+                    self.take(store, "far", 9.0, NOW + 10 + SECOND // 10)
+                    self.assertEqual(len(self.rows), most)
 
     def test_the_indexes_serve_the_claims_and_are_made_once(self):
         """PF-01, MG-09: a claim reads what is ready, of its types, in order, and nothing else."""
@@ -3615,6 +3705,17 @@ class Faults:
     def left(self):
         return bool(self._plans)
 
+    def at(self, number, action, left=None):
+        """Have *action* called before that call of any method; *left* calls later have all raise."""
+        self.asked = 0
+
+        def now(method):
+            self.asked += 1
+            dead = left is not None and self.asked > number + left
+            return LookupError("died") if dead else None, False, action if self.asked == number + 1 else None
+
+        self.now = now
+
     def now(self, method):
         if self.always:
             raise self.always
@@ -3672,7 +3773,7 @@ class FaultyInBulk(Faulty):
 class TestMongoStoreOnMongomock(Gates, MongoContract, unittest.TestCase):
     """The MongoDB store keeps the contract, on a collection that is not pymongo's."""
 
-    faulty_kind, TRANSACTIONS = Faulty, False
+    faulty_kind, TRANSACTIONS, SOME = Faulty, False, 1
 
     def setUp(self):
         self.collection = mongomock.MongoClient().test.tasks
@@ -3682,7 +3783,7 @@ class TestMongoStoreOnMongomock(Gates, MongoContract, unittest.TestCase):
 class TestMongoStoreOnAServer(Gates, MongoContract, WithMongo):
     """The MongoDB store keeps the contract, over the wire."""
 
-    faulty_kind, TRANSACTIONS = FaultyInBulk, True
+    faulty_kind, TRANSACTIONS, SOME = FaultyInBulk, True, 37
     test_eight_threads = TestSQLiteStore.test_eight_threads_add_and_claim_without_an_error
 
     def setUp(self):
@@ -4072,14 +4173,14 @@ class TestMongoLimits(WithMongo):
         self.assertEqual(queues[0]._store.settings(all_types=True)["span"].starts, 20)  # inside
 
     def test_a_pause_holds_on_both_until_it_is_lifted(self):
-        queues, clusters = self.clusters()
+        queues, clusters = self.clusters(keep_alive="always")
+        self.assertEqual(clusters[1].submit("echo", 1).result(PATIENCE), 1)
         queues[0].pause("echo")
-        for queue in queues:  # Within a second.
-            eventually(lambda queue=queue: "echo" in queue._store.settings())  # inside
         queues[1].add_task("echo", keep_result=60, task_id="t")
         self.assertEqual(queues[1].count(due=True), 0)
         for cluster in clusters:
             self.assertTrue(cluster.drain(PATIENCE))
+        self.assertEqual(queues[0].find_one(task_id="t").state, "waiting")
         queues[1].resume("echo")
         self.assertEqual(queues[0].wait("t", PATIENCE).state, "done")
 
@@ -6632,7 +6733,7 @@ class TestP2OnceAndOnlyOnce(InFolder):
         other.recover("other|", 0.0, now), other.recover("other|", 1.0, now)  # A lease later.
         claimed = other.claim("other|", ["echo"], 4, now)
         self.assertEqual([row.id for row in claimed], [future.task.id for future in futures[:4]])
-        ends = [{"state": "done"}, {"state": "done", "result": '"kept"'}, {"state": "failed", "error": "LookupError: there\n\ntrace"}]
+        ends = [{"state": "done"}, {"state": "done", "result": '"kept"'}, {"state": "failed", "error": "LookupError: there\n\ntrace", "seconds": 0.1}]
         outcomes = [Outcome(row.id, row.claim, **end) for row, end in zip(claimed, ends)]
         self.assertEqual(other.settle("other|", outcomes, now), ["done", "done", "failed"])
         cluster.initialize()
@@ -6749,7 +6850,7 @@ class TestCancelFromAnywhere(InFolder):
         self.assertEqual(neighbour.result(PATIENCE), "held")
         self.served.shutdown()
         (hold,) = [it["runs"] for it in self.tasks.types() if it["task_type"] == "hold"]
-        self.assertEqual([hold[how] for how in taskpool._ENDS], [1, 0, 0, 0, 0, 0])
+        self.assertEqual([hold[how] for how in ("done", *taskpool._ENDS)], [1, 0, 0, 0, 0, 0])
 
     @mock.patch.object(taskpool, "WATCH_SECONDS", 0.05)
     def test_where_no_bell_is_heard_a_look_finds_it(self):
