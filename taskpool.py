@@ -744,7 +744,7 @@ def _unpacked_row(packed: str | MemoryRow) -> Row:
     if isinstance(packed, MemoryRow):
         return packed
     try:
-        return Row(**json.loads(packed))
+        return Row(**json.loads(packed))._replace(items=0, after=())
     except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None
 
@@ -1423,7 +1423,7 @@ _GROUPS = {
     "retries": _Kind((int,), 0, (0, MAX_INT)),
     "retry_delay": _Kind((float, int), 0.0, _SECONDS),
     "timeout keep_result": _Kind((float, int, _NULL), None, _SECONDS),
-    "expires": _Kind((float, int, _NULL), None),
+    "expires": _Kind((float, int, _NULL), None, (-_MOST_SECONDS, _MOST_SECONDS)),
     "state": _Kind((str,), "failed"),
     "attempt claim interrupted": _Kind((int,), 0, (0, MAX_INT // 2)),  # With room for the next.
     "error successor": _Kind((str, _NULL), None),
@@ -1734,7 +1734,8 @@ def read_counts(text: Any) -> collections.Counter[str]:
     with contextlib.suppress(TypeError, ValueError):
         found = _decode(text)
     counts = found.items() if isinstance(found, dict) else ()
-    return collections.Counter({name: n for name, n in counts if type(n) is int})
+    usable = {name: n for name, n in counts if type(n) is int and 0 <= n <= MAX_INT}
+    return collections.Counter(usable)
 
 
 def is_gate(setting: Setting) -> bool:
@@ -1806,7 +1807,7 @@ EXPIRED, ORPHANED = "Expired: ", "not started: "
 
 def expiry(row: Row, now: int) -> str:
     """The error of a task whose turn comes too late ("": it comes in time)."""
-    if row.expires is None or not now > row.due_at + row.expires * 1e6:  # Others wrote NaN.
+    if row.expires is None or now <= row.due_at + row.expires * 1e6:
         return ""
     due, seconds = _datetime(row.due_at).isoformat(" ", "milliseconds"), max(row.expires, 0.0)
     error = f"{EXPIRED}due {due}, to be started within {seconds:.9g} s"
@@ -2562,7 +2563,7 @@ class TypeSettings:
         """For each task type: its name; how many tasks wait, are due, run, have failed and are
         done; for how many seconds the oldest that is due has been so, and when the next one
         will be (or None); how many are held."""
-        return summed(self.rows(Query(), now), now)
+        return summed(map(readable, self.rows(Query(), now)), now)
 
     def tally(self, tally: _Tally) -> None:
         """Add to the counts of task types."""
@@ -2991,7 +2992,7 @@ class Store(TypeSettings, Following):
         # Looked at again in the transaction, as a heartbeat may have come in between.
         if self.heartbeats().get(other) != beat:
             return []
-        self._count("interrupted", self.held_by(other))
+        self._count("interrupted", map(readable, self.held_by(other)))
         return self._release(other, after_interruption, now)
 
     def leave(self, owner: str, now: int) -> None:
@@ -4097,7 +4098,9 @@ class SQLiteStore(_SQLiteFile):
 
     def bonds(self, parents: _Ids = None, children: _Ids = None) -> list[Bond]:
         side, ids = ("child", children) if parents is None else ("parent", parents)
-        return [Bond(*it) for it in self._select(_BONDS_OF(side), (_texts(ids or ()),))]
+        found = self._select(_BONDS_OF(side), (_texts(ids or ()),))
+        # Others may have written bytes, which are the id of no task.
+        return [Bond(*it) for it in found if type(it[0]) is type(it[1]) is str]
 
     def followers(self, ids: Collection[str] | None = None) -> set[str]:
         asked = (_FOLLOWER, ()) if ids is None else (_FOLLOWERS, (_texts(ids),))
@@ -4900,8 +4903,9 @@ class _MongoSide(Store):
             if any(owner not in self._claims for owner in self._alive()):
                 time.sleep(1.01 * COPY_SECONDS)  # Clocks do not go at quite the same speed.
             for name in types if changes.get("at_once") else ():  # What runs counts, too.
-                claims = {"$each": self._running_claims(name)}
-                self._masters.update_one(_type(name), {"$addToSet": {"claims": claims}})
+                with self._documents.errors():
+                    claims = {"$each": self._running_claims(name)}
+                    self._masters.update_one(_type(name), {"$addToSet": {"claims": claims}})
 
     def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
         self._masters.update_one(_type(task_type), {"$set": changes}, upsert=True)
@@ -5217,8 +5221,10 @@ class MongoStore(_MongoFollowing):
     ) -> Turn:  # fmt: skip
         """Store.turn() in few commands. It looks for waiting tasks if nothing ended and nothing
         was added, but at least every other second, and remembers what it saw."""
+        # First, as it may raise: what is settled is to be told.
+        known = self.settings() if settings is None else settings
         led = self.settle(owner, outcomes, now) if outcomes else []
-        claims, known = self._claims[owner], self.settings() if settings is None else settings
+        claims = self._claims[owner]
         types = {n: cost for n, cost in types.items() if n not in known or not known[n].paused}
         if claims.types != types.keys():
             claims.types, claims.looked_at = types.keys(), 0
@@ -5307,7 +5313,7 @@ class MongoStore(_MongoFollowing):
         options["limit"] = limit = most + claims.asked + 1
         rows = self._documents.rows(where, now, _READ_SHORT, **options)
         claims.ready = len(rows) if len(rows) < limit else math.inf
-        if any(row.expires is not None and expiry(row, now) for row in rows):
+        if any(row.expires is not None and expiry(readable(row), now) for row in rows):
             options["limit"] += ASIDE_TASKS  # Those are set aside, and told of with all columns.
             rows = self._documents.rows(where, now, **options)
         if claims.joined:  # A task that was interrupted is taken alone.
