@@ -9098,10 +9098,10 @@ class _Source:
             now = int(queue.clock() * 1e6)
             before = store.followed
             turn = store.turn(owner, outcomes, costs, room, most, now, until, eager)
-            is_free = turn.limited and any(run.row.task_type in turn.limited for run in runs)
-            if is_free or store.followed != before:
-                # Other clusters may have something to start, or a Future may have ended.
-                queue._changed(removed=True, stored=not store.in_memory)
+            told = store.followed != before  # Then a Future may have ended, too.
+            if told or (turn.limited and any(run.row.task_type in turn.limited for run in runs)):
+                # Other clusters may have something to start.
+                queue._changed(removed=told, stored=not store.in_memory)
             return now, turn
 
         self.call_store(work, functools.partial(self._on_exchange, runs, costs, room))

@@ -2399,6 +2399,32 @@ class TestSQLiteStore(Gates, InOrder, Following, Spoiled, StoreContract, InFolde
                 query = Query(ids=[column])
                 self.assertEqual((self.store.retry(query, NOW), self.store.remove(query, NOW)), (1, 1))
 
+    def test_what_others_wrote_beside_the_tasks_holds_up_nobody(self):
+        """Bonds with bytes in place of ids, settings and counts that are none."""
+        self.add(row("a"), row("b"))
+        self.sql("INSERT INTO taskpool_after VALUES ('a', x'00', 0), (x'00', 'a', 'x'), ('a', CAST(x'ff' AS TEXT), 1)")
+        huge = json.dumps({"us": 10**400, "failed": -1})
+        self.sql("INSERT INTO taskpool_type VALUES ('x', 'x', x'01', 'z', 9e999, 'q', ?)", huge)
+        self.sql("INSERT INTO taskpool_type VALUES (x'00', 1, 1, 1, 1, 9223372036854775807, x'00')")
+        queue = TaskQueue(self.store)
+        self.assertEqual((queue.find(after="a"), queue.find(before="a")), ([], []))
+        (x,) = (told for told in queue.types() if told["task_type"] == "x")
+        self.assertEqual((x["at_once"], x["rate"], x["runs"]["seconds"], x["runs"]["failed"]), (None, None, 0, 0))
+        got = self.claim()
+        ends = [Outcome(r.id, r.claim, "failed", error="-") for r in got]
+        self.assertEqual(self.store.settle("me", ends, NOW), ["failed"] * 2)
+        self.assertEqual(self.store.remove(Query(ids=["a"]), NOW), 1)
+
+    def test_a_plan_that_others_wrote_holds_up_nobody(self):
+        self.add(row("a"), row("b"))
+        got = self.claim()
+        self.store.add([(row("a"), "replace")], NOW)
+        packed = json.loads(self.sql("SELECT successor FROM taskpool_task WHERE id = 'a'")[0][0])
+        wrong = {**packed, "expires": 10**400, "after": [["b", "a"]], "items": "x"}
+        self.sql("UPDATE taskpool_task SET successor = ? WHERE id = 'a'", json.dumps(wrong))
+        self.assertEqual(self.store.settle("me", [Outcome(r.id, r.claim, "done") for r in got], NOW), ["done"] * 2)
+        self.assertIn("column expires", self.look("a").error)
+
     def test_what_a_trigger_ignores_is_not_taken_for_done(self):
         """A task whose claim is not recorded would run again and again."""
         self.add(row("a"), row("b"))
@@ -3778,6 +3804,28 @@ class TestMongoStoreOnMongomock(Gates, MongoContract, unittest.TestCase):
     def setUp(self):
         self.collection = mongomock.MongoClient().test.tasks
         super().setUp()
+
+
+    def test_values_that_others_wrote_hold_up_no_claim_and_no_recovery(self):
+        self.add(row("a", expires=5), row("b"), row("c"))
+        self.collection.update_one({"_id": "a"}, {"$set": {"taskpool.due_at": "x"}})
+        self.collection.update_one({"_id": "b"}, {"$set": {"taskpool.expires": "x"}})
+        states = {r.id: r.state for r in self.claim(9)}
+        self.assertEqual(states, {"a": "failed", "b": "failed", "c": "running"})
+        self.collection.update_one({"_id": "c"}, {"$set": {"taskType": {"x": 1}}})
+        observer = self.open()
+        for seconds in (0.0, 1.0, 100.0, 200.0):
+            observer.recover("you", seconds, NOW)
+        self.assertEqual(observer.find(Query(ids=["c"]), NOW)[0].state, "failed")
+
+    def test_a_failure_after_ends_were_recorded_does_not_hide_them(self):
+        self.add(row("a"))
+        (got,) = self.claim()
+        self.store._copy = {}, -math.inf  # Too old.
+        outcome = Outcome("a", got.claim, "done")
+        with mock.patch.object(self.store, "_read_side", side_effect=StoreError("away")), self.assertRaises(StoreError):
+            self.store.turn("me", [outcome], {"x": 1.0}, 1.0, 1, NOW)
+        self.assertEqual(self.store.turn("me", [outcome], {"x": 1.0}, 1.0, 1, NOW).led, ["done"])
 
 
 class TestMongoStoreOnAServer(Gates, MongoContract, WithMongo):
@@ -11019,6 +11067,18 @@ class TestPausesAndLimits(InFolder):
 
     def serve(self, **options):
         return self.cluster({"line": add_line, "echo": echo, "span": note_span}, self.tasks, **options)
+
+    def test_the_end_of_a_limited_run_looks_after_no_future_that_waits(self):
+        store, self.tasks = self.hooked()
+        self.tasks.limit("echo", at_once=1)
+        cluster, looks = self.serve(refresh_rate=10**6), []
+        later = cluster.submit("echo", due_date=timedelta(hours=1))
+        self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
+        store.before = lambda name: looks.append(name) if name == "find" else None
+        ends = [cluster.submit("echo", number) for number in range(20)]
+        self.assertEqual([future.result(PATIENCE) for future in ends], list(range(20)))
+        self.assertLess(len(looks), 10)
+        self.assertTrue(later.cancel())
 
     def most_at_once(self, killed=()):
         """How many runs of note_span overlapped, where (nanoseconds, 0, pid) tells of masters that were killed."""
