@@ -1049,7 +1049,7 @@ class Task:
     )
     timeout: Final[float | None] = _column("timeout", "Seconds after which a run is killed.")
     expires: Final[float | None] = _column(
-        "expires", "Seconds after the due date: it does not start later. None: it always does."
+        "expires", "Seconds after its due date: it is not started later. None: however late."
     )
     repeat: Final[timedelta | Cron | None] = _column(
         "repeat", "How it repeats: an interval, a Cron, or None for not at all.", _read_repeat
@@ -1551,9 +1551,9 @@ class Retry(TaskPoolError):
 
 
 class GiveUp(TaskPoolError):
-    """Raised by a task: it fails for good, whatever `retries` says. (Of a task that repeats this
-    run does; the next slot comes.) Subclasses count. Elsewhere than in a task this is an
-    exception like others."""
+    """Raised by a task: it fails for good, whatever `retries` says. A task that repeats runs
+    again at its next slot. Subclasses count. Elsewhere than in a task this is an exception like
+    others."""
 
 
 class Plan(NamedTuple):
@@ -2481,7 +2481,7 @@ class Turn(NamedTuple):
     """The answer of Store.turn."""
 
     led: list[str]  # For each outcome; "" = the claim was lost.
-    rows: list[Row]  # Claimed, or found to be unreadable (those are `failed`).
+    rows: list[Row]  # Claimed, or set aside: those have failed, or wait for their next slot.
     due: list[int]  # When further tasks can start: see Store.upcoming.
     limited: Collection[str] = ()  # The types with a limit. (A paused one has none.)
 
@@ -2543,7 +2543,7 @@ class TypeSettings:
         dates = self.next_due(owner, free, limit, now, until) if free else []
         for name, starts in limited.items():
             if starts and settings[name].next_at > starts[0]:
-                starts[0] = now  # A clock was set back: a claim is to cut that down.
+                starts[0] = now  # A clock was set back: a claim is to cut next_at down.
             dates += map(max, starts, starts and self.next_due(owner, [name], limit, now, until))
         return sorted(dates)[:limit] if limited else dates
 
@@ -2613,11 +2613,12 @@ class Following:
         return []
 
     def followers(self, ids: Collection[str] | None = None) -> set[str]:
-        """Which of these tasks have bonds; None: any one that has."""
+        """Those of these tasks that have bonds as a child; None: any one task that has."""
         return set()
 
     def bind(self, add: Sequence[Bond], drop: Sequence[Bond]) -> None:
-        """Forget bonds, then store others; of two of the same tasks the stricter one counts."""
+        """Forget the bonds *drop*, then store *add*. Of two bonds of the same two tasks the
+        stricter one (`anyway` is False) counts."""
         raise NotImplementedError
 
     # ---- What the verbs do with them
@@ -3422,6 +3423,7 @@ CREATE INDEX IF NOT EXISTS taskpool_after_child ON taskpool_after (child);
 CREATE INDEX IF NOT EXISTS taskpool_kept
 ON taskpool_task (kept_until) WHERE kept_until IS NOT NULL;
 CREATE TABLE IF NOT EXISTS taskpool_master (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL);
+-- What is set for task types, and how their runs ended: see Setting.
 CREATE TABLE IF NOT EXISTS taskpool_type (
     task_type TEXT PRIMARY KEY, paused INTEGER NOT NULL DEFAULT 0, at_once INTEGER,
     starts INTEGER, period INTEGER, next_at INTEGER NOT NULL DEFAULT 0, counts TEXT);
@@ -4404,9 +4406,15 @@ def _bond_text(parent: str, anyway: bool) -> str:
     return f"{'*' if anyway else '='}{parent}"
 
 
+def _ours(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Our part of a document; empty, where others wrote one that is no task's."""
+    ours = document.get("taskpool")
+    return ours if isinstance(ours, Mapping) and type(ours.get("id")) is str else {}
+
+
 def _bonds_of(ours: Mapping[str, Any]) -> list[Bond]:
-    """The bonds in a document. Of two to the same task the stricter one counts."""
-    found, child = ours.get("after"), ours["id"]
+    """The bonds in a document. Of two with the same predecessor the stricter one counts."""
+    found, child = ours.get("after"), ours.get("id", "")
     texts = sorted(map(str, found)) if isinstance(found, list) else []  # "*" is before "=".
     bonds = {t[1:]: Bond(t[1:], child, t[0] == "*") for t in texts if t[:1] in ("*", "=")}
     return list(bonds.values())
@@ -4987,7 +4995,7 @@ class _MongoFollowing(_MongoSide):
         fields, limit = {"taskpool.id": 1, "taskpool.after": 1}, parents is children is None
         with self._documents.errors():
             found = self._documents.find(where, fields, limit=int(limit))
-        bonds = itertools.chain(*(_bonds_of(document["taskpool"]) for document in found))
+        bonds = itertools.chain(*(_bonds_of(_ours(document)) for document in found))
         wanted = None if parents is None else set(parents)
         return [bond for bond in bonds if wanted is None or bond.parent in wanted]
 
@@ -5039,11 +5047,11 @@ class _MongoFollowing(_MongoSide):
         """Tell new followers of ends that came before the mark."""
         fields = {f"taskpool.{name}": 1 for name in ("id", "after", "state", "followed")}
         found = self._documents.find({**where, "taskpool.after": _UNSURE}, fields)
-        new = [document["taskpool"] for document in found]
+        new = [ours for document in found if (ours := _ours(document))]
         parents = {bond.parent for ours in new for bond in _bonds_of(ours)}
         if new:
-            there = [it["taskpool"] for it in self._documents.find(_named(parents), fields)]
-            states = {ours["id"]: ours["state"] for ours in there}
+            there = [_ours(it) for it in self._documents.find(_named(parents), fields)]
+            states = {ours["id"]: ours.get("state") for ours in there if ours}
             states.update((it["id"], "removed") for it in there if it.get("followed") == "removed")
             ends = {i: how for i in parents if (how := states.get(i, "done")) in _ENDINGS}
             self._tell(ends, [ours["id"] for ours in new])
@@ -5083,8 +5091,9 @@ class _MongoFollowing(_MongoSide):
 
     def _tell_untold(self) -> None:
         where = {"taskpool.followed": {"$in": _ENDINGS}}
-        untold = self._documents.find(where, {"taskpool.id": 1, "taskpool.followed": 1})
-        self._tell({it["taskpool"]["id"]: it["taskpool"]["followed"] for it in untold})
+        found = self._documents.find(where, {"taskpool.id": 1, "taskpool.followed": 1})
+        untold = [ours for document in found if (ours := _ours(document))]
+        self._tell({it["id"]: it["followed"] for it in untold if it["followed"] in _ENDINGS})
 
 
 class MongoStore(_MongoFollowing):
@@ -5180,6 +5189,7 @@ class MongoStore(_MongoFollowing):
                 raise ValueError(f"data of {_shown(new.id)}: over {_MOST_BYTES:,} bytes as JSON")
         there: list[Row] = []  # The first try reads nothing, as most ids are new.
         parents = {bond.parent for new, _ in additions for bond in new.after}
+        self._now = now
         with self._documents.errors():
             for attempt in range(TRIES):
                 whole = not many or self._transactions  # Else a failure may store a part of it.
@@ -6215,7 +6225,7 @@ class _Tasks:
         """Called after every change: wakes the clusters, also those of other processes."""
 
     def _wake_others(self, removed: bool = False) -> None:
-        """Wakes the clusters of other processes; if something was *removed* each time."""
+        """Wakes the clusters of other processes, if there can be any."""
 
     def _known_name(self, task_type: Any) -> str:
         """The name of a task type. Warns if nobody here knows it."""
@@ -6260,12 +6270,13 @@ class _Tasks:
         """Remove the task of that id, and end its run if it runs, in whatever process that is.
 
         True if there was one; it may also be held, failed or done. Its cluster kills the worker
-        that runs it, at once or within a second; a task may cancel itself. (Only run_due lets
-        it end.) It is neither retried nor repeated, its run counts nowhere in types(), and its
-        Future is cancelled, unless the run came to its end first. If its cluster is dead, it
-        does not start again. What was to replace it is removed, too; what is added under its id
-        from then on starts when the run has ended. Tasks that were to start `after` it become
-        failed, as by remove().
+        that runs it, at once or within a second; run_due lets the run end. A task may cancel
+        itself. A cancelled task is neither retried nor repeated, nor started again if its
+        cluster is dead; its run counts nowhere in types(), and its Future is cancelled, unless
+        the run came to its end first. What was to replace it is removed, too; what is added
+        under its id from then on starts when the run has ended. Tasks that were to start
+        `after` it become failed, as by remove(). Raises TypeError and ValueError for a wrong
+        id, StoreError if the store failed.
         """
         _refuse_rerun("cancel")
         was_there = self._store.cancel(_checked_text("task_id", task_id), self._now())
@@ -6325,12 +6336,13 @@ class _Tasks:
 
         One dict each: task_type; waiting, due, held, running, failed and done (how many tasks;
         those due or held are among the waiting); oldest_due (for how many seconds the oldest of
-        those due has been so) and next_due (when the next one will be), or None; paused,
-        at_once and rate, as they are set; and `runs`: how many ended as done, failed, retried or
-        later, and how many were interrupted or expired; their seconds, and seconds_le: how many
-        took at most so many seconds. Masters add up runs and write the sums every 10 s and when
-        they leave; they grow for the life of the store. A run that was cancelled is none of
-        these.
+        those due has been so) and next_due (when the next one will be: a datetime in UTC), or
+        None; paused, at_once and rate, as they are set; and `runs`: how many ended as done,
+        failed, retried or later (as a Retry asked that does not count), and how many were
+        interrupted or expired; the seconds of all that ended, and seconds_le: {seconds: how
+        many took at most so long}. Masters count runs, and add the counts to those in the store
+        every 10 s and when they leave; these grow for the life of the store. A run that was
+        cancelled is none of these. Raises StoreError if the store failed.
         """
         names = "waiting due running failed done oldest_due next_due held".split()
         settings, types = self._store.settings(all_types=True), []
@@ -6350,7 +6362,9 @@ class _Tasks:
 
         What runs goes on to its end; what is added, retried or comes due meanwhile waits, in
         its order, and counts as not due. A pause is stored: no restart ends it. To pause a
-        type again, or one that has no tasks, is fine.
+        type again, or one that has no tasks, is fine. Raises TypeError and ValueError for a
+        wrong type, StoreError if the store failed or knows no pauses; so do resume() and
+        limit().
         """
         self._set_up("pause", types, {"paused": 1})
 
@@ -6366,11 +6380,11 @@ class _Tasks:
         """Limit how tasks of a type start, in all clusters together; None: without a limit.
 
         *at_once*: so many of them run at once, at most. *rate* = (starts, seconds): at most so
-        many starts in so many seconds, evenly spaced (a little wider, as a start may be late);
-        each start counts, retries included. Of starts that are closer than 50 ms those of 50 ms
-        may come together. What is not given stays as it is. Tasks that must wait stand in
-        nobody's way, and nothing that runs is stopped. Raises TypeError and ValueError for
-        wrong arguments.
+        many starts in so many seconds (or a timedelta), evenly spaced. (In up to 50 ms more
+        than these seconds, as a start may be late.) Each start counts, also of a retry.
+        Starts that would be less than 50 ms apart come in groups: as many at once as 50 ms
+        allow. What is not given stays as it is. A task that must wait delays no other type,
+        and nothing that runs is stopped. Raises TypeError and ValueError for wrong arguments.
         """
         changes = _checked_limits(at_once, rate)
         if not changes:
@@ -6745,17 +6759,19 @@ class TaskQueue(_TaskTypes):
         keep_result=None    seconds to keep the finished task with its JSON result; None: it
                             is removed at once
         expires=None        seconds after the due date, or a datetime: if the task's turn comes
-                            later it is not started but `failed` (with `repeat` it waits for
-                            its next slot); retry() lifts this
+                            later, it is not started but `failed` (with `repeat` it waits for
+                            its next slot). After retry() it starts however late it is
         if_exists="raise"   what a waiting or running task of the same task_id does: "raise"
                             DuplicateTask, "keep" (it is returned), "replace" (if it is
                             running, the new one follows it), "follow" (if it waits, it stays
                             as it is, but for the new data; if it runs, the new one follows
-                            it, or the one that follows already gets the new data)
+                            it, or the one that follows already gets the new data; if that
+                            has another type: DuplicateTask)
         after=None          a Task, an id, or a list of them: it starts when all of these are
                             done; behind one that failed it waits until that is retried and
-                            succeeds; if one is removed it fails, and a retry starts it. A
-                            Task that is gone counts as done, an id must be there
+                            succeeds; if one is removed, it fails, and a retry starts it. A
+                            Task that is gone counts as done. An id that is not there is an
+                            error
         after_end=None      the same, but it starts when all have ended, however they did
         connection=None     your own sqlite3.Connection to the same file: the task exists if
                             and only if your transaction commits (begin by BEGIN IMMEDIATE)
@@ -9010,7 +9026,7 @@ class _Source:
         self.available = 0  # So many of them could start then.
         self.next_due = NEVER  # The first of the others.
         self.unsettled: list[_Run] = []  # That ended, and are to be recorded.
-        self.tally = new_tally()
+        self.tally = new_tally()  # How runs have ended, until pass_tally().
         self.busy = False  # A call is under way in the thread.
         # Failed calls in a row; since when; until when the next one waits; the next log line.
         self.failures, self.failing_since, self.retry_at, self.log_at = 0, 0.0, 0.0, 0.0

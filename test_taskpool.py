@@ -3359,7 +3359,9 @@ class MongoContract(Following, Spoiled, StoreContract):
                 self.add(row("p", due_date=timedelta(1)))
                 self.add(self.follower("c", "ap"), self.follower("g", "p"), row("q", after_end=[taskpool.Task(row("g"))]))
 
-                def meanwhile(beside=self.open()):
+                beside = self.open()
+
+                def meanwhile(beside=beside):
                     with contextlib.suppress(ValueError):
                         others[other](beside)
 
@@ -3454,7 +3456,7 @@ class MongoContract(Following, Spoiled, StoreContract):
                     for owner, outcome in running:
                         self.assertEqual({"far": store}.get(owner, self.store).settle(owner, [outcome], NOW), ["done"])
                     self.rows.clear()
-                    self.take(store, "far", 9.0, NOW + 10 + SECOND // 10)
+                    self.take(store, "far", 9.0, NOW + 10 + SECOND // 9)  # Spacing: 105 ms.
                     self.assertEqual(len(self.rows), most)
 
     def test_the_indexes_serve_the_claims_and_are_made_once(self):
@@ -3817,6 +3819,16 @@ class TestMongoStoreOnMongomock(Gates, MongoContract, unittest.TestCase):
         for seconds in (0.0, 1.0, 100.0, 200.0):
             observer.recover("you", seconds, NOW)
         self.assertEqual(observer.find(Query(ids=["c"]), NOW)[0].state, "failed")
+
+    def test_documents_without_an_id_hold_up_no_heartbeat_and_no_follower(self):
+        self.add(row("a"))
+        for number, ours in enumerate(({"after": ["?", "=a"]}, {"followed": "done"}, {"id": 5, "followed": "removed"})):
+            self.collection.insert_one({"_id": number, "taskpool": {"state": "held", **ours}})
+        (follower,) = self.add(row("b", after="a"))
+        self.store.renew("me", NOW)
+        (got,) = self.claim()
+        self.assertEqual(self.store.settle("me", [Outcome("a", got.claim, "done")], NOW), ["done"])
+        self.assertEqual([r.id for r in self.claim()], [follower.id])
 
     def test_a_failure_after_ends_were_recorded_does_not_hide_them(self):
         self.add(row("a"))
