@@ -148,8 +148,8 @@ AHEAD_TASKS = 256  # The same in tasks: what a crash can requeue.
 LEAST_SHARE = 1 / AHEAD_TASKS  # The least part of a worker's room that a task takes (P5).
 LEAST_SECONDS = AHEAD_SECONDS * LEAST_SHARE
 SLOW_SECONDS = 0.020  # A task that runs longer lets go of those queued behind it.
-LUMP_SECONDS = 0.050  # Of starts that are closer than this, so many may come together.
-BOUNDS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)  # Seconds: how long runs took is counted.
+LUMP_SECONDS = 0.050  # Starts that are closer than this come in groups: those of so long.
+BOUNDS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)  # Seconds, to count how long runs took.
 LATE_SECONDS = 1.0  # A dispatcher that wakes this late may have been stopped.
 LEASE_SECONDS = 30.0  # A master without a heartbeat for this long is given up (P3).
 RENEW_SECONDS = 10.0  # Between heartbeats: three within one lease.
@@ -1718,9 +1718,9 @@ class Setting(NamedTuple):
 
 _ENDS = ("failed", "retried", "later", "interrupted", "expired")
 _TOOK = (*(f"{bound * 1000:.0f} ms" for bound in BOUNDS), "longer")
-# Sums by task type: how many runs ended as each of _ENDS; how many took at most as long as each
-# of _TOOK but longer than the one before; all their microseconds ("us"). Of those that came to
-# their end, what has not failed, nor is to start again, is done.
+# Counts by task type: how many runs ended as each of _ENDS; how many took at most as long as
+# each of _TOOK but longer than the one before; the microseconds of all of them ("us"). Runs that
+# came to their end, did not fail and are not to start again are done: they have no count.
 _Tally = dict[str, "collections.Counter[str]"]
 
 
@@ -1739,7 +1739,7 @@ def read_counts(text: Any) -> collections.Counter[str]:
 
 
 def is_gate(setting: Setting) -> bool:
-    """Whether a claim must look at it."""
+    """Whether a claim must look at this Setting."""
     return bool(setting.paused) or setting.at_once is not None or setting.starts is not None
 
 
@@ -1748,9 +1748,9 @@ def next_start(setting: Setting, now: int) -> tuple[int, int]:
     starts (0: it has no rate).
 
     The instant is in the past if several may start now: where starts are closer than
-    LUMP_SECONDS, those of so long. Where it is ahead by far, a clock was set back: then it is
-    one spacing ahead. (By a little it may be, as *now* was read before a long wait for the
-    store, or by another machine's clock.)
+    LUMP_SECONDS, those of so long. A stored next start that is far ahead shows that a clock was
+    set back: then the instant is one spacing ahead. (A little ahead is usual, as *now* was read
+    before a long wait for the store, or by another machine's clock.)
 
     >>> next_start(Setting(starts=10, period=1_000_000, next_at=90), 100)
     (100, 105000)
@@ -1769,8 +1769,8 @@ def next_start(setting: Setting, now: int) -> tuple[int, int]:
 
 
 def openings(setting: Setting, running: int, most: int, now: int) -> list[int]:
-    """When the next tasks of a type may start, the first *most*, while so many of it run. NEVER
-    stands for the end of another one. None, if the type is paused.
+    """When the next *most* tasks of a type may start, while *running* others run. NEVER: when
+    another one has ended. A paused type has no such dates.
 
     >>> openings(Setting(at_once=3), 1, 3, 50), openings(Setting(paused=1), 0, 3, 50)
     ([50, 50, 9223372036854775807], [])
@@ -1830,7 +1830,7 @@ def succeeded(row: Row) -> Row | None:
 
 def set_aside(row: Row, reason: str, now: int) -> tuple[Row, Row]:
     """waiting -> failed, for a task that is not to start; a schedule skips the slot that has
-    expired. Returns what is to be stored, and the Row of the task for those it is told."""
+    expired. Returns the Row to be stored, and the one that listeners and Futures are told."""
     failed = without_run(row, reason, now)
     if not reason.startswith(EXPIRED):
         return failed, readable(failed)
@@ -1856,8 +1856,8 @@ def choose(
     and that are not to start, with the reasons.
 
     Each task uses up its cost of *limit*; the first that does not fit ends the claim. A task
-    that was interrupted is taken alone. (P3) Of a type in *places* at most so many are taken,
-    which are counted down there; what else there is of it stands in nobody's way.
+    that was interrupted is taken alone. (P3) Of each type in *places* it takes at most so many,
+    and counts *places* down; further tasks of that type are passed over.
     """
     taken: list[Row] = []
     aside: list[tuple[Row, str]] = []
@@ -2012,7 +2012,8 @@ def what_became(before: Row, found: Row | None) -> str:
 
 
 def count_run(tally: _Tally, task_type: str, outcome: Outcome, led: str) -> None:
-    """Count the end of a run, which led_to() *led*; not of one that did not come to its end."""
+    """Count the end of a run; *led* is what led_to() says of it. A run that did not come to its
+    end is not counted."""
     if outcome.seconds is None:
         return
     counts = tally[task_type]
@@ -2550,7 +2551,7 @@ class TypeSettings:
     def _counted_starts(
         self, chosen: list[Row], places: Iterable[str], settings: Mapping[str, Setting], now: int
     ) -> list[Row]:
-        """Those of *chosen* that may start as far as rates go: their starts are counted."""
+        """Those of *chosen* that may start as far as rates go. Each of these starts counts."""
         for name in places:
             count, setting = sum(row.task_type == name for row in chosen), settings[name]
             first, spacing = next_start(setting, now)
@@ -2578,7 +2579,7 @@ class TypeSettings:
             self.change_setting(name, {"counts": json.dumps(total)})
 
     def _count(self, how: str, rows: Iterable[Row]) -> None:
-        """Count ends of which no master knows that it is to count them."""
+        """Count *how* these tasks have ended, or were interrupted, as no master counts that."""
         tally = new_tally()
         for row in rows:
             tally[row.task_type][how] += 1
@@ -2601,7 +2602,7 @@ class Following:
     these primitives is a Store, too."""
 
     has_bonds = False  # Whether there are bonds(), followers() and bind().
-    followed = 0  # Another number than before: tasks were released, or failed, as others ended.
+    followed = 0  # Grows when tasks are released, or fail, as others have ended.
     rows: Callable[[Query, int], list[Row]]
     write: Callable[[Row | None, Row | None], bool]
     write_all: Callable[[Sequence[_Pair]], list[bool]]
@@ -2676,8 +2677,8 @@ class Following:
 
     def _follow(self, ends: Iterable[tuple[str, str]], now: int) -> None:
         """The choke point of all arrows: these tasks have changed, each as how_ended() says, and
-        bond_after() says what that is for those that follow them. Who fails by it has ended,
-        too."""
+        bond_after() says what that is for those that follow them. A task that fails by this has
+        ended, too, and its own followers are told."""
         how = {task_id: end for task_id, end in ends if end}
         while how and self.followers():
             bonds = self.bonds(parents=list(how))
@@ -6677,7 +6678,7 @@ class TaskQueue(_TaskTypes):
 
     *store* is a path (-> SQLiteStore) or a Store. It is opened at first use, and closed
     by close() or `with`. May be used by any thread of any process: give each process a
-    TaskQueue on the same file. `find`, `count`, `remove`, `retry` and `update` mean the
+    TaskQueue on the same file. Its verbs, such as `find`, `cancel` and `pause`, mean the
     persistent tasks; `in_memory` has the same verbs for those of this process's memory
     (master only, else RuntimeError).
 
@@ -6719,8 +6720,8 @@ class TaskQueue(_TaskTypes):
 
     def _wake_others(self, removed: bool = False) -> None:
         """Have the masters in other processes look at the store, so that they need not poll
-        it. Of many tasks in a row not each wakes them: a woken master looks twice. What was
-        *removed* is told of each time."""
+        it. Of many tasks in a row not each wakes them: a woken master looks twice. If tasks
+        were *removed* or cancelled, the masters are woken each time."""
         now = time.monotonic()
         if removed or now >= self._next_owners:
             self._next_owners = now + OWNERS_SECONDS
@@ -9193,7 +9194,7 @@ class _Source:
             self.call_store(lambda: (find(), futures.look(self.store)), answer)
 
     def _find_cancelled(self) -> Callable[[], list[_Run]]:
-        """A call of the store that finds those of the runs there are now that were cancelled."""
+        """A function that asks the store which of the runs that are here now were cancelled."""
         mine = [run for run in self.engine.crew.runs() if run.source is self]
         runs = {(run.row.id, run.row.claim): run for run in mine}
 

@@ -5633,7 +5633,7 @@ class TestWhatATaskAsksFor(WithCluster):
         queue.add_event_listener("error", lambda error, task: self.errors.append((str(error), task.state)))
         for what, options, runs, errors in (
             (("GiveUp", "enough"), {"retries": 5}, [("failed", 1)], [("enough", "failed")]),
-            (("Retry", 60), {"retries": 1}, [("waiting", 1), ("failed", 2)], [("again in 60.0 s", "waiting"), ("again in 60.0 s", "failed")]),
+            (("Retry", 60), {"retries": 1}, [("waiting", 1), ("failed", 2)], [("again in 60 s", "waiting"), ("again in 60 s", "failed")]),
             (("Busy", 60), {"times": 3, "expires": 150}, [("waiting", 1)] * 3 + [("failed", 0)], None),
             (("Hopeless", "x"), {"repeat": timedelta(minutes=6)}, [("waiting", 1)] * 2, None),
         ):
