@@ -2120,12 +2120,14 @@ def after_adds(
     planned, added = {task_id: readable(row) for task_id, row in before.items()}, []
     changed: dict[str, None] = {}  # Ids, in order.
     for new, if_exists in additions:
-        old = planned.get(new.id)
-        stored, row = after_add(old, bound(new, planned) if new.after else new, if_exists)
+        stored, row = after_add(planned.get(new.id), new, if_exists)
         if stored is not None:
             if new.after and stored.successor is not None:
                 allowed = "another task_id: what replaces a running task follows nobody else"
                 raise _wrong_value("task_id", new.id, allowed)
+            if stored.after:  # It is a new task, not one that is kept.
+                stored = bound(stored, planned)
+                row = row._replace(state=stored.state)
             planned[new.id] = stored
             changed[new.id] = None
         added.append(row)
@@ -4897,6 +4899,10 @@ class _MongoSide(Store):
             rows = self._documents.rows(where, fields=_READ_SHORT)
         return [(row.id, row.claim) for row in rows]
 
+    def open_lanes(self, owner: str) -> None:
+        mine = {**_RESERVED, "taskpool.lane": owner}
+        self._tasks.update_many(mine, {"$set": {"taskpool.lane": ""}})
+
     # ---- Task types
 
     def settings(self, all_types: bool = False) -> Mapping[str, Setting]:
@@ -5089,6 +5095,10 @@ class _MongoFollowing(_MongoSide):
         self._now = now
         self._look_again({})
         self._tell_untold()
+
+    def expire(self, now: int) -> None:
+        done = {"taskpool.state": "done", "taskpool.kept_until": {"$lte": now}}
+        self._tasks.delete_many({**done, "taskpool.followed": {"$in": [None, "yes"]}})
 
     def _tell_untold(self) -> None:
         where = {"taskpool.followed": {"$in": _ENDINGS}}
@@ -5412,14 +5422,6 @@ class MongoStore(_MongoFollowing):
         super()._renew(owner, now)
         self._requeue_unknown(owner, now)
 
-    def open_lanes(self, owner: str) -> None:
-        mine = {**_RESERVED, "taskpool.lane": owner}
-        self._tasks.update_many(mine, {"$set": {"taskpool.lane": ""}})
-
-    def expire(self, now: int) -> None:
-        done = {"taskpool.state": "done", "taskpool.kept_until": {"$lte": now}}
-        self._tasks.delete_many({**done, "taskpool.followed": {"$in": [None, "yes"]}})
-
     # ---- Looking and changing
 
     def next_due(
@@ -5519,6 +5521,8 @@ class MongoStore(_MongoFollowing):
             removed = cast(int, self._tasks.update_many(where, mark).matched_count)
             gone = self._tasks.delete_many({**idle, "taskpool.followed": None}).deleted_count
             if gone < removed:  # Some run, or are followed.
+                self._tell_untold()  # Of an end before this one.
+                idle["taskpool.followed"] = {"$nin": ["done", "removed"]}
                 change = {"$set": {"taskpool.followed": "removed", "dueDate": None, **_GONE}}
                 if self._tasks.update_many(idle, change).matched_count:
                     self._tell_untold()
@@ -6350,6 +6354,8 @@ class _Tasks:
         lines = {str(name): line for name, *line in self._store.summary(self._now())}
         for name in sorted({*settings, *lines}):
             setting = settings.get(name, Setting())
+            if name not in lines and not (setting.counts or is_gate(setting)):
+                continue  # A mistyped name that was paused for a while.
             told = dict(zip(names, lines.get(name, (0, 0, 0, 0, 0, None, None, 0))))
             if setting.paused:
                 told.update(due=0, oldest_due=None)
@@ -6363,9 +6369,10 @@ class _Tasks:
 
         What runs goes on to its end; what is added, retried or comes due meanwhile waits, in
         its order, and counts as not due. A pause is stored: no restart ends it. To pause a
-        type again, or one that has no tasks, is fine. Raises TypeError and ValueError for a
-        wrong type, StoreError if the store failed or knows no pauses; so do resume() and
-        limit().
+        type again, or one that has no tasks, is fine. Where other masters use a MongoStore,
+        pause() and limit() take 1.5 seconds: then all of these know of it. Raises TypeError
+        and ValueError for a wrong type, StoreError if the store failed or knows no pauses; so
+        do resume() and limit().
         """
         self._set_up("pause", types, {"paused": 1})
 

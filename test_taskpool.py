@@ -3325,8 +3325,8 @@ class MongoContract(Following, Spoiled, StoreContract):
     def half_removed(self, store):
         """By a process that dies before it has told anybody."""
         store, faults = self.faulty()
-        store.count(Query(), NOW)
-        faults.at(0, None, 4)
+        written = {"taskpool.followed": "removed"}
+        faults.now = lambda method: (LookupError("died") if self.collection.find_one(written) else None, False, None)
         with contextlib.suppress(StoreError):
             store.remove(Query(ids=["p"]), NOW)
 
@@ -3343,6 +3343,8 @@ class MongoContract(Following, Spoiled, StoreContract):
                 self.assertEqual([parent for parent in needs if states[parent] != "done"], [], (i, found))
         if "remove p" in verbs and not {"free", "replace", "retry c", "remove c"}.intersection(verbs):
             self.assertIn(states["c"], ["failed", *["held"] * (verbs[0] == "remove p" and left is not None)])
+        if "a done" in verbs and "remove a" in verbs and left is None:
+            self.assertEqual(states["c"], "held")  # It follows p, too: the work of a was done.
 
     def test_whatever_comes_in_the_midst_of_a_verb_no_follower_starts_too_early_or_never(self):
         """Before each of its commands another process makes a change; then or later this one may die, and others in its wake."""
@@ -8914,6 +8916,8 @@ class TestFollowers(InFolder):
         ):
             with self.subTest(task_id, **changes), self.assertRaisesRegex(ValueError, text):
                 self.tasks.update(task_id, **changes)
+        # What is kept follows nobody new, so that a start of a program can add it again and again.
+        self.assertEqual(self.tasks.add_task("line", task_id="b", after="gone", if_exists="keep").id, "b")
         for tasks, text in (
             ([{"task_id": "y", "after": "later"}, {"task_id": "later"}], "'later'.*there"),
             # The first one stays, with its bonds, and gets other data.
@@ -11079,6 +11083,12 @@ class TestPausesAndLimits(InFolder):
 
     def serve(self, **options):
         return self.cluster({"line": add_line, "echo": echo, "span": note_span}, self.tasks, **options)
+
+    def test_a_name_that_was_paused_by_mistake_is_told_of_as_long_as_it_is(self):
+        self.tasks.pause("typo"), self.tasks.limit("line", at_once=1)
+        self.assertEqual([kind["task_type"] for kind in self.tasks.types()], ["line", "typo"])
+        self.tasks.resume("typo")
+        self.assertEqual([kind["task_type"] for kind in self.tasks.types()], ["line"])
 
     def test_the_end_of_a_limited_run_looks_after_no_future_that_waits(self):
         store, self.tasks = self.hooked()
