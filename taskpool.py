@@ -2701,7 +2701,52 @@ class Following:
             how = {row.id: "failed" for row, new in pairs if new.state == "failed"}
 
 
-class Store(TypeSettings, Following):
+class Seen(NamedTuple):
+    """A task in a list for people."""
+
+    row: Row  # As it is stored, but for its long texts, which are cut.
+    lengths: Sequence[int]  # How many characters each of LONG_TEXTS has.
+    key: Sequence[Any]  # Where it stands in the list.
+
+
+LONG_TEXTS = ("data", "result", "error")
+
+
+def seen(row: Row, key: Sequence[Any], chars: int) -> Seen:
+    """That Row with texts of at most so many characters."""
+    texts = [getattr(row, name) or "" for name in LONG_TEXTS]
+    cut: dict[str, Any] = {name: text[:chars] for name, text in zip(LONG_TEXTS, texts) if text}
+    return Seen(row._replace(**cut), list(map(len, texts)), key)
+
+
+class Looking:
+    """The part of a Store that is for people who look at it, page by page."""
+
+    rows: Callable[[Query, int], list[Row]]
+
+    def newest(
+        self, query: Query, most: int, before: Sequence[Any] | None, chars: int, now: int
+    ) -> list[Seen]:
+        """The first *most* tasks that fit *query*, behind the one with the key *before*, with
+        texts of at most *chars* characters. The newest come first; if only failed ones are asked
+        for, those that failed last."""
+        is_failed = query.states is not None and list(query.states) == ["failed"]
+
+        def key(row: Row) -> list[Any]:
+            ended = row.due_at if row.ended_at is None else row.ended_at
+            return [ended if is_failed else row.created_at, row.id]
+
+        keyed = [(key(row), row) for row in map(readable, self.rows(query, now))]
+        keyed = [pair for pair in keyed if before is None or pair[0] < list(before)]
+        return [seen(row, k, chars) for k, row in sorted(keyed, reverse=True)[:most]]
+
+    def schedules(self, most: int) -> list[Row]:
+        """The first *most* tasks that repeat, the next one first."""
+        rows = [row for row in self.rows(Query(), 0) if row.repeat is not None]
+        return sorted(map(readable, rows), key=lambda row: row.ready_at)[:most]
+
+
+class Store(TypeSettings, Following, Looking):
     """Where tasks live. Subclass it, and TaskQueue takes your store.
 
     The verbs, each an arrow of the drawing above, are written once, here: read rows, ask a
@@ -3425,6 +3470,12 @@ CREATE INDEX IF NOT EXISTS taskpool_after_child ON taskpool_after (child);
 -- For _EXPIRE.
 CREATE INDEX IF NOT EXISTS taskpool_kept
 ON taskpool_task (kept_until) WHERE kept_until IS NOT NULL;
+-- For newest() and schedules().
+CREATE INDEX IF NOT EXISTS taskpool_failed
+ON taskpool_task (CAST(ifnull(ended_at, due_at) AS INTEGER), seq, task_type)
+WHERE state = 'failed';
+CREATE INDEX IF NOT EXISTS taskpool_repeating
+ON taskpool_task (ready_at) WHERE repeat IS NOT NULL;
 CREATE TABLE IF NOT EXISTS taskpool_master (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL);
 -- What is set for task types, and how their runs ended: see Setting.
 CREATE TABLE IF NOT EXISTS taskpool_type (
@@ -3600,6 +3651,17 @@ SELECT task_type, sum(state IN ('ready', 'scheduled', 'held')), sum(due), sum(st
 FROM (SELECT task_type, state, CAST(max(created_at, due_at, ready_at) AS INTEGER) AS since,
     state = 'ready' OR (state = 'scheduled' AND ready_at <= :now) AS due FROM taskpool_task)
 GROUP BY task_type ORDER BY task_type
+"""
+
+# For lists. What failed is in the order of an index; `seq` is the order of the table itself,
+# and +seq that of no index, for where another one finds the few rows.
+_FAILED_AT = "CAST(ifnull(ended_at, due_at) AS INTEGER)"
+_NEWEST = """
+SELECT {0}, seq, {1} FROM taskpool_task WHERE {2} ORDER BY {0} DESC, seq DESC LIMIT ?
+""".format
+_OLDER = " AND {0} <= ? AND ({0}, seq) < (?, ?)".format
+_SCHEDULES = f"""
+SELECT {_LIST} FROM taskpool_task WHERE repeat IS NOT NULL ORDER BY ready_at LIMIT ?
 """
 
 # waiting, failed, done -> (removed); a running task is marked.
@@ -4031,6 +4093,11 @@ class _SQLiteFile(Store):
                     raise self._store_error(error) from error
             return self._select(statement, values)
 
+    def interrupt(self) -> None:
+        """Have what another thread reads end at once, in a StoreError."""
+        if self._reader is not None:
+            self._reader.interrupt()
+
     def _run(self, statement: str, values: Any = ()) -> int:
         """Write in a transaction. Returns how many rows have changed."""
         count: int = self._writer.execute(statement, values).rowcount
@@ -4139,6 +4206,26 @@ class SQLiteStore(_SQLiteFile):
         return self._select(_SUMMARY, {"now": now})
 
     # ---- Quicker than by reading rows
+
+    def newest(
+        self, query: Query, most: int, before: Sequence[Any] | None, chars: int, now: int
+    ) -> list[Seen]:
+        where, values = _where(query, now)
+        at = "seq" if query.ids is None and not query.held else "+seq"
+        if query.states == ["failed"]:
+            where, at = f"{where} AND state = 'failed'", _FAILED_AT
+        elif query.states == ["running"]:
+            where, at = f"{where} AND state = 'running'", "+seq"
+        if before is not None:
+            where, values = where + _OLDER(at), [*values, before[0], *before]
+        columns = [f"ifnull(length({name}), 0)" for name in LONG_TEXTS]
+        columns += [f"substr({n}, 1, {chars})" if n in LONG_TEXTS else n for n in _COLUMNS]
+        found = self._select(_NEWEST(at, ", ".join(columns), where), [*values, most])
+        first = 2 + len(LONG_TEXTS)
+        return [Seen(_stored_row(line[first:]), line[2:first], line[:2]) for line in found]
+
+    def schedules(self, most: int) -> list[Row]:
+        return [readable(_stored_row(line)) for line in self._select(_SCHEDULES, (most,))]
 
     def running(self, types: Collection[str]) -> Mapping[str, int]:
         return collections.Counter(name for (name,) in self._select(_RUNNING))
@@ -4978,6 +5065,30 @@ class _MongoSide(Store):
     def summary(self, now: int) -> list[tuple[Any, ...]]:
         with self._documents.errors(now):
             return summed(map(readable, self._documents.rows(_TASKS, now, _READ_SHORT)), now)
+
+    def newest(
+        self, query: Query, most: int, before: Sequence[Any] | None, chars: int, now: int
+    ) -> list[Seen]:
+        at = "taskpool.created_at"
+        if query.states == ["failed"]:
+            at = "taskpool.ended_at"  # What has none comes last.
+        where = _selector(query, now)
+        if before is not None:
+            since, last = before
+            older = [{at: since, "taskpool.id": {"$lt": last}}, {at: {"$lt": since}}]
+            older += [{at: None}] if since is not None else []
+            where = {"$and": [where, {"$or": older}]}
+        with self._documents.errors(now):
+            order = [(at, -1), ("taskpool.id", -1)]
+            rows = self._documents.rows(where, now, sort=order, limit=most)
+        name = at.rpartition(".")[2]
+        return [seen(row, [getattr(row, name), row.id], chars) for row in map(readable, rows)]
+
+    def schedules(self, most: int) -> list[Row]:
+        where = {"$and": [_TASKS, {"taskpool.repeat": {"$gt": ""}}]}
+        with self._documents.errors(0):
+            rows = self._documents.rows(where, sort=_BY_DATE, limit=most)
+        return list(map(readable, rows))
 
 
 class _MongoFollowing(_MongoSide):
@@ -10612,6 +10723,7 @@ examples:
   python taskpool.py retry tasks.db ID ID           put failed ones back to waiting
   python taskpool.py pause tasks.db mail            no cluster starts that type, until resume
   python taskpool.py limit tasks.db mail --at-once 4 --rate 10/60
+  python taskpool.py web tasks.db                   all of it in a browser
   python taskpool.py cron "0 9 * * MON-FRI" --tz Europe/Berlin
   python -c "help(__import__('taskpool').TaskQueue.add_task)"     one call, explained
 """
@@ -10966,18 +11078,37 @@ def _set_types(options: Any) -> int:
     return OK
 
 
-@lru_cache(maxsize=1)
-def _served(name: str) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
-    """The TaskQueue that MODULE:NAME means, if it is one, and the task map: in the master and
-    in its workers, which log alike."""
+def _read_place(text: str) -> str:
+    module, _, name = text.partition(":")
+    words = f"{module}.{name}".split(".")
+    if name and module[-3:] != ".py" and all(map(str.isidentifier, words)):
+        return text
+    raise ValueError(text)
+
+
+def _imported(name: str, check: Callable[[Any], _T]) -> _T:
+    """What *check* makes of the thing that MODULE:NAME means."""
     import importlib
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     module, _, attributes = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(1, os.getcwd())  # Behind the folder of this file.
     try:
-        thing: Any = operator.attrgetter(attributes)(importlib.import_module(module))
+        return check(operator.attrgetter(attributes)(importlib.import_module(module)))
+    except Exception as error:  # Told in one line.
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        is_theirs = last.filename != __file__ and os.path.exists(last.filename)
+        where = f" ({last.filename}, line {last.lineno})" if is_theirs else ""
+        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise TaskPoolError(f"{name} cannot be served: {text}{where}") from error
+
+
+@lru_cache(maxsize=1)
+def _served(name: str) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
+    """The TaskQueue that MODULE:NAME means, if it is one, and the task map: in the master and
+    in its workers, which log alike."""
+
+    def check(thing: Any) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
         queue = thing if isinstance(thing, TaskQueue) else None
         if queue and not queue.task_map:
             raise ValueError("this TaskQueue declares no tasks")
@@ -10986,12 +11117,9 @@ def _served(name: str) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
             raise _wrong_type("it", thing, "a TaskQueue or a dict of {task_type: function}")
         _checked_task_map(task_map)
         return queue, task_map
-    except Exception as error:  # Told in one line.
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        is_theirs = last.filename != __file__ and os.path.exists(last.filename)
-        where = f" ({last.filename}, line {last.lineno})" if is_theirs else ""
-        text = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise TaskPoolError(f"{name} cannot be served: {text}{where}") from error
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    return _imported(name, check)
 
 
 class _Served:
@@ -11035,6 +11163,843 @@ def _print_cron(options: Any) -> int:
     return OK
 
 
+# --- Page ----------------------------------------------------------------------------
+# What a browser shows of a queue. The page itself holds nothing of it: its script asks for all,
+# with a token that neither other pages nor other users of the machine have.
+
+_STYLE = """\
+:root {
+  color-scheme: light dark; --ink: #1c2230; --soft: #667085; --line: #e4e7ec; --paper: #fff;
+  --back: #f6f7f9; --blue: #2251cc; --red: #b3261e; --amber: #8f5a00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ink: #e4e7ed; --soft: #98a1b2; --line: #2b313c; --paper: #181b22; --back: #101217;
+    --blue: #8fb0ff; --red: #ff8f85; --amber: #e9b558;
+  }
+}
+* { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; }
+[hidden] { display: none !important; }
+body {
+  max-width: 86rem; margin: auto; padding: 1rem; background: var(--back); color: var(--ink);
+  font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+}
+header, nav, nav > span { display: flex; flex-wrap: wrap; align-items: baseline; gap: .3rem; }
+header { padding: 0 .75rem .75rem; column-gap: 1.2rem; }
+nav { padding: 1rem 0 .5rem; }
+h1 { font-size: 1.25rem; font-weight: 650; overflow-wrap: anywhere; }
+#age, #bulk, .acts { margin-left: auto; }
+.soft, .card > .row, [data-none=true], dt { color: var(--soft); }
+.bad, [data-head=failed][data-none=false] { color: var(--red); }
+#tasks [data-head=failed] { color: inherit; }
+[data-head=limits] { color: var(--amber); }
+.stale { opacity: .5; }
+button, select, input {
+  max-width: 100%; overflow: hidden; text-overflow: ellipsis; padding: .05rem .5rem;
+  border: 1px solid var(--line); border-radius: 5px; background: var(--paper);
+}
+button { color: var(--blue); cursor: pointer; }
+button:hover { border-color: currentColor; }
+:focus-visible { outline: 2px solid var(--blue); outline-offset: -1px; }
+#tabs button, .row > button { color: inherit; background: none; border-color: transparent; }
+#tabs button { padding: .25rem .75rem; }
+#tabs [aria-pressed=true] { background: var(--paper); border-color: var(--line); }
+.row > button { padding: 0; text-align: left; }
+.row > button:hover { text-decoration: underline; }
+.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; }
+.card > .row { position: sticky; top: 0; background: var(--paper); border-radius: 8px; }
+ul { list-style: none; }
+li { border-top: 1px solid var(--line); }
+.row {
+  display: grid; grid-template-columns: 3fr 1.5fr 5.5rem 7rem 5fr 9rem; gap: 0 1rem;
+  padding: .3rem .75rem; align-items: baseline;
+}
+.row > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; unicode-bidi: isolate; }
+.row > .acts { overflow: visible; }
+.acts button + button { margin-left: .3rem; }
+.types { max-height: 23.2rem; overflow: auto; }
+.types .row {
+  column-gap: .75rem; grid-template-columns: minmax(5rem, 2fr) repeat(6, minmax(3.7rem, 4.5rem))
+    repeat(4, minmax(4.8rem, 5.2rem)) minmax(5rem, 1fr) 4.5rem;
+}
+.types .row > :not(:first-child, :nth-child(12)) { text-align: right; }
+#tasks .row > button, #tasks span:nth-child(5), dd {
+  font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace;
+}
+#tasks span:nth-child(5) {
+  background: linear-gradient(var(--blue) 0 0) 0 100% / calc(100% * var(--part)) 2px no-repeat,
+    linear-gradient(var(--line) 0 0) 0 100% / calc(9e9px * var(--part)) 2px no-repeat;
+}
+dl {
+  display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; padding: .25rem 1.5rem 1rem;
+}
+dd { overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: plaintext; }
+#empty:not(:empty), #login { padding: 2rem; text-align: center; }
+#said:not(:empty) {
+  position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); max-width: 92vw;
+  padding: .5rem 1rem; border-radius: 8px; background: var(--ink); color: var(--paper);
+}
+@media (max-width: 70rem) {
+  body { padding: .75rem .5rem; }
+  .row, .types .row { display: flex; flex-wrap: wrap; column-gap: 1rem; padding: .5rem .75rem; }
+  .card > .row.row, [data-none=true] { display: none; }
+  .row > :first-child { width: 100%; font-weight: 600; }
+  .types [data-head]::before { content: attr(data-head) " "; color: var(--soft); }
+  #tasks span:nth-child(5) { width: 100%; white-space: normal; }
+  button { padding: .3rem .7rem; }
+}
+"""
+_SCRIPT = r"""
+"use strict";
+const $ = id => document.getElementById(id), number = n => n.toLocaleString("en");
+// Signs that nobody sees, or that turn a text around, are shown by their codes.
+const UNSEEN = /[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+const code = sign => "\\u" + sign.charCodeAt(0).toString(16).padStart(4, "0");
+const plain = text => String(text ?? "").replace(UNSEEN, code);
+
+function put(node, text) {
+  if (node.textContent !== plain(text)) node.textContent = plain(text);
+  return node;
+}
+
+function make(tag, about, ...children) {
+  const node = Object.assign(document.createElement(tag), about);
+  node.append(...children.map(child => child instanceof Node ? child : plain(child)));
+  return node;
+}
+
+// Have a node's children be those of these things; *still*: none comes or goes. What stays is
+// never made anew.
+function sync(parent, things, name, create, update, still) {
+  const old = new Map([...parent.children].map(node => [node.dataset.name, node]));
+  const nodes = things.map(thing => {
+    const node = old.get(name(thing)) ?? create(thing);
+    old.delete(node.dataset.name = name(thing));
+    update(node, thing);
+    return node;
+  });
+  if (still) return;
+  for (const node of old.values()) node.remove();
+  nodes.forEach((node, i) => node === parent.children[i] ||
+    parent.insertBefore(node, parent.children[i] ?? null));
+}
+
+function buttons(node, acts) {
+  const all = state.read_only ? [] : Object.entries(acts);
+  sync(node, [...all.entries()], ([i]) => String(i), () => make("button", {}),
+    (button, [, [text, act]]) => { put(button, text).onclick = act; });
+}
+
+// Have a list hold these rows, each with a button before its cells, others behind them, and
+// details below.
+function rows(list, things, still) {
+  const heads = [...list.previousElementSibling.children].map(head => head.textContent);
+  sync(list, things, it => it.name, it => make(
+    "li", {}, make("div", {className: "row"}, make("button", {}, it.name),
+      ...it.cells.map(() => make("span", {})), make("span", {className: "acts"})),
+    make("dl", {hidden: true}),
+  ), (item, it) => {
+    const [row, details] = item.children;
+    it.cells.forEach((text, i) => {
+      const cell = put(row.children[i + 1], text);
+      [cell.dataset.head, cell.dataset.none] = [heads[i + 1], ["", "0"].includes(text)];
+    });
+    row.style.setProperty("--part", it.part ?? 0);
+    row.firstChild.onclick = () => it.press(details);
+    buttons(row.lastChild, it.acts);
+    if (!details.hidden) unfold(details, it.name);
+  }, still);
+}
+
+// ---- Times
+
+let skew = 0;  // How far the server's clock is ahead of this one, in milliseconds.
+const age = text => (Date.now() + skew - Date.parse(text)) / 1000;
+
+function span(s) {
+  for (const [size, unit] of [[86400, "d"], [3600, "h"], [60, "min"]])
+    if (s >= 2 * size) return `${Math.round(s / size)} ${unit}`;
+  return s < 0.9995 ? `${Math.round(s * 1000)} ms` : `${s.toFixed(s < 10 ? 1 : 0)} s`;
+}
+
+const about = s => s < 10 ? `${Math.max(Math.round(s), 0)} s` : span(s);
+const when = text => !text ? "" : age(text) < -1 ? `in ${about(-age(text))}` :
+  age(text) < 1 ? "now" : `${about(age(text))} ago`;
+
+// ---- What the server is asked
+
+let token = "", state = null, page = null, heard = Date.now(), trouble = "", turn = 0, timer = 0;
+let tab = "", before = "", moved = true;  // Which list, from which task on; if it is another.
+
+async function ask(path, wish) {
+  const answer = await fetch(path, {
+    method: wish ? "POST" : "GET", body: wish && JSON.stringify(wish), cache: "no-store",
+    headers: {Authorization: `Bearer ${token}`},
+  }).catch(() => { throw new Error("no answer"); });
+  if (answer.status === 401) token = "";
+  const told = await answer.json().catch(() => ({error: `status ${answer.status}`}));
+  if (!answer.ok) throw new Error(told.error);
+  return told;
+}
+
+async function look() {
+  const mine = ++turn, asked = Date.now();
+  clearTimeout(timer);
+  try {
+    const found = token && await ask("api/state"), late = (Date.now() - asked) / 2;
+    tab ||= found && found.types.some(type => type.failed) ? "failed" : "running";
+    const list = found && await tasks(found);
+    if (mine !== turn) return;
+    [state, page, trouble] = [found, list, ""];
+    if (found) {
+      heard = Date.now();
+      skew = Date.parse(found.now) - asked - late;
+      showState();
+      showTasks();
+    }
+  } catch (error) {
+    if (mine !== turn) return;
+    trouble = error.message;
+  }
+  showAge();
+  if (token && $("live").checked && !document.hidden) timer = setTimeout(look, 2000);
+}
+
+async function tasks(found) {
+  const type = $("type").value, {wish} = TABS[tab];
+  if (!wish) return {tasks: found[tab].filter(task => !type || task.type === type)};
+  // As old as the counts may be: where these are costly, lists may be, too.
+  const query = new URLSearchParams({...wish, type, before}).toString();
+  if (page?.query === query && page.counted_at === found.counted_at) return page;
+  return {...await ask(`api/tasks?${query}`), query, counted_at: found.counted_at};
+}
+
+// What a button does. What removes many, or ends a run, asks first.
+async function act(verb, wish, words) {
+  const isMuch = verb === "cancel" || (verb === "remove" && wish.ids?.length !== 1);
+  if (isMuch && !confirm(`${verb} ${words}?`)) return;
+  put($("said"), `${verb} ${words} ...`);
+  const told = await ask("api/do", {...wish, verb}).catch(error => error);
+  put($("said"), `${verb} ${words}: ${told.message ?? number(told.count)}`);
+  setTimeout(() => put($("said"), ""), 5000);
+  [page, moved] = [null, true];
+  look();
+}
+
+// ---- Types
+
+let looks = [];  // The last ones at the totals, from a minute ago on.
+
+// How many runs of a type ended as done in a minute, and how long the median of all runs took:
+// between two looks, if any ended there, else ever.
+function rates({task_type, runs}) {
+  const first = looks[0].runs.get(task_type) ?? runs, bounds = Object.keys(runs.seconds_le);
+  const minutes = (looks[looks.length - 1].at - looks[0].at) / 60_000;
+  const ends = it => it ? it.done + it.failed + it.retried + it.later : 0;
+  const since = ends(runs) > ends(first) ? first : null, half = (ends(runs) - ends(since)) / 2;
+  const within = most => most ? runs.seconds_le[most] - (since?.seconds_le[most] ?? 0) : 0;
+  const most = bounds.find(it => within(it) >= half), low = bounds[bounds.indexOf(most) - 1] ?? 0;
+  const part = (half - within(low)) / (within(most) - within(low));
+  const median = most ? span(low * (1 - part) + most * part) : "> 1 h";
+  const speed = number(Math.round((runs.done - first.done) / minutes));
+  return [minutes < 0.15 ? "" : speed, half ? median : ""];
+}
+
+function typeRow(type) {
+  const {task_type: name, paused, at_once, rate, oldest_due, next_due} = type;
+  const limits = [paused && "PAUSED", at_once && `${number(at_once)} at once`,
+    rate && `${number(rate[0])} per ${rate[1]} s`].filter(Boolean).join(", ");
+  const oldest = oldest_due === null ? "" : about(oldest_due);
+  const next = age(next_due) > 0 ? "now" : when(next_due);  // The counts may be old.
+  const counts = ["waiting", "due", "held", "running", "failed", "done"].map(it => type[it]);
+  const cells = [...counts.map(number), oldest, next, ...rates(type), limits];
+  const press = () => { $("type").value = $("type").value === name ? "" : name; show(tab); };
+  const verb = paused ? "resume" : "pause";
+  return {name, cells, press, acts: {[verb]: () => act(verb, {type: name}, name)}};
+}
+
+// ---- Lists of tasks
+
+// Of each list the filter of its tasks, the heads of two columns, and what can be done.
+const TABS = {
+  running: {heads: ["started", "progress"], verbs: ["cancel"]},
+  failed: {wish: {state: "failed"}, heads: ["failed", "error"], verbs: ["retry", "remove"]},
+  waiting: {wish: {state: "waiting"}, heads: ["due", "data"], verbs: ["now", "remove"]},
+  held: {wish: {held: "1"}, heads: ["due", "waits for"], verbs: ["now", "remove"]},
+  done: {wish: {state: "done"}, heads: ["ended", "result"], verbs: ["remove"]},
+  schedules: {heads: ["next run", "rule"], verbs: ["now", "remove"]},
+};
+const count = (name, type) => name === "schedules" ? state.schedules.length :
+  state.types.reduce((sum, it) => sum + (type && type !== it.task_type ? 0 : it[name]), 0);
+const named = ({tasks, count}) => tasks.map(task => `${task.id} (${task.state})`).join(", ") +
+  (count > tasks.length ? ` and ${number(count - tasks.length)} more` : "");
+
+// What the last two cells tell of a task.
+function tell(task, part) {
+  const {done, note} = task.progress ?? {}, far = part ? `${Math.floor(100 * part)} %` : done;
+  const after = task.after && `waits for ${named(task.after)}`;
+  const isPaused = state.types.some(type => type.paused && type.task_type === task.type);
+  const data = (isPaused ? "paused \u00b7 " : "") + task.data;
+  const words = [far, note, `pid ${task.master}`].filter(it => it != null).join(" \u00b7 ");
+  return {
+    running: [task.since, words],
+    failed: [task.ended ?? task.due, task.error], done: [task.ended, task.result ?? task.error],
+    waiting: [task.due, after ?? data], held: [task.due, after],
+    schedules: [task.next, task.rule + (task.error ? `; last run: ${task.error}` : "")],
+  }[tab];
+}
+
+function taskRow(task) {
+  const {id, type, attempt, progress} = task, acts = {};
+  const part = progress?.total ? Math.min(progress.done / progress.total, 1) : 0;
+  const [date, text] = tell(task, part);
+  for (const verb of TABS[tab].verbs)
+    acts[verb] = () => act(verb, {...TABS[tab].wish, ids: [id]}, id);
+  const press = details => {
+    details.hidden = !details.hidden;
+    details.previousSibling.firstChild.ariaExpanded = String(!details.hidden);
+    unfold(details, id);
+  };
+  const cells = [type, attempt > 1 ? `attempt ${attempt}` : "", when(date), text];
+  return {name: id, cells, press, acts, part: tab === "running" ? part : 0};
+}
+
+function showTasks() {
+  const list = $("tasks"), type = $("type").value, all = number(count(tab, type)), acts = {};
+  // While somebody points at the list, or reads in it, nothing there moves.
+  const still = !moved && list.querySelector(":hover, :focus-visible, dl:not([hidden])");
+  rows(list, page.tasks.map(taskRow), still);
+  moved = false;
+  put($("empty"), list.firstChild ? "" : state.types.length ? "none" : "no tasks yet");
+  [$("newest").hidden, $("older").hidden] = [!before, !page.before];
+  const {verbs, wish} = TABS[tab], ids = [...list.children].map(item => item.dataset.name);
+  for (const verb of wish && ids.length ? verbs.filter(verb => verb !== "now") : []) {
+    acts[`${verb} shown`] = () => act(verb, {...wish, ids}, `${ids.length} ${tab}`);
+    acts[`${verb} all ${all}`] = () => act(
+      verb, {...wish, ...type && {type}}, `all ${all} ${tab} ${type}`);
+  }
+  buttons($("bulk"), acts);
+}
+
+// All of one task.
+async function unfold(details, id) {
+  const task = await ask(`api/task?id=${encodeURIComponent(id)}`)
+    .catch(error => ({error: error.message}));
+  const date = text => `${new Date(text).toLocaleString()} (${when(text)})`;
+  const as = {
+    created: date, due: date, since: date, started: date, ended: date, next: date, timeout: span,
+    expires: span, retry_delay: span, keep_result: span, after: named, followed_by: named,
+    progress: ({done, total, note}) => `${done} of ${total ?? "?"} ${note ?? ""}`,
+  };
+  const facts = Object.entries(task).filter(([, fact]) => fact || fact === 0);
+  const lines = facts.flatMap(([name, fact]) => [
+    ["dt", name, name.replace("_", " ")], ["dd", name, as[name]?.(fact) ?? fact],
+  ]);
+  sync(details, lines, ([tag, name]) => tag + name, ([tag]) => make(tag, {}),
+    (node, [,, text]) => put(node, text));
+}
+
+// ---- The whole
+
+function showState() {
+  const {name, types, masters} = state, names = ["", ...types.map(type => type.task_type)];
+  const failed = count("failed"), at = Date.parse(state.counted_at);
+  const total = count("waiting") + count("running") + failed + count("done");
+  if (looks[looks.length - 1]?.at !== at)
+    looks.push({at, runs: new Map(types.map(type => [type.task_type, type.runs]))});
+  while (looks.length > 2 && looks[1].at < at - 60_000) looks.shift();
+  document.title = plain(failed ? `${name}: ${number(failed)} failed` : name);
+  put($("name"), name);
+  put($("total"), `${number(total)} task${total === 1 ? "" : "s"}`);
+  const tellMaster = it => `master ${it.pid}: ${it.state}, ${number(it.running)} running`;
+  put($("masters"), masters.map(tellMaster).join("; ") || "no master: nothing starts");
+  rows($("types"), types.map(typeRow));
+  $("types").parentNode.hidden = !types.length;
+  sync($("type"), names, name => name, name => new Option(name || "all types", name), () => null);
+  sync($("tabs"), Object.keys(TABS), name => name, name => make(
+    "button", {onclick: () => show(name)}, `${name} `, make("span", {})), (button, name) => {
+    put(button.lastChild, number(count(name)));
+    button.lastChild.className = count(name) && name === "failed" ? "bad" : "soft";
+    button.ariaPressed = String(name === tab);
+  });
+  TABS[tab].heads.forEach((head, i) => put($("head").children[3 + i], head));
+}
+
+// Show a list from its beginning, or from behind a task.
+function show(name, key = "") {
+  [tab, before, page, moved] = [name, key, null, true];
+  look();
+}
+
+function showAge() {
+  $("login").hidden = Boolean(token);
+  $("main").hidden = !token || !state;
+  $("main").className = trouble ? "stale" : "";
+  const first = token ? "looking ..." : "";
+  const counted = state ? `counted ${about(age(state.counted_at))} ago` : first;
+  const since = token ? `, for ${about((Date.now() - heard) / 1000)}` : "";
+  put($("age"), trouble ? trouble + since : counted);
+  $("age").className = trouble ? "bad" : "soft";
+}
+
+// The token comes behind the # of the address, and stays in this tab.
+function takeToken() {
+  try {
+    token = decodeURIComponent(location.hash.slice(1)) || token || sessionStorage.taskpool || "";
+    history.replaceState(null, "", location.pathname);
+    sessionStorage.taskpool = token;
+  } catch { }  // The browser is told to store nothing.
+  showAge();
+  look();
+}
+
+$("login").onsubmit = () => {
+  location.hash = encodeURIComponent($("token").value);
+  return false;
+};
+$("type").onchange = $("newest").onclick = () => show(tab);
+$("older").onclick = () => page && show(tab, page.before);  // Else the list is on its way.
+$("live").onchange = document.onvisibilitychange = () => document.hidden || look();
+onhashchange = takeToken;
+setInterval(showAge, 1000);
+takeToken();
+"""
+_PAGE = f"""\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>taskpool</title>
+<style>{_STYLE}</style>
+<header>
+  <h1 id="name">taskpool</h1> <span id="total"></span> <span id="masters" class="soft"></span>
+  <span id="age" role="status"></span>
+  <label class="soft"><input type="checkbox" id="live" checked> live</label>
+</header>
+<form id="login" hidden>
+  This page needs the token that stands behind the # of the address that taskpool.py web printed.
+  <input type="password" id="token" aria-label="token" autocomplete="off"> <button>look</button>
+</form>
+<main id="main" hidden>
+  <div class="card types">
+    <div class="row"><span>type</span><span>waiting</span><span>due</span><span>held</span>
+      <span>running</span><span>failed</span><span>done</span><span>oldest due</span>
+      <span>next due</span><span>done/min</span><span>median</span><span>limits</span></div>
+    <ul id="types"></ul>
+  </div>
+  <nav>
+    <span id="tabs"></span> <select id="type" aria-label="type"></select> <span id="bulk"></span>
+  </nav>
+  <div class="card">
+    <div class="row" id="head"><span>task</span><span>type</span><span></span><span></span>
+      <span></span></div>
+    <ul id="tasks"></ul>
+    <p id="empty" class="soft"></p>
+  </div>
+  <nav><button id="newest">newest</button> <button id="older">older</button></nav>
+</main>
+<output id="said"></output>
+<script>{_SCRIPT}</script>
+"""
+
+LIST_CHARS, ALL_CHARS = 200, 100_000  # Of the long texts of a task: in a list, and by itself.
+SHOWN_TASKS = 100  # That run, that repeat, and that others follow.
+COUNT_SHARE = 0.05  # Of the time may be spent on counting tasks.
+COUNT_SECONDS = 0.05  # Who looks waits for a count that takes less.
+OLD_SECONDS = 30.0  # Nobody is told of a count that is much older than that.
+BATCH_TASKS = 500  # Changed in one transaction, so that clusters go on meanwhile.
+BATCH_SECONDS = 0.03  # Least wait between two of these.
+BODY_BYTES = 1 << 16  # Of a request.
+SOCKET_SECONDS = 10.0  # A connection that is silent for so long is closed.
+TOKEN_CHARS = 16  # The fewest of a token that somebody makes up.
+_ASKED = {"state": "state", "task_type": "type", "held": "held"}  # As requests name filters.
+
+
+class _Shared:
+    """Something that it takes time to find: found once for all who ask, in at most COUNT_SHARE
+    of the time. An error counts for a second."""
+
+    def __init__(self, find: Callable[[], Any]) -> None:
+        self._find, self._lock = find, threading.Lock()
+        self._found: tuple[Any, int, float] | Exception = StoreError("not looked for")
+        self._again = self._too_old = -math.inf  # Monotonic: when it may be, and must be, found.
+        self._is_looking = False
+
+    def get(self) -> tuple[Any, int, float]:
+        """What was found, the instant of that, and the seconds that it took."""
+        with self._lock:
+            if time.monotonic() >= self._too_old:
+                self._look()
+            elif time.monotonic() >= self._again and not self._is_looking:
+                self._is_looking = True
+                threading.Thread(target=self._look, daemon=True).start()
+            if isinstance(self._found, Exception):
+                raise StoreError(str(self._found)) from self._found
+            return self._found
+
+    def _look(self) -> None:
+        began, at, took = time.monotonic(), time.time_ns() // 1000, 0.0
+        try:
+            found = self._find()
+            took = time.monotonic() - began
+            self._found, wait = (found, at, took), took / COUNT_SHARE - took
+        except Exception as error:
+            self._found, wait = error, 1.0
+        self._again = self._too_old = time.monotonic() + wait
+        if took > COUNT_SECONDS:  # Who asks soon after that has the old answer, at once.
+            self._too_old += took + OLD_SECONDS
+        self._is_looking = False
+
+
+class _Refused(Exception):
+    """The answer to a request: an HTTP status, and a line of text."""
+
+
+def _in_words(repeat: timedelta | Cron) -> str:
+    if isinstance(repeat, Cron):
+        return repeat.explain()
+    seconds, sizes = repeat.total_seconds(), {86400: "d", 3600: "h", 60: "min", 1: "s"}
+    size = next((size for size in sizes if seconds % size == 0), 1)
+    return f"every {seconds / size:g} {sizes[size]}"
+
+
+def _told_text(text: Any, length: int) -> str | None:
+    """A long text for people: on several lines, if it is JSON and whole."""
+    if isinstance(text, bytes):
+        text = text.decode(errors="replace")
+    if text is not None and length > len(text):
+        return f"{text} ... ({length:,} characters)"
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+    return cast("str | None", text)
+
+
+def _brief(row: Row) -> dict[str, Any]:
+    """A task in a list, but for its data and result, which may be cut."""
+    row = readable(row._replace(data="null", result=None))
+    task, runs = Task(row), row.state == "running"
+    told = {"id": task.id, "type": task.task_type, "state": task.state, "held": task.held}
+    told.update(attempt=task.attempt, created=task.created_at, due=task.due_date)
+    told.update({"since" if runs else "started": task.started_at, "ended": task.ended_at})
+    told.update(next=_datetime(row.ready_at) if row.state in ("ready", "scheduled") else None)
+    told.update(master=told_owner(row.owner)["pid"] if runs else None)
+    told.update(progress=task.progress and task.progress._asdict())
+    told.update(rule=task.repeat and _in_words(task.repeat))
+    return {**told, "error": (task.error or "").partition("\n")[0] or None}
+
+
+def _instant_text(value: Any) -> str:
+    """For JSON: an instant; or a text that is not UTF-8."""
+    return value.isoformat() if isinstance(value, datetime) else repr(value)
+
+
+class _Page:
+    """What the page shows and does: the answer to each request."""
+
+    def __init__(self, name: str, queue: TaskQueue, token: str, read_only: bool) -> None:
+        self._name, self._queue, self._read_only = name, queue, read_only
+        self._token = f"Bearer {token}".encode()
+        # To look at a file changes nothing in it. No list waits for the counts.
+        views, store = [queue, queue], queue._store
+        if isinstance(store, SQLiteStore):
+            views = [TaskQueue(SQLiteStore(store.path, _looking=True)) for _ in views]
+        self.stores = [view._store for view in views]
+        self._store, self._types = self.stores[0], _Shared(views[1].types)
+        self._moving, self._writing = _Shared(self._find_moving), threading.Lock()
+
+    # ---- What there is
+
+    def _newest(self, query: Query, most: int, before: Any = None, chars: int = 0) -> list[Seen]:
+        return self._store.newest(query, most, before, chars, self._queue._now())
+
+    def _find_moving(self) -> dict[str, Any]:
+        """What runs now, who runs it, and what repeats."""
+        found = self._newest(Query(states=["running"]), 20 * BATCH_TASKS, None, LIST_CHARS)
+        # By text, as others may have written such.
+        running = sorted((seen.row for seen in found), key=lambda row: str(row.ready_at))
+        count = collections.Counter(row.owner for row in running)
+        owners = sorted(self._store.owners())
+        return {
+            "running": list(map(_brief, running[:SHOWN_TASKS])),
+            "masters": [{**told_owner(owner), "running": count[owner]} for owner in owners],
+            "schedules": list(map(_brief, self._store.schedules(SHOWN_TASKS))),
+        }
+
+    def _state(self, asked: Mapping[str, str]) -> dict[str, Any]:
+        types, counted_at, took = self._types.get()
+        told = {"name": self._name, "version": __version__, "read_only": self._read_only}
+        told.update(now=_datetime(self._queue._now()), counted_at=_datetime(counted_at), took=took)
+        return {**told, "types": types, **self._moving.get()[0]}
+
+    def _query(self, asked: Mapping[str, Any]) -> Query:
+        """The tasks that a request means: of a state, of a type, or those held."""
+        filters = {name: asked.get(key) or None for name, key in _ASKED.items()}
+        filters["held"] = True if filters["held"] else None
+        return _make_query("the page", filters, self._store)
+
+    def _tasks(self, asked: Mapping[str, str]) -> dict[str, Any]:
+        before = json.loads(asked["before"]) if asked.get("before") else None
+        most = min(int(asked.get("limit", 50)), BATCH_TASKS)
+        found = self._newest(self._query(asked), most, before, LIST_CHARS)
+        after = self._after([row.id for row, *_ in found if row.state == "held"], 5)
+        tasks = [
+            {**_brief(row), "after": after.get(row.id), "data": row.data, "result": row.result}
+            for row, *_ in found
+        ]
+        more = found and len(found) == most
+        return {"tasks": tasks, "before": json.dumps(found[-1].key) if more else None}
+
+    def _listed(self, ids: Sequence[str], most: int) -> dict[str, Any]:
+        """How many tasks these are, and some of them, failed ones first."""
+        rows = [row for row, *_ in self._newest(Query(ids=ids[: 4 * most]), 4 * most)]
+        tasks = [{"id": row.id, "state": _public_state(row.state)} for row in rows]
+        tasks.sort(key=lambda task: task["state"] != "failed")
+        return {"count": len(ids), "tasks": tasks[:most]}
+
+    def _after(self, ids: Sequence[str], most: int) -> dict[str, Any]:
+        """Whom each of these tasks waits for."""
+        parents: dict[str, list[str]] = {}
+        for bond in self._store.bonds(children=ids) if ids else ():
+            parents.setdefault(bond.child, []).append(bond.parent)
+        return {child: self._listed(those, most) for child, those in parents.items()}
+
+    def _task(self, asked: Mapping[str, str]) -> dict[str, Any]:
+        task_id = asked.get("id", "")
+        found = self._newest(Query(ids=[task_id]), 1, None, ALL_CHARS)
+        if not found:
+            raise _Refused(404, "there is no such task any more")
+        row, told = found[0].row, _brief(found[0].row)
+        for name in "priority retries retry_delay timeout expires keep_result".split():
+            told[name] = getattr(row, name)
+        for name, length in zip(LONG_TEXTS, found[0].lengths):
+            told[name] = _told_text(getattr(row, name), length) or told.get(name)
+        followers = [bond.child for bond in self._store.bonds(parents=[task_id])]
+        told["after"] = self._after([task_id], SHOWN_TASKS).get(task_id)
+        told["followed_by"] = self._listed(followers, SHOWN_TASKS) if followers else None
+        return told
+
+    def _metrics(self, asked: Mapping[str, str]) -> str:
+        types, counted_at, _ = self._types.get()
+        states = [master["state"] for master in self._moving.get()[0]["masters"]]
+        age = (time.time_ns() // 1000 - counted_at) / 1e6
+        return metrics_text(types, states, __version__, age)
+
+    # ---- What is done
+
+    def _act(self, body: bytes) -> dict[str, Any]:
+        if self._read_only:
+            raise _Refused(403, "this page was started with --read-only")
+        try:
+            wish = json.loads(body)
+            verb = str(wish["verb"])
+        except (ValueError, TypeError, LookupError, RecursionError):
+            raise _Refused(400, "the body is no JSON object with a verb") from None
+        self._store.owners()  # Raises if no file of ours is there to be changed.
+        if verb in ("pause", "resume", "limit"):
+            given = {name: wish[name] for name in ("at_once", "rate") if name in wish}
+            getattr(self._queue, verb)(wish.get("type"), **given)
+            return {"count": 1}
+        if verb not in _CHANGES:
+            raise _Refused(400, f"the verb is none of {', '.join(_CHANGES)}, pause, resume, limit")
+        count = sum(self._change(verb, ids, wish) for ids in self._batches(wish))
+        self._queue._wake_others()
+        return {"count": count}
+
+    def _batches(self, wish: Mapping[str, Any]) -> Iterator[list[str]]:
+        """The ids that are meant. What is added, or fails, after that is not."""
+        query, before = self._query(wish), None
+        if "ids" in wish:
+            yield _listed("ids", wish["ids"]) or []
+            return
+        if query == Query():
+            raise ValueError("give ids, or a type, a state or held")
+        while found := self._newest(query, BATCH_TASKS, before):
+            yield [row.id for row, *_ in found if type(row.id) is str]
+            before = found[-1].key
+
+    def _change(self, verb: str, ids: list[str], wish: Mapping[str, Any]) -> int:
+        change, began = _CHANGES[verb][0], time.monotonic()
+        with self._writing:
+            if verb in ("retry", "remove"):  # Not those that have left the list meanwhile.
+                filters = {name: wish.get(key) for name, key in _ASKED.items()}
+                held = True if filters.pop("held") else None
+                count = change(self._queue, task_id=ids, held=held, **filters)
+            else:
+                count = sum(bool(change(self._queue, task_id=task_id)) for task_id in ids)
+            if len(ids) == BATCH_TASKS:  # Others are to have time to write.
+                time.sleep(max(BATCH_SECONDS, time.monotonic() - began))
+        return cast(int, count)
+
+    # ---- Requests
+
+    def answer(self, method: str, target: str, given: str, body: bytes) -> tuple[int, str, str]:
+        """The status, the kind and the text that answer a request with that `Authorization`."""
+        import hmac
+        import urllib.parse
+
+        path, _, text = target.partition("?")
+        if (method, path) == ("GET", "/"):
+            return 200, "text/html", _PAGE
+        if not hmac.compare_digest(given.encode(), self._token):
+            return self.error(401, "the token is missing or wrong")
+        ways: dict[str, Callable[[Any], Any]] = {
+            "/api/state": self._state, "/api/tasks": self._tasks, "/api/task": self._task,
+            "/metrics": self._metrics, "/api/do": self._act,
+        }  # fmt: skip
+        try:
+            if path not in ways:
+                raise _Refused(404, "there is nothing here")
+            if (method == "POST") != (path == "/api/do"):
+                raise _Refused(405, "not by this method")
+            asked: Any = body if method == "POST" else dict(urllib.parse.parse_qsl(text))
+            told = ways[path](asked)
+            if isinstance(told, str):
+                return 200, "text/plain; version=0.0.4", told
+            return 200, "application/json", json.dumps(told, default=_instant_text)
+        except _Refused as refused:
+            return self.error(*refused.args)
+        except (ValueError, TypeError) as error:
+            return self.error(409 if method == "POST" else 400, str(error))
+        except Exception as error:
+            return self.error(503, str(error) if isinstance(error, StoreError) else repr(error))
+
+    @staticmethod
+    def error(status: int, text: str) -> tuple[int, str, str]:
+        """The answer that says so, in one line."""
+        return status, "application/json", json.dumps({"error": _plain(text)})
+
+
+def _policy() -> str:
+    """The Content-Security-Policy: nothing runs but our script, and it asks nobody but us."""
+    import base64
+    import hashlib
+
+    hashes = [hashlib.sha256(text.encode()).digest() for text in (_SCRIPT, _STYLE)]
+    script, style = (f"'sha256-{base64.b64encode(it).decode()}'" for it in hashes)
+    return (
+        f"default-src 'none'; connect-src 'self'; script-src {script}; style-src {style}; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _page_server(page: _Page, family: Any, address: Any) -> Any:
+    """A server for the page, which listens at that address."""
+    import http.server
+    import socketserver
+
+    policy = _policy()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = SOCKET_SECONDS
+
+        def do_GET(self, body: bytes = b"") -> None:
+            given = self.headers.get("Authorization", "")
+            self._send(*page.answer(self.command, self.path, given, body))
+
+        def do_POST(self) -> None:
+            length = self.headers.get("Content-Length", "")
+            if not length.isdecimal():
+                self._send(*page.error(411, "the length of the body is missing"))
+            elif int(length) > BODY_BYTES:
+                self.rfile.read(min(int(length), 16 * BODY_BYTES))  # Else it gets no answer.
+                self._send(*page.error(413, f"the body has over {BODY_BYTES:,} bytes"))
+            else:
+                self.do_GET(self.rfile.read(int(length)))
+
+        def _send(self, status: int, kind: str, text: str) -> None:
+            content = text.encode()
+            self.send_response(status)
+            for name, value in (
+                ("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(content))),
+                ("Content-Security-Policy", policy), ("Cache-Control", "no-store"),
+                ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+            ):  # fmt: skip
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
+            status = 405 if code == 501 else code  # No method of ours.
+            self._send(*page.error(status, str(message or "not by this method")))
+
+        def version_string(self) -> str:
+            return "taskpool"
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+            pass  # Neither requests nor tokens are logged.
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads, request_queue_size, address_family = True, 100, family
+        allow_reuse_address = os.name != "nt"  # There it would allow others to listen, too.
+
+        def server_bind(self) -> None:
+            if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+            super().server_bind()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            pass  # The browser has gone.
+
+    return Server(address, Handler)
+
+
+def _looked_at(target: str) -> TaskQueue:
+    """The queue of a file, or the one that MODULE:NAME means."""
+
+    def check(thing: Any) -> TaskQueue:
+        if isinstance(thing, TaskQueue):
+            return thing
+        raise _wrong_type("it", thing, "a TaskQueue")
+
+    if not os.path.exists(target):
+        with contextlib.suppress(ValueError):
+            return _imported(_read_place(target), check)
+    with contextlib.closing(SQLiteStore(target, _looking=True)) as view:
+        view.owners()  # Raises if no file of ours is there.
+    return TaskQueue(target)
+
+
+def _web(options: Any) -> int:
+    """The command web: serve the page until Ctrl-C."""
+    import ipaddress
+    import secrets
+
+    own, host, port = os.environ.get("TASKPOOL_TOKEN", ""), options.host, options.port
+    if own and not (len(own) >= TOKEN_CHARS and own.isascii() and own.isprintable()):
+        options.parser.error(f"$TASKPOOL_TOKEN needs {TOKEN_CHARS} ASCII characters or more")
+    try:
+        kind, to_listen = socket.SOCK_STREAM, socket.AI_PASSIVE
+        found = socket.getaddrinfo(host, port, 0, kind, 0, to_listen)
+    except (OSError, UnicodeError):
+        options.parser.error(f"--host {host}: there is no such address here")
+    family, _, _, _, address = found[0]
+    is_open = not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+    if is_open and not own:
+        options.parser.error(f"--host {host} is open to others: give a token in $TASKPOOL_TOKEN")
+    queue, token = _looked_at(options.target), own or secrets.token_urlsafe(32)
+    page = _Page(options.target, queue, token, options.read_only)
+    try:
+        server = _page_server(page, family, address)
+    except OSError as error:
+        raise TaskPoolError(f"{host}, port {port}: {error.strerror or error}") from error
+    if is_open:
+        print("taskpool.py: http is not encrypted: put a TLS proxy before it", file=sys.stderr)
+    with server:
+        place = f"[{host}]" if ":" in host else host
+        end = "$TASKPOOL_TOKEN" if own else token
+        print(f"http://{place}:{server.server_address[1]}/#{end}", flush=True)
+        try:
+            server.serve_forever()
+        finally:  # What a thread reads is to end at once.
+            for store in page.stores:
+                if isinstance(store, SQLiteStore):
+                    store.interrupt()
+    return OK
+
+
+# --- Arguments -----------------------------------------------------------------------
+# How the command line is read.
+
 _CHOOSING = "--type --state"
 _SERVING = "--keep-alive --max-tasks-per-worker --start-method --shutdown-timeout --logs"
 # What each command does, its arguments, what it is for, and what _look tells.
@@ -11055,16 +12020,10 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, str, Any]] = {
         _serve, f"name db? --workers --oversubscribe {_SERVING}",
         "serve tasks until a signal; a missing file is made", None,
     ),
+    "web": (_web, "target --host --port --read-only", "look at a queue in a browser", None),
     "cron": (_print_cron, "text --tz -n", "explain a schedule, and tell its next runs", None),
     "bench": (_bench, "", "what this machine does", None),
 }  # fmt: skip
-
-
-def _read_place(text: str) -> str:
-    module, _, name = text.partition(":")
-    if name and module[-3:] != ".py" and all(map(str.isidentifier, module.split("."))):
-        return text
-    raise ValueError(text)
 
 
 def _read_whole(text: str) -> int:
@@ -11098,6 +12057,7 @@ def _arguments() -> dict[str, dict[str, Any]]:
     span = read(lambda text: _checked_seconds("", float(text), zero=True), "a number of seconds")
     kind = read(functools.partial(_checked_text, ""), "the name of a task type")
     place = read(_read_place, "MODULE:NAME, such as app:queue")
+    port = read(lambda text: range(65536).index(int(text)), "a port")
     flag, count = {"action": "store_true"}, {"type": whole, "metavar": "N"}
     limit = {"default": argparse.SUPPRESS}  # What is not given stays as it is.
     return {
@@ -11107,12 +12067,16 @@ def _arguments() -> dict[str, dict[str, Any]]:
         "task_type": {"metavar": "TYPE", "help": "without the defaults that the code declares"},
         "data": {"metavar": "JSON", "type": read(_decode, "JSON"), "default": _NO_DATA},
         "name": {"metavar": "MODULE:NAME", "type": place},
+        "target": {"metavar": "TARGET", "help": "a file, or MODULE:NAME of a TaskQueue"},
         "text": {"metavar": "EXPR", "help": 'such as "0 9 * * MON-FRI"'},
+        "--host": {"default": "127.0.0.1", "help": "the address that it listens at (%(default)s)"},
         "--json": {**flag, "help": "for programs"},
         "--at-once": {**limit, "type": most, "metavar": "N", "help": "so many run at once"},
         "--held": {**flag, "help": "only those that wait for the end of others"},
         "--limit": {**count, "help": f"at most so many ({LIST_TASKS}; with --json all)"},
         "--newest": {**flag, "help": "the newest first"},
+        "--port": {"type": port, "default": 8321, "help": "0: any that is free (%(default)s)"},
+        "--read-only": {**flag, "help": "only to look"},
         "--rate": {**limit, "type": rate, "metavar": "N/SECONDS", "help": "so many start"},
         "--state": {"action": "append", "choices": STATES, "help": "only tasks in that state"},
         "--type": {"action": "append", "help": "only tasks of that type"},
@@ -11182,7 +12146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        return OK if options.command == "status" else FAILURE
+        return OK if options.command in ("status", "web") else FAILURE
     except (TaskPoolError, OSError, ValueError) as error:
         print(f"taskpool.py: {_plain(str(error))}", file=sys.stderr)
         is_usage = isinstance(error, ValueError) and options.command in ("add", "cron")
@@ -11202,7 +12166,7 @@ def _under_own_name() -> Any:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["run"]:
+    if sys.argv[1:2] in (["run"], ["web"]):
         sys.exit(_under_own_name().main())
     sys.modules.setdefault("taskpool", sys.modules["__main__"])  # Never imported twice.
     sys.exit(main())

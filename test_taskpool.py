@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import ast
 import asyncio
+import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -16,6 +17,8 @@ import copy
 import doctest
 import functools
 import gc
+import hashlib
+import http.client
 import importlib.util
 import io
 import itertools
@@ -44,6 +47,7 @@ import time
 import traceback
 import unittest
 import unittest.mock
+import urllib.parse
 import weakref
 from concurrent.futures import Future
 from datetime import datetime, timedelta, timezone
@@ -1306,6 +1310,28 @@ class StoreContract:
         found = self.store.find(Query(ids=[task_id]), now)
         return found[0] if found else None
 
+    def test_lists_for_people_go_page_by_page_newest_first_with_their_texts_cut(self):
+        """Failed tasks: the last failure first."""
+        self.add(*[row(f"t{n}", data="long", now=NOW + n % 3) for n in range(7)], row("other", "y"))
+        pages, before = [], None
+        while found := self.store.newest(Query(types=["x"], states=["waiting"]), 3, before, 4, NOW):
+            pages.append([seen.row.id for seen in found])
+            before = json.loads(json.dumps(found[-1].key))
+            self.assertEqual({(seen.row.data, *seen.lengths) for seen in found}, {('"lon', 6, 0, 0)})
+        self.assertEqual([len(ids) for ids in pages], [3, 3, 1])
+        self.assertEqual(sorted(itertools.chain(*pages)), [f"t{n}" for n in range(7)])
+        for number, claim in enumerate(self.claim(3, now=NOW + 9)):
+            self.settle(claim, "failed", error="E" * (number + 1), seconds=1.0, now=NOW + 20 - number)
+        found = self.store.newest(Query(states=["failed"]), 9, None, 2, NOW)
+        self.assertEqual([(seen.row.error, seen.lengths[2]) for seen in found], [("E", 1), ("EE", 2), ("EE", 3)])
+        found = self.store.newest(Query(states=["failed"]), 9, found[0].key, 2, NOW)
+        self.assertEqual([seen.row.ended_at for seen in found], [NOW + 19, NOW + 18])
+        self.assertEqual([seen.row.id for seen in self.store.newest(Query(ids=["other"]), 1, None, 0, NOW)], ["other"])
+
+    def test_schedules_are_found_the_next_one_first(self):
+        self.add(*[row(f"s{n}", repeat=timedelta(seconds=9), due_date=timedelta(seconds=3 - n)) for n in range(3)], row())
+        self.assertEqual([it.id for it in self.store.schedules(2)], ["s2", "s1"])
+
     def test_a_claim_given_back_is_not_charged_and_its_number_is_used_up(self):
         self.add(row())
         (first,) = self.claim()
@@ -2279,7 +2305,7 @@ class TestSQLiteStore(Gates, InOrder, Following, Spoiled, StoreContract, InFolde
             "_NEXT_DUE": f"{ready}.*{scheduled}", "_STARTABLE": f"{ready} .*taskpool_scheduled .*taskpool_scheduled ",
             "_HELD_BY": running, "_OWNERS": running, "_OPEN_LANE": f"{ready}.*taskpool_scheduled",
             "_EXPIRE": "taskpool_kept", "_MASTERS": masters, "_LEAVE": masters, "_RUNNING": running, "_STUCK": "taskpool_after", "_CANCELLED_BY": "taskpool_cancelled", "_GATES": "taskpool_gates",
-            "_FOLLOWER": "taskpool_after", "_FOLLOWERS": "taskpool_after_child", "_UNBIND": "PRIMARY KEY .parent=. AND child=", "_REMOVED": by_id,
+            "_FOLLOWER": "taskpool_after", "_FOLLOWERS": "taskpool_after_child", "_UNBIND": "PRIMARY KEY .parent=. AND child=", "_REMOVED": by_id, "_SCHEDULES": "taskpool_repeating",
         }  # fmt: skip
         statements = {
             name: value for name, value in vars(taskpool).items()
@@ -2296,11 +2322,31 @@ class TestSQLiteStore(Gates, InOrder, Following, Spoiled, StoreContract, InFolde
             plan = "\n".join(r[3] for r in db.execute("EXPLAIN QUERY PLAN " + statement, values))
             with self.subTest(statement=name, plan=plan):
                 self.assertRegex(plan, re.compile(served[name], re.DOTALL))
-                # Nothing is read through but what runs. A UNION may sort what it has found: few.
+                # Nothing is read through but what runs or repeats. A UNION may sort what it has found: few.
                 scans = re.findall(r"SCAN (?:TABLE )?taskpool_task\b(.*)", plan)
-                self.assertEqual([scan for scan in scans if "taskpool_running" not in scan], [])
+                self.assertEqual([scan for scan in scans if not re.search("taskpool_(running|repeating)", scan)], [])
                 if "UNION SELECT" not in statement:
                     self.assertNotIn("TEMP B-TREE FOR ORDER", plan)
+
+    def test_an_index_serves_every_list_for_people(self):
+        """What fails is in its order; of what runs or is held there are few; all else is in the order of the table."""
+        self.add(row())
+        plans, select = [], self.store._select
+
+        def explain(statement, values):
+            plans.append("\n".join(line[3] for line in select("EXPLAIN QUERY PLAN " + statement, values)))
+            return []
+
+        with mock.patch.object(self.store, "_select", explain):
+            for query, plan in (
+                (Query(states=["failed"]), "taskpool_failed"), (Query(states=["failed"], types=["x"]), "taskpool_failed"),
+                (Query(states=["running"]), "taskpool_running"), (Query(held=True), "taskpool_held"), (Query(ids=["t"]), "autoindex"),
+                (Query(states=["waiting"]), r"(?s)(SCAN|PRIMARY KEY)(?!.*ORDER)"), (Query(), r"(?s)(SCAN|PRIMARY KEY)(?!.*ORDER)"),
+            ):
+                for before in (None, [5, 5]):
+                    self.store.newest(query, 50, before, 200, NOW)
+                    self.assertRegex(plans[-1], plan)
+                    self.assertFalse("failed" in plan and "ORDER" in plans[-1], plans[-1])
 
     def test_what_cannot_be_the_file_is_a_store_error_with_the_path_and_the_real_reason(self):
         (self.folder / "text").write_text("this is not a database" * 100)
@@ -3030,6 +3076,15 @@ class WithMongo(InFolder):
     def uri(self):
         return f"mongodb://127.0.0.1:{self.server.port}"
 
+    @staticmethod
+    def on_mongo(source):
+        """That script, with the collection of a test in place of a file."""
+        store = "taskpool.MongoStore(pymongo.MongoClient(URI).test.NAME)"
+        return "\n        import pymongo" + source.replace('TaskQueue("tasks.db")', f"TaskQueue({store})")
+
+    def script(self, source, name="script.py"):
+        return super().script(source.replace("URI", repr(self.uri())).replace("NAME", self.collection.name), name)
+
     def open(self):
         return taskpool.MongoStore(self.collection)
 
@@ -3360,10 +3415,9 @@ class MongoContract(Following, Spoiled, StoreContract):
                 self.claim()
                 self.add(row("p", due_date=timedelta(1)))
                 self.add(self.follower("c", "ap"), self.follower("g", "p"), row("q", after_end=[taskpool.Task(row("g"))]))
-
                 beside = self.open()
 
-                def meanwhile(beside=beside):
+                def meanwhile(beside=beside, other=other):
                     with contextlib.suppress(ValueError):
                         others[other](beside)
 
@@ -4200,51 +4254,6 @@ class TestMongoCommands(WithMongo):
 
             eventually(lambda: seconds() > 5)
             self.assertLessEqual(len(sent), self.MOST_A_SECOND * seconds())
-
-
-class TestMongoLimits(WithMongo):
-    """Pauses and limits count on all machines that share a collection."""
-
-    def clusters(self, **options):
-        """Two, of which each knows the other by the documents only."""
-        queues = [TaskQueue(taskpool.MongoStore(self.collection)) for _ in range(2)]
-        return queues, [self.cluster({"span": note_span, "echo": echo}, queue, **options) for queue in queues]
-
-    def test_never_more_run_at_once_than_allowed(self):
-        queues, clusters = self.clusters()
-        file = str(self.folder / "lines")
-        queues[0].limit("span", at_once=1)
-        queues[0].add_tasks({"task_type": "span", "data": {"file": file, "seconds": 0.01}} for _ in range(20))
-        for cluster in clusters:
-            self.assertTrue(cluster.drain(PATIENCE))
-            cluster.shutdown()
-        running = itertools.accumulate(int(line.split()[1]) for line in sorted(lines_of(file)))
-        self.assertEqual((max(running), len(lines_of(file)), queues[0].count()), (1, 40, 0))
-        runs = queues[1].types()[0]["runs"]
-        self.assertEqual((runs["done"], runs["failed"], runs["retried"]), (20, 0, 0))
-
-    def test_starts_come_at_the_rate_from_both(self):
-        queues, clusters = self.clusters()
-        file = str(self.folder / "lines")
-        queues[0].limit("span", rate=(20, 1))
-        queues[0].add_tasks({"task_type": "span", "data": {"file": file, "seconds": 0}} for _ in range(10))
-        for cluster in clusters:
-            self.assertTrue(cluster.drain(PATIENCE))
-        starts = sorted(int(at) for at, change, _ in map(str.split, lines_of(file)) if change == "1")
-        self.assertEqual(len(starts), 10)
-        self.assertEqual(queues[0]._store.settings(all_types=True)["span"].starts, 20)  # inside
-
-    def test_a_pause_holds_on_both_until_it_is_lifted(self):
-        queues, clusters = self.clusters(keep_alive="always")
-        self.assertEqual(clusters[1].submit("echo", 1).result(PATIENCE), 1)
-        queues[0].pause("echo")
-        queues[1].add_task("echo", keep_result=60, task_id="t")
-        self.assertEqual(queues[1].count(due=True), 0)
-        for cluster in clusters:
-            self.assertTrue(cluster.drain(PATIENCE))
-        self.assertEqual(queues[0].find_one(task_id="t").state, "waiting")
-        queues[1].resume("echo")
-        self.assertEqual(queues[0].wait("t", PATIENCE).state, "done")
 
 
 class TestMongoManyMachines(WithMongo):
@@ -9275,14 +9284,7 @@ class TestMongoKillAnythingAnyTime(WithMongo):
     """P1-P4 with MongoDB: the same attack."""
 
     drive, check = TestKillAnythingAnyTime.drive, TestKillAnythingAnyTime.check
-    MASTER, PRODUCER = (
-        f"\n        import pymongo{source}".replace(
-            'TaskQueue("tasks.db")', "TaskQueue(taskpool.MongoStore(pymongo.MongoClient(URI).test.NAME))")
-        for source in (TestKillAnythingAnyTime.MASTER, TestKillAnythingAnyTime.PRODUCER)
-    )
-
-    def script(self, source, name="script.py"):
-        return super().script(source.replace("URI", repr(self.uri())).replace("NAME", self.collection.name), name)
+    MASTER, PRODUCER = map(WithMongo.on_mongo, (TestKillAnythingAnyTime.MASTER, TestKillAnythingAnyTime.PRODUCER))
 
     def check_store(self):
         self.assertEqual(self.collection.count_documents({"taskpool.owner": {"$gt": ""}}), 0)
@@ -9296,15 +9298,11 @@ class TestMongoFollowers(WithMongo):
     """Tasks that wait for the ends of others, with MongoDB."""
 
     line, states, ran, kill = (getattr(TestFollowers, name) for name in ("line", "states", "ran", "kill"))
-    MASTER = f"\n        import pymongo{TestFollowers.MASTER}".replace(
-        'TaskQueue("tasks.db")', "TaskQueue(taskpool.MongoStore(pymongo.MongoClient(URI).test.NAME))")
+    MASTER = WithMongo.on_mongo(TestFollowers.MASTER)
 
     def setUp(self):
         super().setUp()
         self.tasks = self.queue()
-
-    def script(self, source, name="script.py"):
-        return super().script(source.replace("URI", repr(self.uri())).replace("NAME", self.collection.name), name)
 
     test_start, test_future, test_held, test_kill = (
         getattr(TestFollowers, f"test_{name}") for name in (
@@ -11362,6 +11360,38 @@ class TestPausesAndLimits(InFolder):
             self.cluster(None, queue)
 
 
+class TestMongoLimits(WithMongo):
+    """Pauses and limits count on all machines that share a collection."""
+
+    PROGRAM = WithMongo.on_mongo(TestPausesAndLimits.PROGRAM)
+    serve, most_at_once = TestPausesAndLimits.serve, TestPausesAndLimits.most_at_once
+    test_killed, test_place, test_rate, test_task, test_schedule, test_declared, test_counts, test_cut_short = (
+        getattr(TestPausesAndLimits, f"test_{name}") for name in (
+            "never_more_run_at_once_than_allowed_though_masters_are_killed", "a_place_is_free_at_once_when_its_worker_is_killed",
+            "starts_come_at_the_rate_and_the_end_of_a_cluster_waits_for_them", "a_pause_from_a_task_lets_it_end_and_its_retry_waits",
+            "a_schedule_makes_up_for_its_pause_by_one_run",
+            "declared_limits_are_written_when_a_cluster_starts_and_others_are_left_alone",
+            "every_end_is_counted_once_and_the_masters_add_up", "runs_that_ended_with_their_master_are_counted"))
+
+    def setUp(self):
+        super().setUp()
+        self.tasks, self.file = self.queue(), str(self.folder / "lines")
+        self.data = {"file": self.file}
+
+    def test_a_pause_holds_in_every_cluster_when_the_call_returns_and_until_it_is_lifted(self):
+        queues = [self.queue(), self.queue()]  # Each knows of the other by the documents only.
+        clusters = [self.cluster({"echo": echo}, queue, keep_alive="always") for queue in queues]
+        self.assertEqual([cluster.submit("echo", 1).result(PATIENCE) for cluster in clusters], [1, 1])
+        queues[0].pause("echo")
+        queues[1].add_task("echo", keep_result=60, task_id="t")
+        self.assertEqual(queues[1].count(due=True), 0)
+        for cluster in clusters:
+            self.assertTrue(cluster.drain(PATIENCE))
+        self.assertEqual(queues[0].find_one(task_id="t").state, "waiting")
+        queues[1].resume("echo")
+        self.assertEqual(queues[0].wait("t", PATIENCE).state, "done")
+
+
 class TestDeclaredTasks(InFolder):
     """@queue.task declares a task type beside its function."""
 
@@ -12478,6 +12508,17 @@ class TestOperators(InFolder):
         self.assertEqual(self.queue("other.db").count(), 0)
 
 
+try:
+    from prometheus_client import parser
+except ImportError:
+    parser = None
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "\u202egnp.exe \u05e9\u05dc\u05d5\u05dd", "a\x01\x1b[2J\x7f\x9b\r\n\tb",
+    "\"'`&lt;&#60;\\${alert(3)}", "javascript:alert(4)", "__proto__",
+)
+
+
 class TestMetrics(InFolder):
     """python taskpool.py metrics: numbers in the text format of Prometheus, 0.0.4."""
 
@@ -12503,11 +12544,28 @@ class TestMetrics(InFolder):
             samples[name][labels] = float(value)
         return samples
 
-    def metrics(self):
+    def printed(self):
         done = subprocess.run([sys.executable, str(HERE / "taskpool.py"), "metrics", "tasks.db"], cwd=self.folder, timeout=PATIENCE,
                               env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
-        return self.read(done.stdout.decode("utf-8"))
+        return done.stdout.decode("utf-8")
+
+    def metrics(self):
+        return self.read(self.printed())
+
+    @unittest.skipUnless(parser, "needs pip install prometheus_client")
+    def test_the_parser_of_prometheus_client_reads_the_same(self):
+        queue = self.queue()
+        queue.add_tasks({"task_type": name} for name in ("echo", "fail", *HOSTILE))
+        queue.run_due({"echo": echo, "fail": fail})
+        queue.pause(*HOSTILE)
+        queue.limit("echo", at_once=3)
+        text, found = self.printed(), {}
+        for family in parser.text_string_to_metric_families(text):
+            self.assertTrue(family.documentation and family.type in ("gauge", "counter", "histogram"), family)
+            for sample in family.samples:
+                found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+        self.assertEqual(found, self.read(text))
 
     def test_each_task_is_counted_in_one_state(self):
         queue, flag, odd = self.queue(), str(self.folder / "flag"), '\u6f22"b\n\\'
@@ -12565,6 +12623,812 @@ class TestMetrics(InFolder):
         oldest = found["taskpool_oldest_due_seconds"]
         self.assertLess(oldest["(other)",], 2 * oldest["t000",])  # Of all that it stands for the longest, not their sum.
         self.assertEqual(found["taskpool_masters"], {("alive",): 1, ("dead",): 2, ("unknown",): 0})
+
+
+class TestPage(InFolder):
+    """python taskpool.py web: what it shows, what it does, and what attackers get."""
+
+    TOKEN = "secret-for-tests-0123456789"
+
+    def serve(self, target="tasks.db", *options, token=TOKEN):
+        """The program; its port is self.port, and its first line self.line."""
+        arguments = HERE / "taskpool.py", "web", target, "--port", 0, *options
+        process = self.start(*arguments, env={"TASKPOOL_TOKEN": token}, flags=["-B"])
+        self.line = process.stdout.readline()
+        self.assertIn("http://", self.line, self.line or process.communicate()[1])
+        self.port = int(re.search(r":(\d+)/#", self.line).group(1))
+        return process
+
+    def ask(self, path, body=None, *, token=TOKEN, method=None, **headers):
+        """Status and text of an answer; its headers are self.headers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        if isinstance(body, dict):
+            body = json.dumps(body)
+        with contextlib.closing(connection):
+            connection.request(method or ("GET" if body is None else "POST"), path, body, headers)
+            answer = connection.getresponse()
+            self.headers, text = dict(answer.getheaders()), answer.read().decode()
+        self.assertFalse([name for name in self.headers if name.lower().startswith("access-control")])
+        self.assertNotIn("Traceback", text if answer.status >= 400 else "")
+        return answer.status, text
+
+    def told(self, path, body=None):
+        status, text = self.ask(path, body)
+        self.assertEqual(status, 200, text)
+        return json.loads(text, parse_constant=self.fail)
+
+    def do(self, verb, **wish):
+        return self.told("/api/do", {"verb": verb, **wish})["count"]
+
+    def refused(self, status, path, body=None, **options):
+        """The line that says why."""
+        got, text = self.ask(path, body, **options)
+        self.assertEqual(got, status, text)
+        (line,) = json.loads(text).values()
+        self.assertNotIn("\n", line)
+        return line
+
+    def dump(self):
+        with contextlib.closing(sqlite3.connect(self.folder / self.FILE)) as db:
+            return list(db.iterdump())
+
+    def some(self):
+        """A queue with a task in each state but running, and a schedule."""
+        queue = self.queue()
+        queue.add_task("echo", [1], task_id="good", keep_result=3600)
+        queue.add_task("fail", task_id="bad")
+        queue.run_due({"echo": echo, "fail": fail})
+        queue.add_task("echo", "later", task_id="later", due_date=timedelta(days=3))
+        queue.add_task("fail", task_id="follows", after="bad")
+        queue.add_task("tick", task_id="ticks", repeat=timedelta(minutes=10), due_date=timedelta(hours=1))
+        return queue
+
+    PATHS = ("/api/state", "/api/tasks?state=failed", "/api/task?id=bad", "/metrics", "/nothing", "/api", "/x?y")
+
+    # ---- Security
+
+    def test_who_has_no_token_gets_the_empty_page_and_nothing_else(self):
+        """Another user of the machine; a rebound name (Host); a foreign page (Origin, forms)."""
+        self.some()
+        self.serve()
+        before = self.dump()
+        wrong = (None, "", "x" * len(self.TOKEN), self.TOKEN[:-1], self.TOKEN + "x", self.TOKEN.upper(), "\xe9" * 20)
+        evil = {"Origin": "https://evil.example", "Host": "evil.example:80", "Cookie": f"token={self.TOKEN}"}
+        for token in wrong:
+            status, page = self.ask("/", token=token, **evil)
+            self.assertEqual((status, "good" in page, self.TOKEN in page), (200, False, False))
+            for path in self.PATHS:
+                self.assertEqual(self.refused(401, path, token=token, **evil), "the token is missing or wrong")
+            for kind in ("application/x-www-form-urlencoded", "text/plain", "application/json"):
+                body = json.dumps({"verb": "remove", "state": "failed"})
+                self.refused(401, "/api/do", body, token=token, **{"Content-Type": kind}, **evil)
+        self.refused(401, f"/api/state?token={self.TOKEN}", token=None, Authorization=f"Basic {self.TOKEN}")
+        self.refused(405, "/api/do", method="OPTIONS", token=None, **evil, **{"Access-Control-Request-Method": "POST"})
+        self.assertEqual(self.dump(), before)
+
+    def test_hostile_texts_are_json_only_and_the_page_runs_only_its_own_script(self):
+        queue, evil = self.queue(), "<img src=x onerror=alert(1)></script>\u202e\x07\n\x1b[31m"
+        queue.add_task("fail", {"k": evil}, task_id=evil)
+        queue.add_task(evil, evil, task_id="other")
+        queue.run_due({"fail": fail})
+        self.sql("UPDATE taskpool_task SET error = ? WHERE state = 'failed'", evil)
+        self.serve()
+        query = urllib.parse.urlencode({"id": evil})
+        for path in ("/api/state", "/api/tasks?state=failed", "/api/tasks?state=waiting", f"/api/task?{query}"):
+            status, text = self.ask(path)
+            kind = self.headers["Content-Type"], self.headers["X-Content-Type-Options"]
+            self.assertEqual((status, *kind), (200, "application/json; charset=utf-8", "nosniff"))
+            self.assertTrue(text.isascii() and text.isprintable(), text)
+        self.assertEqual((json.loads(text)["id"], json.loads(text)["error"]), (evil, evil))
+        _, page = self.ask("/", token=None)
+        for danger in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval", "Function", "http:", "src=", "href="):
+            self.assertNotIn(danger, page)
+        policy = dict(rule.split(" ", 1) for rule in self.headers["Content-Security-Policy"].split("; "))
+        self.assertEqual({name: policy.pop(name) for name in ("default-src", "base-uri", "form-action", "frame-ancestors")},
+                         dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"))
+        self.assertEqual(policy.pop("connect-src"), "'self'")
+        for name, rule in policy.items():  # script-src and style-src
+            tag = name.partition("-")[0]
+            (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)
+            code = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            self.assertEqual(rule, f"'sha256-{code}'")
+        self.assertEqual(len(policy), 2)
+        self.assertEqual(re.findall(r"\son\w+=|\sstyle=", page.partition("<script>")[0]), [])
+
+    def test_no_answer_is_framed_cached_guessed_or_says_where_it_came_from(self):
+        self.some()
+        self.serve()
+        big = "x" * (taskpool.BODY_BYTES + 1)
+        for status, *request in (
+            (200, "/"), (401, "/api/state"), (200, "/api/state"), (404, "/nothing"), (405, "/api/do"), (200, "/metrics"),
+            (400, "/api/tasks?state=odd"), (400, "/api/tasks?limit=x"), (404, "/api/task?id=nobody"), (405, "/api/state", "{}"),
+            (400, "/api/do", "[" * 60_000), (400, "/api/do", "{}"), (400, "/api/do", {"verb": ["x"]}), (413, "/api/do", big),
+        ):
+            got, text = self.ask(*request, token=None if status == 401 else self.TOKEN)
+            self.assertEqual((got, text.count("\n") if got >= 400 else 0), (status, 0), request)
+            self.assertIn("frame-ancestors 'none'", self.headers["Content-Security-Policy"])
+            names = "Cache-Control", "Referrer-Policy", "X-Content-Type-Options", "Server"
+            self.assertEqual([self.headers[name] for name in names], ["no-store", "no-referrer", "nosniff", "taskpool"])
+        for method in ("PUT", "DELETE", "HEAD", "TRACE", "PROPFIND"):
+            self.assertEqual(self.ask("/api/state", method=method)[0], 405)
+        for raw in (b"nonsense\r\n\r\n", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n",
+                    b"POST /api/do HTTP/1.1\r\n\r\n", b"POST /api/do HTTP/1.1\r\nContent-Length: -1\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as end:
+                end.sendall(raw)
+                answer = b"".join(iter(lambda: end.recv(1 << 16), b""))
+            self.assertNotIn(b"Traceback", answer)
+            self.assertNotIn(b"good", answer)
+        self.assertEqual(self.ask("/api/state")[0], 200)
+
+    def test_each_start_has_its_own_token_which_no_list_of_processes_and_no_log_shows(self):
+        self.some()
+        tokens = set()
+        for _ in range(2):
+            process = self.serve(token="")
+            token = self.line.strip().partition("#")[2]
+            tokens.add(token)
+            self.assertEqual(self.ask("/api/state", token=token)[0], 200)
+            self.assertEqual(self.ask("/api/state?secret", token="wrong")[0], 401)
+            if LINUX:
+                self.assertNotIn(token, Path(f"/proc/{process.pid}/cmdline").read_text())
+            process.terminate()
+            self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
+        self.assertEqual((len(tokens), {len(token) >= 43 for token in tokens}), (2, {True}))
+        process = self.serve()  # Who has made up the token knows it.
+        self.assertEqual(self.ask("/api/state")[0], 200)
+        process.terminate()
+        self.assertNotIn(self.TOKEN, self.line + "".join(process.communicate(timeout=PATIENCE)))
+        page = taskpool._Page("x", self.queue(), self.TOKEN, False)
+        with mock.patch("hmac.compare_digest", return_value=False) as compare:
+            self.assertEqual(page.answer("GET", "/api/state", f"Bearer {self.TOKEN}", b"")[0], 401)
+        compare.assert_called_once()
+
+    def test_it_is_not_opened_to_others_by_mistake(self):
+        self.some()
+        for options, token, text in (
+            (["--host", "0.0.0.0"], "", "open to others"), (["--host", "::"], "", "--host ::"), (["--host", ""], "", "--host"),
+            (["--host", "0.0.0.0"], "x" * 15, "16 ASCII"), ([], "x" * 15 + "\n", "16 ASCII"), (["--host", "no.such.invalid"], "", "no such address"),
+            (["--port", "70000"], "", "not a port"), (["--port", "x"], "", "not a port"),
+        ):
+            served = mock.patch.object(taskpool, "_page_server", side_effect=OSError("it was opened"))
+            with mock.patch.dict(os.environ, TASKPOOL_TOKEN=token), served:
+                code, out, err = TestOperators.main(self, "web", "tasks.db", *options)
+            self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
+            self.assertIn(text, err)
+        process = self.serve("tasks.db", "--host", "0.0.0.0")
+        self.assertEqual(self.ask("/api/state")[0], 200)
+        other = self.start(HERE / "taskpool.py", "web", "tasks.db", "--port", self.port)
+        out, err = other.communicate(timeout=PATIENCE)
+        self.assertEqual((other.returncode, out, err.count("\n")), (1, "", 1), err)
+        process.terminate()
+        self.assertRegex(process.communicate(timeout=PATIENCE)[1], r"^[^\n]*not encrypted[^\n]*\n$")
+
+    is_terminal = False
+
+    def test_nothing_stored_is_unpickled_or_evaluated(self):
+        self.some()
+        flag = self.folder / "flag"
+        evil = pickle.dumps(OnLoad(os.mkdir, str(flag)))
+        self.sql("UPDATE taskpool_task SET data = ?, result = ?, progress = ?, successor = ?, repeat = ?", *[evil] * 5)
+        self.sql("UPDATE taskpool_task SET task_type = CAST(x'ff41' AS TEXT) WHERE id = 'later'")
+        self.serve()
+        for state in taskpool.STATES:
+            for task in self.told(f"/api/tasks?state={state}")["tasks"]:
+                self.told("/api/task?" + urllib.parse.urlencode({"id": task["id"]}))
+        self.told("/api/state")
+        self.assertFalse(flag.exists())
+
+    # ---- What it shows
+
+    def test_the_state_tells_types_runs_masters_and_schedules(self):
+        queue, flag = self.some(), str(self.folder / "flag")
+        queue.pause("echo")
+        queue.limit("hold", at_once=2, rate=(100, 1))
+        self.serve()
+        with self.cluster({"steps": progress_and_hold}, queue) as cluster:
+            queue.add_task("steps", flag, task_id="steps")
+            eventually(lambda: queue.find_one(task_id="steps").progress == (999, 1000, "half way"))
+            state = self.told("/api/state")
+            Path(flag + ".end").touch()
+            self.assertTrue(cluster.drain(PATIENCE))
+        self.assertEqual((state["name"], state["version"], state["read_only"]), ("tasks.db", taskpool.__version__, False))
+        types = {kind["task_type"]: kind for kind in state["types"]}
+        self.assertEqual({name: types["fail"][name] for name in ("waiting", "held", "failed")}, {"waiting": 1, "held": 1, "failed": 1})
+        self.assertEqual((types["echo"]["paused"], types["hold"]["at_once"], types["hold"]["rate"]), (True, 2, [100, 1.0]))
+        (run,) = state["running"]
+        self.assertEqual((run["id"], run["type"], run["attempt"], run["master"], "since" in run), ("steps", "steps", 1, os.getpid(), True))
+        self.assertEqual(run["progress"], {"done": 999, "total": 1000, "note": "half way"})
+        self.assertEqual([(master["pid"], master["running"]) for master in state["masters"]], [(os.getpid(), 1)])
+        (schedule,) = state["schedules"]
+        self.assertEqual((schedule["id"], schedule["rule"], schedule["error"]), ("ticks", "every 10 min", None))
+        self.assertEqual(datetime.fromisoformat(schedule["next"]), queue.find_one(task_id="ticks").due_date)
+        ages = [datetime.fromisoformat(state["now"]) - datetime.fromisoformat(state["counted_at"])]
+        self.assertTrue(timedelta() <= ages[0] < timedelta(seconds=PATIENCE), ages)
+
+    def test_rules_are_told_in_words(self):
+        rules = {timedelta(seconds=90): "90 s", timedelta(hours=2): "2 h", timedelta(days=7): "7 d", timedelta(seconds=0.25): "0.25 s"}
+        for rule, words in rules.items():
+            self.assertEqual(taskpool._in_words(rule), f"every {words}")
+        self.assertIn("Monday", taskpool._in_words(Cron("0 9 * * MON")))
+
+    def test_metrics_are_those_of_the_command(self):
+        self.some()
+        self.serve()
+        status, text = self.ask("/metrics")
+        self.assertEqual((status, self.headers["Content-Type"]), (200, "text/plain; version=0.0.4; charset=utf-8"))
+        _, out, _ = TestOperators.main(self, "metrics", "tasks.db")
+        mine, theirs = (re.sub(r"(oldest_due|counted)_seconds(\S*) .*", r"\1\2", it) for it in (text, out))
+        self.assertEqual(mine, theirs)
+
+    def test_lists_go_by_key_newest_first_and_long_texts_are_cut(self):
+        queue = self.queue()
+        queue.add_tasks({"task_type": "x" if n % 2 else "y", "data": n, "task_id": str(n)} for n in range(120))
+        queue.add_task("x", "z" * 14_000_000, task_id="big")
+        self.serve()
+        seen, before = [], ""
+        while before is not None:
+            got = self.told(f"/api/tasks?state=waiting&type=x&limit=25&before={urllib.parse.quote(before)}")
+            seen, before = seen + [task["id"] for task in got["tasks"]], got["before"]
+            queue.add_task("x")  # What comes meanwhile moves nothing.
+        self.assertEqual(seen, ["big", *(str(n) for n in range(119, 0, -2))])
+        status, text = self.ask("/api/tasks?state=waiting&limit=3")
+        self.assertTrue(status == 200 and len(text) < 20_000, len(text))
+        status, text = self.ask("/api/task?id=big")
+        self.assertLess(len(text), 102_000)
+        self.assertTrue(json.loads(text)["data"].endswith("z ... (14,000,002 characters)"))
+        self.assertEqual(len(self.told("/api/tasks")["tasks"]), 50)
+
+    def test_of_a_held_task_it_tells_whom_it_waits_for_failed_ones_first(self):
+        queue = self.some()
+        more = [queue.add_task("echo", task_id=f"a{n}", due_date=timedelta(days=1)) for n in range(30)]
+        queue.update("follows", after=more)
+        self.serve()
+        (task,) = self.told("/api/tasks?held=1")["tasks"]
+        self.assertEqual((task["id"], task["after"]["count"], len(task["after"]["tasks"])), ("follows", 31, 5))
+        self.assertEqual(self.told("/api/task?id=follows")["after"]["tasks"][0], {"id": "bad", "state": "failed"})
+        self.assertEqual(self.told("/api/task?id=bad")["followed_by"], {"count": 1, "tasks": [{"id": "follows", "state": "waiting"}]})
+        task = self.told("/api/task?id=bad")
+        self.assertIn("Traceback", task["error"])
+        self.assertEqual(self.told("/api/tasks?state=failed")["tasks"][0]["error"], task["error"].partition("\n")[0])
+        self.assertEqual(json.loads(self.told("/api/task?id=good")["result"]), [1])
+
+    # ---- What it does
+
+    def test_each_verb_does_what_it_says_as_another_process_sees(self):
+        queue = self.some()
+        self.serve()
+        self.assertEqual(self.do("retry", ids=["bad"], state="failed"), 1)
+        self.assertEqual(queue.find_one(task_id="bad").state, "waiting")
+        self.assertEqual(self.do("retry", ids=["bad"], state="failed"), 0)
+        self.assertEqual(self.do("now", ids=["follows"]), 1)
+        self.assertEqual((queue.find_one(task_id="follows").held, queue.count(due=True)), (False, 2))
+        self.assertEqual(self.do("remove", ids=["follows", "later", "good"], state="waiting"), 2)
+        self.assertEqual(queue.count(task_id=["follows", "later", "good"]), 1)
+        self.assertEqual(self.do("remove", state="done"), 1)
+        self.assertEqual(self.do("pause", type="fail"), 1)
+        self.assertEqual(self.do("limit", type="fail", at_once=3, rate=[5, 2]), 1)
+        (kind,) = (kind for kind in queue.types() if kind["task_type"] == "fail")
+        self.assertEqual((kind["paused"], kind["at_once"], kind["rate"]), (True, 3, (5, 2.0)))
+        self.do("limit", type="fail", at_once=None)
+        self.do("resume", type="fail")
+        (kind,) = (kind for kind in queue.types() if kind["task_type"] == "fail")
+        self.assertEqual((kind["paused"], kind["at_once"], kind["rate"]), (False, None, (5, 2.0)))
+        self.assertEqual(self.do("cancel", ids=["ticks", "nobody"]), 1)
+        for status, text, wish in (
+            (409, "ticks", {"verb": "now", "ids": ["ticks"]}), (409, "at_once", {"verb": "limit", "type": "x", "at_once": 0}),
+            (409, "limit()", {"verb": "limit", "type": "x"}), (409, "task_type", {"verb": "pause"}), (409, "give ids", {"verb": "remove"}),
+            (409, "state", {"verb": "remove", "state": "odd"}), (409, "str", {"verb": "retry", "ids": [1]}), (400, "verb", {"verb": "add"}),
+            (400, "verb", {"verb": "__init__", "type": "x"}),
+        ):
+            self.assertIn(text, self.refused(status, "/api/do", wish))
+        self.assertEqual([task.id for task in queue.find()], ["bad"])
+
+    def test_a_run_in_another_process_is_cancelled(self):
+        queue, flag = self.queue(), str(self.folder / "flag")
+        cluster = self.cluster({"hold": hold}, queue)
+        queue.add_task("hold", flag, task_id="long")
+        eventually(lambda: os.path.exists(flag + ".started"))
+        self.serve()
+        self.assertEqual(self.do("cancel", ids=["long"]), 1)
+        eventually(lambda: queue.count() == 0)
+        self.assertTrue(cluster.drain(PATIENCE))
+
+    def test_all_of_a_filter_goes_in_parts_and_spares_what_comes_meanwhile(self):
+        sizes = []
+
+        class Counting(SQLiteStore):
+            def remove(self, query, now):
+                sizes.append(len(query.ids))
+                super().add([(row("new" + str(len(sizes)), now=now), "raise")], now)
+                return super().remove(query, now)
+
+            def retry(self, query, now):
+                done = super().retry(query, now)
+                self._change(lambda: self._run("UPDATE taskpool_task SET state = 'failed', ended_at = ? WHERE state = 'ready' AND id NOT LIKE 'new%'", (now,)))  # They fail again at once.
+                return done
+
+        queue = TaskQueue(Counting(self.folder / "tasks.db"))
+        self.addCleanup(queue.close)
+        queue.add_tasks({"task_type": "x"} for _ in range(2500))
+        page = taskpool._Page("x", queue, self.TOKEN, False)
+
+        def count(**wish):
+            status, _, text = page.answer("POST", "/api/do", f"Bearer {self.TOKEN}", json.dumps(wish).encode())
+            return status, json.loads(text)["count"]
+
+        self.assertEqual(count(verb="remove", state="waiting", type="x"), (200, 2500))
+        self.assertEqual((sizes, queue.count()), ([500] * 5, 5))
+        queue.add_tasks({"task_type": "x"} for _ in range(1500))
+        self.sql("UPDATE taskpool_task SET state = 'failed', ended_at = 5 WHERE id NOT LIKE 'new%'")
+        self.assertEqual(count(verb="retry", state="failed"), (200, 1500))
+        for store in page.stores:
+            store.close()
+
+    def test_read_only_changes_nothing_and_so_does_looking(self):
+        self.some()
+        self.serve("tasks.db", "--read-only")
+        before = self.dump()
+        for verb in ("retry", "remove", "cancel", "now", "pause", "resume", "limit"):
+            self.assertIn("--read-only", self.refused(403, "/api/do", {"verb": verb, "ids": ["bad"], "type": "fail", "at_once": 1}))
+        self.assertTrue(self.told("/api/state")["read_only"])
+        for path in ("/", *self.PATHS):
+            self.ask(path)
+        self.assertEqual(self.dump(), before)
+
+    # ---- Load and faults
+
+    def test_it_is_found_once_for_all_who_ask_and_rarely(self):
+        now, calls, go = [0.0], [], threading.Event()
+
+        def find():
+            calls.append(threading.current_thread())
+            now[0] += 1.0  # So long does it take.
+            if len(calls) == 2:
+                go.wait(PATIENCE)
+            if len(calls) == 4:
+                raise OSError("away\nfor long")
+            return len(calls)
+
+        with mock.patch.object(taskpool, "time", SimpleNamespace(monotonic=lambda: now[0], time_ns=time.time_ns)):
+            shared = taskpool._Shared(find)
+            with concurrent.futures.ThreadPoolExecutor(10) as pool:
+                self.assertEqual({it[0] for it in pool.map(lambda _: shared.get(), range(20))}, {1})
+            now[0] += 18.9
+            self.assertEqual((shared.get()[::2], shared._is_looking), ((1, 1.0), False))
+            now[0] += 0.2  # 5 % of the time: who asks now has the old answer, at once.
+            self.assertEqual({shared.get()[0] for _ in range(5)}, {1})
+            go.set()
+            eventually(lambda: not shared._is_looking and shared.get()[0] == 2)
+            self.assertIsNot(calls[1], threading.current_thread())
+            now[0] += 60.0  # Nobody has asked for long: the old answer is too old.
+            self.assertEqual((shared.get()[0], len(calls)), (3, 3))
+            now[0] += 60.0
+            for _ in range(3):
+                with self.assertRaisesRegex(StoreError, "away"):
+                    shared.get()
+            now[0] += 1.0
+            self.assertEqual((shared.get()[0], len(calls)), (5, 5))
+
+    @unittest.skipIf(os.name == "nt", "sends SIGINT")
+    def test_idle_connections_hold_up_neither_answers_nor_the_end(self):
+        self.some()
+        process = self.serve()
+        with contextlib.ExitStack() as stack:
+            for number in range(11):
+                end = stack.enter_context(socket.create_connection(("127.0.0.1", self.port)))
+                end.sendall(b"POST /api/do HTTP/1.1\r\nContent-Length: 9\r\n\r\n{" if number == 10 else b"")
+            self.assertEqual(self.ask("/api/state")[0], 200)
+            process.send_signal(signal.SIGINT)
+            self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
+        self.assertEqual(process.returncode, 0)
+
+    def test_a_silent_connection_is_closed_and_the_end_waits_for_none(self):
+        page = taskpool._Page("x", self.queue(), self.TOKEN, True)
+        for seconds in (0.1, 1000.0):
+            with mock.patch.object(taskpool, "SOCKET_SECONDS", seconds):
+                server = taskpool._page_server(page, socket.AF_INET, ("127.0.0.1", 0))
+            with socket.create_connection(server.server_address, PATIENCE) as end, server:
+                thread = threading.Thread(target=server.serve_forever, args=[0.01], daemon=True)
+                thread.start()
+                if seconds < 1:
+                    self.assertEqual(end.recv(1), b"")
+                else:
+                    with socket.create_connection(server.server_address, PATIENCE) as other:
+                        other.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                        self.assertEqual(other.recv(8), b"HTTP/1.0")
+                server.shutdown()
+            thread.join()
+
+    def test_a_file_that_is_away_is_told_in_one_line_and_may_come_back(self):
+        self.some()
+        self.serve()
+        self.told("/api/state")
+        shutil.move(self.folder / "tasks.db", self.folder / "moved.db")
+        for path, body in (("/api/tasks?state=failed", None), ("/api/do", {"verb": "retry", "ids": ["bad"]})):
+            self.assertIn("no such file", self.refused(503, path, body))
+        eventually(lambda: self.ask("/api/state")[0] == 503)
+        self.assertFalse((self.folder / "tasks.db").exists())
+        shutil.move(self.folder / "moved.db", self.folder / "tasks.db")
+        eventually(lambda: self.ask("/api/state")[0] == 200)
+        self.assertEqual(self.do("retry", state="failed"), 1)
+
+    def test_a_wrong_target_is_told_in_one_line(self):
+        (self.folder / "text.db").write_text("no database, but long enough to be looked at" * 20)
+        self.script("queue = 5\nraise_here = None", "wrong.py")
+        for target, text in (
+            ("none.db", "no such file"), ("text.db", "not a database"), (".", " is a folder"), ("wrong:queue", "a TaskQueue"),
+            ("wrong:nothing", "nothing"), ("no_such_module:queue", "no_such_module"), ("C:\\tasks.db", "no such file"),
+        ):
+            code, out, err = TestOperators.main(self, "web", target)
+            self.assertEqual((code, out, err.count("\n")), (1, "", 1), err)
+            self.assertIn(text, err)
+
+    def test_it_shows_any_store(self):
+        """MODULE:NAME; here a store that has the fewest primitives, and one that fails now and then."""
+        self.script("""
+            import taskpool
+            from taskpool import TaskQueue
+
+            class Bare(taskpool.Store):
+                def __init__(self):
+                    self.memory = taskpool.MemoryStore()
+                def transaction(self):
+                    return self.memory.transaction()
+                def rows(self, query, now):
+                    if "away" in (query.types or ()):
+                        raise RuntimeError("the store\\nis away")
+                    return self.memory.rows(query, now)
+                def write(self, old, new):
+                    return self.memory.write(old, new)
+
+            queue = TaskQueue(Bare())
+            queue.add_tasks({"task_type": "x", "task_id": str(n)} for n in range(5))
+        """, "bare.py")
+        self.serve("bare:queue")
+        self.assertEqual(self.told("/api/state")["types"][0]["waiting"], 5)
+        got = self.told("/api/tasks?state=waiting&limit=3")
+        self.assertEqual([task["id"] for task in got["tasks"]], ["4", "3", "2"])
+        got = self.told("/api/tasks?state=waiting&limit=3&" + urllib.parse.urlencode({"before": got["before"]}))
+        self.assertEqual([task["id"] for task in got["tasks"]], ["1", "0"])
+        self.assertEqual((self.do("remove", ids=["4", "2"]), self.do("remove", type="x")), (2, 3))
+        self.assertIn("pauses and limits need", self.refused(503, "/api/do", {"verb": "pause", "type": "x"}))
+        self.assertIn("is away", self.refused(503, "/api/tasks?type=away"))
+
+
+try:
+    import playwright.sync_api as playwright
+except ImportError:
+    playwright = None
+CHROMIUM = shutil.which("chromium")
+
+
+def show_progress_and_hold(job):
+    job.progress(61, 100, HOSTILE[0])
+    hold(job)
+
+
+@unittest.skipUnless(playwright and CHROMIUM, "needs a browser: apt-get install chromium && pip install playwright")
+class TestPageInABrowser(InFolder):
+    """python taskpool.py web FILE, for people. At the end of each test: no complaint of the browser, no word to another host."""
+
+    # Elements with text of their own whose contrast is under 4.5, with that.
+    PALE = """() => {
+        const shine = color => color.match(/[\\d.]+/g).map(Number), light = c => {
+            const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+            return .2126 * r + .7152 * g + .0722 * b;
+        };
+        const behind = e => { const c = shine(getComputedStyle(e).backgroundColor);
+            return c.length < 4 || c[3] ? c : e.parentElement ? behind(e.parentElement) : [255, 255, 255]; };
+        return [...document.querySelectorAll("body *")].filter(e => e.checkVisibility({visibilityProperty: true}) &&
+            [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
+                const [a, b] = [light(shine(getComputedStyle(e).color)), light(behind(e))].sort((a, b) => b - a);
+                return [e.textContent, (a + .05) / (b + .05)]; }).filter(pair => pair[1] < 4.5);
+    }"""
+
+    OUTSIDE = """() => [...document.querySelectorAll("button, select, input")].filter(e => {
+        const {left, right, width} = e.getBoundingClientRect();
+        return width && (left < 0 || right > innerWidth); }).map(e => e.textContent)"""
+
+    @classmethod
+    def setUpClass(cls):
+        driver = playwright.sync_playwright().start()
+        cls.addClassCleanup(driver.stop)
+        cls.browser = driver.chromium.launch(executable_path=CHROMIUM)
+        cls.addClassCleanup(cls.browser.close)
+
+    def serve(self, *options, port=0, token=""):
+        """Start the server of the page. Returns its address."""
+        command = (HERE / "taskpool.py", "web", "tasks.db", "--port", port, *options)
+        self.server = self.start(*command, env={"TASKPOOL_TOKEN": token})
+        return self.server.stdout.readline().strip().replace("$TASKPOOL_TOKEN", token.replace(" ", "%20"))
+
+    def look(self, address=None, complaints="(?!)", **options):
+        """A page of the browser; *complaints*: those of the browser that the test expects."""
+        address, said, hosts, self.questions, self.yes = address or self.serve(), [], set(), [], False
+        context = self.browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        context.set_default_timeout(1000 * PATIENCE)
+        shot = f"{self._testMethodName}-{len(self.browser.contexts)}.png"
+        page = context.new_page()
+        page.on("console", lambda it: it.type not in ("error", "warning") or re.search(complaints, it.text) or said.append(it.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: (self.questions.append(dialog.message), dialog.accept() if self.yes else dialog.dismiss()))
+        page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+
+        def end():
+            folder = os.environ.get("TASKPOOL_SCREENSHOTS")
+            if folder:
+                page.screenshot(path=os.path.join(folder, shot), full_page=True)
+            context.close()
+            self.assertEqual((said + self.questions, hosts), ([], {address.split("/")[2]}))
+
+        self.addCleanup(end)
+        page.goto(address)
+        return page
+
+    @staticmethod
+    def row(page, text):
+        return page.locator("li").filter(has=page.get_by_text(text, exact=True))
+
+    def press(self, page, button, row=None, asks=None, yes=True):
+        """Press a button, that of the row of this text, and answer what it asks."""
+        self.yes = yes
+        (page if row is None else self.row(page, row)).get_by_role("button", name=re.compile(button)).first.click()
+        self.asked(asks)
+
+    def asked(self, question):
+        """It was that, or nothing."""
+        self.assertRegex("\n".join(self.questions), rf"\A{question or ''}\Z")
+        self.questions.clear()
+
+    def failed(self, queue, count, name="bad"):
+        queue.add_tasks({"task_type": "fail", "task_id": f"{name}{number}"} for number in range(count))
+        queue.run_due({"fail": fail})
+
+    def states(self, queue):
+        return {task.id: task.state for task in queue.find()}
+
+    def sees(self, queue, states):
+        """What another process finds is what is to be, soon."""
+        eventually(lambda: self.states(queue) == states, f"{states}, not {self.states(queue)},")
+
+    def test_each_button_for_one_task_does_what_it_says(self):
+        queue = self.queue()
+        self.failed(queue, 3)
+        queue.add_task("echo", task_id="later", due_date=timedelta(days=9))
+        queue.add_task("echo", task_id="held", after="bad2")
+        queue.add_task("echo", task_id="daily", repeat=timedelta(days=1), due_date=timedelta(days=1))
+        states, page = self.states(queue), self.look()
+        self.press(page, "^retry$", "bad0")
+        self.sees(queue, {**states, "bad0": "waiting"})
+        self.press(page, "^remove$", "bad1")
+        del states["bad1"]
+        self.sees(queue, {**states, "bad0": "waiting"})
+        for tab, task_id in (("waiting", "later"), ("held", "held"), ("schedules", "daily")):
+            self.press(page, f"^{tab}")
+            self.assertEqual(queue.count(task_id=task_id, due=True), 0)
+            self.press(page, "^now$", task_id)
+            eventually(lambda i=task_id: queue.count(task_id=i, due=True), f"{task_id} is due")
+        self.press(page, "^remove$", "daily")
+        del states["daily"]
+        self.sees(queue, {**states, "bad0": "waiting"})
+
+    def test_each_button_for_many_tasks_names_how_many_and_takes_those(self):
+        queue = self.queue()
+        self.failed(queue, 60)
+        queue.add_tasks({"task_type": "echo", "task_id": f"new{number}"} for number in range(12_000))
+        page = self.look()
+        self.press(page, "^retry shown$")
+        eventually(lambda: queue.count(state="failed") == 10)
+        self.press(page, "^retry all 10$")
+        eventually(lambda: not queue.count(state="failed"))
+        self.press(page, "^waiting")
+        page.get_by_label("type").select_option("fail")
+        self.row(page, "bad59").wait_for()
+        page.get_by_label("type").evaluate(  # Who is too quick gets the list that is on its way.
+            "it => { it.value = 'echo'; it.onchange(); document.getElementById('older').click(); }")
+        self.row(page, "new11999").wait_for()
+        self.press(page, "^older$")
+        self.row(page, "new11949").wait_for()  # The newest come first, 50 at once.
+        self.press(page, "^remove shown$", asks=r"remove 50 waiting\?", yes=False)
+        self.press(page, "^remove shown$", asks=r"remove 50 waiting\?")
+        eventually(lambda: queue.count() == 60 + 12_000 - 50)
+        self.assertTrue(queue.find_one(task_id="new11950") and not queue.find_one(task_id="new11949"))
+        self.press(page, "^remove all 11,950$", asks=r"remove all 11,950 waiting echo\?")
+        eventually(lambda: queue.count() == 60)
+        self.assertEqual(queue.count(task_type="fail", state="waiting"), 60)
+
+    def test_a_run_is_shown_with_its_progress_and_cancelled(self):
+        queue, flag = self.queue(), str(self.folder / "flag")
+        with self.cluster({"hold": show_progress_and_hold}, queue):
+            queue.add_task("hold", flag, task_id="long", retries=9)
+            worker, page = begun(flag), self.look()
+            self.row(page, "long").get_by_text(f"61 % \u00b7 {HOSTILE[0]} \u00b7 pid {os.getpid()}").wait_for()
+            self.press(page, "^cancel$", "long", asks=r"cancel long\?", yes=False)
+            self.assertTrue(is_alive(worker))
+            self.press(page, "^cancel$", "long", asks=r"cancel long\?")
+            self.sees(queue, {})
+            eventually(lambda: not is_alive(worker))
+
+    def test_a_type_is_paused_and_resumed_and_its_limits_are_shown(self):
+        queue = self.queue()
+        queue.add_task("echo")
+        queue.limit("echo", at_once=3, rate=(10, 2.5))
+        page = self.look()
+        self.row(page, "echo").get_by_text("3 at once, 10 per 2.5 s", exact=True).wait_for()
+        for button, is_paused in (("pause", True), ("resume", False)):
+            self.press(page, f"^{button}$", "echo")
+            eventually(lambda is_paused=is_paused: queue.types()[0]["paused"] is is_paused)
+        self.assertEqual((queue.types()[0]["at_once"], queue.types()[0]["rate"]), (3, (10, 2.5)))
+
+    def test_what_tasks_say_is_text_and_nothing_else(self):
+        queue = self.queue()
+
+        def fail_as_told(job):
+            raise ValueError(job.data["say"])
+
+        for text in HOSTILE:
+            queue.add_task(text, {"say": text}, task_id=text)
+            queue.add_task(text, {"say": text}, task_id="held" + text, after=text)
+        queue.run_due(dict.fromkeys(HOSTILE, fail_as_told))
+        page = self.look()
+        for text in HOSTILE:
+            shown = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u202e]", lambda match: f"\\u{ord(match[0]):04x}", text)
+            with self.subTest(shown):
+                row = self.row(page, shown).filter(has=page.get_by_role("button", name="retry"))
+                self.assertEqual([row.locator(".row > *").nth(i).text_content() for i in (0, 1)], [shown, shown])
+                row.get_by_role("button").first.click()
+                error, data = (row.locator(f"dt:text-is('{name}') + dd").text_content() for name in ("error", "data"))
+                self.assertIn(f"ValueError: {shown}\n", error + "\n")
+                self.assertEqual(json.loads(data), {"say": text})
+                row.get_by_role("button", name="retry").click()
+                eventually(lambda text=text: queue.count(task_id=text, state="waiting"))
+                self.row(page, shown).get_by_role("button", name="pause").click()
+                eventually(lambda text=text: any(kind["paused"] for kind in queue.types() if kind["task_type"] == text))
+        made = page.evaluate("() => [...document.querySelectorAll('script, img, iframe, a, object, svg')].map(e => e.tagName)")
+        self.assertEqual(made, ["SCRIPT"])
+
+    def test_a_refresh_moves_nothing_under_the_hand(self):
+        queue = self.queue()
+        self.failed(queue, 40)
+        page = self.look(viewport={"width": 1000, "height": 500})
+        self.row(page, "bad20").get_by_role("button").first.click()
+        page.get_by_text("attempt 1").first.wait_for()
+        page.evaluate("getSelection().selectAllChildren(document.querySelector('#tasks dd'))")
+        button = self.row(page, "bad10").get_by_role("button", name="remove")
+        button.focus()
+        page.mouse.move(0, 0)
+
+        def view():
+            return (page.evaluate("[document.activeElement.closest('li')?.dataset.name, scrollX, scrollY, String(getSelection())]"),
+                    button.bounding_box(), page.get_by_text("attempt 1").first.is_visible())
+
+        before = view()
+        self.assertTrue(before[0][3])
+        self.assertGreater(before[0][2], 0)
+        self.failed(queue, 5, "new")
+        queue.remove(task_id="bad9")
+        page.get_by_role("button", name=re.compile("failed 44")).wait_for()
+        self.assertEqual(view(), before)
+        self.press(page, "^retry shown$")  # And not those that only wait to be shown.
+        eventually(lambda: queue.count(state="waiting") == 39)
+        self.assertEqual({task.id for task in queue.find(state="failed")}, {f"new{number}" for number in range(5)})
+        many = page.get_by_role("button", name=re.compile("^retry all"))
+        many.focus()
+        self.failed(queue, 1, "last")
+        page.get_by_role("button", name="retry all 45").wait_for()
+        self.assertEqual(page.evaluate("document.activeElement.textContent"), "retry all 45")
+        self.row(page, "fail").get_by_role("button", name="pause").first.focus()
+        queue.add_tasks([{"task_type": "a"}, {"task_type": "z"}])
+        self.row(page, "z").wait_for()
+        self.assertEqual(page.evaluate("document.activeElement.closest('li').dataset.name"), "fail")
+
+    def test_all_of_it_works_by_keys_alone(self):
+        queue = self.queue()
+        self.failed(queue, 12)
+        page = self.look()
+        self.row(page, "bad6").get_by_role("button").first.focus()
+
+        def go_to(text, row=None, key="Tab", most=60):
+            """Press Tab until the focus is there, and is seen."""
+            for _ in range(most):
+                page.keyboard.press(key)
+                found = page.evaluate("(e => [e.matches('body') || e.textContent, e.closest('li')?.dataset.name,"
+                                      " getComputedStyle(e).outlineStyle])(document.activeElement)")  # fmt: skip
+                if found[0] is not True and re.search(text, found[0]) and row in (None, found[1]):
+                    self.assertNotEqual(found[2], "none")
+                    return
+            self.fail(f"the key {key} does not get to {text} {row}")
+
+        for task_id in ("bad5", "bad4"):  # In the midst of the list: the next ones are near then.
+            go_to("^retry$", task_id, most=12)
+            page.keyboard.press("Enter")
+            self.row(page, task_id).wait_for(state="hidden")
+        self.assertEqual({task.id for task in queue.find(state="waiting")}, {"bad4", "bad5"})
+        go_to("bad3", most=4)
+        page.keyboard.press("Space")
+        page.locator("#tasks dd").first.wait_for()
+        self.yes = True
+        page.get_by_role("button", name="remove all 10").wait_for()
+        go_to("^remove all 10$", key="Shift+Tab")
+        page.keyboard.press("Enter")
+        self.asked(r"remove all 10 failed ?\?")
+        self.sees(queue, {"bad4": "waiting", "bad5": "waiting"})
+
+    def test_it_can_be_read_in_light_and_dark_and_on_a_narrow_screen(self):
+        queue, backs = self.queue(), set()
+        self.failed(queue, 3, "long-name-" * 15)
+        queue.add_tasks({"task_type": name, "data": list(HOSTILE)} for name in ("long-type-" * 10, *HOSTILE))
+        queue.add_task("echo", [*HOSTILE], task_id="new")
+        queue.add_task("fail", after=queue.find_one(state="failed"), task_id="held")
+        queue.pause("fail")
+        queue.limit("fail", at_once=1000, rate=(1000, 60))
+        address = self.serve()
+        for scheme, width in (("light", 1280), ("dark", 1280), ("light", 320), ("dark", 320)):
+            page = self.look(address, color_scheme=scheme, viewport={"width": width, "height": 640})
+            for tab, task_id in (("failed", "long-name-" * 15 + "0"), ("held", "held"), ("done", ""), ("waiting", "new")):
+                with self.subTest(scheme=scheme, width=width, tab=tab):
+                    self.press(page, f"^{tab} ")
+                    if task_id:
+                        self.row(page, task_id).get_by_role("button").first.click()
+                        page.locator("#tasks dd").first.wait_for()
+                    else:
+                        page.get_by_text("none", exact=True).wait_for()
+                    self.assertEqual(page.evaluate(self.PALE), [])
+                    self.assertLessEqual(page.evaluate("document.documentElement.scrollWidth"), width)
+                    self.assertEqual(page.evaluate(self.OUTSIDE), [])
+            backs.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        self.assertEqual(len(backs), 2)
+
+    def test_an_empty_queue_says_so(self):
+        self.queue().count()
+        page = self.look()
+        page.get_by_text("no tasks yet").wait_for()
+        self.assertIn("0 tasks", page.locator("header").inner_text())
+
+    def test_it_tells_that_the_server_is_gone_and_goes_on_with_the_next(self):
+        queue, token = self.queue(), "a token of one's own"
+        queue.add_task("echo", task_id="old")
+        address = self.serve(token=token)
+        page = self.look(address, "ERR_CONNECTION_REFUSED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE")
+        self.press(page, "^waiting")
+        self.row(page, "old").wait_for()
+        self.server.kill()
+        page.get_by_role("status").filter(has_text="no answer").wait_for()
+        self.assertTrue(self.row(page, "old").is_visible())
+        queue.add_task("echo", task_id="new")
+        self.serve(token=token, port=re.search(r":(\d+)/", address)[1])
+        self.row(page, "new").wait_for()
+        page.get_by_role("status").filter(has_text="counted").wait_for()
+
+    def test_the_token_is_asked_for_and_not_left_in_the_address(self):
+        self.queue().add_task("echo", task_id="secret")
+        address, _, token = self.serve().partition("#")
+        page = self.look(address, "401")
+        field = page.get_by_label("token")
+        field.fill("x" * len(token))
+        page.keyboard.press("Enter")
+        page.get_by_role("status").filter(has_text="the token is missing or wrong").wait_for()
+        self.assertNotIn("secret", page.content())
+        field.fill(token)
+        page.keyboard.press("Enter")
+        self.press(page, "^waiting")
+        self.row(page, "secret").wait_for()
+        page.reload()  # The tab of the browser remembers it.
+        self.press(page, "^waiting")
+        self.row(page, "secret").wait_for()
+        self.assertEqual(page.url, address)
+
+    def test_read_only_it_has_nothing_to_press_that_changes_anything(self):
+        queue = self.queue()
+        self.failed(queue, 1)
+        page = self.look(self.serve("--read-only"))
+        for tab in ("schedules", "waiting", "failed"):
+            self.press(page, f"^{tab} ")
+        self.row(page, "bad0").wait_for()
+        verbs = "^(retry|remove|cancel|now|pause|resume|limit|set)"
+        self.assertEqual([button.text_content() for button in page.get_by_role("button", name=re.compile(verbs)).all()], [])
 
 
 class TestReadme(InFolder):
@@ -12672,6 +13536,10 @@ class TestReadme(InFolder):
         headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", self.TEXT, flags=re.S), re.M)
         anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
         self.assertEqual(set(re.findall(r"\]\(#(.*?)\)", self.TEXT)) - anchors, set())
+
+    def test_the_manual_names_every_metric_and_no_other(self):
+        section = re.search(r"^### Metrics\n(.*?)^## ", self.TEXT, re.S | re.M)[1]
+        self.assertEqual(set(re.findall(r"\btaskpool_(\w+)", section)), set(taskpool._METRICS))
 
     def test_everything_public_is_in_the_manual(self):
         import inspect
