@@ -22,6 +22,12 @@ PAUSES = (5, 15, 45, None)  # Seconds after a failed download; None: it was the 
 # What speaks MongoDB's protocol for the tests. Later versions come without the program, and
 # what it asks pip for, it does not need.
 SERVER = ["--no-deps", "--only-binary=:all:", "secantusdb==0.6.0b17"]
+# Debian's packages for the tests of the page, which find the browser in PATH; what playwright
+# brings along to drive it needs the library.
+BROWSER = ("chromium", "libatomic1")
+# As root, with the lists that each try has fetched anew: an old one names files that are gone.
+APT = """export DEBIAN_FRONTEND=noninteractive; apt-get update
+exec apt-get install -y --no-install-recommends "$@" """
 WHICH = "import platform, sys; print(platform.python_version(), sys.executable)"
 COUNTS = re.compile(r"(\d+) passed, (\d+) failed, (\d+) skipped")
 # A command with mounts of its own: they end with its last process, however that ends.
@@ -121,6 +127,14 @@ class Report:
         self.skipped += skipped
         self.step(what, result, seconds, output if failed else "")
 
+    def untested(self, what: str, why: str, count: int) -> None:
+        """What cannot be had here: a skip, and with the environment variable CI a failure."""
+        print(f"\n*** NOT TESTED: {what}. {why} ***\n", flush=True)
+        if os.environ.get("CI"):
+            self.failed += count
+        else:
+            self.skipped += count
+
     def tool(self, what: str, command: list[str], shown: bool = False) -> None:
         """One checker, which counts as one test; *shown*: its output is worth reading."""
         started = time.monotonic()
@@ -156,15 +170,27 @@ def install(folder: str, found: list[tuple[str, str, str]]) -> tuple[str, str]:
     return environment, ""
 
 
+def can_install(*programs: str) -> bool:
+    """Whether Debian packages can be installed here, and these programs are here."""
+    needed = ("apt-get", *programs)
+    return os.name == "posix" and os.geteuid() == 0 and all(map(shutil.which, needed))
+
+
+def apt_install(*packages: str) -> str:
+    """Install those Debian packages that are not here. Returns what went wrong, or ""."""
+    if run(["dpkg", "--status", *packages], TOOL_SECONDS)[0] == 0:
+        return ""
+    code, output = download(["sh", "-c", APT, "sh", *packages])
+    return "" if code == 0 else output
+
+
 def debian(folder: str, minors: list[str]) -> str:
     """Make *folder* the root of a Debian unstable with these Pythons and the project, from the
     mirror that apt uses here. Returns what went wrong, or ""."""
     download(["apt-get", "update"])  # Perhaps of a source that is not needed.
-    if shutil.which("mmdebstrap") is None:
-        install = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y"]
-        code, output = download([*install, "mmdebstrap"])
-        if code != 0:
-            return output
+    problem = apt_install("mmdebstrap")
+    if problem:
+        return problem
     index = ["apt-get", "indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)"]
     mirrors = re.findall(r"^Debian Debian (\S+)$", run(index, TOOL_SECONDS)[1], re.M)
     if not mirrors:
@@ -184,14 +210,9 @@ def debian(folder: str, minors: list[str]) -> str:
 def debian_tests(report: Report, minors: list[str]) -> None:
     """The tests with these Pythons of Debian unstable, which takes root and apt."""
     names = " and ".join(minors)
-    needed = ("apt-get", "unshare", "chroot")
-    if os.name == "nt" or os.geteuid() != 0 or not all(map(shutil.which, needed)):
-        print(f"\n*** NOT TESTED: Python {names}. They are not here, and only root on a Debian "
-              "with apt can get them. ***\n", flush=True)  # fmt: skip
-        if os.environ.get("CI"):
-            report.failed += len(minors)
-        else:
-            report.skipped += len(minors)
+    if not can_install("unshare", "chroot"):
+        why = "They are not here, and only root on a Debian with apt can get them."
+        report.untested(f"Python {names}", why, len(minors))
         return
     with tempfile.TemporaryDirectory(prefix="taskpool-sid-") as root:
         started = time.monotonic()
@@ -205,6 +226,24 @@ def debian_tests(report: Report, minors: list[str]) -> None:
             python = [*PRIVATE, "sh", "-ec", ENTER, "sh", root, f"python{minor}"]
             version = run([*python, "-c", WHICH], TOOL_SECONDS)[1].partition(" ")[0]
             report.tests(f"tests, Python {version}", python)
+
+
+def page_tests(report: Report, python: str) -> None:
+    """The tests of the page in Debian's browser, or in the one that is here."""
+    browser = BROWSER[0]
+    if can_install():
+        started = time.monotonic()
+        problem = apt_install(*BROWSER)
+        seconds = time.monotonic() - started
+        report.step(f"get {browser}", "FAILED" if problem else "done", seconds, problem)
+        if problem:
+            report.failed += 1
+            return
+    elif not shutil.which(browser):
+        why = f"{browser} is not here, and only root on a Debian with apt can get it."
+        report.untested("the page in a browser", why, 1)
+        return
+    report.tests("tests, the page in a browser", [python], "TestPageInABrowser")
 
 
 def main() -> int:
@@ -234,9 +273,10 @@ def main() -> int:
             report.tool("mypy --strict taskpool.py, and a user's program", mypy)
             speed = [python, "-B", os.path.join(CI, "cron_speed.py")]
             report.tool("Cron faster than cronsim", speed, shown=True)
-            report.tests("tests, MongoDB, recipes", [python], "TestMongo", "recipes")
+            report.tests("tests, MongoDB, recipes", [python], "TestMongo", "recipes", "prometheus")
+            page_tests(report, python)
         else:
-            report.failed += 4  # None of them was run.
+            report.failed += 5  # None of them was run.
     if not found:
         report.failed += 1
     print(f"{report.passed} passed, {report.failed} failed, {report.skipped} skipped", flush=True)
