@@ -4422,9 +4422,9 @@ _MONGO_INDEXES: tuple[tuple[str, list[tuple[str, int]], dict[str, bool]], ...] =
 )
 _MOST_BONDS = 10_000  # Of a task: they are in its document.
 _UNSURE = "?"  # Among its bonds: its predecessors are to be looked at once more.
-_GONE = {"taskpool.state": "done", "taskpool.kept_until": 1}  # What goes when that is told.
+_GONE = {"taskpool.state": "done", "taskpool.kept_until": 1}  # Is deleted when that is told.
 _ENDINGS = ("done", "failed", "removed")  # What `taskpool.followed` says of an end.
-COPY_SECONDS = 1.5  # So long a master goes by pauses and limits that it has read.
+COPY_SECONDS = 1.5  # How long a master goes by pauses and limits that it has read.
 _READABLE_CHARS = 1_000_000  # Longer data are stored as text, which is smaller.
 _MOST_BYTES = 7_000_000  # Of data, and of a result: MongoDB's 16 MB hold both.
 _ADOPTED_AT_ONCE = 1000
@@ -4915,9 +4915,10 @@ class _Claims:
 class _MongoSide(Store):
     """The documents of a MongoStore beside those of tasks: of masters, and of task types.
 
-    What is set for types is read with the heartbeats. This copy counts for COPY_SECONDS, from
-    before it was read: who sets a pause or a limit waits until no older copy counts. As a claim
-    may take long, what was claimed is looked at once more by the copy that counts then.
+    Masters read the settings of types with the heartbeats of others, and go by such a copy for
+    COPY_SECONDS from before it was read. So whoever pauses or limits a type waits that long, if
+    there are other masters: then no copy counts any more that is older. As a claim may take
+    long, its tasks start only if the copy that counts after it says the same of their types.
     """
 
     has_settings = True
@@ -5094,11 +5095,12 @@ class _MongoSide(Store):
 class _MongoFollowing(_MongoSide):
     """How a MongoStore tells tasks of the ends of those that they follow.
 
-    `taskpool.after` of a document has its bonds, and at first "?": one of its predecessors may
-    have ended just before it was marked, so they are looked at once more. `taskpool.followed` of
-    those is that mark, "yes", or how a run has ended of which followers are still to be told:
-    it is written with the end itself, and what is to go stays as `done` until they are told.
-    Each step can be made again: whoever comes finishes what a crash has cut short.
+    A follower has its bonds in `taskpool.after`. A predecessor is marked by `taskpool.followed`:
+    "yes", or how it has ended, if its followers are still to be told. That is written with the
+    end itself, and a task that is to go stays as `done` until they are told. The bonds of a new
+    follower begin with "?", which goes when its predecessors have been looked at once more: one
+    may have ended just before the mark. Each step can be made again, and masters finish with
+    each heartbeat what a crash has cut short.
     """
 
     has_bonds = True
@@ -5128,7 +5130,7 @@ class _MongoFollowing(_MongoSide):
             raise _Raced  # What is written stays so: the verb begins anew with the others.
 
     def _follow(self, ends: Iterable[tuple[str, str]], now: int) -> None:
-        """Nothing: each write tells by itself."""
+        """Nothing: write_all() tells the followers."""
 
     def _new_bonds(self, pairs: Sequence[_Pair]) -> list[Bond]:
         """The bonds that are to be stored. Raises ValueError for those that cannot be."""
@@ -5156,13 +5158,13 @@ class _MongoFollowing(_MongoSide):
         return old, new, how
 
     def _mark(self, bonds: Sequence[Bond]) -> None:
-        """From now on none of those that are followed ends without telling."""
+        """From now on none of these predecessors ends without telling."""
         where = _named({bond.parent for bond in bonds})
         alive = {**where, "taskpool.followed": None, "taskpool.state": {"$ne": "done"}}
         self._tasks.update_many(alive, {"$set": {"taskpool.followed": "yes"}})
 
     def _look_again(self, where: Mapping[str, Any]) -> None:
-        """Tell new followers of ends that came before the mark."""
+        """Tell new followers, among the documents *where*, of ends before the mark."""
         fields = {f"taskpool.{name}": 1 for name in ("id", "after", "state", "followed")}
         found = self._documents.find({**where, "taskpool.after": _UNSURE}, fields)
         new = [ours for document in found if (ours := _ours(document))]
@@ -5175,8 +5177,8 @@ class _MongoFollowing(_MongoSide):
             self._tell(ends, [ours["id"] for ours in new])
 
     def _tell(self, ends: Mapping[str, str], children: Sequence[str] = ()) -> None:
-        """Tell those that follow these how they have ended; or only *children*, which were
-        unsure."""
+        """Tell the followers of these tasks how they have ended; with *children* only those,
+        which are sure of their bonds then."""
         among, held = _named(children) if children else {}, {"taskpool.state": "held"}
         removed = [parent for parent, how in ends.items() if how == "removed"]
         for _ in range(TRIES if removed else 0):
@@ -5448,6 +5450,8 @@ class MongoStore(_MongoFollowing):
         if any(row.expires is not None and expiry(readable(row), now) for row in rows):
             options["limit"] += ASIDE_TASKS  # Those are set aside, and told of with all columns.
             rows = self._documents.rows(where, now, **options)
+            # A schedule is claimed first, so that its followers are told of a run that ended.
+            rows = [row if row.repeat is None else row._replace(expires=None) for row in rows]
         if claims.joined:  # A task that was interrupted is taken alone.
             return itertools.takewhile(lambda row: not row.interrupted, rows)
         return rows

@@ -2053,6 +2053,16 @@ class Following:
     def follow(self, child, after=(), after_end=(), if_exists="raise"):
         return self.add(row(child, now=NOW + next(self.ages), after=list(after), after_end=list(after_end)), if_exists=if_exists)
 
+    def test_a_slot_that_is_skipped_is_an_end_of_its_schedule(self):
+        for room in (1, 9):
+            self.ages = itertools.count()
+            self.add(row("s", repeat=timedelta(seconds=9), expires=1), row("other", now=NOW + 1))
+            self.follow("strict", after=["s"]), self.follow("any", after_end=["s"])
+            got = [(r.id, r.state) for r in self.claim(room, now=NOW + 5 * SECOND)]
+            self.assertIn(("s", "scheduled"), got)
+            self.assertEqual([r.id for r in self.store.find(Query(held=True), NOW)], ["strict"])
+            self.store.leave(self.OWNER, NOW), self.store.remove(Query(), NOW)
+
     def told(self):
         """{id: [state, {predecessor: however it ends}]}"""
         told = {r.id: ["ready" if r.state == "scheduled" else r.state, {}] for r in self.store.find(Query(), NOW)}
