@@ -11223,7 +11223,7 @@ li { border-top: 1px solid var(--line); }
 .acts button + button { margin-left: .3rem; }
 .types { max-height: 23.2rem; overflow: auto; }
 .types .row {
-  column-gap: .75rem; grid-template-columns: minmax(5rem, 2fr) repeat(6, minmax(3.7rem, 4.5rem))
+  column-gap: .75rem; grid-template-columns: minmax(5rem, 1fr) repeat(6, minmax(3.7rem, 4.5rem))
     repeat(4, minmax(4.8rem, 5.2rem)) minmax(5rem, 1fr) 4.5rem;
 }
 .types .row > :not(:first-child, :nth-child(12)) { text-align: right; }
