@@ -5063,6 +5063,14 @@ class _MongoSide(Store):
         self.write_all([(row, requeued(row, now)) for row in back])
         return [row for row in rows if row not in back]
 
+    def foreign(self, types: Iterable[str], now: int) -> list[str]:
+        other = {"taskpool.lane": "", "taskType": {"$nin": list(types), "$gt": ""}}
+        ready = {"taskpool.state": "ready", **other}
+        due = {"taskpool.state": "scheduled", **other, "taskpool.ready_at": {"$lte": now}}
+        with self._documents.errors(now):
+            found = [self._tasks.distinct("taskType", where) for where in (ready, due)]
+            return sorted({name for names in found for name in names if type(name) is str})
+
     def summary(self, now: int) -> list[tuple[Any, ...]]:
         with self._documents.errors(now):
             return summed(map(readable, self._documents.rows(_TASKS, now, _READ_SHORT)), now)
@@ -5600,14 +5608,6 @@ class MongoStore(_MongoFollowing):
                 self._tasks.update_many(where, {"$set": change})
             rows += found
         return rows
-
-    def foreign(self, types: Iterable[str], now: int) -> list[str]:
-        other = {"taskpool.lane": "", "taskType": {"$nin": list(types), "$gt": ""}}
-        ready = {"taskpool.state": "ready", **other}
-        due = {"taskpool.state": "scheduled", **other, "taskpool.ready_at": {"$lte": now}}
-        with self._documents.errors(now):
-            found = [self._tasks.distinct("taskType", where) for where in (ready, due)]
-            return sorted({name for names in found for name in names if type(name) is str})
 
     def rows(self, query: Query, now: int) -> list[Row]:
         options = {"sort": _RANK[1:], "skip": query.offset, "limit": query.limit or 0}

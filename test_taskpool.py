@@ -12017,6 +12017,15 @@ class TestCommandLine(InFolder):
         self.assertIn("--demo", self.command("--help").stdout)
 
 
+def with_some_tasks(queue):
+    """The queue, with a task that is done, one that has failed, and one that is due later."""
+    queue.add_task("echo", [1], task_id="good", keep_result=3600)
+    queue.add_task("fail", task_id="bad")
+    queue.run_due({"echo": echo, "fail": fail})
+    queue.add_task("echo", "later", task_id="later", due_date=timedelta(days=3))
+    return queue
+
+
 class TestOperators(InFolder):
     """status, list, show, retry, remove, run and cron: for who has not read the manual."""
 
@@ -12050,11 +12059,7 @@ class TestOperators(InFolder):
 
     def some(self):
         """A queue with a task in each state but running."""
-        queue = self.queue()
-        queue.add_task("echo", [1], task_id="good", keep_result=3600)
-        queue.add_task("fail", task_id="bad")
-        queue.run_due({"echo": echo, "fail": fail})
-        queue.add_task("echo", "later", task_id="later", due_date=timedelta(days=3))
+        queue = with_some_tasks(self.queue())
         queue.add_task("other", task_id="other")
         return queue
 
@@ -12686,11 +12691,7 @@ class TestPage(InFolder):
 
     def some(self):
         """A queue with a task in each state but running, and a schedule."""
-        queue = self.queue()
-        queue.add_task("echo", [1], task_id="good", keep_result=3600)
-        queue.add_task("fail", task_id="bad")
-        queue.run_due({"echo": echo, "fail": fail})
-        queue.add_task("echo", "later", task_id="later", due_date=timedelta(days=3))
+        queue = with_some_tasks(self.queue())
         queue.add_task("fail", task_id="follows", after="bad")
         queue.add_task("tick", task_id="ticks", repeat=timedelta(minutes=10), due_date=timedelta(hours=1))
         return queue
