@@ -48,7 +48,7 @@ The life of a task (each arrow is a method of Store)
                 |                retry                           |
                 +------------------------------------------------+
     remove: waiting, failed, done --> (removed)      update: waiting --> waiting
-    cancel: the same; running --> (removed), as its master kills the worker
+    cancel: as remove; running --> (removed), as its master kills the worker
     claim, of what `expires` or cannot be read: waiting --> failed
 
     A task that is to follow others (`after`, `after_end`) is held: it waits in no line, until
@@ -1725,6 +1725,7 @@ _Tally = dict[str, "collections.Counter[str]"]
 
 
 def new_tally() -> _Tally:
+    """Counts of no run so far."""
     return collections.defaultdict(collections.Counter)
 
 
@@ -1801,7 +1802,7 @@ def without_run(row: Row, reason: str, now: int) -> Row:
     return row._replace(state="failed", owner="", interrupted=0, error=reason, **ended)
 
 
-# So begin the errors of tasks that were too late to start, and whose predecessor was removed.
+# The first words of the errors of tasks that expired, and of those whose predecessor is gone.
 EXPIRED, ORPHANED = "Expired: ", "not started: "
 
 
@@ -2999,7 +3000,7 @@ class Store(TypeSettings, Following, Looking):
             except StoreError:
                 if self.atomic or not led:
                     raise
-                return led, [], {}  # What is settled counts. The rest is asked again.
+                return led, [], {}  # What is settled counts. The claim is made again.
 
         led, rows, known = self._change(work)
         limited = [it for it in known if it in types and not known[it].paused] if known else ()
