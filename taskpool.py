@@ -1732,8 +1732,8 @@ def new_tally() -> _Tally:
 def read_counts(text: Any) -> collections.Counter[str]:
     """The counts of a Setting. What cannot be read counts as nothing."""
     found: Any = None
-    with contextlib.suppress(TypeError, ValueError):
-        found = text and _decode(text)
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        found = text and json.loads(text)
     counts = found.items() if isinstance(found, dict) else ()
     usable = {name: n for name, n in counts if type(n) is int and 0 <= n <= MAX_INT}
     return collections.Counter(usable)

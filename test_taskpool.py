@@ -5855,6 +5855,8 @@ class TestDataInMemory(WithCluster):
                 for options in ({}, {"if_exists": "replace"}):
                     data = {"a": [1, Point()]}
                     self.assertEqual(cluster.submit("echo", data, task_id="t", retries=1, **options).result(PATIENCE), data)
+            for _ in range(2):  # As the heartbeat does, each second.
+                queue.in_memory._store.tally({"echo": collections.Counter(failed=1)})
         self.assertEqual((found, never.called), ([data, data], False))
 
     def test_a_running_task_is_replaced_by_one_with_such_data(self):
