@@ -11612,8 +11612,9 @@ SHOWN_TASKS = 100  # That run, that repeat, and that others follow.
 COUNT_SHARE = 0.05  # Of the time may be spent on counting tasks.
 COUNT_SECONDS = 0.05  # Who looks waits for a count that takes less.
 OLD_SECONDS = 30.0  # Nobody is told of a count that is much older than that.
-BATCH_TASKS = 500  # Changed in one transaction, so that clusters go on meanwhile.
-BATCH_SECONDS = 0.03  # Least wait between two of these.
+BATCH_TASKS = 500  # Read, and at most changed, at once.
+WRITE_SECONDS = 0.02  # A transaction is to take so long, so that clusters go on meanwhile.
+BREAK_SECONDS = 0.03  # Least wait between two of these: SQLite tries again each 25 ms at first.
 BODY_BYTES = 1 << 16  # Of a request.
 SOCKET_SECONDS = 10.0  # A connection that is silent for so long is closed.
 TOKEN_CHARS = 16  # The fewest of a token that somebody makes up.
@@ -11806,34 +11807,38 @@ class _Page:
             return {"count": 1}
         if verb not in _CHANGES:
             raise _Refused(400, f"the verb is none of {', '.join(_CHANGES)}, pause, resume, limit")
-        count = sum(self._change(verb, ids, wish) for ids in self._batches(wish))
+        ids, count, size = self._ids(wish), 0, 50
+        while some := list(itertools.islice(ids, size)):
+            with self._writing:
+                began = time.monotonic()
+                count += self._change(verb, some, wish)
+                took = max(time.monotonic() - began, 0.001)
+                if len(some) == size:  # There may be more.
+                    time.sleep(max(BREAK_SECONDS, took))
+            size = max(1, min(int(size * WRITE_SECONDS / took), 2 * size, BATCH_TASKS))
         self._queue._wake_others()
         return {"count": count}
 
-    def _batches(self, wish: Mapping[str, Any]) -> Iterator[list[str]]:
-        """The ids that are meant. What is added, or fails, after that is not."""
+    def _ids(self, wish: Mapping[str, Any]) -> Iterator[str]:
+        """The tasks that are meant. What is added, or fails, after that is not."""
         query, before = self._query(wish), None
         if "ids" in wish:
-            yield _listed("ids", wish["ids"]) or []
+            yield from _listed("ids", wish["ids"]) or []
             return
         if query == Query():
             raise ValueError("give ids, or a type, a state or held")
         while found := self._newest(query, BATCH_TASKS, before):
-            yield [row.id for row, *_ in found if type(row.id) is str]
+            yield from (row.id for row, *_ in found if type(row.id) is str)
             before = found[-1].key
 
     def _change(self, verb: str, ids: list[str], wish: Mapping[str, Any]) -> int:
-        change, began = _CHANGES[verb][0], time.monotonic()
-        with self._writing:
-            if verb in ("retry", "remove"):  # Not those that have left the list meanwhile.
-                filters = {name: wish.get(key) for name, key in _ASKED.items()}
-                held = True if filters.pop("held") else None
-                count = change(self._queue, task_id=ids, held=held, **filters)
-            else:
-                count = sum(bool(change(self._queue, task_id=task_id)) for task_id in ids)
-            if len(ids) == BATCH_TASKS:  # Others are to have time to write.
-                time.sleep(max(BATCH_SECONDS, time.monotonic() - began))
-        return cast(int, count)
+        change = _CHANGES[verb][0]
+        if verb not in ("retry", "remove"):
+            return sum(bool(change(self._queue, task_id=task_id)) for task_id in ids)
+        filters = {name: wish.get(key) for name, key in _ASKED.items()}
+        filters["held"] = True if filters["held"] else None
+        # Those that have left the list meanwhile fit no more.
+        return cast(int, change(self._queue, task_id=ids, **filters))
 
     # ---- Requests
 
