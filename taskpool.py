@@ -810,6 +810,11 @@ def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _counted(count: int, one: str, many: str = "") -> str:
+    """`1 task`, `2 tasks`: a number, and what is counted in that form of it."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def _shown(value: Any) -> str:
     try:
         return _short(repr(value))
@@ -8718,8 +8723,9 @@ def _warn_followers(store: Store, failed: Sequence[str]) -> None:
     with contextlib.suppress(StoreError):  # What has failed is recorded.
         waiting = collections.Counter(bond.parent for bond in store.bonds(parents=failed))
         for row in store.rows(Query(ids=list(waiting), states=["failed"]), 0) if waiting else ():
-            text = "cluster:%s:%s:\t%d task(s) wait for this one: retry or remove it"
-            _log.warning(text, row.task_type, row.id, waiting[row.id])
+            text = "cluster:%s:%s:\t%s for this one: retry or remove it"
+            count = _counted(waiting[row.id], "task waits", "tasks wait")
+            _log.warning(text, row.task_type, row.id, count)
 
 
 def _log_start(row: Row) -> None:
@@ -9332,14 +9338,15 @@ class _Source:
         """The cluster ends: if the store did not come back, say what is lost by that."""
         what, futures = "the store did not come back", self.engine.futures
         if self.unsettled:
-            text = "%s: %d outcome(s) are lost, those tasks start again"
-            _log.error(text, what, len(self.unsettled))
+            lost = _counted(len(self.unsettled), "outcome is", "outcomes are")
+            _log.error("%s: %s lost; what had run starts again", what, lost)
         for run in self.unsettled:
             for future in futures.of(run.row):
                 futures.end(future, _FINISHED, StoreError(f"{what}: the outcome is lost"))
         waiting = sum(not (isinstance(f._row, MemoryRow) or f._held) for f in futures.all())
         if waiting and self.failures:
-            _log.error("%s: %d submitted task(s) stay waiting", what, waiting)
+            stay = _counted(waiting, "submitted task stays", "submitted tasks stay")
+            _log.error("%s: %s waiting", what, stay)
 
     def pass_tally(self) -> None:
         """Have what was counted here added to the totals in the store, sooner or later."""
@@ -9474,9 +9481,9 @@ class _Ending:
         if runs or any(source.due or source.changed for source in sources):
             # A user who pressed Ctrl-C inside `with` must see what the end waits for.
             (_log.warning if interrupted else _log.info)(
-                "shutting down: %d task(s) run, and what is due by now is still done; "
+                "shutting down: %s, and what is due by now is still done; "
                 "Ctrl-C (again) starts nothing more and gives running tasks %.1f s",
-                *(runs, seconds),
+                *(_counted(runs, "task runs", "tasks run"), seconds),
             )
         self.mode, self.until = "finishing", until
         for source in sources:  # A store that fails is given time from now on.
@@ -9837,8 +9844,8 @@ class _Dispatcher:
             ms = round(seconds * 1000)
             _log.info("cluster:%s:%s:\tdone in %d ms", row.task_type, row.id, ms)
         if opened:
-            text = "cluster:%s:%s:\tended with %d open conversation(s); return toggle_ipc's Future"
-            _log.warning(text, row.task_type, row.id, opened)
+            text = "cluster:%s:%s:\tended with %s; return toggle_ipc's Future"
+            _log.warning(text, row.task_type, row.id, _counted(opened, "open conversation"))
         end = row.id, row.claim, "done", True, 0, kept, problem, row.progress, seconds
         run.source.record(run, tuple.__new__(Outcome, end), "done", packed)  # As Outcome(*end).
 
@@ -9920,7 +9927,8 @@ class _Dispatcher:
         types = list(self.cluster.task_map)
         left = self.cluster.queue.in_memory.count(task_type=types, state="waiting")
         if left:
-            _log.warning("%d in-memory tasks had not started at shutdown; they end here", left)
+            end = _counted(left, "in-memory task ends", "in-memory tasks end")
+            _log.warning("%s here, not started before the shutdown", end)
         self.futures.end_all()
         self.threads[_FUTURES].post(self.threads[_CALLBACKS].stop)  # After its own calls.
         for kind in (_FUTURES, _LISTENER, _BROKER):
@@ -9991,11 +9999,11 @@ def _allowed_workers(wanted: Any, oversubscribe: bool) -> int:
     if wanted < 1:
         _log.warning("max_available_workers is %d; using 1", wanted)
     elif wanted > allowed:
-        text = "max_available_workers is %d, but there are %d CPUs; using %d (see oversubscribe)"
-        _log.warning(text, wanted, cpus, cpus)
+        text = "max_available_workers is %d, more than the %s; using %d (see oversubscribe)"
+        _log.warning(text, wanted, _counted(cpus, "CPU"), cpus)
     if allowed == cpus and not _warned_all_cpus:
         _warned_all_cpus = True
-        text = "all %d CPUs are used by workers; leave some for the master and the system"
+        text = "all CPUs are used by workers (%d); leave some for the master and the system"
         _log.warning(text, cpus)
     return allowed
 
@@ -10494,6 +10502,11 @@ OK, FAILURE, USAGE = 0, 1, 2  # Exit codes; argparse exits with 2 itself.
 # `python taskpool.py --demo`: the promises on real work.
 
 
+def _print_where() -> None:
+    cpus = _counted(_usable_cpus(), "CPU")
+    print(f"taskpool {__version__}, Python {sys.version.split()[0]}, {cpus}")
+
+
 def _demo_files() -> list[str]:
     """The modules of this Python's standard library that are one file, the largest first."""
     with os.scandir(os.path.dirname(os.__file__)) as entries:
@@ -10629,7 +10642,7 @@ def _demo() -> int:
     import tempfile
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="  log: %(message)s")
-    print(f"taskpool {__version__}, Python {sys.version.split()[0]}, {_usable_cpus()} CPUs")
+    _print_where()
     options: Any = {"keep_alive": "always", "auto_initialize": False}
     options["message_broker"] = lambda respond, message: respond(f"{message['data']} yes")
     broken = []
@@ -10707,7 +10720,7 @@ def _bench_lines(folder: str, count: int = 50_000) -> Iterator[tuple[str, str]]:
 def _bench(options: Any) -> int:
     import tempfile
 
-    print(f"taskpool {__version__}, Python {sys.version.split()[0]}, {_usable_cpus()} CPUs")
+    _print_where()
     with tempfile.TemporaryDirectory(prefix="taskpool-bench-") as folder:
         for what, number in _bench_lines(folder):
             print(f"  {what:<40} {number:>20}", flush=True)
@@ -10864,8 +10877,8 @@ def _tell_status(view: SQLiteStore, options: Any, now: int, width: int) -> _Told
     total = sum(kind[name] for kind in types for name in ("waiting", *_COUNTS[3:]))
     masters = [told_owner(owner) for owner in view.owners()]
     who = ", ".join(f"pid {m['pid']} ({m['state']})" for m in masters)
-    few = f"; {stuck:,} wait for failed tasks" if stuck else ""
-    lines = [f"{_plain(options.db)}: {total:,} tasks{few}"]
+    few = _counted(stuck, "waits for failed tasks", "wait for failed tasks")
+    lines = [f"{_plain(options.db)}: {_counted(total, 'task')}{'; ' + few if stuck else ''}"]
     lines.append(f"masters: {who or 'none; nothing runs until a Cluster works on this file'}")
     if "(unknown)" in who:
         lines.append("  (unknown: of another machine or container, or a system without /proc)")
@@ -11023,12 +11036,6 @@ def _look(options: Any) -> int:
         time.sleep(max(1.0, 9 * (time.monotonic() - started)))
 
 
-def _add(options: Any) -> int:
-    with TaskQueue(options.db) as queue:
-        print(_plain(queue.add_task(options.task_type, options.data).id))
-    return OK
-
-
 # What each command calls for a task, what it says of that, and why the call may do nothing.
 _CHANGES: dict[str, tuple[Callable[..., Any], str, str]] = {
     "retry": (TaskQueue.retry, "waiting", "it is {}, not failed"),
@@ -11057,8 +11064,11 @@ def _change(options: Any) -> int:
                 if not change(queue, task_id=row.id):
                     why = not_so.format(_public_state(row.state))
                     raise TaskPoolError(f"{_shown(row.id)}: {why}")
-                is_later = row.state == "running" and word == "removed"
-                end = "runs; it is removed at the end of this run" if is_later else word
+                end = word
+                if row.state == "running" and word == "removed":
+                    end = "runs; it is removed at the end of this run"
+                if word == "due now" and row.task_type in view.paused():
+                    end += f", but it does not start: {_shown(row.task_type)} is paused"
                 print(f"{_plain(row.id)}: {end}")
             except (TaskPoolError, ValueError) as error:
                 missed = True
@@ -11105,7 +11115,7 @@ def _imported(name: str, check: Callable[[Any], _T]) -> _T:
         is_theirs = last.filename != __file__ and os.path.exists(last.filename)
         where = f" ({last.filename}, line {last.lineno})" if is_theirs else ""
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise TaskPoolError(f"{name} cannot be served: {text}{where}") from error
+        raise TaskPoolError(f"{name} cannot be used: {text}{where}") from error
 
 
 @lru_cache(maxsize=1)
@@ -11125,6 +11135,37 @@ def _served(name: str) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     return _imported(name, check)
+
+
+def _targeted(target: str, is_made: bool) -> TaskQueue:
+    """The queue that MODULE:NAME means; or that of a file, which may be made at its use."""
+
+    def check(thing: Any) -> TaskQueue:
+        if isinstance(thing, TaskQueue):
+            return thing
+        raise _wrong_type("it", thing, "a TaskQueue")
+
+    if not os.path.exists(target):
+        with contextlib.suppress(ValueError):
+            return _imported(_read_place(target), check)
+    if not is_made:
+        with contextlib.closing(SQLiteStore(target, _looking=True)) as view:
+            view.owners()  # Raises if no file of ours is there.
+    return TaskQueue(target)
+
+
+def _add(options: Any) -> int:
+    """The command add: store a task, also if its type is declared to be in memory."""
+    name = options.task_type
+    with _targeted(options.target, is_made=True) as queue:
+        try:
+            print(_plain(queue.add_task(name, options.data, in_memory=False).id))
+        except TypeError as error:  # The declared function has no such keywords.
+            raise ValueError(str(error)) from error
+        if queue.task_map and name not in queue.task_map:
+            why = f"{_shown(name)} is not declared{_nearest(name, queue.task_map)}"
+            print(f"taskpool.py: {_plain(why)}", file=sys.stderr)
+    return OK
 
 
 class _Served:
@@ -11953,22 +11994,6 @@ def _page_server(page: _Page, family: Any, address: Any) -> Any:
     return Server(address, Handler)
 
 
-def _looked_at(target: str) -> TaskQueue:
-    """The queue of a file, or the one that MODULE:NAME means."""
-
-    def check(thing: Any) -> TaskQueue:
-        if isinstance(thing, TaskQueue):
-            return thing
-        raise _wrong_type("it", thing, "a TaskQueue")
-
-    if not os.path.exists(target):
-        with contextlib.suppress(ValueError):
-            return _imported(_read_place(target), check)
-    with contextlib.closing(SQLiteStore(target, _looking=True)) as view:
-        view.owners()  # Raises if no file of ours is there.
-    return TaskQueue(target)
-
-
 def _web(options: Any) -> int:
     """The command web: serve the page until Ctrl-C."""
     import ipaddress
@@ -11986,7 +12011,7 @@ def _web(options: Any) -> int:
     is_open = not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
     if is_open and not own:
         options.parser.error(f"--host {host} is open to others: give a token in $TASKPOOL_TOKEN")
-    queue, token = _looked_at(options.target), own or secrets.token_urlsafe(32)
+    queue, token = _targeted(options.target, is_made=False), own or secrets.token_urlsafe(32)
     page = _Page(options.target, queue, token, options.read_only)
     try:
         server = _page_server(page, family, address)
@@ -12017,7 +12042,10 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, str, Any]] = {
     "status": (_look, "db --watch --json", "what waits, runs and fails, by type", _tell_status),
     "list": (_look, f"db {_CHOOSING} --held --newest --limit --json", "tasks by age", _tell_list),
     "show": (_look, "db id --json", "all of one task", _tell_task),
-    "add": (_add, "db task_type data?", "add a task; a missing file is made", None),
+    "add": (
+        _add, "target task_type data?",
+        "add a task, by MODULE:NAME with its declared defaults; a missing file is made", None,
+    ),
     "retry": (_change, f"db id* {_CHOOSING}", "put failed tasks back to waiting", None),
     "remove": (_change, f"db id* {_CHOOSING}", "remove tasks; a running one ends its run", None),
     "cancel": (_change, "db id+", "remove tasks; what runs is stopped", None),
@@ -12074,7 +12102,7 @@ def _arguments() -> dict[str, dict[str, Any]]:
         "db": {"metavar": "DB", "help": "the file of your TaskQueue"},
         "id": {"metavar": "ID", "help": "an id, or its beginning"},
         "types": {"metavar": "TYPE", "type": kind},
-        "task_type": {"metavar": "TYPE", "help": "without the defaults that the code declares"},
+        "task_type": {"metavar": "TYPE"},
         "data": {"metavar": "JSON", "type": read(_decode, "JSON"), "default": _NO_DATA},
         "name": {"metavar": "MODULE:NAME", "type": place},
         "target": {"metavar": "TARGET", "help": "a file, or MODULE:NAME of a TaskQueue"},
@@ -12176,7 +12204,7 @@ def _under_own_name() -> Any:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["run"], ["web"]):
+    if sys.argv[1:2] in (["add"], ["run"], ["web"]):  # These import modules of yours.
         sys.exit(_under_own_name().main())
     sys.modules.setdefault("taskpool", sys.modules["__main__"])  # Never imported twice.
     sys.exit(main())

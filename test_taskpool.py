@@ -6648,7 +6648,7 @@ class TestP1NothingIsLost(InFolder):
             store.fails.clear()
             self.assertEqual([task.state for task in cluster.queue.find()], ["waiting"] * left)
             self.assertEqual(isinstance(error, StoreError), bool(left))
-            self.assertEqual("1 outcome(s) are lost" in "\n".join(logs.output), bool(left))
+            self.assertEqual("1 outcome is lost;" in "\n".join(logs.output), bool(left))
             os.remove(path)
 
     @mock.patch.multiple(taskpool, RENEW_SECONDS=0.05, WATCH_SECONDS=0.01)
@@ -8517,7 +8517,7 @@ class TestEnds(InFolder):
         wait = 'f = cluster.submit("hold", task_id="x", priority=-1)\n            with cluster: f.result()'
         queue, process = self.serve(5, self.SERVER.replace("cluster.run()", wait))
         process.send_signal(signal.SIGINT)
-        eventually(lambda: "2 task(s) run" in self.log.read_text())
+        eventually(lambda: "2 tasks run" in self.log.read_text())
         self.assertIn("Ctrl-C (again) starts nothing more and gives running tasks 5.0 s", self.log.read_text())
         (self.folder / "end").touch()
         process.communicate(timeout=PATIENCE)
@@ -8838,7 +8838,7 @@ class TestPassingFailures(InFolder):
         self.assertLessEqual(len([name for name in asked if name not in ("leave", "close")]), 1)
         self.assertRegex(str(run.exception(PATIENCE)), "did not come back")
         eventually(lambda: waits.done() and other.done())
-        self.assertIn("did not come back: 2 submitted task(s) stay waiting", "".join(logs.output))
+        self.assertIn("did not come back: 2 submitted tasks stay waiting", "".join(logs.output))
         del store.before
         self.assertEqual(cluster.queue.count(), 3)
 
@@ -9053,7 +9053,7 @@ class TestFollowers(InFolder):
                     self.assertEqual([(f.done(), f.running(), t.held) for f, t in zip(held, verbs.find(held=True))], [(False, False, True)] * 2)
                     with self.assertRaises(TimeoutError):
                         self.tasks.wait("b0", 0)
-                self.assertEqual(["fail:a:\t2 task(s) wait for this one" in line for line in logs.output][:2], [False, True])
+                self.assertEqual(sum("fail:a:\t2 tasks wait for this one" in line for line in logs.output), 1)
                 self.assertEqual(([f.cancelled() for f in held], verbs.count(held=True)), ([True, True], 2))
         self.tasks.retry(task_id="a")
         with self.cluster({**EVERYTHING, "fail": echo}, self.tasks) as cluster:
@@ -12109,7 +12109,7 @@ class TestOperators(InFolder):
         queue.add_task("next", after_end=["bad", "later"], task_id="end")
         queue.add_task("last", after=["end"])
         text, status = self.out("status", "tasks.db"), self.json("status", "tasks.db")
-        self.assertRegex(text, r"\Atasks.db: 7 tasks; 1 wait for failed tasks\nmasters: .*\n\ntype +limits +waiting  due  held  ")
+        self.assertRegex(text, r"\Atasks.db: 7 tasks; 1 waits for failed tasks\nmasters: .*\n\ntype +limits +waiting  due  held  ")
         for line in (r"echo +paused, 1,234 at once, 10 per 60 s +1 +0 +0 ", "last +- +1 +0 +1 ", "next +- +2 +0 +2 ",
                      r"none +1 per 0\.25 s +0 ", "other +paused +1 +0 +0 +0 +0 +0  - +-"):
             self.assertRegex(text, rf"\n{line}")
@@ -12122,6 +12122,9 @@ class TestOperators(InFolder):
                 _, lines = taskpool._tell_status(view, options, NOW, 0)
             self.assertRegex(lines[3], "limits .* held")
         self.assertNotIn("wait for", lines[0])
+        queue.remove(state="waiting")
+        queue.remove(task_id="bad")
+        self.assertRegex(self.out("status", "tasks.db"), r"\Atasks.db: 1 task\n")
 
     def test_pause_resume_and_limit_tell_what_holds_then(self):
         queue = self.some()
@@ -12153,6 +12156,8 @@ class TestOperators(InFolder):
         code, out, err = self.main("now", "tasks.db", "bad", "other", "nope")
         self.assertEqual((code, out, err.count("\n")), (1, "other: due now\n", 2))
         self.assertRegex(err, "'bad' is failed; only waiting tasks .*\n.*'nope': no such task\n")
+        queue.pause("other")
+        self.assertEqual(self.out("now", "tasks.db", "other"), "other: due now, but it does not start: 'other' is paused\n")
 
     def test_cancel_tells_of_each_task(self):
         self.some()
@@ -12342,6 +12347,29 @@ class TestOperators(InFolder):
         for arguments, text in ((("",), "task_type is ''"), (("x", str(2**70)), "data is"), (("x", "[" * 91 + "]" * 91), "90 levels")):
             self.assertIn(text, self.error("add", "tasks.db", *arguments, code=2))
         self.assertIn(" is a folder", self.error("add", ".", "x"))
+
+    def test_add_by_the_name_of_a_queue_knows_what_its_code_declares(self):
+        self.script("""
+            queue = TaskQueue("tasks.db")
+
+            @queue.task(retries=3, priority=7, in_memory=True)
+            def mail(job, *, to):
+                pass
+        """, "declared.py")
+        def add(*arguments):
+            process = self.start("-m", "taskpool", "add", "declared:queue", *arguments)
+            out, err = process.communicate(timeout=PATIENCE)
+            return process.returncode, out.rstrip(), err
+        code, task_id, err = add("mail", '{"to": 5}')
+        self.assertEqual((code, err), (0, ""))
+        task = self.queue().find_one(task_id=task_id)  # Stored, whatever is declared: the program ends.
+        self.assertEqual((task.task_type, task.data, task.retries, task.priority), ("mail", {"to": 5}, 3, 7))
+        code, out, err = add("mail", '{"too": 5}')
+        self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
+        self.assertIn("data has no 'to'", err)
+        code, task_id, err = add("mial")
+        self.assertEqual((code, self.queue().count(task_id=task_id)), (0, 1))
+        self.assertEqual(err, "taskpool.py: 'mial' is not declared; did you mean 'mail'?\n")
 
     def test_a_mistake_is_told_in_one_line_with_the_usage(self):
         for arguments in (
