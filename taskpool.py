@@ -11658,6 +11658,7 @@ WRITE_SECONDS = 0.02  # A transaction is to take so long, so that clusters go on
 BREAK_SECONDS = 0.03  # Least wait between two of these: SQLite tries again each 25 ms at first.
 BODY_BYTES = 1 << 16  # Of a request.
 SOCKET_SECONDS = 10.0  # A connection that is silent for so long is closed.
+UNHEARD_SOCKETS = 50  # So many may be open without having asked: else the oldest is closed.
 TOKEN_CHARS = 16  # The fewest of a token that somebody makes up.
 _ASKED = {"state": "state", "task_type": "type", "held": "held"}  # As requests name filters.
 
@@ -11938,12 +11939,13 @@ def _page_server(page: _Page, family: Any, address: Any) -> Any:
     import http.server
     import socketserver
 
-    policy = _policy()
+    policy, unheard = _policy(), collections.OrderedDict[socket.socket, None]()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = SOCKET_SECONDS
 
         def do_GET(self, body: bytes = b"") -> None:
+            unheard.pop(self.connection, None)
             given = self.headers.get("Authorization", "")
             self._send(*page.answer(self.command, self.path, given, body))
 
@@ -11987,6 +11989,17 @@ def _page_server(page: _Page, family: Any, address: Any) -> Any:
             if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
             super().server_bind()
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            unheard[request] = None
+            while len(unheard) > UNHEARD_SOCKETS:
+                with contextlib.suppress(OSError, KeyError):  # It may have ended just now.
+                    unheard.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            unheard.pop(request, None)
+            super().shutdown_request(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             pass  # The browser has gone.

@@ -13067,6 +13067,25 @@ class TestPage(InFolder):
             self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
         self.assertEqual(process.returncode, 0)
 
+    def test_a_flood_of_idle_connections_takes_few_threads_and_shuts_nobody_out(self):
+        page = taskpool._Page("x", self.some(), self.TOKEN, True)
+        with mock.patch.object(taskpool, "SOCKET_SECONDS", 1000.0):
+            server = taskpool._page_server(page, socket.AF_INET, ("127.0.0.1", 0))
+        self.port = server.server_address[1]
+        thread = threading.Thread(target=server.serve_forever, args=[0.01], daemon=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(server), thread.start(), stack.callback(server.shutdown)
+            before = threading.active_count()
+            for number in range(500):
+                end = stack.enter_context(socket.create_connection(("127.0.0.1", self.port)))
+                end.sendall(b"POST /api/do HTTP/1.1\r\n" * (number % 2))
+                if number % 100 == 99:
+                    self.assertEqual(self.ask("/api/state")[0], 200)
+            eventually(lambda: threading.active_count() <= before + taskpool.UNHEARD_SOCKETS)  # One for each socket.
+            self.assertEqual(self.ask("/api/state")[0], 200)
+        for store in page.stores:
+            store.close()
+
     def test_a_silent_connection_is_closed_and_the_end_waits_for_none(self):
         page = taskpool._Page("x", self.queue(), self.TOKEN, True)
         for seconds in (0.1, 1000.0):
