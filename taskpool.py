@@ -11266,9 +11266,10 @@ li { border-top: 1px solid var(--line); }
 .types { max-height: 23.2rem; overflow: auto; }
 .types .row {
   column-gap: .75rem; grid-template-columns: minmax(5rem, 1fr) repeat(6, minmax(3.7rem, 4.5rem))
-    repeat(4, minmax(4.8rem, 5.2rem)) minmax(5rem, 1fr) 4.5rem;
+    repeat(4, minmax(4.8rem, 5.2rem)) minmax(5rem, 1fr) 8rem;
 }
 .types .row > :not(:first-child, :nth-child(12)) { text-align: right; }
+.types .row > :nth-child(12) { white-space: normal; }
 #tasks .row > button, #tasks span:nth-child(5), dd {
   font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
@@ -11285,7 +11286,7 @@ dd { overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: plaintext; }
   position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); max-width: 92vw;
   padding: .5rem 1rem; border-radius: 8px; background: var(--ink); color: var(--paper);
 }
-@media (max-width: 70rem) {
+@media (max-width: 74rem) {
   body { padding: .75rem .5rem; }
   .row, .types .row { display: flex; flex-wrap: wrap; column-gap: 1rem; padding: .5rem .75rem; }
   .card > .row.row, [data-none=true] { display: none; }
@@ -11461,7 +11462,21 @@ function typeRow(type) {
   const cells = [...counts.map(number), oldest, next, ...rates(type), limits];
   const press = () => { $("type").value = $("type").value === name ? "" : name; show(tab); };
   const verb = paused ? "resume" : "pause";
-  return {name, cells, press, acts: {[verb]: () => act(verb, {type: name}, name)}};
+  const acts = {[verb]: () => act(verb, {type: name}, name), limit: () => limit(type)};
+  return {name, cells, press, acts};
+}
+
+// Ask for the limits of a type. What is no number goes as it is: the server says what is wrong.
+function limit({task_type: type, at_once, rate}) {
+  const read = text => text === "none" ? null : Number.isFinite(Number(text)) ? Number(text) : text;
+  const wish = {type};
+  for (const [name, words, now] of [["at_once", "how many run at once: N", at_once],
+    ["rate", "how many start in how many seconds: N/SECONDS", rate?.join("/")]]) {
+    const text = prompt(`${plain(type)}: ${words}, or none`, now ?? "none")?.trim();
+    if (text === undefined) return;
+    wish[name] = text.includes("/") ? text.split("/").map(read) : read(text);
+  }
+  act("limit", wish, type);
 }
 
 // ---- Lists of tasks

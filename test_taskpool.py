@@ -13215,7 +13215,7 @@ class TestPageInABrowser(InFolder):
         page = context.new_page()
         page.on("console", lambda it: it.type not in ("error", "warning") or re.search(complaints, it.text) or said.append(it.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: (self.questions.append(dialog.message), dialog.accept() if self.yes else dialog.dismiss()))
+        page.on("dialog", lambda dialog: (self.questions.append(dialog.message), self.reply(dialog)))
         page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
 
         def end():
@@ -13228,6 +13228,13 @@ class TestPageInABrowser(InFolder):
         self.addCleanup(end)
         page.goto(address)
         return page
+
+    def reply(self, dialog):
+        """self.yes: whether the answer is yes, or the texts that are typed, one for each question."""
+        if isinstance(self.yes, list):
+            dialog.accept(self.yes.pop(0)) if self.yes else dialog.dismiss()
+        else:
+            dialog.accept() if self.yes else dialog.dismiss()
 
     @staticmethod
     def row(page, text):
@@ -13323,6 +13330,32 @@ class TestPageInABrowser(InFolder):
             self.press(page, f"^{button}$", "echo")
             eventually(lambda is_paused=is_paused: queue.types()[0]["paused"] is is_paused)
         self.assertEqual((queue.types()[0]["at_once"], queue.types()[0]["rate"]), (3, (10, 2.5)))
+
+    def test_the_limits_of_a_type_are_set_and_a_wrong_one_is_told(self):
+        queue, evil = self.queue(), HOSTILE[0] + HOSTILE[2]
+        queue.add_task(evil)
+        queue.limit(evil, at_once=3)
+        page = self.look(complaints="409", viewport={"width": 320, "height": 640})
+        shown = evil.replace("\u202e", r"\u202e")
+        at_once, rate = (f"{shown}: how many {what}, or none" for what in ("run at once: N", "start in how many seconds: N/SECONDS"))
+
+        def limits():
+            return tuple(queue.types()[0][name] for name in ("at_once", "rate"))
+
+        button = self.row(page, shown).get_by_role("button", name="limit")
+        for answers, expected in ((["4", "10/2.5"], (4, (10, 2.5))), ([" 5 ", "none"], (5, None)), (["none", "1/60"], (None, (1, 60.0)))):
+            button.focus()
+            self.yes = [*answers]
+            page.keyboard.press("Enter")
+            eventually(lambda expected=expected: limits() == expected)
+            self.asked(re.escape(f"{at_once}\n{rate}"))
+        self.row(page, shown).get_by_text("1 per 60 s", exact=True).wait_for()
+        for answers, words in ((["0", "none"], "at_once is 0"), (["x", "none"], "at_once is 'x'"), (["1e999", "none"], "at_once is '1e999'"),
+                               (["none", "5"], "rate is 5"), (["none", ""], "rate"), (["none", "none/5"], "rate"), (["none", "5/0"], "rate[1] is 0")):
+            self.press(page, "^limit$", shown, asks=re.escape(f"{at_once}\n{rate}"), yes=[*answers])
+            page.locator("#said").filter(has_text=words).wait_for()
+        self.press(page, "^limit$", shown, asks=re.escape(at_once), yes=[])  # Who goes back changes nothing.
+        self.assertEqual(limits(), (None, (1, 60.0)))
 
     def test_what_tasks_say_is_text_and_nothing_else(self):
         queue = self.queue()
