@@ -5890,7 +5890,7 @@ def _checked_message(message: Any) -> Any:
 def _checked_task_map(task_map: Any) -> tuple[dict[str, TaskFunction], dict[str, _Style]]:
     """A copy of a task map, and how its functions are called."""
     if not isinstance(task_map, Mapping):
-        allowed = "a dict of {task_type: function}, or only `queue=`, with declared tasks"
+        allowed = "a dict of {task_type: function}, or only a queue, with declared tasks"
         raise _wrong_type("task_map", task_map, allowed)
     if not task_map:
         raise _wrong_value("task_map", task_map, "at least one {task_type: function}")
@@ -11101,53 +11101,31 @@ def _read_place(text: str) -> str:
     raise ValueError(text)
 
 
-def _imported(name: str, check: Callable[[Any], _T]) -> _T:
-    """What *check* makes of the thing that MODULE:NAME means."""
+def _imported(place: str) -> Any:
+    """What MODULE:NAME means. The module may be in the current folder."""
     import importlib
 
-    module, _, attributes = name.partition(":")
+    module, _, attributes = place.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(1, os.getcwd())  # Behind the folder of this file.
     try:
-        return check(operator.attrgetter(attributes)(importlib.import_module(module)))
+        return operator.attrgetter(attributes)(importlib.import_module(module))
     except Exception as error:  # Told in one line.
         last = traceback.extract_tb(error.__traceback__)[-1]
         is_theirs = last.filename != __file__ and os.path.exists(last.filename)
         where = f" ({last.filename}, line {last.lineno})" if is_theirs else ""
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise TaskPoolError(f"{name} cannot be used: {text}{where}") from error
-
-
-@lru_cache(maxsize=1)
-def _served(name: str) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
-    """The TaskQueue that MODULE:NAME means, if it is one, and the task map: in the master and
-    in its workers, which log alike."""
-
-    def check(thing: Any) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
-        queue = thing if isinstance(thing, TaskQueue) else None
-        if queue and not queue.task_map:
-            raise ValueError("this TaskQueue declares no tasks")
-        task_map = queue.task_map if queue else thing
-        if not isinstance(task_map, Mapping):
-            raise _wrong_type("it", thing, "a TaskQueue or a dict of {task_type: function}")
-        _checked_task_map(task_map)
-        return queue, task_map
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    return _imported(name, check)
+        raise TaskPoolError(f"{place} cannot be used: {text}{where}") from error
 
 
 def _targeted(target: str, is_made: bool) -> TaskQueue:
     """The queue that MODULE:NAME means; or that of a file, which may be made at its use."""
-
-    def check(thing: Any) -> TaskQueue:
-        if isinstance(thing, TaskQueue):
-            return thing
-        raise _wrong_type("it", thing, "a TaskQueue")
-
     if not os.path.exists(target):
         with contextlib.suppress(ValueError):
-            return _imported(_read_place(target), check)
+            queue = _imported(_read_place(target))
+            if isinstance(queue, TaskQueue):
+                return queue
+            raise _wrong_type(target, queue, "a TaskQueue")
     if not is_made:
         with contextlib.closing(SQLiteStore(target, _looking=True)) as view:
             view.owners()  # Raises if no file of ours is there.
@@ -11158,14 +11136,25 @@ def _add(options: Any) -> int:
     """The command add: store a task, also if its type is declared to be in memory."""
     name = options.task_type
     with _targeted(options.target, is_made=True) as queue:
-        try:
-            print(_plain(queue.add_task(name, options.data, in_memory=False).id))
-        except TypeError as error:  # The declared function has no such keywords.
-            raise ValueError(str(error)) from error
+        print(_plain(queue.add_task(name, options.data, in_memory=False).id))
         if queue.task_map and name not in queue.task_map:
             why = f"{_shown(name)} is not declared{_nearest(name, queue.task_map)}"
             print(f"taskpool.py: {_plain(why)}", file=sys.stderr)
     return OK
+
+
+@lru_cache(maxsize=1)
+def _served(place: str) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
+    """The TaskQueue that MODULE:NAME means, if it is one, and the task map: in the master and
+    in its workers, which log alike."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    thing = _imported(place)
+    if not isinstance(thing, TaskQueue):
+        _checked_task_map(thing)
+        return None, thing
+    if not thing.task_map:
+        raise TaskPoolError(f"{place}: this TaskQueue declares no tasks")
+    return thing, thing.task_map
 
 
 class _Served:
@@ -11215,14 +11204,11 @@ def _print_cron(options: Any) -> int:
 
 _STYLE = """\
 :root {
-  color-scheme: light dark; --ink: #1c2230; --soft: #667085; --line: #e4e7ec; --paper: #fff;
-  --back: #f6f7f9; --blue: #2251cc; --red: #b3261e; --amber: #8f5a00;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e4e7ed; --soft: #98a1b2; --line: #2b313c; --paper: #181b22; --back: #101217;
-    --blue: #8fb0ff; --red: #ff8f85; --amber: #e9b558;
-  }
+  color-scheme: light dark;
+  --ink: light-dark(#1c2230, #e4e7ed); --soft: light-dark(#667085, #98a1b2);
+  --line: light-dark(#e4e7ec, #2b313c); --paper: light-dark(#fff, #181b22);
+  --back: light-dark(#f6f7f9, #101217); --blue: light-dark(#2251cc, #8fb0ff);
+  --red: light-dark(#b3261e, #ff8f85); --amber: light-dark(#8f5a00, #e9b558);
 }
 * { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; }
 [hidden] { display: none !important; }
@@ -11390,17 +11376,17 @@ async function ask(path, wish) {
 }
 
 async function look() {
-  const mine = ++turn, asked = Date.now();
+  const mine = ++turn;
   clearTimeout(timer);
   try {
-    const found = token && await ask("api/state"), late = (Date.now() - asked) / 2;
+    const found = token && await ask("api/state"), now = Date.now();
     tab ||= found && found.types.some(type => type.failed) ? "failed" : "running";
     const list = found && await tasks(found);
     if (mine !== turn) return;
     [state, page, trouble] = [found, list, ""];
     if (found) {
-      heard = Date.now();
-      skew = Date.parse(found.now) - asked - late;
+      heard = now;
+      skew = Date.parse(found.now) - now;
       showState();
       showTasks();
     }
@@ -11468,7 +11454,7 @@ function typeRow(type) {
 
 // Ask for the limits of a type. What is no number goes as it is: the server says what is wrong.
 function limit({task_type: type, at_once, rate}) {
-  const read = text => text === "none" ? null : Number.isFinite(Number(text)) ? Number(text) : text;
+  const read = text => text === "none" ? null : isFinite(text) ? Number(text) : text;
   const wish = {type};
   for (const [name, words, now] of [["at_once", "how many run at once: N", at_once],
     ["rate", "how many start in how many seconds: N/SECONDS", rate?.join("/")]]) {
@@ -11675,7 +11661,6 @@ BODY_BYTES = 1 << 16  # Of a request.
 SOCKET_SECONDS = 10.0  # A connection that is silent for so long is closed.
 UNHEARD_SOCKETS = 50  # So many may be open without having asked: else the oldest is closed.
 TOKEN_CHARS = 16  # The fewest of a token that somebody makes up.
-_ASKED = {"state": "state", "task_type": "type", "held": "held"}  # As requests name filters.
 
 
 class _Shared:
@@ -11741,14 +11726,16 @@ def _brief(row: Row) -> dict[str, Any]:
     """A task in a list, but for its data and result, which may be cut."""
     row = readable(row._replace(data="null", result=None))
     task, runs = Task(row), row.state == "running"
-    told = {"id": task.id, "type": task.task_type, "state": task.state, "held": task.held}
-    told.update(attempt=task.attempt, created=task.created_at, due=task.due_date)
-    told.update({"since" if runs else "started": task.started_at, "ended": task.ended_at})
-    told.update(next=_datetime(row.ready_at) if row.state in ("ready", "scheduled") else None)
-    told.update(master=told_owner(row.owner)["pid"] if runs else None)
-    told.update(progress=task.progress and task.progress._asdict())
-    told.update(rule=task.repeat and _in_words(task.repeat))
-    return {**told, "error": (task.error or "").partition("\n")[0] or None}
+    return {
+        "id": task.id, "type": task.task_type, "state": task.state, "held": task.held,
+        "attempt": task.attempt, "created": task.created_at, "due": task.due_date,
+        "since" if runs else "started": task.started_at, "ended": task.ended_at,
+        "next": _datetime(row.ready_at) if row.state in ("ready", "scheduled") else None,
+        "master": told_owner(row.owner)["pid"] if runs else None,
+        "progress": task.progress and task.progress._asdict(),
+        "rule": task.repeat and _in_words(task.repeat),
+        "error": (task.error or "").partition("\n")[0] or None,
+    }  # fmt: skip
 
 
 def _instant_text(value: Any) -> str:
@@ -11794,11 +11781,13 @@ class _Page:
         told.update(now=_datetime(self._queue._now()), counted_at=_datetime(counted_at), took=took)
         return {**told, "types": types, **self._moving.get()[0]}
 
-    def _query(self, asked: Mapping[str, Any]) -> Query:
+    def _filters(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The tasks that a request means: of a state, of a type, or those held."""
-        filters = {name: asked.get(key) or None for name, key in _ASKED.items()}
-        filters["held"] = True if filters["held"] else None
-        return _make_query("the page", filters, self._store)
+        state, task_type, held = (asked.get(name) or None for name in ("state", "type", "held"))
+        return {"state": state, "task_type": task_type, "held": held and True}
+
+    def _query(self, asked: Mapping[str, Any]) -> Query:
+        return _make_query("the page", self._filters(asked), self._store)
 
     def _tasks(self, asked: Mapping[str, str]) -> dict[str, Any]:
         before = json.loads(asked["before"]) if asked.get("before") else None
@@ -11892,10 +11881,8 @@ class _Page:
         change = _CHANGES[verb][0]
         if verb not in ("retry", "remove"):
             return sum(bool(change(self._queue, task_id=task_id)) for task_id in ids)
-        filters = {name: wish.get(key) for name, key in _ASKED.items()}
-        filters["held"] = True if filters["held"] else None
-        # Those that have left the list meanwhile fit no more.
-        return cast(int, change(self._queue, task_id=ids, **filters))
+        # Those that have left the list meanwhile fit the filters no more.
+        return cast(int, change(self._queue, task_id=ids, **self._filters(wish)))
 
     # ---- Requests
 
@@ -12213,9 +12200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     except KeyboardInterrupt:
         return OK if options.command in ("status", "web") else FAILURE
-    except (TaskPoolError, OSError, ValueError) as error:
+    except (TaskPoolError, OSError, ValueError, TypeError) as error:
         print(f"taskpool.py: {_plain(str(error))}", file=sys.stderr)
-        is_usage = isinstance(error, ValueError) and options.command in ("add", "cron")
+        is_usage = options.command in ("add", "cron") and isinstance(error, (ValueError, TypeError))
         return USAGE if is_usage else FAILURE
 
 
