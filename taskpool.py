@@ -10638,17 +10638,17 @@ def _part_restart(cluster: Cluster, folder: str) -> tuple[bool, str]:
 _PARTS = (_part_parse, _part_clock, _part_talk, _part_flaky, _part_kill, _part_restart)
 
 
-def _demo() -> int:
+def _demo(options: Any) -> int:
     import tempfile
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="  log: %(message)s")
     _print_where()
-    options: Any = {"keep_alive": "always", "auto_initialize": False}
-    options["message_broker"] = lambda respond, message: respond(f"{message['data']} yes")
+    given: Any = {"keep_alive": "always", "auto_initialize": False}
+    given["message_broker"] = lambda respond, message: respond(f"{message['data']} yes")
     broken = []
     with tempfile.TemporaryDirectory(prefix="taskpool-demo-") as folder:
         queue = TaskQueue(os.path.join(folder, "demo.db"))
-        with queue, Cluster(_DEMO_MAP, queue, **options) as cluster:
+        with queue, Cluster(_DEMO_MAP, queue, **given) as cluster:
             for part in _PARTS:
                 print(f"\n{part.__doc__}", flush=True)
                 try:
@@ -10812,21 +10812,23 @@ def _cell(value: Any, now: int) -> str:
     return "-" if value is None else _plain(value)
 
 
-def _ends(text: str) -> list[int]:
-    """How many places a terminal needs for the text up to each character."""
+def _width(text: str) -> int:
+    """How many places of a terminal the text needs."""
     import unicodedata
 
     wide, mark = unicodedata.east_asian_width, unicodedata.combining
-    return list(itertools.accumulate(0 if mark(c) else 1 + (wide(c) in "WF") for c in text))
-
-
-def _width(text: str) -> int:
-    return len(text) if text.isascii() else _ends(text)[-1]
+    sizes = (0 if mark(char) else 1 + (wide(char) in "WF") for char in text)
+    return len(text) if text.isascii() else sum(sizes)
 
 
 def _fit(text: str, width: int) -> str:
     """The text, or its beginning and "..." if it needs more than *width* places."""
-    return text if _width(text) <= width else text[: bisect_right(_ends(text), width - 3)] + "..."
+    if _width(text) <= width:
+        return text
+    text = text[:width]
+    while text and _width(text) > width - 3:
+        text = text[:-1]
+    return text + "..."
 
 
 def _table(rows: Sequence[Mapping[str, Any]], now: int, width: int = 0) -> list[str]:
@@ -11378,18 +11380,15 @@ async function ask(path, wish) {
 async function look() {
   const mine = ++turn;
   clearTimeout(timer);
+  if (!token) return;
   try {
-    const found = token && await ask("api/state"), now = Date.now();
-    tab ||= found && found.types.some(type => type.failed) ? "failed" : "running";
-    const list = found && await tasks(found);
+    const found = await ask("api/state"), now = Date.now();
+    tab ||= found.types.some(type => type.failed) ? "failed" : "running";
+    const list = await tasks(found);
     if (mine !== turn) return;
-    [state, page, trouble] = [found, list, ""];
-    if (found) {
-      heard = now;
-      skew = Date.parse(found.now) - now;
-      showState();
-      showTasks();
-    }
+    [state, page, trouble, heard, skew] = [found, list, "", now, Date.parse(found.now) - now];
+    showState();
+    showTasks();
   } catch (error) {
     if (mine !== turn) return;
     trouble = error.message;
@@ -11671,15 +11670,15 @@ class _Shared:
         self._find, self._lock = find, threading.Lock()
         self._found: tuple[Any, int, float] | Exception = StoreError("not looked for")
         self._again = self._too_old = -math.inf  # Monotonic: when it may be, and must be, found.
-        self._is_looking = False
 
     def get(self) -> tuple[Any, int, float]:
         """What was found, the instant of that, and the seconds that it took."""
         with self._lock:
-            if time.monotonic() >= self._too_old:
+            now = time.monotonic()
+            if now >= self._too_old:
                 self._look()
-            elif time.monotonic() >= self._again and not self._is_looking:
-                self._is_looking = True
+            elif now >= self._again:
+                self._again = math.inf  # Somebody is looking.
                 threading.Thread(target=self._look, daemon=True).start()
             if isinstance(self._found, Exception):
                 raise StoreError(str(self._found)) from self._found
@@ -11696,7 +11695,6 @@ class _Shared:
         self._again = self._too_old = time.monotonic() + wait
         if took > COUNT_SECONDS:  # Who asks soon after that has the old answer, at once.
             self._too_old += took + OLD_SECONDS
-        self._is_looking = False
 
 
 class _Refused(Exception):
@@ -11706,9 +11704,9 @@ class _Refused(Exception):
 def _in_words(repeat: timedelta | Cron) -> str:
     if isinstance(repeat, Cron):
         return repeat.explain()
-    seconds, sizes = repeat.total_seconds(), {86400: "d", 3600: "h", 60: "min", 1: "s"}
-    size = next((size for size in sizes if seconds % size == 0), 1)
-    return f"every {seconds / size:g} {sizes[size]}"
+    seconds, units = repeat.total_seconds(), {86400: "d", 3600: "h", 60: "min"}
+    size = next((size for size in units if seconds % size == 0), 1)
+    return f"every {seconds / size:g} {units.get(size, 's')}"
 
 
 def _told_text(text: Any, length: int) -> str | None:
@@ -11777,9 +11775,11 @@ class _Page:
 
     def _state(self, asked: Mapping[str, str]) -> dict[str, Any]:
         types, counted_at, took = self._types.get()
-        told = {"name": self._name, "version": __version__, "read_only": self._read_only}
-        told.update(now=_datetime(self._queue._now()), counted_at=_datetime(counted_at), took=took)
-        return {**told, "types": types, **self._moving.get()[0]}
+        return {
+            "name": self._name, "version": __version__, "read_only": self._read_only,
+            "now": _datetime(self._queue._now()), "counted_at": _datetime(counted_at),
+            "took": took, "types": types, **self._moving.get()[0],
+        }  # fmt: skip
 
     def _filters(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The tasks that a request means: of a state, of a type, or those held."""
@@ -12160,7 +12160,8 @@ def _parser() -> Any:
         prog="taskpool.py", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Background jobs in one file: run Python functions later, elsewhere.",
     )  # fmt: skip
-    parser.add_argument("--demo", action="store_true", help="show it at work, on real files")
+    about = "show it at work, on real files"
+    parser.add_argument("--demo", action="store_const", dest="act", const=_demo, help=about)
     parser.add_argument("--version", action="version", version=f"taskpool {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     specs = _arguments()
@@ -12184,14 +12185,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:  # parse_args would not show the usage of the command.
         known = parser if options.command is None else options.parser
         known.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.command is None and not options.demo:
+    if options.act is None:
         parser.error("say what to do")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A terminal that lacks a letter is no error.
             coding = "utf-8" if options.command == "metrics" else None  # As Prometheus asks.
             stream.reconfigure(encoding=coding, errors="backslashreplace")
     try:
-        code = _demo() if options.demo else cast(int, options.act(options))
+        code = cast(int, options.act(options))
         if sys.stdout is not None:  # As under `>&-`.
             sys.stdout.flush()
         return code
@@ -12202,7 +12203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK if options.command in ("status", "web") else FAILURE
     except (TaskPoolError, OSError, ValueError, TypeError) as error:
         print(f"taskpool.py: {_plain(str(error))}", file=sys.stderr)
-        is_usage = options.command in ("add", "cron") and isinstance(error, (ValueError, TypeError))
+        is_usage = options.command in ("add", "cron") and type(error) in (ValueError, TypeError)
         return USAGE if is_usage else FAILURE
 
 
