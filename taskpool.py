@@ -11292,58 +11292,43 @@ const UNSEEN = /[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060
 const code = sign => "\\u" + sign.charCodeAt(0).toString(16).padStart(4, "0");
 const plain = text => String(text ?? "").replace(UNSEEN, code);
 
-function put(node, text) {
-  if (node.textContent !== plain(text)) node.textContent = plain(text);
-  return node;
-}
-
-function make(tag, about, ...children) {
-  const node = Object.assign(document.createElement(tag), about);
-  node.append(...children.map(child => child instanceof Node ? child : plain(child)));
-  return node;
-}
-
-// Have a node's children be those of these things; *still*: none comes or goes. What stays is
-// never made anew.
-function sync(parent, things, name, create, update, still) {
-  const old = new Map([...parent.children].map(node => [node.dataset.name, node]));
-  const nodes = things.map(thing => {
-    const node = old.get(name(thing)) ?? create(thing);
-    old.delete(node.dataset.name = name(thing));
-    update(node, thing);
-    return node;
+// Have an element hold a text, or elements: [tag, name, properties, inside]. What is there by its
+// name is never made anew; *still*: none comes or goes.
+function fill(node, inside, still) {
+  if (!Array.isArray(inside)) {
+    if (node.textContent !== plain(inside)) node.textContent = plain(inside);
+    return;
+  }
+  const old = new Map([...node.children].map(child => [child.dataset.name, child]));
+  const children = inside.map(([tag, name, about, within]) => {
+    const child = Object.assign(old.get(name) ?? document.createElement(tag), about);
+    Object.assign(child.dataset, about.data, {name});
+    old.delete(name);
+    fill(child, within);
+    return child;
   });
   if (still) return;
-  for (const node of old.values()) node.remove();
-  nodes.forEach((node, i) => node === parent.children[i] ||
-    parent.insertBefore(node, parent.children[i] ?? null));
+  for (const child of old.values()) child.remove();
+  children.forEach((child, i) => child === node.children[i] ||
+    node.insertBefore(child, node.children[i] ?? null));
 }
 
-function buttons(node, acts) {
-  const all = state.read_only ? [] : Object.entries(acts);
-  sync(node, [...all.entries()], ([i]) => String(i), () => make("button", {}),
-    (button, [, [text, act]]) => { put(button, text).onclick = act; });
-}
+const buttons = acts => state.read_only ? [] : Object.entries(acts).map(
+  ([text, onclick], i) => ["button", String(i), {onclick}, text]);
 
 // Have a list hold these rows, each with a button before its cells, others behind them, and
-// details below.
+// facts below, if it has any.
 function rows(list, things, still) {
   const heads = [...list.previousElementSibling.children].map(head => head.textContent);
-  sync(list, things, it => it.name, it => make(
-    "li", {}, make("div", {className: "row"}, make("button", {}, it.name),
-      ...it.cells.map(() => make("span", {})), make("span", {className: "acts"})),
-    make("dl", {hidden: true}),
-  ), (item, it) => {
-    const [row, details] = item.children;
-    it.cells.forEach((text, i) => {
-      const cell = put(row.children[i + 1], text);
-      [cell.dataset.head, cell.dataset.none] = [heads[i + 1], ["", "0"].includes(text)];
-    });
-    row.style.setProperty("--part", it.part ?? 0);
-    row.firstChild.onclick = () => it.press(details);
-    buttons(row.lastChild, it.acts);
-    if (!details.hidden) unfold(details, it.name);
-  }, still);
+  const cell = (text, i) => [
+    "span", `cell ${i}`, {data: {head: heads[i + 1], none: ["", "0"].includes(text)}}, text];
+  fill(list, things.map(({name, cells, press, acts, part = 0, isOpen, facts}) => ["li", name, {}, [
+    ["div", "row", {className: "row", style: `--part: ${part}`}, [
+      ["button", "name", {onclick: press, ariaExpanded: isOpen}, name],
+      ...cells.map(cell), ["span", "acts", {className: "acts"}, buttons(acts)],
+    ]],
+    ["dl", "facts", {hidden: !isOpen}, facts],
+  ]]), still);
 }
 
 // ---- Times
@@ -11389,6 +11374,7 @@ async function look() {
     [state, page, trouble, heard, skew] = [found, list, "", now, Date.parse(found.now) - now];
     showState();
     showTasks();
+    for (const {id} of page.tasks) if (unfolded.has(id)) unfold(id);
   } catch (error) {
     if (mine !== turn) return;
     trouble = error.message;
@@ -11410,10 +11396,10 @@ async function tasks(found) {
 async function act(verb, wish, words) {
   const isMuch = verb === "cancel" || (verb === "remove" && wish.ids?.length !== 1);
   if (isMuch && !confirm(`${verb} ${words}?`)) return;
-  put($("said"), `${verb} ${words} ...`);
+  fill($("said"), `${verb} ${words} ...`);
   const told = await ask("api/do", {...wish, verb}).catch(error => error);
-  put($("said"), `${verb} ${words}: ${told.message ?? number(told.count)}`);
-  setTimeout(() => put($("said"), ""), 5000);
+  fill($("said"), `${verb} ${words}: ${told.message ?? number(told.count)}`);
+  setTimeout(() => fill($("said"), ""), 5000);
   [page, moved] = [null, true];
   look();
 }
@@ -11501,34 +11487,39 @@ function taskRow(task) {
   const [date, text] = tell(task, part);
   for (const verb of TABS[tab].verbs)
     acts[verb] = () => act(verb, {...TABS[tab].wish, ids: [id]}, id);
-  const press = details => {
-    details.hidden = !details.hidden;
-    details.previousSibling.firstChild.ariaExpanded = String(!details.hidden);
-    unfold(details, id);
+  const press = ({target}) => {
+    if (!unfolded.delete(id)) unfold(id);
+    target.closest("li").lastChild.hidden = !unfolded.has(id);  // Also of one that has gone.
+    showTasks();
   };
   const cells = [type, attempt > 1 ? `attempt ${attempt}` : "", when(date), text];
-  return {name: id, cells, press, acts, part: tab === "running" ? part : 0};
+  const shown = {isOpen: unfolded.has(id), facts: unfolded.get(id)};
+  return {name: id, cells, press, acts, part: tab === "running" ? part : 0, ...shown};
 }
 
 function showTasks() {
+  if (!page) return;  // The list is on its way.
   const list = $("tasks"), type = $("type").value, all = number(count(tab, type)), acts = {};
   // While somebody points at the list, or reads in it, nothing there moves.
   const still = !moved && list.querySelector(":hover, :focus-visible, dl:not([hidden])");
   rows(list, page.tasks.map(taskRow), still);
   moved = false;
-  put($("empty"), list.firstChild ? "" : state.types.length ? "none" : "no tasks yet");
+  fill($("empty"), list.firstChild ? "" : state.types.length ? "none" : "no tasks yet");
   [$("newest").hidden, $("older").hidden] = [!before, !page.before];
   const {verbs, wish} = TABS[tab], ids = [...list.children].map(item => item.dataset.name);
+  for (const id of unfolded.keys()) if (!ids.includes(id)) unfolded.delete(id);
   for (const verb of wish && ids.length ? verbs.filter(verb => verb !== "now") : []) {
     acts[`${verb} shown`] = () => act(verb, {...wish, ids}, `${ids.length} ${tab}`);
     acts[`${verb} all ${all}`] = () => act(
       verb, {...wish, ...type && {type}}, `all ${all} ${tab} ${type}`);
   }
-  buttons($("bulk"), acts);
+  fill($("bulk"), buttons(acts));
 }
 
-// All of one task.
-async function unfold(details, id) {
+const unfolded = new Map();  // Of the tasks of which all is shown: what is told of them.
+
+async function unfold(id) {
+  if (!unfolded.has(id)) unfolded.set(id, []);
   const task = await ask(`api/task?id=${encodeURIComponent(id)}`)
     .catch(error => ({error: error.message}));
   const date = text => `${new Date(text).toLocaleString()} (${when(text)})`;
@@ -11538,11 +11529,10 @@ async function unfold(details, id) {
     progress: ({done, total, note}) => `${done} of ${total ?? "?"} ${note ?? ""}`,
   };
   const facts = Object.entries(task).filter(([, fact]) => fact || fact === 0);
-  const lines = facts.flatMap(([name, fact]) => [
-    ["dt", name, name.replace("_", " ")], ["dd", name, as[name]?.(fact) ?? fact],
-  ]);
-  sync(details, lines, ([tag, name]) => tag + name, ([tag]) => make(tag, {}),
-    (node, [,, text]) => put(node, text));
+  if (unfolded.has(id)) unfolded.set(id, facts.flatMap(([name, fact]) => [
+    ["dt", `${name} is`, {}, name.replace("_", " ")], ["dd", name, {}, as[name]?.(fact) ?? fact],
+  ]));
+  showTasks();
 }
 
 // ---- The whole
@@ -11555,25 +11545,27 @@ function showState() {
     looks.push({at, runs: new Map(types.map(type => [type.task_type, type.runs]))});
   while (looks.length > 2 && looks[1].at < at - 60_000) looks.shift();
   document.title = plain(failed ? `${name}: ${number(failed)} failed` : name);
-  put($("name"), name);
-  put($("total"), `${number(total)} task${total === 1 ? "" : "s"}`);
+  fill($("name"), name);
+  fill($("total"), `${number(total)} task${total === 1 ? "" : "s"}`);
   const tellMaster = it => `master ${it.pid}: ${it.state}, ${number(it.running)} running`;
-  put($("masters"), masters.map(tellMaster).join("; ") || "no master: nothing starts");
+  fill($("masters"), masters.map(tellMaster).join("; ") || "no master: nothing starts");
   rows($("types"), types.map(typeRow));
   $("types").parentNode.hidden = !types.length;
-  sync($("type"), names, name => name, name => new Option(name || "all types", name), () => null);
-  sync($("tabs"), Object.keys(TABS), name => name, name => make(
-    "button", {onclick: () => show(name)}, `${name} `, make("span", {})), (button, name) => {
-    put(button.lastChild, number(count(name)));
-    button.lastChild.className = count(name) && name === "failed" ? "bad" : "soft";
-    button.ariaPressed = String(name === tab);
-  });
-  TABS[tab].heads.forEach((head, i) => put($("head").children[3 + i], head));
+  fill($("type"), names.map(name => ["option", name, {value: name}, name || "all types"]));
+  fill($("tabs"), Object.keys(TABS).map(name => [
+    "button", name, {onclick: () => show(name), ariaPressed: String(name === tab)}, [
+      ["span", "name", {}, `${name} `],
+      ["span", "count", {className: name === "failed" && failed ? "bad" : "soft"},
+        number(count(name))],
+    ],
+  ]));
+  TABS[tab].heads.forEach((head, i) => fill($("head").children[3 + i], head));
 }
 
 // Show a list from its beginning, or from behind a task.
 function show(name, key = "") {
   [tab, before, page, moved] = [name, key, null, true];
+  unfolded.clear();
   look();
 }
 
@@ -11584,7 +11576,7 @@ function showAge() {
   const first = token ? "looking ..." : "";
   const counted = state ? `counted ${about(age(state.counted_at))} ago` : first;
   const since = token ? `, for ${about((Date.now() - heard) / 1000)}` : "";
-  put($("age"), trouble ? trouble + since : counted);
+  fill($("age"), trouble ? trouble + since : counted);
   $("age").className = trouble ? "bad" : "soft";
 }
 

@@ -13418,6 +13418,15 @@ class TestPageInABrowser(InFolder):
         queue.add_tasks([{"task_type": "a"}, {"task_type": "z"}])
         self.row(page, "z").wait_for()
         self.assertEqual(page.evaluate("document.activeElement.closest('li').dataset.name"), "fail")
+        row = self.row(page, "new0")  # What has gone stays for who reads in it, and no longer.
+        row.get_by_role("button").first.click()
+        queue.remove(task_id="new0")
+        page.get_by_role("button", name="failed 44").wait_for()
+        row.locator("dd").first.wait_for()
+        row.get_by_role("button").first.click()
+        page.mouse.move(0, 0)
+        page.evaluate("document.activeElement.blur()")
+        row.wait_for(state="hidden")
 
     def test_all_of_it_works_by_keys_alone(self):
         queue = self.queue()
