@@ -11928,12 +11928,11 @@ def _policy() -> str:
     )
 
 
-def _page_server(page: _Page, family: Any, address: Any) -> Any:
-    """A server for the page, which listens at that address."""
+def _page_handler(page: _Page, unheard: dict[Any, None]) -> Any:
+    """A class whose objects answer a connection each, and take it off those *unheard*."""
     import http.server
-    import socketserver
 
-    policy, unheard = _policy(), collections.OrderedDict[socket.socket, None]()
+    policy = _policy()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = SOCKET_SECONDS
@@ -11975,6 +11974,15 @@ def _page_server(page: _Page, family: Any, address: Any) -> Any:
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
             pass  # Neither requests nor tokens are logged.
 
+    return Handler
+
+
+def _page_server(page: _Page, family: Any, address: Any) -> Any:
+    """A server for the page, which listens at that address."""
+    import socketserver
+
+    unheard: Any = collections.OrderedDict()  # The connections that have asked nothing yet.
+
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads, request_queue_size, address_family = True, 100, family
         allow_reuse_address = os.name != "nt"  # There it would allow others to listen, too.
@@ -11992,13 +12000,13 @@ def _page_server(page: _Page, family: Any, address: Any) -> Any:
             super().process_request(request, client_address)
 
         def shutdown_request(self, request: Any) -> None:
-            unheard.pop(request, None)
+            unheard.pop(request, None)  # Which asked nothing.
             super().shutdown_request(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             pass  # The browser has gone.
 
-    return Server(address, Handler)
+    return Server(address, _page_handler(page, unheard))
 
 
 def _web(options: Any) -> int:
