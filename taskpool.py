@@ -10514,14 +10514,13 @@ def _demo_files() -> list[str]:
     return [path for _, path in sorted(files) if path.endswith(".py")]
 
 
-def _demo_parse(job: Task) -> list[int]:
-    """Parse one file, and count its lines and functions."""
+def _demo_parse(job: Task) -> int:
+    """Parse one file, and count its functions."""
     import ast
 
     with open(job.data, "rb") as file:
-        source = file.read()
-    kinds = [type(node).__name__ for node in ast.walk(ast.parse(source))]
-    return [source.count(b"\n"), sum("FunctionDef" in kind for kind in kinds)]
+        tree = ast.parse(file.read())
+    return sum("FunctionDef" in type(node).__name__ for node in ast.walk(tree))
 
 
 def _demo_talk(job: Task, toggle_ipc: Callable[..., Future[Any]]) -> Future[Any]:
@@ -10570,8 +10569,8 @@ def _demo_doomed_master(path: str) -> None:
 def _part_parse(cluster: Cluster, folder: str) -> tuple[bool, str]:
     """1. Parse the standard library: stored tasks, and urgent ones in memory first"""
     files, queue, started = _demo_files(), cluster.queue, time.monotonic()
-    parsed: dict[str, list[int]] = {}
-    queue.add_event_listener("done", lambda counts, task: parsed.update({task.data: counts}))
+    parsed: dict[str, int] = {}
+    queue.add_event_listener("done", lambda count, task: parsed.update({task.data: count}))
     queue.add_tasks({"task_type": "parse", "data": file} for file in files[:-6])
     for file in files[-6:]:
         queue.add_task("parse", file, in_memory=True)
@@ -10579,9 +10578,8 @@ def _part_parse(cluster: Cluster, folder: str) -> tuple[bool, str]:
     while not cluster.drain(0.5):
         print(f"  {len(parsed):,} of {len(files):,} files", flush=True)
     queue.remove_event_listener("done")
-    lines, functions = map(sum, zip(*parsed.values()))
     urgent = {*files[-6:]} <= {*list(parsed)[:50]}  # Others mix in on a busy machine.
-    counted = f"{lines:,} lines, {functions:,} functions in {time.monotonic() - started:.1f} s"
+    counted = f"{sum(parsed.values()):,} functions in {time.monotonic() - started:.1f} s"
     return urgent and len(parsed) == len(files), f"{counted}; urgent first: {urgent}"
 
 
@@ -10658,7 +10656,7 @@ def _demo(options: Any) -> int:
                 print(f"  {'->' if good else 'BROKEN:'} {result}", flush=True)
                 broken += [] if good else [part.__doc__]
     end = ["NOT as promised:", *broken] if broken else ["All parts came out as promised."]
-    print("", *end, sep="\n  " if broken else "\n")
+    print("", *end, sep="\n")
     return FAILURE if broken else OK
 
 
@@ -11051,14 +11049,13 @@ def _change(options: Any) -> int:
     """retry, remove, cancel and now: say what became of each ID, or how many tasks the filters
     meant."""
     filters = {"task_type": options.type, "state": options.state}
-    filters = {name: some for name, some in filters.items() if some}
-    if bool(filters) == bool(options.id):
+    if any(filters.values()) == bool(options.id):
         options.parser.error("give either IDs, or --type, --state or both")
     (change, word, not_so), missed = _CHANGES[options.command], False
     now, view = time.time_ns() // 1000, SQLiteStore(options.db, _looking=True)
     with contextlib.closing(view), TaskQueue(options.db) as queue:
         view.owners()  # Raises if no file of ours is there to be changed.
-        if filters:
+        if not options.id:
             print(f"{change(queue, **filters):,} {'put back to ' * (word == 'waiting')}{word}")
         for text in dict.fromkeys(options.id):
             try:
@@ -11650,7 +11647,7 @@ WRITE_SECONDS = 0.02  # A transaction is to take so long, so that clusters go on
 BREAK_SECONDS = 0.03  # Least wait between two of these: SQLite tries again each 25 ms at first.
 BODY_BYTES = 1 << 16  # Of a request.
 SOCKET_SECONDS = 10.0  # A connection that is silent for so long is closed.
-UNHEARD_SOCKETS = 50  # So many may be open without having asked: else the oldest is closed.
+STRANGERS = 50  # Connections without the token that are open at most: then the oldest is closed.
 TOKEN_CHARS = 16  # The fewest of a token that somebody makes up.
 
 
@@ -11878,15 +11875,20 @@ class _Page:
 
     # ---- Requests
 
+    def knows(self, given: str) -> bool:
+        """Whether that `Authorization` has the token."""
+        import hmac
+
+        return hmac.compare_digest(given.encode(), self._token)
+
     def answer(self, method: str, target: str, given: str, body: bytes) -> tuple[int, str, str]:
         """The status, the kind and the text that answer a request with that `Authorization`."""
-        import hmac
         import urllib.parse
 
         path, _, text = target.partition("?")
         if (method, path) == ("GET", "/"):
             return 200, "text/html", _PAGE
-        if not hmac.compare_digest(given.encode(), self._token):
+        if not self.knows(given):
             return self.error(401, "the token is missing or wrong")
         ways: dict[str, Callable[[Any], Any]] = {
             "/api/state": self._state, "/api/tasks": self._tasks, "/api/task": self._task,
@@ -11928,8 +11930,9 @@ def _policy() -> str:
     )
 
 
-def _page_handler(page: _Page, unheard: dict[Any, None]) -> Any:
-    """A class whose objects answer a connection each, and take it off those *unheard*."""
+def _page_handler(page: _Page, strangers: dict[Any, None]) -> Any:
+    """A class whose objects answer a connection each, and take it off the *strangers*, if it
+    has the token."""
     import http.server
 
     policy = _policy()
@@ -11938,8 +11941,9 @@ def _page_handler(page: _Page, unheard: dict[Any, None]) -> Any:
         timeout = SOCKET_SECONDS
 
         def do_GET(self, body: bytes = b"") -> None:
-            unheard.pop(self.connection, None)
             given = self.headers.get("Authorization", "")
+            if page.knows(given):
+                strangers.pop(self.connection, None)
             self._send(*page.answer(self.command, self.path, given, body))
 
         def do_POST(self) -> None:
@@ -11981,7 +11985,7 @@ def _page_server(page: _Page, family: Any, address: Any) -> Any:
     """A server for the page, which listens at that address."""
     import socketserver
 
-    unheard: Any = collections.OrderedDict()  # The connections that have asked nothing yet.
+    strangers: Any = collections.OrderedDict()  # Connections; a flood of these does no harm.
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads, request_queue_size, address_family = True, 100, family
@@ -11993,20 +11997,20 @@ def _page_server(page: _Page, family: Any, address: Any) -> Any:
             super().server_bind()
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            unheard[request] = None
-            while len(unheard) > UNHEARD_SOCKETS:
+            strangers[request] = None
+            while len(strangers) > STRANGERS:
                 with contextlib.suppress(OSError, KeyError):  # It may have ended just now.
-                    unheard.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)
+                    strangers.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)
             super().process_request(request, client_address)
 
         def shutdown_request(self, request: Any) -> None:
-            unheard.pop(request, None)  # Which asked nothing.
+            strangers.pop(request, None)
             super().shutdown_request(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             pass  # The browser has gone.
 
-    return Server(address, _page_handler(page, unheard))
+    return Server(address, _page_handler(page, strangers))
 
 
 def _web(options: Any) -> int:
