@@ -10914,7 +10914,7 @@ def _tell_list(view: SQLiteStore, options: Any, now: int, width: int) -> _Told:
 def _found(view: SQLiteStore, text: str, now: int) -> Row:
     """The task whose id is *text*, else the only one whose id begins so."""
     ids = [text]
-    if text and _is_unicode(text):  # Of those that begin so the text itself comes first.
+    if text and _is_unicode(text):  # The id that is *text* itself is found first.
         found = view._select(_BEGINNING, (text, text + "\U0010ffff"))
         ids = [task_id for (task_id,) in found if type(task_id) is str]
     if len(ids) > 1 and ids[0] != text:
@@ -11117,7 +11117,7 @@ def _imported(place: str) -> Any:
         raise TaskPoolError(f"{place} cannot be used: {text}{where}") from error
 
 
-def _targeted(target: str, is_made: bool) -> TaskQueue:
+def _queue_at(target: str, is_made: bool) -> TaskQueue:
     """The queue that MODULE:NAME means; or that of a file, which may be made at its use."""
     if not os.path.exists(target):
         with contextlib.suppress(ValueError):
@@ -11134,7 +11134,7 @@ def _targeted(target: str, is_made: bool) -> TaskQueue:
 def _add(options: Any) -> int:
     """The command add: store a task, also if its type is declared to be in memory."""
     name = options.task_type
-    with _targeted(options.target, is_made=True) as queue:
+    with _queue_at(options.target, is_made=True) as queue:
         print(_plain(queue.add_task(name, options.data, in_memory=False).id))
         if queue.task_map and name not in queue.task_map:
             why = f"{_shown(name)} is not declared{_nearest(name, queue.task_map)}"
@@ -11157,7 +11157,7 @@ def _served(place: str) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
 
 
 class _Served:
-    """A function of such a task map, pickled by name and type: so lambdas work, too."""
+    """A function of the task map of MODULE:NAME, pickled by these names: lambdas work, too."""
 
     def __init__(self, name: str, task_type: str) -> None:
         self._place, self.__wrapped__ = (name, task_type), _served(name)[1][task_type]
@@ -11383,7 +11383,7 @@ async function look() {
 async function tasks(found) {
   const type = $("type").value, {wish} = TABS[tab];
   if (!wish) return {tasks: found[tab].filter(task => !type || task.type === type)};
-  // As old as the counts may be: where these are costly, lists may be, too.
+  // Asked for again only with new counts: where counting takes long, this may do so, too.
   const query = new URLSearchParams({...wish, type, before}).toString();
   if (page?.query === query && page.counted_at === found.counted_at) return page;
   return {...await ask(`api/tasks?${query}`), query, counted_at: found.counted_at};
@@ -11639,9 +11639,9 @@ _PAGE = f"""\
 
 LIST_CHARS, ALL_CHARS = 200, 100_000  # Of the long texts of a task: in a list, and by itself.
 SHOWN_TASKS = 100  # That run, that repeat, and that others follow.
-COUNT_SHARE = 0.05  # Of the time may be spent on counting tasks.
-COUNT_SECONDS = 0.05  # Who looks waits for a count that takes less.
-OLD_SECONDS = 30.0  # Nobody is told of a count that is much older than that.
+COUNT_SHARE = 0.05  # At most this part of the time is spent on counting tasks.
+COUNT_SECONDS = 0.05  # Where counting takes longer, the last counts are told at once ...
+OLD_SECONDS = 30.0  # ... unless they are much older than this.
 BATCH_TASKS = 500  # Read, and at most changed, at once.
 WRITE_SECONDS = 0.02  # A transaction is to take so long, so that clusters go on meanwhile.
 BREAK_SECONDS = 0.03  # Least wait between two of these: SQLite tries again each 25 ms at first.
@@ -11682,7 +11682,7 @@ class _Shared:
         except Exception as error:
             self._found, wait = error, 1.0
         self._again = self._too_old = time.monotonic() + wait
-        if took > COUNT_SECONDS:  # Who asks soon after that has the old answer, at once.
+        if took > COUNT_SECONDS:
             self._too_old += took + OLD_SECONDS
 
 
@@ -11736,7 +11736,7 @@ class _Page:
     def __init__(self, name: str, queue: TaskQueue, token: str, read_only: bool) -> None:
         self._name, self._queue, self._read_only = name, queue, read_only
         self._token = f"Bearer {token}".encode()
-        # To look at a file changes nothing in it. No list waits for the counts.
+        # Views of a file change nothing in it. Two, so that no list waits for the counts.
         views, store = [queue, queue], queue._store
         if isinstance(store, SQLiteStore):
             views = [TaskQueue(SQLiteStore(store.path, _looking=True)) for _ in views]
@@ -11752,7 +11752,7 @@ class _Page:
     def _find_moving(self) -> dict[str, Any]:
         """What runs now, who runs it, and what repeats."""
         found = self._newest(Query(states=["running"]), 20 * BATCH_TASKS, None, LIST_CHARS)
-        # By text, as others may have written such.
+        # As text: another program may have written an instant that is no number.
         running = sorted((seen.row for seen in found), key=lambda row: str(row.ready_at))
         count = collections.Counter(row.owner for row in running)
         owners = sorted(self._store.owners())
@@ -11951,7 +11951,8 @@ def _page_handler(page: _Page, strangers: dict[Any, None]) -> Any:
             if not length.isdecimal():
                 self._send(*page.error(411, "the length of the body is missing"))
             elif int(length) > BODY_BYTES:
-                self.rfile.read(min(int(length), 16 * BODY_BYTES))  # Else it gets no answer.
+                # Clients that cannot send all of it may read no answer.
+                self.rfile.read(min(int(length), 16 * BODY_BYTES))
                 self._send(*page.error(413, f"the body has over {BODY_BYTES:,} bytes"))
             else:
                 self.do_GET(self.rfile.read(int(length)))
@@ -12030,7 +12031,7 @@ def _web(options: Any) -> int:
     is_open = not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
     if is_open and not own:
         options.parser.error(f"--host {host} is open to others: give a token in $TASKPOOL_TOKEN")
-    queue, token = _targeted(options.target, is_made=False), own or secrets.token_urlsafe(32)
+    queue, token = _queue_at(options.target, is_made=False), own or secrets.token_urlsafe(32)
     page = _Page(options.target, queue, token, options.read_only)
     try:
         server = _page_server(page, family, address)
@@ -12212,8 +12213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _under_own_name() -> Any:
-    """This module as others import it. Where it is __main__ that is another copy, but in
-    workers, which import it by its name, tasks and your modules must have the same one."""
+    """This file, imported under its own name: tasks and your modules import it so, too, and
+    must share one copy with the command, in the master and in its workers."""
     import importlib
 
     here, folder = sys.modules[__name__], os.path.dirname(os.path.abspath(__file__))
