@@ -11347,6 +11347,7 @@ const when = text => !text ? "" : age(text) < -1 ? `in ${about(-age(text))}` :
 
 let token = "", state = null, page = null, heard = Date.now(), trouble = "", turn = 0, timer = 0;
 let tab = "", before = "", moved = true;  // Which list, from which task on; if it is another.
+let hush = 0;  // The timer that takes away what was said last.
 
 async function ask(path, wish) {
   const answer = await fetch(path, {
@@ -11395,8 +11396,11 @@ async function act(verb, wish, words) {
   if (isMuch && !confirm(`${verb} ${words}?`)) return;
   fill($("said"), `${verb} ${words} ...`);
   const told = await ask("api/do", {...wish, verb}).catch(error => error);
-  fill($("said"), `${verb} ${words}: ${told.message ?? number(told.count)}`);
-  setTimeout(() => fill($("said"), ""), 5000);
+  const meant = wish.ids ? wish.ids.length : wish.state || wish.held ? null : 1;
+  const end = told.count === meant ? "done" : told.message ?? number(told.count);
+  fill($("said"), `${verb} ${words}: ${end}`);
+  clearTimeout(hush);
+  hush = setTimeout(() => fill($("said"), ""), 5000);
   [page, moved] = [null, true];
   look();
 }

@@ -13349,6 +13349,7 @@ class TestPageInABrowser(InFolder):
             page.keyboard.press("Enter")
             eventually(lambda expected=expected: limits() == expected)
             self.asked(re.escape(f"{at_once}\n{rate}"))
+            page.get_by_text(f"limit {shown}: done", exact=True).wait_for()
         self.row(page, shown).get_by_text("1 per 60 s", exact=True).wait_for()
         for answers, words in ((["0", "none"], "at_once is 0"), (["x", "none"], "at_once is 'x'"), (["1e999", "none"], "at_once is '1e999'"),
                                (["none", "5"], "rate is 5"), (["none", ""], "rate"), (["none", "none/5"], "rate"), (["none", "5/0"], "rate[1] is 0")):
