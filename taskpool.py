@@ -11221,8 +11221,7 @@ nav { padding: 1rem 0 .5rem; }
 h1 { font-size: 1.25rem; font-weight: 650; overflow-wrap: anywhere; }
 #age, #bulk, .acts { margin-left: auto; }
 .soft, .card > .row, [data-none=true], dt { color: var(--soft); }
-.bad, [data-head=failed][data-none=false] { color: var(--red); }
-#tasks [data-head=failed] { color: inherit; }
+.bad, .types [data-head=failed][data-none=false] { color: var(--red); }
 [data-head=limits] { color: var(--amber); }
 .stale { opacity: .5; }
 button, select, input {
@@ -11239,8 +11238,7 @@ button:hover { border-color: currentColor; }
 .row > button:hover { text-decoration: underline; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; }
 .card > .row { position: sticky; top: 0; background: var(--paper); border-radius: 8px; }
-ul { list-style: none; }
-li { border-top: 1px solid var(--line); }
+li { list-style: none; border-top: 1px solid var(--line); }
 .row {
   display: grid; grid-template-columns: 3fr 1.5fr 5.5rem 7rem 5fr 9rem; gap: 0 1rem;
   padding: .3rem .75rem; align-items: baseline;
