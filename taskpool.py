@@ -12214,20 +12214,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE if is_usage else FAILURE
 
 
-def _under_own_name() -> Any:
-    """This file, imported under its own name: tasks and your modules import it so, too, and
-    must share one copy with the command, in the master and in its workers."""
-    import importlib
-
-    here, folder = sys.modules[__name__], os.path.dirname(os.path.abspath(__file__))
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # python -I and -P leave it out.
-    stem = os.path.splitext(os.path.basename(__file__))[0]
-    return importlib.import_module(here.__spec__.name if here.__spec__ else stem)
+def _own_name() -> str:
+    """The name by which tasks and your modules import this file."""
+    return __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["add"], ["run"], ["web"]):  # These import modules of yours.
-        sys.exit(_under_own_name().main())
-    sys.modules.setdefault("taskpool", sys.modules["__main__"])  # Never imported twice.
-    sys.exit(main())
+    if sys.argv[1:2] != ["run"]:
+        sys.modules.setdefault(_own_name(), sys.modules["__main__"])  # Never imported twice.
+        sys.exit(main())
+    if not __spec__:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # -I and -P leave it out.
+    # Workers import this file by its name, and the master must have the same copy.
+    sys.exit(__import__(_own_name(), fromlist=["main"]).main())

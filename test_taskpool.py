@@ -12356,8 +12356,8 @@ class TestOperators(InFolder):
             def mail(job, *, to):
                 pass
         """, "declared.py")
-        def add(*arguments):
-            process = self.start("-m", "taskpool", "add", "declared:queue", *arguments)
+        def add(*arguments, module="taskpool", queue="declared:queue"):
+            process = self.start("-m", module, "add", queue, *arguments)
             out, err = process.communicate(timeout=PATIENCE)
             return process.returncode, out.rstrip(), err
         code, task_id, err = add("mail", '{"to": 5}')
@@ -12370,6 +12370,11 @@ class TestOperators(InFolder):
         code, task_id, err = add("mial")
         self.assertEqual((code, self.queue().count(task_id=task_id)), (0, 1))
         self.assertEqual(err, "taskpool.py: 'mial' is not declared; did you mean 'mail'?\n")
+        (self.folder / "mine").mkdir()  # Also where it is part of a package.
+        shutil.copy(HERE / "taskpool.py", self.folder / "mine" / "pool.py")
+        (self.folder / "vendored.py").write_text("from mine import pool\nqueue = pool.TaskQueue('tasks.db')")
+        code, task_id, err = add("mail", module="mine.pool", queue="vendored:queue")
+        self.assertEqual((code, err, self.queue().count(task_id=task_id)), (0, "", 1))
 
     def test_a_mistake_is_told_in_one_line_with_the_usage(self):
         for arguments in (
