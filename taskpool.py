@@ -10935,10 +10935,10 @@ def _tell_task(view: SQLiteStore, options: Any, now: int, width: int) -> _Told:
     for name, value in task.items():
         if isinstance(value, datetime):
             text = f"{value.isoformat()} ({_cell(value, now)})"
-        elif isinstance(value, str) or (value and name == "progress"):
-            text = _cell(value, now) if name == "progress" else value
+        elif value and name == "progress":
+            text = _cell(value, now)
         else:
-            text = json.dumps(value, ensure_ascii=False)
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         first, *rest = map(_plain, text.split("\n"))
         lines += [f"{name:<12} {first}", *(f"    {line}" for line in rest)]
     return task, lines
@@ -11744,7 +11744,7 @@ class _Page:
             views = [TaskQueue(SQLiteStore(store.path, _looking=True)) for _ in views]
         self.stores = [view._store for view in views]
         self._store, self._types = self.stores[0], _Shared(views[1].types)
-        self._moving, self._writing = _Shared(self._find_moving), threading.Lock()
+        self._moving = _Shared(self._find_moving)
 
     # ---- What there is
 
@@ -11846,12 +11846,11 @@ class _Page:
             raise _Refused(400, f"the verb is none of {', '.join(_CHANGES)}, pause, resume, limit")
         ids, count, size = self._ids(wish), 0, 50
         while some := list(itertools.islice(ids, size)):
-            with self._writing:
-                began = time.monotonic()
-                count += self._change(verb, some, wish)
-                took = max(time.monotonic() - began, 0.001)
-                if len(some) == size:  # There may be more.
-                    time.sleep(max(BREAK_SECONDS, took))
+            began = time.monotonic()
+            count += self._change(verb, some, wish)
+            took = max(time.monotonic() - began, 0.001)  # With the wait for other writers.
+            if len(some) == size:  # There may be more.
+                time.sleep(max(BREAK_SECONDS, took))
             size = max(1, min(int(size * WRITE_SECONDS / took), 2 * size, BATCH_TASKS))
         self._queue._wake_others()
         return {"count": count}
@@ -12025,8 +12024,7 @@ def _web(options: Any) -> int:
     if own and not (len(own) >= TOKEN_CHARS and own.isascii() and own.isprintable()):
         options.parser.error(f"$TASKPOOL_TOKEN needs {TOKEN_CHARS} ASCII characters or more")
     try:
-        kind, to_listen = socket.SOCK_STREAM, socket.AI_PASSIVE
-        found = socket.getaddrinfo(host, port, 0, kind, 0, to_listen)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
         options.parser.error(f"--host {host}: there is no such address here")
     family, _, _, _, address = found[0]
