@@ -11045,6 +11045,42 @@ _CHANGES: dict[str, tuple[Callable[..., Any], str, str]] = {
 }
 
 
+BATCH_TASKS = 500  # Read at once.
+WRITE_SECONDS = 0.02  # A transaction is to take so long, so that clusters go on meanwhile.
+BREAK_SECONDS = 0.03  # Least wait between two of these: SQLite tries again each 25 ms at first.
+
+
+def _change_all(
+    verb: str, queue: TaskQueue, view: Store, filters: dict[str, Any], ids: Any = None
+) -> int:
+    """Do that to the tasks that fit the filters, or to those of these ids that still do, in
+    many transactions. Returns how many. What is added, or fails, meanwhile is not meant."""
+    change, query = _CHANGES[verb][0], _make_query(verb, filters, view)
+    if verb == "retry":
+        if "failed" not in (query.states or STATES):
+            return 0
+        query = query._replace(states=["failed"])
+
+    def found(before: Any = None) -> Iterator[str]:
+        while some := view.newest(query, BATCH_TASKS, before, 0, queue._now()):
+            yield from (row.id for row, *_ in some if type(row.id) is str)
+            before = some[-1].key
+
+    left, count, size = iter(found() if ids is None else ids), 0, 50
+    while part := list(itertools.islice(left, size)):
+        began = time.monotonic()
+        if verb in ("retry", "remove"):
+            count += change(queue, task_id=part, **filters)
+        else:
+            count += sum(bool(change(queue, task_id=task_id)) for task_id in part)
+        took = max(time.monotonic() - began, 0.001)  # With the wait for other writers.
+        if len(part) == size:  # There may be more.
+            time.sleep(max(BREAK_SECONDS, took))
+        size = max(1, min(int(size * WRITE_SECONDS / took), 2 * size))
+    queue._wake_others()
+    return count
+
+
 def _change(options: Any) -> int:
     """retry, remove, cancel and now: say what became of each ID, or how many tasks the filters
     meant."""
@@ -11056,7 +11092,8 @@ def _change(options: Any) -> int:
     with contextlib.closing(view), TaskQueue(options.db) as queue:
         view.owners()  # Raises if no file of ours is there to be changed.
         if not options.id:
-            print(f"{change(queue, **filters):,} {'put back to ' * (word == 'waiting')}{word}")
+            count = _change_all(options.command, queue, view, filters)
+            print(f"{count:,} {'put back to ' * (word == 'waiting')}{word}")
         for text in dict.fromkeys(options.id):
             try:
                 row = _found(view, text, now)
@@ -11644,9 +11681,6 @@ SHOWN_TASKS = 100  # That run, that repeat, and that others follow.
 COUNT_SHARE = 0.05  # At most this part of the time is spent on counting tasks.
 COUNT_SECONDS = 0.05  # Where counting takes longer, the last counts are told at once ...
 OLD_SECONDS = 30.0  # ... unless they are much older than this.
-BATCH_TASKS = 500  # Read, and at most changed, at once.
-WRITE_SECONDS = 0.02  # A transaction is to take so long, so that clusters go on meanwhile.
-BREAK_SECONDS = 0.03  # Least wait between two of these: SQLite tries again each 25 ms at first.
 BODY_BYTES = 1 << 16  # Of a request.
 SOCKET_SECONDS = 10.0  # A connection that is silent for so long is closed.
 STRANGERS = 50  # Connections without the token that are open at most: then the oldest is closed.
@@ -11777,13 +11811,11 @@ class _Page:
         state, task_type, held = (asked.get(name) or None for name in ("state", "type", "held"))
         return {"state": state, "task_type": task_type, "held": held and True}
 
-    def _query(self, asked: Mapping[str, Any]) -> Query:
-        return _make_query("the page", self._filters(asked), self._store)
-
     def _tasks(self, asked: Mapping[str, str]) -> dict[str, Any]:
         before = json.loads(asked["before"]) if asked.get("before") else None
         most = min(int(asked.get("limit", 50)), BATCH_TASKS)
-        found = self._newest(self._query(asked), most, before, LIST_CHARS)
+        query = _make_query("the page", self._filters(asked), self._store)
+        found = self._newest(query, most, before, LIST_CHARS)
         after = self._after([row.id for row, *_ in found if row.state == "held"], 5)
         tasks = [
             {**_brief(row), "after": after.get(row.id), "data": row.data, "result": row.result}
@@ -11844,35 +11876,11 @@ class _Page:
             return {"count": 1}
         if verb not in _CHANGES:
             raise _Refused(400, f"the verb is none of {', '.join(_CHANGES)}, pause, resume, limit")
-        ids, count, size = self._ids(wish), 0, 50
-        while some := list(itertools.islice(ids, size)):
-            began = time.monotonic()
-            count += self._change(verb, some, wish)
-            took = max(time.monotonic() - began, 0.001)  # With the wait for other writers.
-            if len(some) == size:  # There may be more.
-                time.sleep(max(BREAK_SECONDS, took))
-            size = max(1, min(int(size * WRITE_SECONDS / took), 2 * size, BATCH_TASKS))
-        self._queue._wake_others()
-        return {"count": count}
-
-    def _ids(self, wish: Mapping[str, Any]) -> Iterator[str]:
-        """The tasks that are meant. What is added, or fails, after that is not."""
-        query, before = self._query(wish), None
-        if "ids" in wish:
-            yield from _listed("ids", wish["ids"]) or []
-            return
-        if query == Query():
+        filters = self._filters(wish)
+        ids = _listed("ids", wish["ids"]) or [] if "ids" in wish else None
+        if ids is None and not any(filters.values()):
             raise ValueError("give ids, or a type, a state or held")
-        while found := self._newest(query, BATCH_TASKS, before):
-            yield from (row.id for row, *_ in found if type(row.id) is str)
-            before = found[-1].key
-
-    def _change(self, verb: str, ids: list[str], wish: Mapping[str, Any]) -> int:
-        change = _CHANGES[verb][0]
-        if verb not in ("retry", "remove"):
-            return sum(bool(change(self._queue, task_id=task_id)) for task_id in ids)
-        # Those that have left the list meanwhile fit the filters no more.
-        return cast(int, change(self._queue, task_id=ids, **self._filters(wish)))
+        return {"count": _change_all(verb, self._queue, self._store, filters, ids)}
 
     # ---- Requests
 

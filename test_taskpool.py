@@ -12320,7 +12320,10 @@ class TestOperators(InFolder):
         self.assertEqual(self.out("retry", "tasks.db", "--type", "fail", "--type", "echo", "--state", "failed"), "4 put back to waiting\n")
         self.assertEqual(self.out("remove", "tasks.db", "--type", "echo", "--state", "waiting"), "4 removed\n")
         self.assertEqual([task.id for task in queue.find(task_type="echo")], ["good"])
-        self.assertEqual(self.out("remove", "tasks.db", "--state", "done", "--state", "waiting"), "9 removed\n")
+        queue.add_tasks({"task_type": "other"} for _ in range(200))
+        with mock.patch.object(SQLiteStore, "remove", autospec=True, side_effect=SQLiteStore.remove) as remove:
+            self.assertEqual(self.out("remove", "tasks.db", "--state", "done", "--state", "waiting"), "209 removed\n")
+        self.assertGreater(remove.call_count, 1)  # In parts, so that clusters go on meanwhile.
         self.assertEqual(queue.find(), [])
 
     def test_an_unambiguous_beginning_of_an_id_will_do_and_a_whole_id_comes_first(self):
