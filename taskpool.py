@@ -11043,8 +11043,6 @@ _CHANGES: dict[str, tuple[Callable[..., Any], str, str]] = {
     "cancel": (lambda queue, task_id: queue.cancel(task_id), "cancelled", "no such task"),
     "now": (functools.partial(TaskQueue.update, due_date=None, after=None), "due now", ""),
 }
-
-
 BATCH_TASKS = 500  # Read at once.
 WRITE_SECONDS = 0.02  # A transaction is to take so long, so that clusters go on meanwhile.
 BREAK_SECONDS = 0.03  # Least wait between two of these: SQLite tries again each 25 ms at first.
@@ -11093,6 +11091,8 @@ def _change(options: Any) -> int:
         view.owners()  # Raises if no file of ours is there to be changed.
         if not options.id:
             count = _change_all(options.command, queue, view, filters)
+            if word == "removed":  # Also those whose ids are no text.
+                count += change(queue, **filters)
             print(f"{count:,} {'put back to ' * (word == 'waiting')}{word}")
         for text in dict.fromkeys(options.id):
             try:

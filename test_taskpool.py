@@ -12321,6 +12321,7 @@ class TestOperators(InFolder):
         self.assertEqual(self.out("remove", "tasks.db", "--type", "echo", "--state", "waiting"), "4 removed\n")
         self.assertEqual([task.id for task in queue.find(task_type="echo")], ["good"])
         queue.add_tasks({"task_type": "other"} for _ in range(200))
+        self.sql("UPDATE taskpool_task SET id = CAST(x'78c3' AS TEXT) WHERE id = 'other0'")
         with mock.patch.object(SQLiteStore, "remove", autospec=True, side_effect=SQLiteStore.remove) as remove:
             self.assertEqual(self.out("remove", "tasks.db", "--state", "done", "--state", "waiting"), "209 removed\n")
         self.assertGreater(remove.call_count, 1)  # In parts, so that clusters go on meanwhile.
