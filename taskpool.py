@@ -9217,7 +9217,7 @@ class _Source:
         serves = self.engine.ending.serves
         if self.unsettled or (self.changed and serves):
             self._exchange(serves)
-        if self.check_futures and serves and not self.busy:
+        if self.check_futures and mode != "closing" and not self.busy:
             self._look_after_futures()
         if self.busy:
             return math.inf
@@ -9279,7 +9279,7 @@ class _Source:
             self._hand_out(rows, {**costs, **dict.fromkeys(limited, 1.0)} if limited else costs)
         if self.available and (rows or not room) and self.engine.crew.room() > 0:
             self.changed = True  # A task that is claimed alone may leave room for others.
-        if self.check_futures and self.engine.ending.serves:
+        if self.check_futures:
             self._look_after_futures()  # Now, as the next turn looks for tasks first.
 
     def _look_after_masters(self, watch: _Watch, now: float) -> None:

@@ -6964,6 +6964,19 @@ class TestCancelFromAnywhere(InFolder):
                     with self.assertRaisesRegex(error, "task_id"):
                         verbs.cancel(wrong)
 
+    @mock.patch.object(taskpool, "WATCH_SECONDS", 3600.0)
+    def test_a_run_that_a_shutdown_gives_its_time_is_ended_as_before_it(self):
+        for in_memory in (False, True):
+            with self.subTest(in_memory=in_memory):
+                self.serve(shutdown_timeout=3600)
+                ended, other = (self.hold(f"{name}{in_memory}", in_memory=in_memory) for name in ("ended", "other"))
+                self.served.shutdown(wait=False)
+                eventually(lambda: refuses(self.served))
+                self.assertTrue((self.tasks.in_memory if in_memory else self.tasks).cancel(ended[0].task.id))
+                self.is_over(*ended)
+                let_end(str(self.folder / f"other{in_memory}"))
+                self.assertEqual(other[0].result(PATIENCE), "held")
+
     def test_a_chunk_of_a_map_is_one_task(self):
         self.serve()
         path = str(self.folder / "chunk")
