@@ -2610,7 +2610,8 @@ class Following:
     these primitives is a Store, too."""
 
     has_bonds = False  # Whether there are bonds(), followers() and bind().
-    followed = 0  # Grows when tasks are released, or fail, as others have ended.
+    # How many tasks were released, or failed, as others ended; how many of them failed.
+    followed = 0, 0
     rows: Callable[[Query, int], list[Row]]
     write: Callable[[Row | None, Row | None], bool]
     write_all: Callable[[Sequence[_Pair]], list[bool]]
@@ -2703,8 +2704,8 @@ class Following:
                 new = checked(released, row, now) if lost is None else orphaned(row, lost, now)
                 pairs.append((row, cast(Row, new)))
             self.write_all(pairs)
-            self.followed += len(pairs)
             how = {row.id: "failed" for row, new in pairs if new.state == "failed"}
+            self.followed = self.followed[0] + len(pairs), self.followed[1] + len(how)
 
 
 class Seen(NamedTuple):
@@ -5195,10 +5196,12 @@ class _MongoFollowing(_MongoSide):
         which are sure of their bonds then."""
         among, held = _named(children) if children else {}, {"taskpool.state": "held"}
         removed = [parent for parent, how in ends.items() if how == "removed"]
+        failed = 0
         for _ in range(TRIES if removed else 0):
             losers = {it.child: it.parent for it in self.bonds(removed) if not it.anyway}
             rows = self._documents.rows({**_named(losers), **held})
             pairs = [(row, orphaned(row, losers[row.id], self._now)) for row in rows]
+            failed += len(pairs)
             if all(self.write_all(pairs)):
                 break
         both = itertools.product(ends, (True, False))
@@ -5207,7 +5210,7 @@ class _MongoFollowing(_MongoSide):
         where = {**among, "taskpool.after": {"$in": met}, "taskpool.after.0": {"$exists": True}}
         self._tasks.update_many(where, {"$pullAll": {"taskpool.after": met}})
         free = {"$set": {"taskpool.state": "scheduled"}, "$unset": {"taskpool.after": ""}}
-        self.followed += 1
+        self.followed = self.followed[0] + 1, self.followed[1] + failed
         if self._tasks.update_many({**held, "taskpool.after": []}, free).matched_count:
             for claims in list(self._claims.values()):
                 claims.looked_at = 0
@@ -6616,6 +6619,7 @@ class _TaskTypes(_Tasks):
         self._functions: dict[str, TaskFunction] = {}  # Of the declared types.
         self._own_styles: dict[str, _Style] = {}  # How they are called.
         self._styles: dict[str, _Style] = {}  # These, and those in task maps of clusters.
+        self._last_declared: _Declared | None = None
         self._unknown: set[str] = set()  # Types that nobody here knows, and that were warned of.
 
     @property
@@ -6698,7 +6702,7 @@ class _TaskTypes(_Tasks):
             code, file, *_ = _code_of(other.function)
             where = f" of {file}, line {code.co_firstlineno}" if code else ""
             raise _wrong_value("name", name, f"another: {_shown(other.function)}{where} has it")
-        self._declared[name] = _Declared(function, defaults, schedule, limits)
+        self._declared[name] = self._last_declared = _Declared(function, defaults, schedule, limits)
         if limits:
             self.in_memory._memory.set_up([name], limits)
         self._functions[name] = function
@@ -8615,7 +8619,7 @@ class _Futures:
         store = self.store_of(rows[0])
         before, removed = store.followed, store.remove(query, self._queue._now())
         if store.followed != before:
-            self._queue._changed(removed=True, stored=not store.in_memory)
+            self._queue._changed(store.followed[1] != before[1], stored=not store.in_memory)
         return removed
 
     def drop(self, futures: Iterable[TaskFuture]) -> None:
@@ -9060,14 +9064,16 @@ class _Crew:
 
 
 class _Watch:
-    """What a cluster does each second with its store: it sends its heartbeat, looks for clusters
-    whose heartbeats stopped (P3), and has the schedules follow the code."""
+    """What a cluster does with its store beside running tasks: each second it sends its
+    heartbeat and looks for clusters whose heartbeats stopped (P3); and it has schedules and
+    limits follow the code."""
 
     def __init__(self, cluster: Cluster, store: Store, owner: str) -> None:
         self._cluster, self._store, self._owner = cluster, store, owner
-        # As they were declared at the last look.
+        # As they were declared when they were last written.
         self._schedules: dict[str, Any] = {}
         self._limits: dict[str, Any] = {}
+        self._last_declared: Any = None
         self._clock = _ObserverClock()  # Of the store thread.
         self.next_look = self._next_heartbeat = self._next_warning = 0.0
         self.heard = time.monotonic()  # When observers last heard of this cluster.
@@ -9078,14 +9084,21 @@ class _Watch:
         self._store.tally(self.tally)
         self.tally.clear()
 
+    def follow_code(self) -> None:
+        """In the store thread, before each claim: what was declared before it counts for it."""
+        queue = self._cluster.queue
+        last = queue._last_declared
+        if self._last_declared is not last:
+            self._schedules = queue._align(self._schedules)
+            self._limits = queue._write_limits(self._limits)
+            self._last_declared = last  # Unless that raised.
+
     def look(self, now: float, wall: int) -> tuple[list[Row], list[str], list[Row] | None]:
         """In the store thread: the tasks that ended with their masters; the types of which
         tasks are due that no cluster here knows; with a heartbeat, the claims of this cluster."""
         store, foreign = self._store, []
         held: list[Row] | None = None
         try:
-            self._schedules = self._cluster.queue._align(self._schedules)
-            self._limits = self._cluster.queue._write_limits(self._limits)
             if self._next_heartbeat <= now:
                 store.renew(self._owner, wall)
                 self.write_counts()
@@ -9239,15 +9252,18 @@ class _Source:
         most = crew.options.max_workers if serves else 0
         room = crew.room() if serves and (changed or eager) else 0.0
         store, owner, until = self.store, self.engine.owner, self.engine.ending.until
+        watch = self.watch
 
         def work() -> tuple[int, Turn]:
+            if watch is not None and serves:
+                watch.follow_code()
             now = int(queue.clock() * 1e6)
             before = store.followed
             turn = store.turn(owner, outcomes, costs, room, most, now, until, eager)
-            told = store.followed != before  # Then a Future may have ended, too.
-            if told or (turn.limited and any(run.row.task_type in turn.limited for run in runs)):
-                # Other clusters may have something to start.
-                queue._changed(removed=told, stored=not store.in_memory)
+            is_limited = turn.limited and any(run.row.task_type in turn.limited for run in runs)
+            if is_limited or store.followed != before:
+                # Other clusters may have something to start, and Futures wait for what failed.
+                queue._changed(store.followed[1] != before[1], stored=not store.in_memory)
             return now, turn
 
         self.call_store(work, functools.partial(self._on_exchange, runs, costs, room))

@@ -11113,16 +11113,21 @@ class TestPausesAndLimits(InFolder):
         self.tasks.resume("typo")
         self.assertEqual([kind["task_type"] for kind in self.tasks.types()], ["line"])
 
-    def test_the_end_of_a_limited_run_looks_after_no_future_that_waits(self):
+    def test_the_end_of_a_run_that_is_limited_or_followed_looks_after_no_future_that_waits(self):
         store, self.tasks = self.hooked()
         self.tasks.limit("echo", at_once=1)
         cluster, looks = self.serve(refresh_rate=10**6), []
         later = cluster.submit("echo", due_date=timedelta(hours=1))
         self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
         store.before = lambda name: looks.append(name) if name == "find" else None
-        ends = [cluster.submit("echo", number) for number in range(20)]
-        self.assertEqual([future.result(PATIENCE) for future in ends], list(range(20)))
-        self.assertLess(len(looks), 10)
+        for kind in ("echo", "line"):
+            last, ends = None, []
+            for _ in range(20):
+                ends.append(cluster.submit(kind, {"file": self.file}, after=last))
+                last = ends[-1].task if kind == "line" else None
+            concurrent.futures.wait(ends, PATIENCE)
+            self.assertTrue(all(future.done() for future in ends))
+            self.assertLess(len(looks), 10)
         self.assertTrue(later.cancel())
 
     def most_at_once(self, killed=()):
@@ -11258,6 +11263,24 @@ class TestPausesAndLimits(InFolder):
             eventually(lambda: "later" in self.tasks._store.settings())  # inside
         found = self.tasks._store.settings()  # inside
         self.assertEqual([(found[name].at_once, found[name].starts) for name in ("echo", "about", "later")], [(9, 5), (3, None), (None, 1)])
+
+    @mock.patch.object(taskpool, "WATCH_SECONDS", 3600.0)
+    def test_what_is_declared_in_a_cluster_that_runs_counts_for_the_next_claim(self):
+        self.tasks.task(echo)
+        cluster = self.cluster(None, self.tasks, max_available_workers=3, keep_alive="always", refresh_rate=10**6)
+        eventually(lambda: len(idle_pids(cluster)) == 3)
+        self.assertEqual(cluster.submit("echo", 1).result(PATIENCE), 1)
+        held = [str(self.folder / f"held{number}") for number in range(2)]
+        self.tasks.task(at_once=1)(hold)
+        self.tasks.task(name="each minute", repeat="* * * * *")(fail)
+        futures = [cluster.submit(hold, path) for path in held]
+        begun(held[0])
+        self.assertEqual(cluster.submit("echo", 2).result(PATIENCE), 2)
+        self.assertEqual(self.tasks.count(task_type="hold", state="running"), 1)
+        self.assertIsNotNone(self.tasks.find_one(task_id="schedule:each minute"))
+        for path, future in zip(held, futures):
+            let_end(path)
+            self.assertEqual(future.result(PATIENCE), "held")
 
     def test_every_end_is_counted_once_and_the_masters_add_up(self):
         for _ in range(2):
