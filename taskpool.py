@@ -175,6 +175,7 @@ BOOT_LIMIT_SECONDS = 120.0  # ... killed after this long, which is an error.
 WAIT_SECONDS = 3600.0  # Longest wait of a dispatcher: selectors overflow at 24 days.
 REPORT_SECONDS = 0.1  # Between two reports of job.progress that leave a worker...
 REPORT_STORE_SECONDS = 1.0  # ... and between two that a master stores.
+SOON_SECONDS = 2.0  # A worker stays for a task that can start within this.
 EXIT_SECONDS = 2.0  # A worker told to stop is killed after this long.
 ERROR_CHARS = 10_000  # Of a message that is kept; of a traceback 4 times as many.
 EXCEPTION_BYTES = 1_000_000  # A larger pickled exception travels as text only.
@@ -9043,10 +9044,10 @@ class _Crew:
             return False
         return True
 
-    def retire_idle(self, now: float) -> None:
-        for worker in self.workers:
-            if worker.ready and not worker.runs and not worker.stopping:
-                worker.retire(now)
+    def retire_idle(self, now: float, needed: int = 0) -> None:
+        """Let the workers without work leave, but for as many as are *needed*."""
+        for worker in [it for it in self.workers if it.open and not it.runs][needed:]:
+            worker.retire(now)
 
     def dismiss(self, now: float) -> None:
         """The cluster ends: those that are ready retire, the others are killed."""
@@ -9762,18 +9763,20 @@ class _Dispatcher:
         now = time.monotonic()
         self.next_refresh = now + self.cluster._refresh
         cast(_WakeUp, self.wake).clear()  # A Ctrl-C may have kept its byte back.
-        wall, waits = self.cluster.queue._now(), False
+        wall = self.cluster.queue._now()
         self.sources[0].store.renew(self.owner, wall)
         self.sources[0].pass_tally()
         for source in self.sources:
             if source.looked_at + self.cluster._refresh <= now or not source.watch:
                 source.changed = True
             source.check_futures = source.check_futures or self.idle.is_set()
-            waits = waits or source.busy or source.available > 0
             if source.watch and source.watch.heard + LEASE_SECONDS <= now:
                 self.futures.opened = wall
-        if self.crew.options.keep_alive is None and self.ending.mode == "running" and not waits:
-            self.crew.retire_idle(now)
+        if self.crew.options.keep_alive is None and self.ending.mode == "running":
+            soon = wall + int(SOON_SECONDS * 1e6)
+            due = [instant for source in self.sources for instant in source.due]
+            if not any(source.busy for source in self.sources):
+                self.crew.retire_idle(now, sum(instant <= soon for instant in due))
 
     def _on_bell(self) -> None:
         """Another process has added or cancelled a task. It does not ring for each that it adds:
@@ -10149,9 +10152,10 @@ class Cluster(concurrent.futures.Executor):
     in_memory_only          never touch the persistent store.
     message_broker          broker(respond, message): answers `toggle_ipc` (README).
     logs                    "all" or "error"; the logger is "taskpool".
-    keep_alive              None: a worker without work is closed at the next refresh; a
-                            number of milliseconds without an available task after which
-                            it is; "always": all workers start now and are kept.
+    keep_alive              None: a worker without work is closed at the next refresh, unless
+                            a task can start within 2 seconds; a number of milliseconds
+                            without an available task after which it is; "always": all
+                            workers start now and are kept.
     auto_initialize         False: nothing starts until initialize().
     start_method            "spawn", "forkserver" or "fork".
     max_tasks_per_worker    a worker is replaced after this many tasks. None: never.

@@ -6408,6 +6408,18 @@ class TestClusterOptions(InFolder):
         other = self.queue().add_task("pid", keep_result=60)  # Only a refresh finds it.
         self.assertEqual(self.queue().wait(other.id, PATIENCE).result, pid)
 
+    def test_an_idle_worker_stays_for_a_task_that_can_start_soon(self):
+        """As its type has a rate, or its due date is near."""
+        queue = self.queue()
+        queue.limit("pid", rate=(1, 1))
+        cluster = self.cluster({"pid": pid_of_worker}, queue, refresh_rate=10, max_available_workers=1)
+        soon = cluster.submit("pid", due_date=timedelta(seconds=1.5), in_memory=True)
+        pids = [future.result(PATIENCE) for future in (cluster.submit("pid"), cluster.submit("pid"), soon)]
+        self.assertEqual(len(set(pids)), 1)
+        later = cluster.submit("pid", due_date=timedelta(hours=1))
+        eventually(lambda: not cluster.workers())
+        self.assertTrue(later.cancel())
+
     def test_in_memory_only_never_touches_the_store(self):
         queue = self.queue()
         with self.cluster({"echo": echo}, queue, in_memory_only=True) as cluster:
@@ -7500,6 +7512,16 @@ class TestCrew(unittest.TestCase):
         self.assertEqual((self.after(0.02), worker.stopping, crew.room()), ({}, True, 0.0))
         self.place("b")
         self.assertEqual(self.ends, {"b": ["requeued"]})
+
+    def test_as_many_idle_workers_stay_as_are_needed(self):
+        for needed in (0, 1, 5):
+            crew = self.crew(3)
+            crew.tick(self.now, 3)
+            for worker in crew.workers:
+                crew.got_ready(worker, self.now)
+            self.place("a")
+            crew.retire_idle(self.now, needed)
+            self.assertEqual([worker.stopping for worker in crew.workers].count(True), max(0, 2 - needed))
 
     def test_a_slow_task_lets_go_of_others_and_a_worker_that_could_not_even_begin_is_used_again(self):
         """As happens to all on a machine that has too much to do."""
