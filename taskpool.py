@@ -89,6 +89,7 @@ microseconds since 1970 (UTC) inside. Each part of the file uses only the parts 
 from __future__ import annotations
 
 import atexit
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -6656,7 +6657,8 @@ class _TaskTypes(_Tasks):
         it. Only another *repeat* moves its due date.
 
         *at_once* and *rate*, as in limit(), are written to the store when a cluster starts on
-        this queue, and count at once for tasks in memory; what is not given stays as it is.
+        this queue, or before the next claim of one that runs, and count at once for tasks in
+        memory; what is not given stays as it is.
 
         Raises TypeError and ValueError for wrong arguments, for a function that cannot be
         called as function(job), and for a name that another function has. While a worker
@@ -6703,7 +6705,8 @@ class _TaskTypes(_Tasks):
             code, file, *_ = _code_of(other.function)
             where = f" of {file}, line {code.co_firstlineno}" if code else ""
             raise _wrong_value("name", name, f"another: {_shown(other.function)}{where} has it")
-        self._declared[name] = self._last_declared = _Declared(function, defaults, schedule, limits)
+        declared = _Declared(function, defaults, schedule, limits)
+        self._declared[name] = self._last_declared = declared
         if limits:
             self.in_memory._memory.set_up([name], limits)
         self._functions[name] = function
@@ -8151,25 +8154,14 @@ class _Worker:
         self.check_at = self.since  # When to look whether the process has ended.
         self.channel.send(packed)
 
-    @property
-    def state(self) -> str:
-        return "busy" if self.runs else "idle" if self.ready else "starting"
-
     def shown(self) -> dict[str, Any]:
         """What Cluster.workers tells of it, in any thread."""
         row = next((run.row for run in list(self.runs)), None)
         since = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - self.since)
         return {
-            "pid": self.pid, "state": self.state, "task_id": row and row.id,
-            "task_type": row and row.task_type, "since": since,
+            "pid": self.pid, "state": "busy" if row else "idle" if self.ready else "starting",
+            "task_id": row and row.id, "task_type": row and row.task_type, "since": since,
         }  # fmt: skip
-
-    @property
-    def exit_code(self) -> int | None:
-        return cast("int | None", self.process.exitcode)
-
-    def get_ready(self, now: float) -> None:
-        self.ready, self.open, self.since, self.kill_at = True, not self.stopping, now, math.inf
 
     def give(self, runs: list[_Run], now: float) -> None:
         if not self.runs:
@@ -8444,26 +8436,9 @@ class TaskFuture(Future[Any]):
 
     def _remove(self, call: Callable[[list[Any]], None]) -> bool:
         """cancel(), where *call* calls the callbacks."""
-        if not self.done() and not self._foreign and self._futures.remove_task(self._row):
+        if not self.done() and not self._foreign and self._futures.remove([self._row]):
             self._end(_CANCELLED, call=call)
         return self.cancelled()
-
-
-def _is_own(row: Row, stored: Row) -> bool:
-    """Whether the Row that add() has returned for *row* is that task, not one that was kept."""
-    return stored == row._replace(created_at=stored.created_at, state=stored.state, after=())
-
-
-def _waits_for(future: TaskFuture, row: Row) -> bool:
-    """Whether *future* waits for this very task, not for another incarnation of its id.
-
-    Until add() returns, the task of *future* may have got a later `created_at`, as another
-    one of its id has the same: then the data tell which it is.
-    """
-    own = future._row
-    if future._stored:
-        return own.created_at == row.created_at
-    return own.created_at <= row.created_at and (own.lane, own.data) == (row.lane, row.data)
 
 
 class _Futures:
@@ -8518,45 +8493,60 @@ class _Futures:
         return found if isinstance(found, list) else [found]
 
     def of(self, row: Row) -> list[TaskFuture]:
-        """Those that wait for this very task."""
-        if row.id not in self._by_id:
-            return []
-        return [future for future in self.under(row.id) if _waits_for(future, row)]
+        """Those that wait for this very task, not for another incarnation of its id.
+
+        Until add() returns, the task of a Future may have got a later `created_at`, as another
+        one of its id has the same: then the data tell which it is.
+        """
+        under = self._by_id.get(row.id, [])
+        found: list[TaskFuture] = []
+        for future in under if isinstance(under, list) else [under]:
+            own = future._row
+            is_it = own.created_at == row.created_at
+            if not future._stored and own.created_at <= row.created_at:
+                is_it = (own.lane, own.data) == (row.lane, row.data)
+            if is_it:
+                found.append(future)
+        return found
 
     def all(self) -> list[TaskFuture]:
         """Those that have not ended."""
         return [future for task_id in list(self._by_id) for future in self.under(task_id)]
 
-    def join(self, future: TaskFuture, row: Row) -> TaskFuture:
-        """The Future of a task that was there, in place of that for a task of its own."""
+    def join(self, future: TaskFuture, stored: Row) -> TaskFuture:
+        """The Future of what add() has returned for the task of *future*: of that one, or of
+        another that was there, and was kept."""
+        own = future._row._replace(created_at=stored.created_at, state=stored.state, after=())
+        if stored == own:
+            future._row = stored
+            return future
         self.discard(future)
         with self._lock:
-            for other in self.of(row):
+            for other in self.of(stored):
                 return other
-            future._row, future._foreign = row, "kept"
+            future._row, future._foreign = stored, "kept"
             self.add(future)
         return future
 
     # ---- How they end
 
-    def call_back(self, calls: list[Callable[[], Any]]) -> None:
-        """Call callbacks in their thread; here if the cluster never started."""
+    def _post(self, thread: int, work: Callable[..., Any], *arguments: Any) -> None:
+        """Make a call in that thread; here if the cluster never started."""
         if self.threads:
-            self.threads[_CALLBACKS].post(functools.partial(_call_all, calls))
+            self.threads[thread].post(functools.partial(work, *arguments))
             return
         try:
-            _call_all(calls)
+            work(*arguments)
         except BaseException:
             _log.exception("error in a callback of a Future")
 
+    def call_back(self, calls: list[Callable[[], Any]]) -> None:
+        self._post(_CALLBACKS, _call_all, calls)
+
     def end(self, future: TaskFuture, state: str, left: _Left = _NONE) -> None:
         """End a Future from a thread that must not wait for the Future's lock."""
-        if state == _FINISHED and future._end_unseen(left):
-            return
-        if self.threads:
-            self.threads[_FUTURES].post(functools.partial(future._end, state, left))
-        else:
-            future._end(state, left)
+        if state != _FINISHED or not future._end_unseen(left):
+            self._post(_FUTURES, future._end, state, left)
 
     def unknown_end(self, future: TaskFuture) -> tuple[str, _Left]:
         """How a Future ends if the end of its task is never told here: cancelled, unless its
@@ -8578,9 +8568,8 @@ class _Futures:
     def end_all(self) -> None:
         """The cluster ends."""
         for future in self.all():
-            end = functools.partial(future._end, *self.unknown_end(future))
             # After what that thread is to do: fail_waiting() knows better how some of them end.
-            self.threads[_FUTURES].post(end) if self.threads else end()
+            self._post(_FUTURES, future._end, *self.unknown_end(future))
 
     def end_replaced(self, task_id: str) -> None:
         """End those of an id whose tasks are no longer there: replaced, or removed."""
@@ -8598,22 +8587,16 @@ class _Futures:
 
         def fail(future: TaskFuture) -> None:
             future._held = True  # A look that finds its task gone must not cancel it.
-            try:
+            with contextlib.suppress(Exception):  # Of the store: then the task stays.
                 if not future._foreign:  # Else it is not ours to remove.
-                    self.remove_task(future._row)
-            except StoreError:
-                pass
-            finally:
-                future._end(_FINISHED, error)
+                    self.remove([future._row])
+            future._end(_FINISHED, error)
 
         for future in self.all():
-            if not future._held and self.threads:
-                self.threads[_FUTURES].post(functools.partial(fail, future))
+            if not future._held:
+                self._post(_FUTURES, fail, future)
 
-    def remove_task(self, row: Row) -> bool:
-        return self._remove([row]) > 0
-
-    def _remove(self, rows: Sequence[Row]) -> int:
+    def remove(self, rows: Sequence[Row]) -> int:
         """Remove those of these tasks that wait; all are in one store."""
         ids, instants = [row.id for row in rows], [row.created_at for row in rows]
         query = Query(ids=ids, states=["waiting"], created_at=instants)
@@ -8631,37 +8614,24 @@ class _Futures:
             if isinstance(part[0]._row, MemoryRow):  # One by one, each in a moment.
                 for future in part:
                     future._remove(self.call_back)
-            elif self._remove([future._row for future in part]):
+            elif self.remove([future._row for future in part]):
                 self._queue._changed(removed=True)  # A look ends the Futures.
 
         dropped = list(futures)
         for future in dropped:
             future._dropped = True
         for start in range(0, len(dropped), 500):
-            part = dropped[start : start + 500]
-            self.threads[_FUTURES].post(functools.partial(remove, part))
+            self._post(_FUTURES, remove, dropped[start : start + 500])
 
     def claimed(self, rows: Iterable[Row]) -> None:
         """This master has these tasks now."""
-        get = self._by_id.get
-        for row in rows:
-            found = get(row.id)
-            if type(found) is TaskFuture and found._stored and _waits_for(found, row):
-                found._held = True  # As for most: of() takes longer.
-            elif found is not None:
-                for future in self.of(row):
-                    future._held = True
+        for row in rows if self._by_id else ():
+            for future in self.of(row):
+                future._held = True
 
     def settled(self, run: _Run, led: str) -> None:
         """The store has recorded what became of a run."""
-        found = self._by_id.get(run.row.id)
-        if found is None:
-            return
-        if led == "done" and run.verdict is None and type(found) is TaskFuture:
-            if found._stored and found._row.created_at == run.row.created_at:  # As for most.
-                self.end(found, _FINISHED, run.left)
-                return
-        for future in self.of(run.row):
+        for future in self.of(run.row) if self._by_id else ():
             if led in ("", "waits"):
                 future._held, future._foreign = False, future._foreign or ("" if led else "lost")
                 if future._dropped:
@@ -8843,7 +8813,8 @@ class _Crew:
         run.source.requeue(run)
 
     def got_ready(self, worker: _Worker, now: float) -> None:
-        worker.get_ready(now)
+        worker.ready, worker.open, worker.since = True, not worker.stopping, now
+        worker.kill_at = math.inf
         self.boot_error, self.failed_boots, self.boot_after, self.freed = None, 0, 0.0, True
 
     def cancel(self, task_id: str) -> _Run | None:
@@ -8949,7 +8920,8 @@ class _Crew:
     def _look_at_exit(self, worker: _Worker, now: float) -> None:
         """Bury the worker if it ended: by its exit code, as a grandchild may keep its
         pipes open, or by the end of its channel, as somebody else may reap it."""
-        code, silent = worker.exit_code, now - worker.hung_up_at
+        code: int | None = worker.process.exitcode
+        silent = now - worker.hung_up_at
         if code is None and silent < 1.0:
             if silent >= 0.05:  # It closed its pipe, but lives.
                 worker.end()
@@ -8986,25 +8958,22 @@ class _Crew:
                 died = WorkerDied(code, worker.pid, row.task_type, row.id)
                 run.source.fail(run, died, seconds)
         if not worker.ready and not worker.stopping:
-            self._died_in_boot(WorkerDied(code, worker.pid), code, now)
+            if code == 1:  # Python has printed an exception on standard error.
+                why = f": standard error has what {_program()} said"
+            else:
+                why = f", {BOOT_TRIES} times in a row, by {_program()}"
+            error = TaskPoolError(f"{WorkerDied(code, worker.pid)}{why}")
+            self.boot_failed(now, error, again=code != 1)
         worker.close()
 
     # ---- Starts that fail
 
-    def _died_in_boot(self, died: WorkerDied, code: int | None, now: float) -> None:
-        error = None
-        if code == 1:  # Python has printed an exception on standard error.
-            error = TaskPoolError(f"{died}: standard error has what {_program()} said")
-        elif self.failed_boots + 1 >= BOOT_TRIES:
-            error = TaskPoolError(f"{died}, {BOOT_TRIES} times in a row, by {_program()}")
-        self.boot_failed(now, error)
-
-    def boot_failed(self, now: float, error: Exception | _Failure | None = None) -> None:
+    def boot_failed(self, now: float, error: Exception | _Failure, again: bool = False) -> None:
         """A worker could not start. If there is no other one, *error* is logged once and the
-        Futures that wait fail. Without an *error*, another start is tried first."""
+        Futures that wait fail; with *again*, only after BOOT_TRIES in a row."""
         self.failed_boots += 1
         self.boot_after = now + back_off(BOOT_SECONDS, self.failed_boots, BOOT_CAP_SECONDS)
-        if error is None:
+        if again and self.failed_boots < BOOT_TRIES:
             return
         text = error.traceback if isinstance(error, _Failure) else str(error)
         first_line, _, rest = text.partition("\n")
@@ -9029,20 +8998,15 @@ class _Crew:
             starting = [worker for worker in self.workers if not worker.stopping]
             if self.failed_boots and starting and not any(worker.ready for worker in starting):
                 break  # Another is starting: if that fails, too, there is none.
-            if not self._start_worker(now):
+            try:
+                self.workers.append(self._engine.start_worker())
+            except Exception as error:
+                # No more processes for now; or the interpreter is going down.
+                what = "a worker process could not be started: %s: %s"
+                _log.error(what, type(error).__name__, error)
+                self.boot_failed(now, error, again=True)
                 return self.boot_after
         return math.inf
-
-    def _start_worker(self, now: float) -> bool:
-        try:
-            self.workers.append(self._engine.start_worker())
-        except Exception as error:
-            # No more processes for now; or the interpreter is going down.
-            what = "a worker process could not be started: %s: %s"
-            _log.error(what, type(error).__name__, error)
-            self.boot_failed(now, error if self.failed_boots + 1 >= BOOT_TRIES else None)
-            return False
-        return True
 
     def retire_idle(self, now: float, needed: int = 0) -> None:
         """Let the workers without work leave, but for as many as are *needed*."""
@@ -9052,10 +9016,8 @@ class _Crew:
     def dismiss(self, now: float) -> None:
         """The cluster ends: those that are ready retire, the others are killed."""
         for worker in self.workers:
-            if worker.ready and not worker.stopping:
-                worker.retire(now)
-            elif not worker.stopping:
-                worker.kill()
+            if not worker.stopping:
+                worker.retire(now) if worker.ready else worker.kill()
 
     def kill_busy(self) -> None:
         """What runs has had its time."""
@@ -9074,7 +9036,7 @@ class _Watch:
         # As they were declared when they were last written.
         self._schedules: dict[str, Any] = {}
         self._limits: dict[str, Any] = {}
-        self._last_declared: Any = None
+        self.last_declared: Any = None
         self._clock = _ObserverClock()  # Of the store thread.
         self.next_look = self._next_heartbeat = self._next_warning = 0.0
         self.heard = time.monotonic()  # When observers last heard of this cluster.
@@ -9085,14 +9047,11 @@ class _Watch:
         self._store.tally(self.tally)
         self.tally.clear()
 
-    def follow_code(self) -> None:
-        """In the store thread, before each claim: what was declared before it counts for it."""
-        queue = self._cluster.queue
-        last = queue._last_declared
-        if self._last_declared is not last:
-            self._schedules = queue._align(self._schedules)
-            self._limits = queue._write_limits(self._limits)
-            self._last_declared = last  # Unless that raised.
+    def follow_code(self, last_declared: Any) -> None:
+        """In the store thread: what was declared until now counts for the next claim."""
+        self._schedules = self._cluster.queue._align(self._schedules)
+        self._limits = self._cluster.queue._write_limits(self._limits)
+        self.last_declared = last_declared  # Unless that raised.
 
     def look(self, now: float, wall: int) -> tuple[list[Row], list[str], list[Row] | None]:
         """In the store thread: the tasks that ended with their masters; the types of which
@@ -9202,18 +9161,14 @@ class _Source:
         def end(result: Any) -> None:
             self.busy, self.again = False, 0.0
             if isinstance(result, BaseException):
-                self._on_failure(result)
+                now, self.failures = time.monotonic(), self.failures + 1
+                self.retry_at = now + back_off(STORE_SECONDS, self.failures, STORE_CAP_SECONDS)
+                if self.log_at <= now:
+                    self.log_at = now + WARN_SECONDS
+                    _log.error("the store failed; nothing is lost, trying again: %s", result)
             answer(result)
 
         self.thread.post(call)
-
-    def _on_failure(self, error: BaseException) -> None:
-        self.failures += 1
-        now = time.monotonic()
-        self.retry_at = now + back_off(STORE_SECONDS, self.failures, STORE_CAP_SECONDS)
-        if self.log_at <= now:
-            self.log_at = now + WARN_SECONDS
-            _log.error("the store failed; nothing is lost, trying again: %s", error)
 
     def advance(self, now: float) -> float:
         """Do what is to be done with the store. Returns when to come again (monotonic)."""
@@ -9256,8 +9211,8 @@ class _Source:
         watch = self.watch
 
         def work() -> tuple[int, Turn]:
-            if watch is not None and serves:
-                watch.follow_code()
+            if serves and watch and watch.last_declared is not queue._last_declared:
+                watch.follow_code(queue._last_declared)
             now = int(queue.clock() * 1e6)
             before = store.followed
             turn = store.turn(owner, outcomes, costs, room, most, now, until, eager)
@@ -9284,12 +9239,8 @@ class _Source:
         if self.log_at and (led or rows):  # Only a write proves it: a full disk can be read.
             self.log_at = 0.0
             _log.warning("the store works again")
-        self.available, self.next_due = 0, NEVER
-        for instant in self.due:
-            if instant > now:
-                self.next_due = instant
-                break
-            self.available += 1
+        self.available = bisect.bisect_right(self.due, now)
+        self.next_due = [*self.due, NEVER][self.available]
         if runs:
             self._settled(runs, led, now)
         if rows:
@@ -9624,9 +9575,6 @@ class _Dispatcher:
 
     def begin_stop(self, seconds: float) -> None:
         self.post(lambda: self.ending.stop(time.monotonic() + seconds))
-
-    def begin_finish(self, until: int, interrupted: bool = False) -> None:
-        self.post(lambda: self.ending.finish(until, interrupted))
 
     def take_name(self) -> _WakeUp:
         """Have an `owner`, which says where to ring."""
@@ -10198,7 +10146,7 @@ class Cluster(concurrent.futures.Executor):
         self._refresh = _checked_milliseconds("refresh_rate", refresh_rate)
         if max_tasks_per_worker is not None:
             _checked_int("max_tasks_per_worker", max_tasks_per_worker, 1)
-        methods = ("spawn", "forkserver", "fork")
+        methods = multiprocessing.get_all_start_methods()
         self._options = _Options(
             max_workers=_allowed_workers(max_available_workers, oversubscribe),
             in_memory_only=_checked_bool("in_memory_only", in_memory_only),
@@ -10212,8 +10160,6 @@ class Cluster(concurrent.futures.Executor):
             initializer=initializer,
             initargs=_checked_initargs(initializer, initargs, start_method),
         )
-        if start_method not in multiprocessing.get_all_start_methods():
-            raise _wrong_value("start_method", start_method, "one that this system has")
         frame = sys._getframe(1)
         self._key = _register("Cluster", self, frame)
         self._home = frame.f_globals
@@ -10307,10 +10253,7 @@ class Cluster(concurrent.futures.Executor):
             futures.discard(future)
             raise
         if stored is not row:
-            if _is_own(row, stored):
-                future._row = stored
-            else:  # Kept: another task stands for this one.
-                future = futures.join(future, stored)
+            future = futures.join(future, stored)
         future._stored = True  # Last: from here on it is compared with the store.
         # Without this one, which may have ended already.
         others = if_exists == "replace" and futures.under(row.id) not in ([], [future])
@@ -10492,7 +10435,8 @@ class Cluster(concurrent.futures.Executor):
             engine.begin_stop(seconds)
             return
         interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)  # Inside `with`, say.
-        engine.begin_finish(self.queue._now(), interrupted)
+        until = self.queue._now()
+        engine.post(lambda: engine.ending.finish(until, interrupted))
         if engine.is_at_work() or any(thread.is_current() for thread in engine.threads[:_STORE]):
             return
         try:
