@@ -9200,13 +9200,13 @@ class _Source:
         """Settle, claim for the room that there is, and see what comes next."""
         crew, queue = self.engine.crew, self.engine.cluster.queue
         runs, self.unsettled = self.unsettled, []
-        eager, self.eager, changed, self.changed = self.eager, False, self.changed, False
-        eager, costs = eager or self.available > 0, crew.costs()
+        eager, self.eager = self.eager or self.available > 0, False
+        claims, self.changed = serves and (self.changed or eager), False
+        room, costs = crew.room() if claims else 0.0, crew.costs()
         outcomes = [run.outcome for run in runs] if runs else []
         if self.thread is not None:
             costs = dict(costs)  # The other thread sees no change.
         most = crew.options.max_workers if serves else 0
-        room = crew.room() if serves and (changed or eager) else 0.0
         store, owner, until = self.store, self.engine.owner, self.engine.ending.until
         watch = self.watch
 
@@ -9292,8 +9292,8 @@ class _Source:
 
     def _find_cancelled(self) -> Callable[[], list[_Run]]:
         """A function that asks the store which of the runs that are here now were cancelled."""
-        mine = [run for run in self.engine.crew.runs() if run.source is self]
-        runs = {(run.row.id, run.row.claim): run for run in mine}
+        here = self.engine.crew.runs()
+        runs = {(run.row.id, run.row.claim): run for run in here if run.source is self}
 
         def find() -> list[_Run]:
             ids = [task_id for task_id, _ in runs]
