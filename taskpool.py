@@ -7979,7 +7979,7 @@ class _Pipes:
         return None if len(packed) % 8 else {n for (n,) in struct.iter_unpack("!Q", packed)}
 
     def close_theirs(self) -> None:
-        for end in self.theirs:
+        for end in filter(None, self.theirs):
             end.close()
 
     def close(self) -> None:
@@ -7987,34 +7987,30 @@ class _Pipes:
             _disown(end)
 
 
-class _ThreadedPipes:
+class _ThreadedPipes(_Pipes):
     """The master's ends where no selector can wait for pipes (Windows): with two threads.
 
     There are no permits, so a worker gets one task at a time.
     """
 
-    unsent = ()
-
     def __init__(self, context: Any, wake: Callable[[], None]) -> None:
-        (their_incoming, self._outgoing) = context.Pipe(duplex=False)
-        (self._incoming, their_outgoing) = context.Pipe(duplex=False)
-        (their_life, self._life) = context.Pipe(duplex=False)
+        their_incoming, self.outgoing = context.Pipe(duplex=False)
+        self._incoming, their_outgoing = context.Pipe(duplex=False)
+        their_life, life = context.Pipe(duplex=False)
         self.theirs = [their_incoming, their_outgoing, None, their_life]
-        self._received: collections.deque[bytearray] = collections.deque()
+        self._ends, self.unsent = [self._incoming, self.outgoing, life], collections.deque()
+        self._messages: collections.deque[bytearray] = collections.deque()
         self._wake, self._hung_up, self.ended = wake, False, False
         self._sender = _Thread("send")
         threading.Thread(target=self._read, name="taskpool-receive", daemon=True).start()
-        _master_ends.update((self._incoming, self._outgoing, self._life))
+        _master_ends.update(self._ends)
 
     def send(self, message: bytes) -> None:
         def send() -> None:
             with contextlib.suppress(OSError, ValueError):
-                self._outgoing.send_bytes(message)
+                self.outgoing.send_bytes(message)
 
         self._sender.post(send)
-
-    def flush(self) -> None:
-        pass
 
     def _read(self) -> None:
         message = bytearray()
@@ -8023,7 +8019,7 @@ class _ThreadedPipes:
                 piece = self._incoming.recv_bytes(_PIECE_BYTES)  # Raises for a longer one.
                 message += piece
                 if len(piece) < _PIECE_BYTES:
-                    self._received.append(message)
+                    self._messages.append(message)
                     message = bytearray()
                     self._wake()
         self._hung_up = True
@@ -8031,8 +8027,8 @@ class _ThreadedPipes:
 
     def receive(self) -> Iterator[bytearray]:
         hung_up = self._hung_up  # Read first: all that came before it is in the deque.
-        while self._received:
-            yield self._received.popleft()
+        while self._messages:
+            yield self._messages.popleft()
         self.ended = hung_up
 
     def permit(self, first: int, count: int) -> None:
@@ -8041,14 +8037,9 @@ class _ThreadedPipes:
     def revoke(self) -> set[int] | None:
         return set()
 
-    def close_theirs(self) -> None:
-        for end in filter(None, self.theirs):
-            end.close()
-
     def close(self) -> None:
         self._sender.stop()
-        for end in (self._incoming, self._outgoing, self._life):
-            _disown(end)
+        super().close()
 
 
 class _Run:
@@ -10015,30 +10006,6 @@ def _at_exit() -> None:
                     engine.closed.wait(EXIT_SECONDS)
 
 
-def _in_order(
-    submitted: Iterator[TaskFuture], in_chunks: bool, ahead: int | None, deadline: float | None,
-    drop: Callable[[Iterable[TaskFuture]], None],
-) -> Iterator[Any]:  # fmt: skip
-    """The iterator of Cluster.map. The first item is None: then *ahead* Futures, or all, are
-    submitted. *drop* gets those for whose results nobody waits in the end."""
-    futures: collections.deque[TaskFuture] = collections.deque()
-    try:
-        futures.extend(itertools.islice(submitted, ahead))
-        yield None
-        while futures:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            result = futures[0].result(left)
-            results = result if in_chunks else [result]
-            del futures[0], result
-            futures.extend(itertools.islice(submitted, ahead and 1))
-            results.reverse()
-            while results:
-                yield results.pop()  # Nothing here keeps it.
-    finally:
-        if futures:  # Perhaps in a finalizer, in any thread.
-            drop(futures)
-
-
 def _checked_type(cluster: Cluster, task_type: Any, options: Any) -> str:
     """The name of the task type; adds to *options* what this cluster demands."""
     if cluster._options.in_memory_only:
@@ -10078,10 +10045,28 @@ def _mapped(
     chunks = iter(lambda: _Chunk(itertools.islice(given, size)), [])
     each = chunks if size > 1 else given
     submitted = (cluster.submit(task_type, one, **options) for one in each)
-    drop = lambda futures: engine.post(lambda: engine.futures.drop(futures))  # noqa: E731
-    results = _in_order(submitted, size > 1, buffersize, deadline, drop)
-    next(results)  # It submits the first ones. From here on its `finally` is sure to run.
-    return results
+    futures: collections.deque[TaskFuture] = collections.deque()
+
+    def in_order() -> Iterator[Any]:
+        try:
+            futures.extend(itertools.islice(submitted, buffersize))
+            yield None
+            while futures:
+                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+                result = futures[0].result(left)
+                results = result if size > 1 else [result]
+                del futures[0], result
+                futures.extend(itertools.islice(submitted, buffersize and 1))
+                results.reverse()
+                while results:
+                    yield results.pop()  # Nothing here keeps it.
+        finally:
+            if futures:  # Nobody waits for these. Perhaps in a finalizer, in any thread.
+                engine.post(lambda: engine.futures.drop(futures))
+
+    iterator = in_order()
+    next(iterator)  # It submits the first ones. From here on its `finally` is sure to run.
+    return iterator
 
 
 class Cluster(concurrent.futures.Executor):
