@@ -9711,11 +9711,11 @@ class _Dispatcher:
             source.check_futures = source.check_futures or self.idle.is_set()
             if source.watch and source.watch.heard + LEASE_SECONDS <= now:
                 self.futures.opened = wall
-        if self.crew.options.keep_alive is None and self.ending.mode == "running":
+        closes = self.crew.options.keep_alive is None and self.ending.mode == "running"
+        if closes and not any(source.busy for source in self.sources):
             soon = wall + int(SOON_SECONDS * 1e6)
-            due = [instant for source in self.sources for instant in source.due]
-            if not any(source.busy for source in self.sources):
-                self.crew.retire_idle(now, sum(instant <= soon for instant in due))
+            due = itertools.chain.from_iterable(source.due for source in self.sources)
+            self.crew.retire_idle(now, sum(instant <= soon for instant in due))
 
     def _on_bell(self) -> None:
         """Another process has added or cancelled a task. It does not ring for each that it adds:
