@@ -8489,9 +8489,11 @@ class _Futures:
         Until add() returns, the task of a Future may have got a later `created_at`, as another
         one of its id has the same: then the data tell which it is.
         """
-        under = self._by_id.get(row.id, [])
+        only = self._by_id.get(row.id)
+        if type(only) is TaskFuture and only._stored:  # As most are.
+            return [only] if only._row.created_at == row.created_at else []
         found: list[TaskFuture] = []
-        for future in under if isinstance(under, list) else [under]:
+        for future in self.under(row.id):
             own = future._row
             is_it = own.created_at == row.created_at
             if not future._stored and own.created_at <= row.created_at:
