@@ -5857,8 +5857,13 @@ def _call_style(function: TaskFunction) -> _Style:
 
 def _checked_function(name: str, function: Any) -> _Style:
     """How to call a function that somebody gave as *name*."""
+    import inspect
+
     if not callable(function):
         raise _wrong_type(name, function, "a function")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        allowed = "a function without `yield`: to call this one runs nothing, it makes a generator"
+        raise _wrong_type(name, function, allowed)
     try:
         return _call_style(function)
     except TypeError as error:
@@ -6664,7 +6669,7 @@ class _TaskTypes(_Tasks):
         called as function(job), and for a name that another function has. While a worker
         runs your file again, the same is declared there. No store is touched.
         """
-        if callable(name):
+        if callable(name) or isinstance(name, staticmethod):
             return self.task()(name)
         if name is not None:
             _checked_text("name", name)
@@ -6693,6 +6698,8 @@ class _TaskTypes(_Tasks):
     def _declare(
         self, name: Any, function: Any, defaults: Any, schedule: Any, limits: dict[str, Any]
     ) -> None:
+        if isinstance(function, staticmethod):
+            function = function.__func__  # What its class will give for it.
         style = _checked_function("function", function)
         if name is None:
             name = getattr(function, "__name__", "<none>")
@@ -6778,11 +6785,13 @@ class _TaskTypes(_Tasks):
         """The Row of a new task, with what its type declares, and its `if_exists`."""
         if type(task_type) is not str:
             task_type = self._name_of(task_type)
+        declared, style = self._declared.get(task_type), styles.get(task_type)
         if not options.keys() <= _ADD_PARAMETERS:
             unknown = min(map(str, options.keys() - _ADD_PARAMETERS))
-            nearest = _nearest(unknown, _ADD_PARAMETERS)
-            raise TypeError(f"add_task and submit have no parameter {unknown!r}{nearest}")
-        declared, style = self._declared.get(task_type), styles.get(task_type)
+            hint = _nearest(unknown, _ADD_PARAMETERS)
+            if style is not None and unknown in style.required | style.optional:
+                hint = f"; {task_type!r} takes it from data: give {{{unknown!r}: ...}}"
+            raise TypeError(f"add_task and submit have no parameter {unknown!r}{hint}")
         if declared is not None and declared.defaults:
             options = {**declared.defaults, **options}
         addition = _make_row(now, task_type, data, lane=lane, **options)
@@ -6983,8 +6992,12 @@ class TaskQueue(_TaskTypes):
         deadline, pause, before = time.monotonic() + seconds, 0.002, None
         stores = [self._store] if _worker else [self.in_memory._store, self._store]
         while True:
-            rows = (row for store in stores for row in store.find(query, self._now()))
-            found = next(rows, None)
+            found = None
+            for store in stores:
+                for found in store.find(query, self._now()):
+                    stores = [store]  # The other one may get a task of the same id.
+                if found is not None:
+                    break
             before = before or found
             if before is None:  # It was never seen.
                 return Task(Row(task_id, "", "null", 0, 0, 0, 0, 0, 0.0, None, None, "", "done"))

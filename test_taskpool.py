@@ -1134,8 +1134,13 @@ class TestQueueVerbs(InFolder):
             queue.run_due(again)  # As "a task that adds itself again".
             self.assertEqual(ended.result().state, "done")
         queue.add_task("echo", task_id="later", due_date=timedelta(hours=1))
-        with self.assertRaisesRegex(TimeoutError, "later.*waiting"):
-            queue.wait("later", 0.01)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            with mock.patch.object(queue._store, "find", wraps=queue._store.find) as look:
+                late = pool.submit(queue.wait, "later", 0.1)
+                eventually(lambda: look.called)
+            queue.add_task("echo", task_id="later", in_memory=True)  # Another task, for which nobody waits.
+            with self.assertRaisesRegex(TimeoutError, "later.*waiting"):
+                late.result()
 
     def test_wait_for_a_repeating_task_ends_with_the_run_under_way_or_the_next(self):
         """Whenever it was called, and wherever updates move the due date meanwhile."""
@@ -11560,12 +11565,28 @@ class TestDeclaredTasks(InFolder):
         queue.task(name="method")(one.run), queue.task(name="method")(one.run)
         self.assertEqual(queue.add_task(one.run).task_type, "method")
 
+    def test_a_static_method_is_declared_above_and_below_its_decorator(self):
+        queue = self.queue()
+
+        class Mails:
+            @queue.task
+            @staticmethod
+            def above(job, *, to): return to
+
+            @staticmethod
+            @queue.task
+            def below(job, *, to): return to
+
+        for function in (Mails.above, Mails.below):
+            queue.add_task(function, {"to": 1}, keep_result=60)
+        self.assertEqual([(t.task_type, t.result) for t in queue.run_due()], [("above", 1), ("below", 1)])
+
     def test_what_cannot_be_declared_is_refused_and_says_why(self):
         queue = self.queue()
         for arguments, function, error, text in (
             ({}, lambda job: 1, ValueError, "no name of its own"), ({}, 5, TypeError, "function is 5"),
             ({"name": ""}, echo, ValueError, "name is ''"), ({"name": 5}, echo, TypeError, "name is 5"),
-            ({}, lambda: 1, TypeError, "takes no positional"), ({"name": "x"}, lambda job, other: 1, TypeError, "'other'"),
+            ({}, lambda: 1, TypeError, "takes no positional"), ({"name": "x"}, lambda job: (yield), TypeError, "without `yield`"), ({"name": "x"}, lambda job, other: 1, TypeError, "'other'"),
             ({"retrys": 1}, echo, TypeError, "no default 'retrys'"), ({"task_id": "x"}, echo, TypeError, "'task_id'"),
             ({"retries": -1}, echo, ValueError, "retries"), ({"repeat": "x"}, echo, ValueError, "repeat"),
             ({"repeat": "@daily", "in_memory": True}, echo, ValueError, "in_memory"), ({"data": 1}, echo, TypeError, "repeat"),
@@ -11638,6 +11659,8 @@ class TestDeclaredTasks(InFolder):
         self.assertEqual(queue.count(state="waiting"), 0)
         with self.assertRaisesRegex(TypeError, "no 'to'"):
             queue.add_task("words")
+        with self.assertRaisesRegex(TypeError, "no parameter 'to'; 'words' takes it from data: give {'to': ...}"):
+            queue.add_task("words", to=1)
         # Old code adds what new code needs more of: a failure like any other, with its retries.
         self.queue().add_task("words", {}, retries=1, retry_delay=0.001)
         ended = queue.run_due(until=timedelta(seconds=9))
