@@ -6344,11 +6344,17 @@ _PREDECESSORS = ("after", "after_end")
 class _Tasks:
     """The verbs that TaskQueue and TaskQueue.in_memory share.
 
-    Filters: `task_id`, `task_type` and `state` (a value or a list of values; states are
-    waiting, running, failed, done), `due` (True: could run now; False: waiting for its
-    time, or held), `held` (whether it waits for the end of others), `after` and `before`
-    (an id, or a list of ids: the tasks that follow these; those that these wait for). A
-    task must fit all filters that are given.
+    A task must fit all filters that are given:
+
+    task_id, task_type   a value, or a list of values
+    state                waiting, running, failed, done, or a list of these
+    due                  True: it could run now. False: it waits for its due date or for others,
+                         or its type is paused
+    held                 whether it waits for others
+    after, before        an id, or a list of ids: the tasks that wait for these; the tasks for
+                         which these wait
+
+    A wrong argument raises TypeError or ValueError; a store that fails, StoreError.
     """
 
     _store: Store
@@ -6422,10 +6428,8 @@ class _Tasks:
         return was_there
 
     def retry(self, **filters: Unpack[Filters]) -> int:
-        """Put failed tasks that fit the filters back to waiting; return how many.
-
-        They get a fresh set of attempts and are due now.
-        """
+        """Put failed tasks that fit the filters back to waiting, due now and with a fresh set of
+        attempts; return how many."""
         _refuse_rerun("retry")
         retried = self._store.retry(_make_query("retry", filters, self._store), self._now())
         self._changed()
@@ -6468,17 +6472,23 @@ class _Tasks:
         return Task(row)
 
     def types(self) -> list[dict[str, Any]]:
-        """What there is of each task type that has tasks, a history, or a setting.
+        """What there is of each task type that has tasks, a history, or a setting: one dict each.
 
-        One dict each: task_type; waiting, due, held, running, failed and done (how many tasks;
-        those due or held are among the waiting); oldest_due (for how many seconds the oldest of
-        those due has been so) and next_due (when the next one will be: a datetime in UTC), or
-        None; paused, at_once and rate, as they are set; and `runs`: how many ended as done,
-        failed, retried or later (as a Retry asked that does not count), and how many were
-        interrupted or expired; the seconds of all that ended, and seconds_le: {seconds: how
-        many took at most so long}. Masters count runs, and add the counts to those in the store
-        every 10 s and when they leave; these grow for the life of the store. A run that was
-        cancelled is none of these. Raises StoreError if the store failed.
+        task_type               its name
+        waiting, running,       how many of its tasks there are in each state
+        failed, done
+        due, held               how many of the waiting could run now; how many wait for others
+        oldest_due              for how many seconds the first of those due has been so, or None
+        next_due                when the next one will be due: a datetime in UTC, or None
+        paused, at_once, rate   as they are set
+        runs                    how many runs ended as done, failed, retried or later (as a Retry
+                                asked that does not count); how many were interrupted, and how
+                                many tasks expired; the `seconds` of all that ended; seconds_le:
+                                {seconds: how many took at most so long}
+
+        Masters count runs, and add the counts to those in the store every 10 s and when they
+        leave; these grow for the life of the store. A cancelled run counts nowhere. Raises
+        StoreError if the store failed.
         """
         names = "waiting due running failed done oldest_due next_due held".split()
         settings, types = self._store.settings(all_types=True), []
@@ -6496,34 +6506,38 @@ class _Tasks:
         return types
 
     def pause(self, *types: str | TaskFunction) -> None:
-        """Have no cluster start tasks of these types, until resume().
+        """Have no cluster start tasks of these types (names or declared functions) until
+        resume().
 
-        What runs goes on to its end; what is added, retried or comes due meanwhile waits, in
-        its order, and counts as not due. A pause is stored: no restart ends it. To pause a
-        type again, or one that has no tasks, is fine. Where other masters use a MongoStore,
-        pause() and limit() take 1.5 seconds: then all of these know of it. Raises TypeError
-        and ValueError for a wrong type, StoreError if the store failed or knows no pauses; so
-        do resume() and limit().
+        Runs that have begun go on to their ends. Tasks that are added, retried or come due
+        meanwhile wait in order, and count as not due. The pause is stored: no restart ends it.
+        (That of `in_memory` ends with this process.) A type may be paused already, or have no
+        tasks. On a MongoStore that other masters use, the call takes 1.5 seconds; then all of
+        them know of the pause. Raises TypeError or ValueError for a wrong type, and StoreError
+        if the store failed or knows no pauses.
         """
         self._set_up("pause", types, {"paused": 1})
 
     def resume(self, *types: str | TaskFunction) -> None:
         """End the pause of these types. A schedule makes up for the slots that it missed by
-        one run."""
+        one run. Raises what pause() raises."""
         self._set_up("resume", types, {"paused": 0})
 
     def limit(
         self, task_type: str | TaskFunction, *, at_once: int | None = _AS_IS,
         rate: tuple[int, float | timedelta] | None = _AS_IS,
     ) -> None:  # fmt: skip
-        """Limit how tasks of a type start, in all clusters together; None: without a limit.
+        """Limit how tasks of a type start, in all clusters of this store together.
 
-        *at_once*: so many of them run at once, at most. *rate* = (starts, seconds): at most so
-        many starts in so many seconds (or a timedelta), evenly spaced. (In up to 50 ms more
-        than these seconds, as a start may be late.) Each start counts, also of a retry.
-        Starts that would be less than 50 ms apart come in groups: as many at once as 50 ms
-        allow. What is not given stays as it is. A task that must wait delays no other type,
-        and nothing that runs is stopped. Raises TypeError and ValueError for wrong arguments.
+        *at_once*: at most so many of them run at once. *rate* = (starts, seconds): at most so
+        many of them start in so many seconds (a number or a timedelta), evenly spaced: with
+        (10, 60) one each six seconds. Each start counts, also that of a retry. Where starts
+        would be less than 50 ms apart, they come in groups, one each 50 ms.
+
+        None ends a limit; what is not given stays as it is. A task that must wait delays no
+        other type, and nothing that runs is stopped. Limits are stored, and the call takes as
+        long, as with pause(). Raises what pause() raises; TypeError or ValueError for a wrong
+        limit, and TypeError if neither is given.
         """
         changes = _checked_limits(at_once, rate)
         if not changes:
@@ -6821,11 +6835,11 @@ class _TaskTypes(_Tasks):
 class TaskQueue(_TaskTypes):
     """Tasks waiting to be run, in a store and in this process's memory.
 
-    *store* is a path (-> SQLiteStore) or a Store. It is opened at first use, and closed
-    by close() or `with`. May be used by any thread of any process: give each process a
-    TaskQueue on the same file. Its verbs, such as `find`, `cancel` and `pause`, mean the
-    persistent tasks; `in_memory` has the same verbs for those of this process's memory
-    (master only, else RuntimeError).
+    *store* is the path of a SQLite file, or a Store; anything else is a TypeError. It is opened
+    at first use, and closed by close() or `with`. Any thread may use a TaskQueue; each process
+    makes its own, on the same store. Verbs such as `find`, `cancel` and `pause` mean the stored
+    tasks; `in_memory` has the same verbs for the tasks in the memory of this process, which must
+    be the master (else RuntimeError).
 
     `clock` may be set to a function like time.time, for tests.
     """
@@ -6979,12 +6993,14 @@ class TaskQueue(_TaskTypes):
         return rows
 
     def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
-        """Wait until a task ended, in whatever process it runs, and return it.
+        """Wait until a task has ended, in whatever process it runs, and return it: its state is
+        `done` or `failed`.
 
-        Its state is `done` or `failed`. For a task that repeats this waits for the end of the
-        run that is under way or comes next; its state is `waiting` then. A task that is gone
-        counts as done without a kept result (its task_type is "" if this call never saw
-        it). Raises TimeoutError after *timeout* seconds.
+        Of a task that repeats this is the end of the run that is under way or comes next; its
+        state is `waiting` then. A task that is gone (done without keep_result, removed or
+        cancelled) counts as done; if it was so from the start, its task_type is "". Tasks in
+        memory are looked for first. Raises TimeoutError after *timeout* seconds (None: never),
+        TypeError or ValueError for wrong arguments, and StoreError if the store failed.
         """
         _refuse_rerun("wait")
         query = Query(ids=[_checked_text("task_id", task_id)])
@@ -6994,9 +7010,9 @@ class TaskQueue(_TaskTypes):
         while True:
             found = None
             for store in stores:
-                for found in store.find(query, self._now()):
-                    stores = [store]  # The other one may get a task of the same id.
+                found = next(iter(store.find(query, self._now())), None)
                 if found is not None:
+                    stores = [store]  # The other one may get a task of the same id.
                     break
             before = before or found
             if before is None:  # It was never seen.
