@@ -7097,18 +7097,20 @@ class TaskQueue(_TaskTypes):
 # a row is sent with whether it is a MemoryRow. Large data of such a row follow the message, as
 # messages of their own: its out-of-band buffers.
 
-_FAILURE = (str, str, str, (bytes, _NULL))  # A _Failure as a plain tuple, and ...
-_PLAN = (bool, (float, _NULL), bool)  # A Plan as a plain tuple.
-_FAILURE_AT = {"boot error": 1, "lacks": 2, "fail": 3}  # ... where it stands in messages.
+# In messages to the master these are plain tuples.
+_FIELDS: dict[Any, tuple[Any, ...]] = {
+    _Failure: (str, str, str, (bytes, _NULL)),
+    Plan: (bool, (float, _NULL), bool),
+}
 _SHAPES: dict[str, tuple[Any, ...]] = {  # Messages to the master: {kind: the other items}.
     "ready": (),
-    "boot error": (tuple,),  # _FAILURE
+    "boot error": (_Failure,),
     "start": (int,),  # number: of a run that has a timeout
     "progress": (int, str),  # number, JSON of a Progress
     # "done", see _write_message: number, seconds, pickled result (or _NONE), JSON result, why
     # there is none, open conversations
-    "fail": (int, float, tuple, tuple),  # number, seconds, _FAILURE, _PLAN
-    "lacks": (int, tuple),  # number, _FAILURE: this worker has no function for the task
+    "fail": (int, float, _Failure, Plan),  # number, seconds: what it is to lead to
+    "lacks": (int, _Failure),  # number: this worker has no function for the task
     "ask": (int, int, bytes),  # number, conversation, pickled message
     "changed": (),  # A task changed its queue.
 }
@@ -7138,14 +7140,22 @@ def _write_message(message: tuple[Any, ...]) -> bytes:
     return b"".join((_DONE.pack(number, seconds, opened, len(notes)), notes, packed))
 
 
-def _check_parts(parts: Sequence[Any], shape: tuple[Any, ...]) -> None:
-    if len(parts) != len(shape) or not all(map(isinstance, parts, shape)):
+def _read_items(items: Any, shape: tuple[Any, ...]) -> list[Any]:
+    """The items of a message, if they have this shape. Raises what says how they have not."""
+    if len(items) != len(shape):
         raise TypeError("a wrong shape")
-    for part in parts:
-        if type(part) is str:
-            part.encode()  # Raises at a lone surrogate.
-        elif type(part) is float and not 0 <= part < math.inf:
-            raise ValueError(f"{part} seconds")
+    read = []
+    for item, kind in zip(items, shape):
+        if kind in _FIELDS:
+            item = kind(*_read_items(item, _FIELDS[kind]))
+        elif not isinstance(item, kind):
+            raise TypeError("a wrong shape")
+        elif type(item) is str:
+            item.encode()  # Raises at a lone surrogate.
+        elif type(item) is float and not 0 <= item < math.inf:
+            raise ValueError(f"{item} seconds")
+        read.append(item)
+    return read
 
 
 def _read_message(packed: bytearray) -> tuple[Any, ...]:
@@ -7157,23 +7167,15 @@ def _read_message(packed: bytearray) -> tuple[Any, ...]:
                 raise ValueError(f"{seconds} seconds")
             kept = problem = None
             if size:
-                kept, problem = notes = marshal.loads(packed[_DONE.size :])
-                _check_parts(notes, ((str, _NULL), (str, _NULL)))
+                notes = marshal.loads(packed[_DONE.size :])
+                kept, problem = _read_items(notes, ((str, _NULL), (str, _NULL)))
             del packed[: _DONE.size + size]  # Copies nothing, however long the result is.
             return "done", number, seconds, packed or _NONE, kept, problem, opened
-        message: Any = marshal.loads(packed)
-        kind = message[0]
-        _check_parts(message[1:], _SHAPES[kind])
+        kind, *items = marshal.loads(packed)
+        message = (kind, *_read_items(items, _SHAPES[kind]))
         if kind == "progress":
             _checked_progress(*_decode(message[2]))
-        elif kind in _FAILURE_AT:
-            at = _FAILURE_AT[kind]
-            _check_parts(message[at], _FAILURE)
-            message = (*message[:at], _Failure(*message[at]), *message[at + 1 :])
-            if kind == "fail":
-                _check_parts(message[4], _PLAN)
-                message = (*message[:4], Plan(*message[4]))
-        return cast("tuple[Any, ...]", message)
+        return message
     except Exception as error:
         raise _Nonsense(f"{type(error).__name__}: {error}") from error
 
