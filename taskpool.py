@@ -5875,17 +5875,21 @@ def _checked_function(name: str, function: Any) -> _Style:
         raise _wrong_type(name, function, allowed) from None
 
 
-def _check_broker(broker: Any) -> None:
-    if broker is None:
-        return
-    allowed = "None or a function of (respond, message)"
-    if not callable(broker):
-        raise _wrong_type("message_broker", broker, allowed)
-    signature = _signature(broker)
+def _check_takes(name: str, function: Any, arguments: Sequence[Any], allowed: str) -> None:
+    """Raise TypeError if *function*, given as *name*, cannot be called with these arguments."""
+    if not callable(function):
+        raise _wrong_type(name, function, allowed)
+    signature = _signature(function)
     try:
-        signature and signature.bind(None, None)
+        signature and signature.bind(*arguments)
     except TypeError as error:
-        raise TypeError(f"message_broker is {_shown(broker)}: {error}; give {allowed}") from None
+        raise TypeError(f"{name} is {_shown(function)}: {error}; give {allowed}") from None
+
+
+def _check_broker(broker: Any) -> None:
+    if broker is not None:
+        allowed = "None or a function of (respond, message)"
+        _check_takes("message_broker", broker, (None, None), allowed)
 
 
 def _checked_message(message: Any) -> Any:
@@ -6357,21 +6361,11 @@ class _Tasks:
     A wrong argument raises TypeError or ValueError; a store that fails, StoreError.
     """
 
+    _queue: TaskQueue
     _store: Store
-    clock: Callable[[], float]
 
     def _now(self) -> int:
-        return int(self.clock() * 1e6)
-
-    def _changed(self, removed: bool = False) -> None:
-        """Called after every change: wakes the clusters, also those of other processes."""
-
-    def _wake_others(self, removed: bool = False) -> None:
-        """Wakes the clusters of other processes, if there can be any."""
-
-    def _known_name(self, task_type: Any) -> str:
-        """The name of a task type. Warns if nobody here knows it."""
-        raise NotImplementedError
+        return int(self._queue.clock() * 1e6)
 
     def find(
         self, *, limit: int | None = None, offset: int = 0, **filters: Unpack[Filters]
@@ -6405,7 +6399,7 @@ class _Tasks:
             states = ", ".join(map(repr, STATES))
             raise ValueError(f"remove() without a filter; to mean all tasks give state=[{states}]")
         removed = self._store.remove(query, self._now())
-        self._changed(removed=True)
+        self._queue._changed(removed=True, stored=not self._store.in_memory)
         return removed
 
     def cancel(self, task_id: str) -> bool:
@@ -6423,8 +6417,7 @@ class _Tasks:
         _refuse_rerun("cancel")
         was_there = self._store.cancel(_checked_text("task_id", task_id), self._now())
         if was_there:
-            self._changed(removed=True)
-            self._wake_others(removed=True)
+            self._queue._changed(removed=True, cancelled=True, stored=not self._store.in_memory)
         return was_there
 
     def retry(self, **filters: Unpack[Filters]) -> int:
@@ -6432,7 +6425,7 @@ class _Tasks:
         attempts; return how many."""
         _refuse_rerun("retry")
         retried = self._store.retry(_make_query("retry", filters, self._store), self._now())
-        self._changed()
+        self._queue._changed(stored=not self._store.in_memory)
         return retried
 
     def update(self, task_id: str, **changes: Unpack[Changes]) -> Task:
@@ -6468,7 +6461,7 @@ class _Tasks:
         if follows or None in given:
             values["after"] = follows
         row = self._store.update(task_id, values, now)
-        self._changed()
+        self._queue._changed(stored=not self._store.in_memory)
         return Task(row)
 
     def types(self) -> list[dict[str, Any]]:
@@ -6548,16 +6541,18 @@ class _Tasks:
         _refuse_rerun(method)
         if not types:
             raise TypeError(f"{method}() takes one task type or more")
-        self._store.set_up([self._known_name(name) for name in types], changes)
-        self._changed()
+        names = [self._queue._name_of(name) for name in types]
+        for name in names:
+            self._queue._warn_of(name)
+        self._store.set_up(names, changes)
+        self._queue._changed(stored=not self._store.in_memory)
 
 
 class InMemoryTasks(_Tasks):
     """`TaskQueue.in_memory`: the tasks of this process, with the verbs of TaskQueue."""
 
     def __init__(self, queue: TaskQueue) -> None:
-        self._queue = queue
-        self._memory = MemoryStore()
+        self._queue, self._memory = queue, MemoryStore()
 
     @property
     def _store(self) -> Store:  # type: ignore[override]
@@ -6566,15 +6561,6 @@ class InMemoryTasks(_Tasks):
                 "in-memory tasks live in the master process; in a worker, add persistent ones"
             )
         return self._memory
-
-    def _now(self) -> int:
-        return self._queue._now()
-
-    def _changed(self, removed: bool = False) -> None:
-        self._queue._changed(removed, stored=False)
-
-    def _known_name(self, task_type: Any) -> str:
-        return self._queue._known_name(task_type)
 
     def find_by_id(self, task_id: str) -> Task | None:
         """The task of that id, or None."""
@@ -6816,15 +6802,11 @@ class _TaskTypes(_Tasks):
                 style.keywords(task_type, one)
         return addition
 
-    def _known_name(self, task_type: Any) -> str:
-        name = self._name_of(task_type)
-        if name not in self._styles:
-            self._warn_of(name)
-        return name
-
     def _warn_of(self, task_type: str) -> None:
         """Warn once of a type that nobody here knows; another program may know it."""
-        if task_type in self._unknown or not self._styles or len(self._unknown) >= 100:
+        if task_type in self._styles or task_type in self._unknown or not self._styles:
+            return
+        if len(self._unknown) >= 100:
             return  # Names that are made of data have no end.
         self._unknown.add(task_type)
         if _worker is None or task_type not in _worker.task_map:
@@ -6848,6 +6830,7 @@ class TaskQueue(_TaskTypes):
         if not isinstance(store, (Store, str, os.PathLike)):
             raise _wrong_type("store", store, "a file name or a Store")
         super().__init__()
+        self._queue = self
         self._store = store if isinstance(store, Store) else SQLiteStore(store)
         self.clock = time.time
         self.in_memory = InMemoryTasks(self)
@@ -6869,26 +6852,29 @@ class TaskQueue(_TaskTypes):
         """Close the store's files and connections; the next use opens them again."""
         self._store.close()
 
-    def _changed(self, removed: bool = False, stored: bool = True) -> None:
+    def _changed(
+        self, removed: bool = False, cancelled: bool = False, stored: bool = True
+    ) -> None:
+        """Called after every change: wakes the clusters, also those of other processes."""
         if _worker is not None:
             _worker.tell("changed")
         for watcher in self._watchers:
             watcher.queue_changed(removed, stored)
         if stored:
-            self._wake_others()
+            self._wake_others(cancelled)
 
-    def _wake_others(self, removed: bool = False) -> None:
+    def _wake_others(self, cancelled: bool = False) -> None:
         """Have the masters in other processes look at the store, so that they need not poll
-        it. Of many tasks in a row not each wakes them: a woken master looks twice. If tasks
-        were *removed* or cancelled, the masters are woken each time."""
+        it. Of many tasks in a row not each wakes them: a woken master looks twice. But each
+        that was *cancelled* does."""
         now = time.monotonic()
-        if removed or now >= self._next_owners:
+        if cancelled or now >= self._next_owners:
             self._next_owners = now + OWNERS_SECONDS
             with contextlib.suppress(StoreError):
                 self._ports = _ports_of(self._store.owners())
-        if self._ports and (removed or now >= self._next_knock):
+        if self._ports and (cancelled or now >= self._next_knock):
             self._next_knock = now + KNOCK_SECONDS
-            _ring(self._ports, CANCELLED_BELL if removed else b"!")
+            _ring(self._ports, CANCELLED_BELL if cancelled else b"!")
 
     # ---- Adding
 
@@ -7072,8 +7058,7 @@ class TaskQueue(_TaskTypes):
         nothing while a worker runs your file again.
         """
         _checked_choice("event", event, EVENTS)
-        if not callable(callback):
-            raise _wrong_type("callback", callback, "a function of (value, task)")
+        _check_takes("callback", callback, (None, None), "a function of (value, task)")
         if _is_master():
             self._listeners[event] = callback
 
@@ -7556,11 +7541,6 @@ def _die_with_master(life: Connection) -> None:
 _WHOLE_BYTES = getattr(select, "PIPE_BUF", 4) - 4
 
 
-def _received_row(values: tuple[Any, ...]) -> Row:
-    """The Row that _Worker.give() has sent."""
-    return tuple.__new__(MemoryRow if values[-1] else Row, values[:-1])
-
-
 class _WorkerProcess:
     """A worker's own view: it runs tasks one after another, in the main thread.
 
@@ -7619,9 +7599,10 @@ class _WorkerProcess:
             if message is None or message[0] == "stop":
                 return
             _, number, rows = message
-            for offset, values in enumerate(rows):
+            for offset, values in enumerate(rows):  # As _Worker.give() has sent them.
                 if self._permitted(number + offset):
-                    self._run(number + offset, _received_row(values))
+                    kind = MemoryRow if values[-1] else Row
+                    self._run(number + offset, tuple.__new__(kind, values[:-1]))
             del message, rows, values  # Else the wait for the next task keeps the last in memory.
 
     def _receive(self) -> Any:
@@ -9935,14 +9916,8 @@ def _checked_initargs(initializer: Any, initargs: Any, start_method: str) -> _Ar
         raise _wrong_type("initargs", initargs, "a tuple")
     if initializer is None:
         return None
-    allowed = "None or a function that takes the initargs"
-    if not callable(initializer):
-        raise _wrong_type("initializer", initializer, allowed)
-    signature, packed = _signature(initializer), None
-    try:
-        signature and signature.bind(*initargs)
-    except TypeError as error:
-        raise TypeError(f"initializer is {_shown(initializer)}: {error}; give {allowed}") from None
+    allowed, packed = "None or a function that takes the initargs", None
+    _check_takes("initializer", initializer, initargs, allowed)
     try:
         packed = None if start_method == "fork" else _dumps(tuple(initargs))
     except RuntimeError:

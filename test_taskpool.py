@@ -1165,7 +1165,8 @@ class TestQueueVerbs(InFolder):
 
     def test_listeners_and_stores_are_checked(self):
         queue = self.both
-        for wrong, error in [(("end", print), ValueError), ((5, print), TypeError), (("done", 5), TypeError)]:
+        for wrong, error in [(("end", print), ValueError), ((5, print), TypeError), (("done", 5), TypeError),
+                             (("done", lambda value: 1), TypeError)]:
             with self.assertRaises(error):
                 queue.add_event_listener(*wrong)
         with self.assertRaises(ValueError):
