@@ -5815,22 +5815,19 @@ _PLAIN = _Style()
 
 
 def _call_style(function: TaskFunction) -> _Style:
-    """How to call a task's function. Raises TypeError if nothing says what a parameter gets.
-
-    A decorator that takes any arguments may pass them on: ask its inner function.
-    """
+    """How to call a task's function. Raises TypeError if nothing says what a parameter gets."""
+    own: Any = function
+    bound = {"toggle_ipc"}
+    while isinstance(own, functools.partial):  # Its signature has more keyword-only parameters.
+        own, bound = own.func, bound | own.keywords.keys()
     signature, toggle_ipc = _signature(function), ""
     if signature is None or isinstance(function, BuiltinFunctionType):
-        return _PLAIN  # Only some builtins have a signature, so none is checked.
+        return _style_within(own, bound)  # Only some builtins have a signature: none is checked.
     parameters = list(signature.parameters.values())
     anything = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not positional and not any(p.kind is p.VAR_POSITIONAL for p in anything):
         raise TypeError("takes no positional argument")
-    own: Any = function
-    bound = {"toggle_ipc"}
-    while isinstance(own, functools.partial):  # Its signature has more keyword-only parameters.
-        own, bound = own.func, bound | own.keywords.keys()
     inner = getattr(_signature(own), "parameters", {}).values()
     keywords = {p.name for p in inner if p.kind is p.KEYWORD_ONLY} - bound
     required = {p.name for p in parameters if p.default is p.empty and p.name in keywords}
@@ -5845,14 +5842,22 @@ def _call_style(function: TaskFunction) -> _Style:
         elif must or named:
             raise TypeError(f"has {p.name!r}, for which there is no value")
     rest = any(p.kind is p.VAR_KEYWORD for p in anything)
-    if not toggle_ipc and not keywords and anything and hasattr(function, "__wrapped__"):
-        with contextlib.suppress(TypeError):
-            style = _call_style(function.__wrapped__)
-            return style if rest else _Style(style.toggle_ipc)
     if not toggle_ipc and not keywords:
-        return _PLAIN
+        style = _style_within(own, bound) if anything else _PLAIN
+        return style if rest or style is _PLAIN else _Style(style.toggle_ipc)
     taken = frozenset(bound.union(p.name for p in positional))
     return _Style(toggle_ipc, frozenset(required), frozenset(keywords - required), rest, taken)
+
+
+def _style_within(decorator: Any, bound: Collection[str]) -> _Style:
+    """How to call a function that may pass all its arguments on to the one that it decorates."""
+    if hasattr(decorator, "__wrapped__"):
+        with contextlib.suppress(TypeError):
+            style = _call_style(decorator.__wrapped__)
+            required, optional = style.required.difference(bound), style.optional.difference(bound)
+            new = style._replace(required=required, optional=optional)
+            return new if style.takes_data else style
+    return _PLAIN
 
 
 def _checked_function(name: str, function: Any) -> _Style:

@@ -11638,13 +11638,15 @@ class TestDeclaredTasks(InFolder):
 
         queue = self.queue()
         functions = {"words": needs_words, "decorated": decorate(needs_words), "both": both,
-                     "bound": functools.partial(needs_words, to="bound"), "optional": lambda job, *, size=3: size}
+                     "cached": functools.lru_cache(needs_words), "bound": functools.partial(needs_words, to="bound"),
+                     "bound outside": functools.partial(decorate(needs_words), to="bound"), "optional": lambda job, *, size=3: size}
         for name, function in functions.items():
             queue.task(name=name, keep_result=60)(function)
         for name, data, result in (
             ("words", {"to": "a"}, ["a", "hello"]), ("words", {"to": "a", "subject": 2}, ["a", 2]), ("optional", {}, 3),
             ("decorated", {"to": "a"}, ["a", "hello"]), ("both", {"to": 1, "b": 2}, [True, 1, {"b": 2}]),
             ("bound", {"subject": 1}, ["bound", 1]), ("optional", {"size": 4}, 4),
+            ("bound outside", {"subject": 1}, ["bound", 1]), ("cached", {"to": "a"}, ["a", "hello"]),
         ):
             with self.subTest(name=name, data=data):
                 queue.add_task(name, data)
@@ -11652,6 +11654,7 @@ class TestDeclaredTasks(InFolder):
         for name, data, text in (
             ("words", {}, "no 'to'.*'words'"), ("words", {"to": 1, "subjct": 2}, "'subjct'.*did you mean 'subject'"),
             ("words", [1], r"data is \[1\]"), ("optional", None, "data is None"), ("bound", {"to": 1}, "'to'"),
+            ("bound outside", {"to": 1}, "'to'"), ("cached", {}, "no 'to'"),
             ("both", {"to": 1, "job": 2}, "'job'"), ("decorated", {"toggle_ipc": 1, "to": 2}, "'toggle_ipc'"),
         ):
             for add in (queue.add_task, lambda name, data: queue.add_tasks([{"task_type": name, "data": data}])):
