@@ -5775,18 +5775,14 @@ class _Style(NamedTuple):
     """How a task's function is called: with `job`, and with what else."""
 
     toggle_ipc: str = ""  # How that is passed: by "name", by "position", or not at all.
-    required: frozenset[str] = frozenset()  # Its keyword-only parameters without a default, ...
-    optional: frozenset[str] = frozenset()  # ... and with one. `data` fills them.
+    known: frozenset[str] = frozenset()  # Its keyword-only parameters: `data` fills them.
+    required: frozenset[str] = frozenset()  # Those without a default.
     takes_rest: bool = False  # **rest takes the other keys of `data`, but for these:
     taken: frozenset[str] = frozenset()
 
-    @property
-    def takes_data(self) -> bool:
-        return bool(self.required or self.optional)
-
     def submitted(self, data: Any) -> Any:
         """What submit() and map() mean by *data*: None is no data where keywords are filled."""
-        if not self.takes_data:
+        if not self.known:
             return data
         if type(data) is _Chunk:
             return _Chunk({} if one is None else one for one in data)
@@ -5794,19 +5790,19 @@ class _Style(NamedTuple):
 
     def keywords(self, task_type: str, data: Any) -> dict[str, Any]:
         """The arguments that `data` fills. Raises TypeError if *data* do not fit."""
-        known = self.required | self.optional
-        if not self.takes_data:
+        if not self.known:
             return {}
         if not isinstance(data, dict):
-            names = ", ".join([*sorted(self.required), *sorted(f"{n}=" for n in self.optional)])
+            optional = sorted(f"{name}=" for name in self.known - self.required)
+            names = ", ".join([*sorted(self.required), *optional])
             raise _wrong_type("data", data, f"a dict for the parameters of {task_type!r}: {names}")
-        unknown = data.keys() - known
+        unknown = data.keys() - self.known
         if self.takes_rest:  # Pickled data may have keys that are no names.
             unknown = {key for key in unknown if key in self.taken or not isinstance(key, str)}
         for name in sorted(self.required - data.keys()):
             raise TypeError(f"data has no {name!r}, which the function of {task_type!r} needs")
         for name in sorted(map(str, unknown)):
-            nearest = _nearest(name, known - data.keys())
+            nearest = _nearest(name, self.known - data.keys())
             raise TypeError(f"data has {name!r}, which {task_type!r} does not take{nearest}")
         return data
 
@@ -5846,7 +5842,7 @@ def _call_style(function: TaskFunction) -> _Style:
         style = _style_within(own, bound) if anything else _PLAIN
         return style if rest or style is _PLAIN else _Style(style.toggle_ipc)
     taken = frozenset(bound.union(p.name for p in positional))
-    return _Style(toggle_ipc, frozenset(required), frozenset(keywords - required), rest, taken)
+    return _Style(toggle_ipc, frozenset(keywords), frozenset(required), rest, taken)
 
 
 def _style_within(decorator: Any, bound: Collection[str]) -> _Style:
@@ -5854,9 +5850,8 @@ def _style_within(decorator: Any, bound: Collection[str]) -> _Style:
     if hasattr(decorator, "__wrapped__"):
         with contextlib.suppress(TypeError):
             style = _call_style(decorator.__wrapped__)
-            required, optional = style.required.difference(bound), style.optional.difference(bound)
-            new = style._replace(required=required, optional=optional)
-            return new if style.takes_data else style
+            known, required = style.known.difference(bound), style.required.difference(bound)
+            return style._replace(known=known, required=required) if style.known else style
     return _PLAIN
 
 
@@ -6193,9 +6188,8 @@ class _RunHere:
             queue._store.recover(self._owner, time.monotonic(), now)
             while True:
                 now, due = queue._now() if until is None else now, [NEVER]
-                costs = dict.fromkeys(self._task_map, 1.0)  # A task may have declared more.
-                for store in self._stores:
-                    open_types = dict.fromkeys(costs.keys() - store.paused(), 1.0)
+                for store in self._stores:  # The last task may have declared more.
+                    open_types = dict.fromkeys(self._task_map.keys() - store.paused(), 1.0)
                     # Without limits: it would have to wait.
                     turn = store.turn(self._owner, [], open_types, 1, 1, now, last, settings={})
                     for row in turn.rows:  # One that runs, and any that were set aside.
@@ -6794,7 +6788,7 @@ class _TaskTypes(_Tasks):
         if not options.keys() <= _ADD_PARAMETERS:
             unknown = min(map(str, options.keys() - _ADD_PARAMETERS))
             hint = _nearest(unknown, _ADD_PARAMETERS)
-            if style is not None and unknown in style.required | style.optional:
+            if style is not None and unknown in style.known:
                 hint = f"; {task_type!r} takes it from data: give {{{unknown!r}: ...}}"
             raise TypeError(f"add_task and submit have no parameter {unknown!r}{hint}")
         if declared is not None and declared.defaults:
