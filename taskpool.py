@@ -6212,12 +6212,11 @@ class _RunHere:
     def _run(self, store: Store, row: Row) -> None:
         self._store, self._row = store, row
         value: Any = None
-        is_ready = False  # Until its data are there: see _job.
+        job: Task | None = None
         error: BaseException | None = None
         try:
             function = self._task_map[row.task_type]
             job = _job(row, self._reports.begin(next(self._numbers)))
-            is_ready = True
             value = _call(function, _call_style(function), job, self._toggle_ipc)
             _packed(value)  # Raises where a worker would.
             outcome = Outcome(row.id, row.claim, "done", True, 0, *_kept(row, value))
@@ -6226,7 +6225,7 @@ class _RunHere:
         except BaseException as raised:
             error = raised
             text = _error_text(_failure(error))
-            plan = plan_of(error) if is_ready else Plan(may_retry=False)
+            plan = plan_of(error) if job else Plan(may_retry=False)  # Its data cannot be read.
             outcome = retry_or_fail(row, text, self._queue._now(), plan)
         finally:
             self._reports.end()
@@ -7640,7 +7639,8 @@ class _WorkerProcess:
         call = self._calls.get(row.task_type) or self._find_function(number, row.task_type)
         if call is None:
             return
-        is_ready, begin = False, None
+        task: Task | None = None
+        begin = None
         if row.timeout is not None:
             begin = functools.partial(self.send, ("start", number))
             begin()
@@ -7649,7 +7649,6 @@ class _WorkerProcess:
         report: tuple[Any, ...]
         try:
             task = _job(row, self._reports.begin(number))
-            is_ready = True
             function, style = call
             value = _call(function, style, task, self._toggle_ipc, begin)
             packed = _NONE if value is None else _packed(value)
@@ -7662,7 +7661,7 @@ class _WorkerProcess:
             if os.getpid() != self._pid:
                 self._end_fork(error)
             seconds = max(time.perf_counter() - started, 0.0)
-            plan = plan_of(error) if is_ready else Plan(may_retry=False)
+            plan = plan_of(error) if task else Plan(may_retry=False)  # Its data cannot be read.
             report = ("fail", number, seconds, tuple(_failure(error)), tuple(plan))
             traceback.clear_frames(error.__traceback__)  # Frees the task's variables.
         if os.getpid() != self._pid:
