@@ -5811,14 +5811,17 @@ _PLAIN = _Style()
 
 
 def _call_style(function: TaskFunction) -> _Style:
-    """How to call a task's function. Raises TypeError if nothing says what a parameter gets."""
+    """How to call a task's function. Raises TypeError if nothing says what a parameter gets.
+
+    A decorator that takes any arguments may pass them on: ask its inner function.
+    """
     own: Any = function
     bound = {"toggle_ipc"}
     while isinstance(own, functools.partial):  # Its signature has more keyword-only parameters.
         own, bound = own.func, bound | own.keywords.keys()
     signature, toggle_ipc = _signature(function), ""
     if signature is None or isinstance(function, BuiltinFunctionType):
-        return _style_within(own, bound)  # Only some builtins have a signature: none is checked.
+        signature = _signature(lambda *_, **__: None)  # Only some builtins have one: check none.
     parameters = list(signature.parameters.values())
     anything = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -5826,6 +5829,7 @@ def _call_style(function: TaskFunction) -> _Style:
         raise TypeError("takes no positional argument")
     inner = getattr(_signature(own), "parameters", {}).values()
     keywords = {p.name for p in inner if p.kind is p.KEYWORD_ONLY} - bound
+    keywords &= signature.parameters.keys()
     required = {p.name for p in parameters if p.default is p.empty and p.name in keywords}
     for p in parameters:
         must, named = p.default is p.empty, p.name == "toggle_ipc"
@@ -5838,20 +5842,16 @@ def _call_style(function: TaskFunction) -> _Style:
         elif must or named:
             raise TypeError(f"has {p.name!r}, for which there is no value")
     rest = any(p.kind is p.VAR_KEYWORD for p in anything)
-    if not toggle_ipc and not keywords:
-        style = _style_within(own, bound) if anything else _PLAIN
-        return style if rest or style is _PLAIN else _Style(style.toggle_ipc)
-    taken = frozenset(bound.union(p.name for p in positional))
-    return _Style(toggle_ipc, frozenset(keywords), frozenset(required), rest, taken)
-
-
-def _style_within(decorator: Any, bound: Collection[str]) -> _Style:
-    """How to call a function that may pass all its arguments on to the one that it decorates."""
-    if hasattr(decorator, "__wrapped__"):
+    if toggle_ipc or keywords:
+        taken = frozenset(bound.union(p.name for p in positional))
+        return _Style(toggle_ipc, frozenset(keywords), frozenset(required), rest, taken)
+    if anything and hasattr(own, "__wrapped__"):
         with contextlib.suppress(TypeError):
-            style = _call_style(decorator.__wrapped__)
-            known, required = style.known.difference(bound), style.required.difference(bound)
-            return style._replace(known=known, required=required) if style.known else style
+            style = _call_style(own.__wrapped__)
+            if not rest:
+                return _Style(style.toggle_ipc)
+            left = style._replace(known=style.known - bound, required=style.required - bound)
+            return left if style.known else style
     return _PLAIN
 
 
