@@ -6583,9 +6583,8 @@ _F = TypeVar("_F", bound=TaskFunction)
 
 
 class _Declared(NamedTuple):
-    """A task type that queue.task has declared."""
+    """What queue.task has declared of a task type, beside its function."""
 
-    function: TaskFunction
     defaults: dict[str, Any]  # Parameters of add_task.
     schedule: dict[str, Any] | None  # Those of its schedule, if it has one.
     limits: dict[str, Any]  # Columns of its Setting.
@@ -6705,13 +6704,12 @@ class _TaskTypes(_Tasks):
                 raise ValueError(f"{_shown(function)} has no name of its own; give queue.task one")
         if schedule is not None:
             style.keywords(name, schedule.get("data", {}))
-        other = self._declared.get(name)
-        if other and not _is_same(function, other.function):
-            code, file, *_ = _code_of(other.function)
+        other = self._functions.get(name)
+        if other is not None and not _is_same(function, other):
+            code, file, *_ = _code_of(other)
             where = f" of {file}, line {code.co_firstlineno}" if code else ""
-            raise _wrong_value("name", name, f"another: {_shown(other.function)}{where} has it")
-        declared = _Declared(function, defaults, schedule, limits)
-        self._declared[name] = self._last_declared = declared
+            raise _wrong_value("name", name, f"another: {_shown(other)}{where} has it")
+        self._declared[name] = self._last_declared = _Declared(defaults, schedule, limits)
         if limits:
             self.in_memory._memory.set_up([name], limits)
         self._functions[name] = function
@@ -6739,9 +6737,9 @@ class _TaskTypes(_Tasks):
         """The name of a task type that is given by its name, or by its declared function."""
         if not callable(task_type):
             return _checked_text("task_type", task_type)
-        declared = list(self._declared.items())
-        names = [name for name, it in declared if it.function is task_type]
-        names = names or [name for name, it in declared if _is_same(task_type, it.function)]
+        declared = list(self._functions.items())
+        names = [name for name, function in declared if function is task_type]
+        names = names or [name for name, function in declared if _is_same(task_type, function)]
         if len(names) != 1:
             allowed = "a function that queue.task has declared, or a name"
             allowed = f"one of its names: {', '.join(map(repr, names))}" if names else allowed
@@ -7172,6 +7170,7 @@ class _Boot(NamedTuple):
     """How a worker finds its task map: see _find_task_map."""
 
     key: _Key
+    home: _Key  # Of the Cluster itself, which has the initializer.
     types: tuple[str, ...]
     path: str | None  # The file of the queue.
     synchronous: str  # Of its SQLiteStore; "" for another kind of store.
@@ -7182,7 +7181,6 @@ class _Boot(NamedTuple):
     alone: bool = True  # No other Cluster was made in the same place.
     functions: int = 0  # How many the Cluster had then.
     known: _Known = _Known([], set())
-    home: _Key | None = None  # Of the Cluster itself, which has the initializer.
 
 
 class _Arguments:
@@ -7324,7 +7322,7 @@ def _boot_of(cluster: Cluster, code: Any) -> _Boot:
     if cluster._takes_declared:
         key, types = queue._key, ()
     synchronous = store._synchronous if isinstance(store, SQLiteStore) else ""
-    boot = _Boot(key, types, _path_of(cluster), synchronous, None, {}, None, home=cluster._key)
+    boot = _Boot(key, cluster._key, types, _path_of(cluster), synchronous, None, {}, None)
     if not _is_master():
         return boot
     if cluster._options.start_method == "fork":
@@ -7441,12 +7439,13 @@ def _find_task_map(boot: _Boot) -> Mapping[str, TaskFunction]:
     # package`; under a profiler it runs the profiler's __main__, without our functions.
     main: Any = sys.modules["__main__"]
     ran = main.__name__ == "__mp_main__" and os.path.abspath(getattr(main, "__file__", None) or "")
-    if boot.entry is None or ran == boot.entry[2] or b"__main__" not in packed:
+    entry = None if boot.entry is None or ran == boot.entry[2] else boot.entry
+    if entry is None or b"__main__" not in packed:
         sent, error = _loaded(packed)
-    if not sent and boot.entry is not None and ran != boot.entry[2]:
-        if not any(key[:3] == boot.key[:3] for key in list(_registry)):
-            _run_entry(*boot.entry[:2])
-            sent, error = _loaded(packed)
+    is_made = any(key[:3] == boot.key[:3] for key in list(_registry))
+    if entry is not None and not sent and not is_made:
+        _run_entry(*entry[:2])
+        sent, error = _loaded(packed)
     holder = _use_masters_files(boot)
     if holder is None and not sent:
         names = ", ".join(map(repr, boot.types)) or "declared tasks"
@@ -7466,15 +7465,16 @@ def _initialize(boot: _Boot, functions: Mapping[str, Any], arguments: _Arguments
         return
     function = functions.get(_INITIALIZER)
     if function is None:
-        keys = [key for key in list(_registry) if boot.home and key[:3] == boot.home[:3]]
-        made = [boot.home] if boot.inherits else keys
+        made = [key for key in list(_registry) if key[:3] == boot.home[:3]]
+        if boot.inherits:
+            made = [boot.home]
         if len(made) != 1:
             raise RuntimeError(
                 "a worker process cannot find the initializer: it cannot be pickled, and the "
                 "Cluster was not made at the top level of a file, in a line of its own. Define "
                 "the initializer at the top level of a module"
             )
-        function = _registry[cast(_Key, made[0])]._options.initializer
+        function = _registry[made[0]]._options.initializer
     _awaited(function(*arguments.get()))
 
 
