@@ -2358,13 +2358,9 @@ def owner_is_dead(owner: str) -> bool:
 
 
 def _ports_of(owners: Iterable[str]) -> list[int]:
-    """Where other masters of this machine hear of new tasks: see _WakeUp."""
-    me, ports = str(os.getpid()), []
-    for owner in owners:
-        parts = owner.split("|")
-        if len(parts) == 5 and parts[1] != me and parts[0] == _here():
-            ports.append(int(parts[4]))
-    return ports
+    """Where the masters of this machine among these hear of new tasks: see _WakeUp."""
+    parts = [owner.split("|") for owner in owners]
+    return [int(each[4]) for each in parts if len(each) == 5 and each[0] == _here()]
 
 
 CANCELLED_BELL = b"-"  # What rings where a task was cancelled; anything else: one was added.
@@ -6860,14 +6856,15 @@ class TaskQueue(_TaskTypes):
             self._wake_others(cancelled)
 
     def _wake_others(self, cancelled: bool = False) -> None:
-        """Have the masters in other processes look at the store, so that they need not poll
-        it. Of many tasks in a row not each wakes them: a woken master looks twice. But each
+        """Have the masters that do not hear of this queue look at the store, so that they need
+        not poll it. Of many tasks in a row not each wakes them: a woken master looks twice. But each
         that was *cancelled* does."""
         now = time.monotonic()
         if cancelled or now >= self._next_owners:
             self._next_owners = now + OWNERS_SECONDS
             with contextlib.suppress(StoreError):
-                self._ports = _ports_of(self._store.owners())
+                hear = {watcher.owner for watcher in self._watchers}
+                self._ports = _ports_of(o for o in self._store.owners() if o not in hear)
         if self._ports and (cancelled or now >= self._next_knock):
             self._next_knock = now + KNOCK_SECONDS
             _ring(self._ports, CANCELLED_BELL if cancelled else b"!")
