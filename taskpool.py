@@ -1869,6 +1869,7 @@ def choose(
     """
     taken: list[Row] = []
     aside: list[tuple[Row, str]] = []
+    limit += 1e-9  # What costs add up to is rounded.
     for row in candidates:
         if places and not places.get(row.task_type, 1):
             continue
@@ -1880,13 +1881,13 @@ def choose(
                 break
             continue
         is_suspect, cost = row.interrupted > 0, cost_of(row, costs)
-        if cost > limit + 1e-9 or (is_suspect and taken):
+        if cost > limit or (is_suspect and taken):
             break
         limit -= cost
         taken.append(row)
         if places and row.task_type in places:
             places[row.task_type] -= 1
-        if is_suspect or limit + 1e-9 < LEAST_SHARE:  # There is room for no other.
+        if is_suspect or limit < LEAST_SHARE:  # There is room for no other.
             break
     return taken, aside
 
@@ -2530,38 +2531,44 @@ class TypeSettings:
     # ---- The verbs
 
     def _openings(
-        self, settings: Mapping[str, Setting], types: Iterable[str], most: int, now: int
+        self, settings: Mapping[str, Setting], types: Collection[str], most: int, now: int
     ) -> dict[str, list[int]]:
         """openings() of each of *types* that is paused or limited."""
-        mine = {name: settings[name] for name in types if name in settings}
+        mine = {name: it for name, it in settings.items() if name in types}
         counted = [name for name, it in mine.items() if it.at_once is not None and not it.paused]
         running = self.running(counted) if counted else {}
         return {name: openings(it, running.get(name, 0), most, now) for name, it in mine.items()}
 
     def upcoming(
         self, owner: str, types: Collection[str], limit: int, now: int, until: int,
-        settings: Mapping[str, Setting] | None = None,
+        settings: Mapping[str, Setting] | None = None, gated: Collection[str] | None = None,
     ) -> list[int]:  # fmt: skip
         """next_due() as far as *settings* (or those stored) allow: NEVER stands for the end of
-        another task, and a paused type has no date."""
-        settings = self.settings() if settings is None else settings
-        limited = self._openings(settings, types, limit, now) if settings else {}
-        free = [name for name in types if name not in limited] if limited else types
+        another task, and a paused type has no date. *gated*: the types that have a Setting, where
+        that is known."""
+        if gated is None:
+            gated = settings = self.settings() if settings is None else settings
+        free = [name for name in types if name not in gated] if gated else types
         dates = self.next_due(owner, free, limit, now, until) if free else []
-        for name, starts in limited.items():
+        if not gated or (len(dates) == limit and max(dates) <= now):
+            return dates  # None of another type could come before these.
+        settings = self.settings() if settings is None else settings
+        for name, starts in self._openings(settings, types, limit, now).items():
             if starts and settings[name].next_at > starts[0]:
                 starts[0] = now  # A clock was set back: a claim is to cut next_at down.
             dates += map(max, starts, starts and self.next_due(owner, [name], limit, now, until))
-        return sorted(dates)[:limit] if limited else dates
+        return sorted(dates)[:limit]
 
     def _counted_starts(
         self, chosen: list[Row], places: Iterable[str], settings: Mapping[str, Setting], now: int
     ) -> list[Row]:
         """Those of *chosen* that may start as far as rates go. Each of these starts counts."""
         for name in places:
-            count, setting = sum(row.task_type == name for row in chosen), settings[name]
+            if (setting := settings[name]).starts is None:
+                continue
+            count = sum(row.task_type == name for row in chosen)
             first, spacing = next_start(setting, now)
-            if spacing and (count or setting.next_at > first):
+            if count or setting.next_at > first:
                 if not self.reserve_starts(name, setting, first + count * spacing):
                     chosen = [row for row in chosen if row.task_type != name]
         return chosen
@@ -2607,6 +2614,7 @@ class Following:
     """The part of a Store that knows which tasks follow others. A backend that has none of
     these primitives is a Store, too."""
 
+    atomic: bool
     has_bonds = False  # Whether there are bonds(), followers() and bind().
     # How many tasks were released, or failed, as others ended; how many of them failed.
     followed = 0, 0
@@ -2696,14 +2704,28 @@ class Following:
             self.bind((), over)
             losers = {bond.child: bond.parent for bond in over if became[bond] == "broken"}
             free = {bond.child for bond in over} - losers.keys()
-            ids, pairs = [*(free - self.followers(free)), *losers], list[tuple[Row, Row]]()
-            for row in self.rows(Query(ids=ids, held=True), now) if ids else ():
+            ids = [*(free - self.followers(free)), *losers]
+            written = self._end_waiting(ids, losers, now) if ids else []
+            self.followed += len(written)
+            how = {row.id: "failed" for row in written if row.state == "failed"}
+
+    def _end_waiting(self, ids: list[str], losers: Mapping[str, str], now: int) -> list[Row]:
+        """Release those of these tasks that are held; *losers* fail. Returns the Rows written."""
+        written: list[Row] = []
+        for _ in range(TRIES):
+            pairs: list[tuple[Row, Row]] = []
+            for row in self.rows(Query(ids=ids, held=True), now):
                 lost = losers.get(row.id)
                 new = checked(released, row, now) if lost is None else orphaned(row, lost, now)
                 pairs.append((row, cast(Row, new)))
-            self.write_all(pairs)
-            how = {row.id: "failed" for row, new in pairs if new.state == "failed"}
-            self.followed = self.followed[0] + len(pairs), self.followed[1] + len(how)
+            done = self.write_all(pairs)
+            if self.atomic and not all(done):
+                self._undo(pairs, done)
+            written += [new for (_, new), is_done in zip(pairs, done) if is_done]
+            ids = [row.id for (row, _), is_done in zip(pairs, done) if not is_done]
+            if not ids:  # Their bonds are gone: nothing else would release them.
+                return written
+        raise StoreError(f"{self!r}: others change {ids[0]!r} all the time")
 
 
 class Seen(NamedTuple):
@@ -2929,7 +2951,7 @@ class Store(TypeSettings, Following, Looking):
         places: dict[str, int] = {}
         if settings:
             starts = self._openings(settings, costs, math.ceil(limit), now)
-            places = {name: sum(at <= now for at in dates) for name, dates in starts.items()}
+            places = {name: bisect_right(dates, now) for name, dates in starts.items()}
             # A task of a limited type takes a whole worker: none waits behind another there.
             costs = {t: 1.0 if t in places else c for t, c in costs.items() if places.get(t, 1)}
         most = math.ceil(limit / max(min(costs.values(), default=1.0), LEAST_SHARE))
@@ -3009,9 +3031,8 @@ class Store(TypeSettings, Following, Looking):
         led, rows, known = self._change(work)
         limited = [it for it in known if it in types and not known[it].paused] if known else ()
         try:
-            # Starts have changed them, if there are any.
-            again = settings if known else known
-            due = self.upcoming(owner, types, most, now, until, again) if most else []
+            # Starts have changed the settings, but not which types have one.
+            due = self.upcoming(owner, types, most, now, until, settings, known) if most else []
             return Turn(led, rows, due, limited)
         except StoreError:
             if not (led or rows):
@@ -3213,6 +3234,7 @@ class MemoryStore(Store):
         self._ready: dict[_Place, _Line] = collections.defaultdict(_Line)
         # By place those that are scheduled; under None those that expire.
         self._dated: dict[_Place | None, list[_DatedRow]] = collections.defaultdict(list)
+        self._held_numbers: dict[str, int] = {}  # Of insertion, by id: a place among equals.
         self._dead_entries = 0
 
     def transaction(self) -> contextlib.AbstractContextManager[Any]:
@@ -3240,6 +3262,7 @@ class MemoryStore(Store):
             return False
         elif new is None:
             del self._rows[old.id]
+            self._held_numbers.pop(old.id, None)
         else:
             self._rows[old.id] = new
         if new is not None:
@@ -3296,7 +3319,11 @@ class MemoryStore(Store):
 
     def _enter(self, row: Row) -> None:
         place, number = (row.lane, row.task_type), next(self._insertions)
-        if row.state == "ready":
+        if self._held_numbers:
+            number = self._held_numbers.pop(row.id, number)
+        if row.state == "held":
+            self._held_numbers[row.id] = number
+        elif row.state == "ready":
             self._ready[place].push(number, row)
         elif row.state == "scheduled":
             heapq.heappush(self._dated[place], (row.ready_at, number, row))
@@ -3353,24 +3380,17 @@ class MemoryStore(Store):
         self, owner: str, types: Iterable[str], most: int, now: int, until: int,
         places: Mapping[str, int],
     ) -> Iterable[Row]:  # fmt: skip
-        if not places:
-            return map(_ROW_OF, self._ranked(owner, types, now, until))
-
-        def line(name: str) -> Iterator[_RankedRow]:
+        free = [name for name in types if name not in places] if places else types
+        lines = self._takings(owner, free, now)
+        for name in places.keys() & types if places else ():
+            own: Iterator[_RankedRow] = heapq.merge(*self._takings(owner, [name], now))
             # Who is asked for the next one has taken the last: only while there are places.
-            ranked = self._ranked(owner, [name], now, until)
-            return itertools.takewhile(lambda _: places[name], ranked)
-
-        free = [name for name in types if name not in places]
-        lines = [self._ranked(owner, free, now, until), *map(line, places.keys() & types)]
-        return map(_ROW_OF, heapq.merge(*lines))
-
-    def _ranked(
-        self, owner: str, types: Iterable[str], now: int, until: int
-    ) -> Iterator[_RankedRow]:
-        lines = [line.take(self._rows) for line in self._lines(owner, types, now)]
+            lines.append(itertools.takewhile(lambda entry: places[entry[3].task_type] > 0, own))
         ranked = lines[0] if len(lines) == 1 else heapq.merge(*lines)
-        return ranked if until == NEVER else self._due_by(until, ranked)
+        return map(_ROW_OF, ranked if until == NEVER else self._due_by(until, ranked))
+
+    def _takings(self, owner: str, types: Iterable[str], now: int) -> list[Iterator[_RankedRow]]:
+        return [line.take(self._rows) for line in self._lines(owner, types, now)]
 
     def _due_by(self, until: int, ranked: Iterable[_RankedRow]) -> Iterator[_RankedRow]:
         later: list[tuple[int, Row]] = []
@@ -3403,7 +3423,8 @@ class MemoryStore(Store):
                 led.append("")
                 continue
             following = after_run(row, outcome, now)
-            led.append(led_to(row, following, outcome))
+            is_over = following is None and outcome.state == "done"  # As for most.
+            led.append("done" if is_over else led_to(row, following, outcome))
             if following is None:
                 del self._rows[row.id]
             else:
@@ -3427,10 +3448,11 @@ class MemoryStore(Store):
                 ready = (now for row in rows if self._is_alive(row) and row.due_at <= until)
                 due.extend(itertools.islice(ready, limit - len(due)))
             for place in itertools.product(("", owner), types):
-                for at, _, row in self._dated.get(place, ()):
-                    if self._is_alive(row) and row.due_at <= until:
-                        due.append(at)
-                        break  # The earliest, usually: that is all a timer needs.
+                dated = self._dated.get(place, ())
+                dates = (at for at, _, row in dated if row.due_at <= until and self._is_alive(row))
+                # The first, and all that a timer needs. Those due later may stand before it.
+                first = next(dates, None) if until == NEVER else min(dates, default=None)
+                due += () if first is None else (first,)
         return sorted(due)[:limit]
 
 
@@ -3440,7 +3462,7 @@ class MemoryStore(Store):
 _LIST = ", ".join(_COLUMNS)
 _IGNORED = "SQLite ignored the change; does the table have a trigger?"
 
-SCHEMA_VERSION = 5  # Counts changes of what follows; see _make_schema.
+SCHEMA_VERSION = 6  # Counts changes of what follows; see _make_schema.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS taskpool_task (
     seq INTEGER PRIMARY KEY,  -- Grows in the order of insertion.
@@ -3458,29 +3480,20 @@ CREATE INDEX IF NOT EXISTS taskpool_ready
 ON taskpool_task (lane, task_type, priority DESC, created_at) WHERE state = 'ready';
 -- For _PROMOTE and _NEXT_DUE: rows that are not due are never in the way of others.
 CREATE INDEX IF NOT EXISTS taskpool_scheduled
-ON taskpool_task (lane, task_type, ready_at) WHERE state = 'scheduled';
--- For _HELD_BY, _OWNERS, _READY, _RUNNING.
+ON taskpool_task (lane, task_type, ready_at, due_at) WHERE state = 'scheduled';
+-- For _HELD_BY, _OWNERS, _READY, _RUNNING, _CANCELLED_BY.
 CREATE INDEX IF NOT EXISTS taskpool_running
-ON taskpool_task (owner, interrupted, task_type) WHERE state = 'running';
--- For _CANCELLED_BY: empty, but for the moment until a master has seen it.
-CREATE INDEX IF NOT EXISTS taskpool_cancelled ON taskpool_task (owner) WHERE removed = 2;
--- For _OPEN_LANE, and those who look for held tasks.
-CREATE INDEX IF NOT EXISTS taskpool_held
-ON taskpool_task (lane, task_type) WHERE state = 'held';
+ON taskpool_task (owner, interrupted, task_type, removed) WHERE state = 'running';
+-- For _EXPIRE, _OPEN_LANE, _SCHEDULES, newest(): the few rows that no claim looks for, held,
+-- failed, done (all < 'r') or repeating. One index, as each is a cost for every other row.
+CREATE INDEX IF NOT EXISTS taskpool_aside ON taskpool_task (
+    state, CAST(coalesce(kept_until, ended_at, due_at) AS INTEGER), seq, task_type, lane, repeat)
+WHERE state < 'r' OR repeat IS NOT NULL;
 -- Whom held tasks wait for, and those that failed before they could start. By their ids.
 CREATE TABLE IF NOT EXISTS taskpool_after (
     parent TEXT NOT NULL, child TEXT NOT NULL, anyway INTEGER NOT NULL,
     PRIMARY KEY (parent, child)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS taskpool_after_child ON taskpool_after (child);
--- For _EXPIRE.
-CREATE INDEX IF NOT EXISTS taskpool_kept
-ON taskpool_task (kept_until) WHERE kept_until IS NOT NULL;
--- For newest() and schedules().
-CREATE INDEX IF NOT EXISTS taskpool_failed
-ON taskpool_task (CAST(ifnull(ended_at, due_at) AS INTEGER), seq, task_type)
-WHERE state = 'failed';
-CREATE INDEX IF NOT EXISTS taskpool_repeating
-ON taskpool_task (ready_at) WHERE repeat IS NOT NULL;
 CREATE TABLE IF NOT EXISTS taskpool_master (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL);
 -- What is set for task types, and how their runs ended: see Setting.
 CREATE TABLE IF NOT EXISTS taskpool_type (
@@ -3534,11 +3547,16 @@ _ERASE = "DELETE FROM taskpool_task WHERE id = ?"
 # Any state -> any other: writes what differs, so that nothing else is touched.
 _WRITE = "UPDATE taskpool_task SET {} WHERE id = ?"
 
-# The lanes and task types that a cluster may claim of. (CROSS JOIN: SQLite keeps the order.)
+# The lanes and task types that a cluster may claim of. (CROSS JOIN: SQLite keeps the order.
+# UNION without ALL would take twice the time, as a table is made to find equal ones.)
 _PLACES = """
-(SELECT '' AS place_lane UNION SELECT :owner)
+(SELECT '' AS place_lane UNION ALL SELECT :owner)
 CROSS JOIN (SELECT value AS place_type FROM json_each(:types))
 """
+# The condition of an index, and its second column: of rows that have ended, when they have, or
+# are to go. It is so rare that others look elsewhere.
+_ASIDE = "(state < 'r' OR repeat IS NOT NULL)"
+_OVER_AT = "CAST(coalesce(kept_until, ended_at, due_at) AS INTEGER)"
 _LINE = "state = '{}' AND lane = place_lane AND task_type = place_type".format
 _DUE = f"SELECT seq FROM {_PLACES} CROSS JOIN taskpool_task WHERE {_LINE('scheduled')}"
 # scheduled -> ready. A ready_at that is no instant counts as due, so that the claim finds
@@ -3590,7 +3608,9 @@ _HELD_ROW = f"SELECT {_LIST} FROM taskpool_task WHERE id = ? AND {_HELD}"
 # The name of an owner may be text that is not UTF-8: we know it as bytes.
 _OWNER = "(:owner, CAST(:owner AS TEXT))"
 _HELD_BY = f"SELECT {_LIST} FROM taskpool_task WHERE state = 'running' AND owner IN {_OWNER}"
-_CANCELLED_BY = "SELECT id, claim FROM taskpool_task WHERE removed = 2 AND owner = ?"
+_CANCELLED_BY = """
+SELECT id, claim FROM taskpool_task WHERE state = 'running' AND owner = ? AND removed = 2
+"""
 
 # From a random number: an owner that was given up and comes back shows another beat.
 _HEARTBEAT = """
@@ -3632,10 +3652,11 @@ WHERE owner IS NOT NULL AND owner NOT IN (SELECT owner FROM taskpool_master)
 _OPEN_LANE = f"""
 UPDATE taskpool_task SET lane = '' WHERE (state = 'ready' AND lane > '' AND lane IN {_OWNER})
 OR (state = 'scheduled' AND lane > '' AND lane IN {_OWNER})
-OR (state = 'held' AND lane > '' AND lane IN {_OWNER})
+OR ({_ASIDE} AND state = 'held' AND lane > '' AND lane IN {_OWNER})
 """
-_EXPIRE = """
-DELETE FROM taskpool_task WHERE kept_until IS NOT NULL AND kept_until <= ? AND state = 'done'
+_EXPIRE = f"""
+DELETE FROM taskpool_task
+WHERE {_ASIDE} AND state = 'done' AND {_OVER_AT} <= ? AND kept_until IS NOT NULL
 """
 
 # The task types for all of which a task can start now.
@@ -3660,13 +3681,14 @@ GROUP BY task_type ORDER BY task_type
 
 # For lists. What failed is in the order of an index; `seq` is the order of the table itself,
 # and +seq that of no index, for where another one finds the few rows.
-_FAILED_AT = "CAST(ifnull(ended_at, due_at) AS INTEGER)"
 _NEWEST = """
 SELECT {0}, seq, {1} FROM taskpool_task WHERE {2} ORDER BY {0} DESC, seq DESC LIMIT ?
 """.format
 _OLDER = " AND {0} <= ? AND ({0}, seq) < (?, ?)".format
 _SCHEDULES = f"""
-SELECT {_LIST} FROM taskpool_task WHERE repeat IS NOT NULL ORDER BY ready_at LIMIT ?
+SELECT {_LIST} FROM taskpool_task
+WHERE {_ASIDE} AND state IN ('failed', 'ready', 'running', 'scheduled') AND repeat IS NOT NULL
+ORDER BY ready_at LIMIT ?
 """
 
 # waiting, failed, done -> (removed); a running task is marked.
@@ -3718,7 +3740,9 @@ def _readable_setting(columns: Sequence[Any]) -> Setting:
     return setting if setting.period else setting._replace(starts=None)
 
 
-_stored_setting = lru_cache(maxsize=1000)(_readable_setting)  # For every claim.
+@lru_cache(maxsize=100)
+def _read_settings(lines: tuple[Sequence[Any], ...]) -> Mapping[str, Setting]:
+    return {str(name): _readable_setting(columns) for name, *columns in lines}
 
 
 @lru_cache(maxsize=1000)
@@ -3752,7 +3776,7 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     if query.until != NEVER:
         terms["due_at <= ?"] = [query.until]
     # +: the ids lead to the rows, where there are any.
-    held = {None: "1", True: f"{'+' * (query.ids is not None)}state = 'held'"}
+    held = {None: "1", True: f"{_ASIDE} AND {'+' * (query.ids is not None)}state = 'held'"}
     first = held.get(query.held, "state <> 'held'")
     return " AND ".join([first, *terms]), [*itertools.chain(*terms.values())]
 
@@ -4087,7 +4111,8 @@ class _SQLiteFile(Store):
     def _select(self, statement: str, values: Any = ()) -> list[Any]:
         """All that a statement finds: within a write also what that has written so far."""
         if self._changing == threading.get_ident():
-            return cast("list[Any]", self._writer.execute(statement, values).fetchall())
+            found: list[Any] = self._writer.execute(statement, values).fetchall()
+            return found
         with self._read_lock:
             if not self._is_current(self._reader):
                 self._reader = self._reopened(self._reader)
@@ -4201,7 +4226,7 @@ class SQLiteStore(_SQLiteFile):
 
     def settings(self, all_types: bool = False) -> Mapping[str, Setting]:
         found = self._select(_SETTINGS if all_types else _GATES)
-        return {str(line[0]): _stored_setting(line[1:]) for line in found} if found else {}
+        return _read_settings(tuple(found)) if found else {}
 
     def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
         for column, value in changes.items():
@@ -4218,7 +4243,7 @@ class SQLiteStore(_SQLiteFile):
         where, values = _where(query, now)
         at = "seq" if query.ids is None and not query.held else "+seq"
         if query.states == ["failed"]:
-            where, at = f"{where} AND state = 'failed'", _FAILED_AT
+            where, at = f"{where} AND {_ASIDE} AND state = 'failed'", _OVER_AT
         elif query.states == ["running"]:
             where, at = f"{where} AND state = 'running'", "+seq"
         if before is not None:
@@ -4233,7 +4258,8 @@ class SQLiteStore(_SQLiteFile):
         return [readable(_stored_row(line)) for line in self._select(_SCHEDULES, (most,))]
 
     def running(self, types: Collection[str]) -> Mapping[str, int]:
-        return collections.Counter(name for (name,) in self._select(_RUNNING))
+        found = self._select(_RUNNING)
+        return {name: found.count((name,)) for name in types}
 
     def candidates(
         self, owner: str, types: Iterable[str], most: int, now: int, until: int,
