@@ -3087,6 +3087,16 @@ class Store(TypeSettings, Following, Looking):
         stays = [new for row, new in pairs if new and new.created_at == row.created_at]
         return [readable(row) for row in stays if not row.interrupted]
 
+    def put_off(self, now: int) -> None:
+        """ready -> scheduled, for what is due later: by a clock that was ahead it was due."""
+
+        def work() -> None:
+            found = self.find(Query(due=True), now)
+            early = [row for row in found if row.state == "ready" and row.ready_at > now]
+            self._put([(row, released(row, now)) for row in early], now)
+
+        self._change(work)
+
     def find(self, query: Query, now: int) -> list[Row]:
         """The Rows that fit *query*, oldest first; harmless values where one cannot be read."""
         return [readable(row) for row in self.rows(query, now)]
@@ -6230,6 +6240,8 @@ class _RunHere:
             queue.clock = clock
             for store in self._stores:
                 store.leave(self._owner, now)  # After Ctrl-C this requeues the running task.
+                if until is not None:
+                    store.put_off(queue._now())
 
     def _run(self, store: Store, row: Row) -> None:
         self._store, self._row = store, row

@@ -1334,6 +1334,15 @@ class StoreContract:
         self.assertEqual([seen.row.ended_at for seen in found], [NOW + 19, NOW + 18])
         self.assertEqual([seen.row.id for seen in self.store.newest(Query(ids=["other"]), 1, None, 0, NOW)], ["other"])
 
+    def test_what_a_clock_that_was_ahead_made_ready_can_be_put_off(self):
+        self.add(*[row(str(n), due_date=timedelta(seconds=9)) for n in range(3)])
+        (first,) = self.claim(1, now=NOW + 9 * SECOND)
+        self.store.leave(self.OWNER, NOW)
+        self.store.put_off(NOW)
+        self.assertEqual([r.id for r in self.claim()], [first.id])  # It has been running.
+        self.assertEqual(self.store.next_due(self.OWNER, ["x"], 1, NOW), [NOW + 9 * SECOND])
+        self.assertEqual(len(self.claim(now=NOW + 9 * SECOND)), 2)
+
     def test_schedules_are_found_the_next_one_first(self):
         self.add(*[row(f"s{n}", repeat=timedelta(seconds=9), due_date=timedelta(seconds=3 - n)) for n in range(3)], row())
         self.assertEqual([it.id for it in self.store.schedules(2)], ["s2", "s1"])
@@ -11017,6 +11026,18 @@ class TestRunDue(InFolder):
                          [("done", "memory", None, 1), ("done", "high", None, 1)])
         self.assertEqual([task.id for task in self.tasks.find()], ["later", "other"])
         self.assertEqual(self.run_due(), [])
+
+    def test_a_clock_that_moved_along_makes_nothing_start_early_afterwards(self):
+        """P6: also where an error ends run_due between two tasks that were due together."""
+        for in_memory in (False, True):
+            for _ in range(2):
+                self.tasks.add_task("fail", due_date=timedelta(hours=1), retries=1, retry_delay=3600, in_memory=in_memory)
+            with self.assertRaises(ValueError):
+                self.run_due(until=timedelta(hours=1.5), raise_errors=True)
+            self.assertEqual((self.run_due(), self.tasks.count(due=True)), ([], 0))
+            states = [task.state for task in self.run_due(until=timedelta(hours=1.5))]
+            self.assertEqual(states, ["waiting"])
+            self.assertEqual(len(self.run_due(until=timedelta(hours=3))), 2)
 
     def test_every_kind_of_function_runs_and_fails_as_in_a_worker(self):
         kinds = {"echo": [1], "sleep": "slept", "later": "later", "partial": 15, "method": 20}
