@@ -2494,14 +2494,50 @@ class Turn(NamedTuple):
     limited: Collection[str] = ()  # The types with a limit. (A paused one has none.)
 
 
-class TypeSettings:
+class Backend:
+    """The part of a Store that every backend must write itself: transaction(), rows(), write()."""
+
+    in_memory = False
+    atomic = False  # Whether a transaction() that raises undoes what was done in it.
+
+    def transaction(self) -> contextlib.AbstractContextManager[Any]:
+        """A context whose reads and writes take effect together, or not at all. A backend
+        without transactions gives a lock, and its write() says False after a race."""
+        raise NotImplementedError
+
+    def rows(self, query: Query, now: int) -> list[Row]:
+        """The Rows that fit *query* as they are stored, oldest first."""
+        raise NotImplementedError
+
+    def write(self, old: Row | None, new: Row | None) -> bool:
+        """Put *new* in the place of *old*; None: nothing is there, or shall be. Another
+        `created_at` than before means another task: it goes to the end of its line.
+
+        False, and nothing is changed, if another writer has changed what *old* was.
+        """
+        raise NotImplementedError
+
+    def write_all(self, pairs: Sequence[_Pair]) -> list[bool]:
+        """write() for each pair."""
+        return [self.write(old, new) for old, new in pairs]
+
+    def _change(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        """The door to every write: *work* in one transaction; anew if others were quicker."""
+        for _ in range(TRIES):
+            try:
+                with self.transaction():
+                    return work(*arguments)
+            except _Raced:
+                pass
+        raise StoreError(f"{self!r}: others change the same tasks all the time")
+
+
+class TypeSettings(Backend):
     """The part of a Store that knows of task types: pauses, limits and counters. A backend that
     has none of these is a Store, too."""
 
     has_settings = False  # Whether there are settings() and change_setting().
-    rows: Callable[[Query, int], list[Row]]
     next_due: Callable[..., list[int]]
-    _change: Callable[..., Any]
 
     # ---- Primitives
 
@@ -2610,17 +2646,12 @@ class TypeSettings:
         self._change(work)
 
 
-class Following:
+class Following(Backend):
     """The part of a Store that knows which tasks follow others. A backend that has none of
     these primitives is a Store, too."""
 
-    atomic: bool
     has_bonds = False  # Whether there are bonds(), followers() and bind().
-    # How many tasks were released, or failed, as others ended; how many of them failed.
-    followed = 0, 0
-    rows: Callable[[Query, int], list[Row]]
-    write: Callable[[Row | None, Row | None], bool]
-    write_all: Callable[[Sequence[_Pair]], list[bool]]
+    followed = 0  # Grows when tasks are released, or fail, as others have ended.
 
     # ---- Primitives
 
@@ -2746,10 +2777,8 @@ def seen(row: Row, key: Sequence[Any], chars: int) -> Seen:
     return Seen(row._replace(**cut), list(map(len, texts)), key)
 
 
-class Looking:
+class Looking(Backend):
     """The part of a Store that is for people who look at it, page by page."""
-
-    rows: Callable[[Query, int], list[Row]]
 
     def newest(
         self, query: Query, most: int, before: Sequence[Any] | None, chars: int, now: int
@@ -2786,28 +2815,6 @@ class Store(TypeSettings, Following, Looking):
     is the text that a running cluster calls itself by.
     """
 
-    in_memory = False
-    atomic = False  # Whether a transaction() that raises undoes what was done in it.
-
-    # ---- Primitives that every backend has
-
-    def transaction(self) -> contextlib.AbstractContextManager[Any]:
-        """A context whose reads and writes take effect together, or not at all. A backend
-        without transactions gives a lock, and its write() says False after a race."""
-        raise NotImplementedError
-
-    def rows(self, query: Query, now: int) -> list[Row]:
-        """The Rows that fit *query* as they are stored, oldest first."""
-        raise NotImplementedError
-
-    def write(self, old: Row | None, new: Row | None) -> bool:
-        """Put *new* in the place of *old*; None: nothing is there, or shall be. Another
-        `created_at` than before means another task: it goes to the end of its line.
-
-        False, and nothing is changed, if another writer has changed what *old* was.
-        """
-        raise NotImplementedError
-
     # ---- Primitives of backends that several processes use
 
     def heartbeat(self, owner: str) -> None:
@@ -2829,10 +2836,6 @@ class Store(TypeSettings, Following, Looking):
         """Let go of files and connections. A later call opens them again."""
 
     # ---- Primitives that a backend may have a quicker way for
-
-    def write_all(self, pairs: Sequence[_Pair]) -> list[bool]:
-        """write() for each pair."""
-        return [self.write(old, new) for old, new in pairs]
 
     def candidates(
         self, owner: str, types: Iterable[str], most: int, now: int, until: int,
@@ -2897,16 +2900,6 @@ class Store(TypeSettings, Following, Looking):
         return len(self.rows(query, now))
 
     # ---- The verbs
-
-    def _change(self, work: Callable[..., _T], *arguments: Any) -> _T:
-        """The door to every write: *work* in one transaction; anew if others were quicker."""
-        for _ in range(TRIES):
-            try:
-                with self.transaction():
-                    return work(*arguments)
-            except _Raced:
-                pass
-        raise StoreError(f"{self!r}: others change the same tasks all the time")
 
     def add(self, additions: Sequence[tuple[Row, str]], now: int) -> list[Row]:
         """-> waiting, for (row, if_exists) in *additions*: all, or none if one raises.
@@ -3769,8 +3762,13 @@ def _stored_row(columns: Sequence[Any]) -> Row:
 
 def _where(query: Query, now: int) -> tuple[str, list[Any]]:
     """The condition of *query* in SQL, and its values."""
+    states, first = _stored_states(query), "1" if query.held is None else "state <> 'held'"
+    one = ["held"] if query.held else list(states or ())
+    if one in (["held"], ["failed"], ["running"]):  # By an index. (+: ids lead to the rows.)
+        first = f"{'+' * (query.ids is not None)}state = '{one[0]}'"
+        first += f" AND {_ASIDE}" if one[0] < "r" else ""
     lists = {
-        "id": query.ids, "task_type": query.types, "state": _stored_states(query),
+        "id": query.ids, "task_type": query.types, "state": states,
         "created_at": query.created_at,
     }  # fmt: skip
     terms: dict[str, list[Any]] = {
@@ -3785,9 +3783,6 @@ def _where(query: Query, now: int) -> tuple[str, list[Any]]:
         terms[f"state IN {_WAITING} AND {could_run}"] = [now, json.dumps(list(query.paused))]
     if query.until != NEVER:
         terms["due_at <= ?"] = [query.until]
-    # +: the ids lead to the rows, where there are any.
-    held = {None: "1", True: f"{_ASIDE} AND {'+' * (query.ids is not None)}state = 'held'"}
-    first = held.get(query.held, "state <> 'held'")
     return " AND ".join([first, *terms]), [*itertools.chain(*terms.values())]
 
 
@@ -4251,11 +4246,8 @@ class SQLiteStore(_SQLiteFile):
         self, query: Query, most: int, before: Sequence[Any] | None, chars: int, now: int
     ) -> list[Seen]:
         where, values = _where(query, now)
-        at = "seq" if query.ids is None and not query.held else "+seq"
-        if query.states == ["failed"]:
-            where, at = f"{where} AND {_ASIDE} AND state = 'failed'", _OVER_AT
-        elif query.states == ["running"]:
-            where, at = f"{where} AND state = 'running'", "+seq"
+        is_few = query.ids is not None or query.held or query.states == ["running"]
+        at = _OVER_AT if query.states == ["failed"] else "+seq" if is_few else "seq"
         if before is not None:
             where, values = where + _OLDER(at), [*values, before[0], *before]
         columns = [f"ifnull(length({name}), 0)" for name in LONG_TEXTS]
@@ -4312,17 +4304,17 @@ class SQLiteStore(_SQLiteFile):
         return [_stored_row(columns) for it in asked for columns in self._select(*it)]
 
     def _settle(self, owner: str, outcomes: Sequence[Outcome], now: int) -> list[str]:
-        if self._writer.execute(_FOLLOWER).fetchone():
+        led, execute = list[str](), self._writer.execute
+        if execute(_FOLLOWER).fetchone():
             return super()._settle(owner, outcomes, now)
-        led: list[str] = []
         for outcome in outcomes:
             claim = outcome.id, outcome.claim, owner
             is_plain = outcome.state == "done" and outcome.result is None and outcome.error is None
-            if is_plain and self._run(_FINISH, claim):
+            if is_plain and execute(_FINISH, claim).rowcount:
                 led.append("done")
                 continue
             became = ""
-            for row in map(_stored_row, self._writer.execute(_HELD_ROW, claim).fetchall()):
+            for row in map(_stored_row, execute(_HELD_ROW, claim).fetchall()):
                 following = checked(after_run, row, outcome, now)
                 if self.write(row, following):
                     became = led_to(row, following, outcome)

@@ -2370,6 +2370,9 @@ class TestSQLiteStore(Gates, InOrder, Following, Spoiled, StoreContract, InFolde
             return []
 
         with mock.patch.object(self.store, "_select", explain):
+            for state, index in {"failed": "taskpool_aside", "running": "taskpool_running"}.items():
+                self.store.rows(Query(states=[state]), NOW)
+                self.assertIn(index, plans[-1])
             for query, plan in (
                 (Query(states=["failed"]), "taskpool_aside"), (Query(states=["failed"], types=["x"]), "taskpool_aside"),
                 (Query(states=["running"]), "taskpool_running"), (Query(held=True), "taskpool_aside"), (Query(ids=["t"]), "autoindex"),
