@@ -3157,8 +3157,6 @@ class Store(TypeSettings, Following, Looking):
 _Place = tuple[str, str]  # (lane, task_type)
 _RankedRow = tuple[int, int, int, Row]  # (-priority, created_at, insertion, row)
 _DatedRow = tuple[int, int, Row]  # (instant, insertion, row)
-
-
 _ROW_OF = operator.itemgetter(3)
 
 
@@ -4282,7 +4280,8 @@ class SQLiteStore(_SQLiteFile):
             yield from rows
 
         self._seqs = {}
-        for columns in heapq.merge(*map(line, heads), key=_rank):
+        lines = list(map(line, heads))
+        for columns in lines[0] if len(lines) == 1 else heapq.merge(*lines, key=_rank):
             if columns[1] is not None:  # No head.
                 self._seqs[columns[1]] = columns[0]
                 yield _stored_row(columns[1:])
