@@ -2651,7 +2651,8 @@ class Following(Backend):
     these primitives is a Store, too."""
 
     has_bonds = False  # Whether there are bonds(), followers() and bind().
-    followed = 0  # Grows when tasks are released, or fail, as others have ended.
+    # How many tasks were released, or failed, as others ended; how many of them failed.
+    followed = 0, 0
 
     # ---- Primitives
 
@@ -2737,8 +2738,8 @@ class Following(Backend):
             free = {bond.child for bond in over} - losers.keys()
             ids = [*(free - self.followers(free)), *losers]
             written = self._end_waiting(ids, losers, now) if ids else []
-            self.followed += len(written)
             how = {row.id: "failed" for row in written if row.state == "failed"}
+            self.followed = self.followed[0] + len(written), self.followed[1] + len(how)
 
     def _end_waiting(self, ids: list[str], losers: Mapping[str, str], now: int) -> list[Row]:
         """Release those of these tasks that are held; *losers* fail. Returns the Rows written."""
@@ -3549,9 +3550,9 @@ _ERASE = "DELETE FROM taskpool_task WHERE id = ?"
 _WRITE = "UPDATE taskpool_task SET {} WHERE id = ?"
 
 # The lanes and task types that a cluster may claim of. (CROSS JOIN: SQLite keeps the order.
-# UNION without ALL would take twice the time, as a table is made to find equal ones.)
+# UNION without ALL would take twice the time: it makes a table to find equal lanes.)
 _PLACES = """
-(SELECT '' AS place_lane UNION ALL SELECT :owner)
+(SELECT '' AS place_lane UNION ALL SELECT :owner WHERE :owner > '')
 CROSS JOIN (SELECT value AS place_type FROM json_each(:types))
 """
 # The condition of an index, and its second column: of rows that have ended, when they have, or
@@ -6886,8 +6887,8 @@ class TaskQueue(_TaskTypes):
 
     def _wake_others(self, cancelled: bool = False) -> None:
         """Have the masters that do not hear of this queue look at the store, so that they need
-        not poll it. Of many tasks in a row not each wakes them: a woken master looks twice. But each
-        that was *cancelled* does."""
+        not poll it. Of many tasks in a row not each wakes them: a woken master looks twice. But
+        each that was *cancelled* does."""
         now = time.monotonic()
         if cancelled or now >= self._next_owners:
             self._next_owners = now + OWNERS_SECONDS

@@ -1343,6 +1343,10 @@ class StoreContract:
         self.assertEqual(self.store.next_due(self.OWNER, ["x"], 1, NOW), [NOW + 9 * SECOND])
         self.assertEqual(len(self.claim(now=NOW + 9 * SECOND)), 2)
 
+    def test_an_owner_without_a_name_claims_no_task_twice(self):
+        self.add(row())
+        self.assertEqual((len(self.claim(owner="")), self.claim(owner="")), (1, []))
+
     def test_schedules_are_found_the_next_one_first(self):
         self.add(*[row(f"s{n}", repeat=timedelta(seconds=9), due_date=timedelta(seconds=3 - n)) for n in range(3)], row())
         self.assertEqual([it.id for it in self.store.schedules(2)], ["s2", "s1"])
