@@ -915,8 +915,8 @@ def _checked_limits(at_once: Any, rate: Any) -> dict[str, Any]:
         if not isinstance(rate, (tuple, list)) or len(rate) != 2:
             raise _wrong_type("rate", rate, "None or (starts, seconds)")
         columns["starts"] = _checked_int("rate[0]", rate[0], 1)
-        period = min(_checked_seconds("rate[1]", rate[1]) * 1e6, MAX_INT // 4)
-        columns["period"] = max(1, int(period))
+        period = _checked_seconds("rate[1]", rate[1]) * 1e6
+        columns["period"] = int(max(1, min(period, MAX_INT)))
     return columns
 
 
@@ -1771,6 +1771,7 @@ def next_start(setting: Setting, now: int) -> tuple[int, int]:
     # A start counts from its claim on, but its function may begin later, by some 50 ms on a
     # busy machine, and the next ones at once: a period that is so much longer keeps the rate.
     spacing = -(-(setting.period + min(setting.period // 20, lump)) // setting.starts)
+    spacing = min(spacing, NEVER // 2)  # The next start fits in a store.
     if setting.next_at > now + spacing + int(LEASE_SECONDS * 1e6):
         return now + spacing, spacing
     return max(setting.next_at, now - lump if spacing < lump else now), spacing
@@ -3737,7 +3738,7 @@ def _readable_setting(columns: Sequence[Any]) -> Setting:
     """A stored Setting; what is no whole number over 0 counts as not set."""
     *numbers, counts = columns
     pairs = zip(numbers, Setting._field_defaults.values())
-    usable = [n if type(n) is int and 0 < n <= MAX_INT // 2 else usual for n, usual in pairs]
+    usable = [n if type(n) is int and 0 < n <= MAX_INT else usual for n, usual in pairs]
     setting = Setting._make([*usable, counts])
     return setting if setting.period else setting._replace(starts=None)
 
@@ -6204,8 +6205,9 @@ class _RunHere:
     def run(self, until: int | None) -> list[Task]:
         """Run what is due; with *until* also what becomes due, the clock moving along."""
         queue, clock = self._queue, self._queue.clock
-        now, last = queue._now(), NEVER if until is None else until
+        now, last = queue._now(), NEVER
         if until is not None:
+            last = until = max(until, now)  # What is due runs in any case.
             # Half a microsecond more: rounding must not set the clock back.
             queue.clock = lambda: (now + 0.5) / 1e6
         try:
@@ -6256,7 +6258,7 @@ class _RunHere:
         finally:
             self._reports.end()
         row, now = self._row, self._queue._now()
-        outcome = outcome._replace(progress=row.progress, seconds=(now - row.ready_at) / 1e6)
+        outcome = outcome._replace(progress=row.progress, seconds=max(now - row.ready_at, 0) / 1e6)
         (led,) = store.settle(self._owner, [outcome], now)
         count_run(tally := new_tally(), row.task_type, outcome, led)
         store.tally(tally if led else {})

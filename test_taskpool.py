@@ -1972,6 +1972,15 @@ class Gates:
             self.assertLessEqual(sum(n for at, n in starts.items() if first <= at < first + SECOND), 1050)
         self.assertGreater(sum(starts.values()), 500)
 
+    def test_limits_of_any_size_are_told_as_they_were_set_and_hold(self):
+        most = taskpool.MAX_INT
+        self.add(row("a"), row("b"))
+        for changes in ({"at_once": most}, {"starts": most, "period": 1}, {"starts": 1, "period": most}):
+            self.gate(**changes)
+            setting = self.store.settings()["x"]
+            self.assertEqual({name: getattr(setting, name) for name in changes}, changes)
+        self.assertEqual(self.turn()[0], ["a"])
+        self.assertEqual(self.turn(now=NOW + 3600 * SECOND)[0], [])
 
     def test_runs_are_added_up_for_ever(self):
         for _ in range(2):
@@ -11088,9 +11097,10 @@ class TestRunDue(InFolder):
         self.assertEqual((self.tasks.clock(), self.tasks.count()), (self.START.timestamp(), 1))
         (last,) = self.run_due(until=self.START + timedelta(days=500))
         self.assertEqual((last.id, last.result), ("next year", 365 * 24 + 2))
-        for task_id, hours in (("past", 2), ("less so", 0)):
-            self.tasks.add_task("now", task_id=task_id, due_date=-timedelta(hours=hours))
-        self.assertEqual([task.id for task in self.run_due(until=-timedelta(hours=1))], ["past"])  # What was due then.
+        for until in (-timedelta(hours=1), datetime(1999, 1, 1)):  # A past date adds nothing to what is due.
+            self.tasks.add_task("now", task_id="due")
+            self.tasks.add_task("now", task_id="later", due_date=timedelta(microseconds=1), if_exists="keep")
+            self.assertEqual([(task.id, task.result) for task in self.run_due(until=until)], [("due", 0)])
 
     def test_a_schedule_runs_slot_by_slot_and_microseconds_are_exact(self):
         self.tasks.add_task("now", task_id="nightly", repeat="30 2 * * *")
