@@ -1335,14 +1335,17 @@ IfExists = Literal["raise", "keep", "replace", "follow"]
 Predecessors = Union[Task, str, Collection[Union[Task, str]], None]
 
 
-class MapOptions(typing.TypedDict, total=False):
-    """The keywords of Cluster.map, beside its own."""
-
+class _Attempts(typing.TypedDict, total=False):
     priority: int
-    in_memory: bool
     retries: int
     retry_delay: float | timedelta
     keep_result: float | timedelta | None
+
+
+class MapOptions(_Attempts, total=False):
+    """The keywords of Cluster.map, beside its own."""
+
+    in_memory: bool
 
 
 class TaskDefaults(MapOptions, total=False):
@@ -1352,17 +1355,20 @@ class TaskDefaults(MapOptions, total=False):
     expires: float | timedelta | None
 
 
-class SubmitOptions(MapOptions, total=False):
-    """The keywords of Cluster.submit."""
-
+class _Plans(_Attempts, total=False):
     timeout: float | timedelta | None
     expires: float | timedelta | datetime | None
-    task_id: str | None
     due_date: datetime | timedelta | None
     repeat: timedelta | str | Cron | None
-    if_exists: IfExists
     after: Predecessors
     after_end: Predecessors
+
+
+class SubmitOptions(_Plans, MapOptions, total=False):
+    """The keywords of Cluster.submit."""
+
+    task_id: str | None
+    if_exists: IfExists
 
 
 class TaskOptions(SubmitOptions, total=False):
@@ -1374,20 +1380,10 @@ class TaskOptions(SubmitOptions, total=False):
 _ADD_PARAMETERS = TaskOptions.__optional_keys__
 
 
-class Changes(typing.TypedDict, total=False):
+class Changes(_Plans, total=False):
     """The keywords of TaskQueue.update."""
 
     data: Any
-    priority: int
-    due_date: datetime | timedelta | None
-    repeat: timedelta | str | Cron | None
-    retries: int
-    retry_delay: float | timedelta
-    timeout: float | timedelta | None
-    keep_result: float | timedelta | None
-    expires: float | timedelta | datetime | None
-    after: Predecessors
-    after_end: Predecessors
 
 
 class Filters(typing.TypedDict, total=False):
