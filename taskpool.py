@@ -725,6 +725,9 @@ class Row(NamedTuple):
     after: tuple[Bond, ...] = ()  # Given to write(): the bonds that it is to have. No column.
 
 
+_COLUMNS = Row._fields[:-2]
+
+
 class MemoryRow(Row):
     """A task in this process's memory. Only its data are ever unpickled: a store makes Rows,
     whatever it holds, and _make_row alone makes a MemoryRow. (P8)"""
@@ -735,11 +738,7 @@ class MemoryRow(Row):
 def _packed_row(row: Row) -> str | MemoryRow:
     """A Row as its predecessor keeps it: in a store as text. By name, so that a later version
     with more columns can read it."""
-    if isinstance(row, MemoryRow):
-        return row
-    values = row._asdict()
-    del values["items"], values["after"]
-    return json.dumps(values)
+    return row if isinstance(row, MemoryRow) else json.dumps(dict(zip(_COLUMNS, row)))
 
 
 def _unpacked_row(packed: str | MemoryRow) -> Row:
@@ -1105,9 +1104,8 @@ class Task:
     def ended_at(self) -> datetime | None:
         """When the end of its last run was recorded, or that it failed without one, in UTC;
         None before the first, and while it runs."""
-        row = self._row
-        is_over = row.state != "running" and row.ended_at is not None
-        return _datetime(cast(int, row.ended_at)) if is_over else None
+        instant = None if self.on_going else self._row.ended_at
+        return None if instant is None else _datetime(instant)
 
     @property
     def in_memory(self) -> bool:
@@ -1119,11 +1117,8 @@ class Task:
         """The value given to add_task; this Task's own copy. That of an in-memory task is
         unpickled at the first look, which runs code of its classes. Raises ValueError if it
         cannot be read."""
-        try:
-            return self._data
-        except AttributeError:
-            pass  # Nobody has read it.
-        _set(self, "_data", _read_data(self._row))
+        if not hasattr(self, "_data"):
+            _set(self, "_data", _read_data(self._row))
         return self._data
 
     @property
@@ -1264,7 +1259,6 @@ def _bonds(child: str, in_memory: bool, after: Any, after_end: Any) -> tuple[Bon
 
 _FRESH = tuple(Row._field_defaults.values())[1:-4]  # Of a task without a history.
 _IF_EXISTS = ("raise", "keep", "replace", "follow")
-_NO_SCHEDULE = "None, as the task is to follow others; a schedule follows nobody"
 SCHEDULE = "schedule:"  # The ids of what queue.task keeps stored begin with this.
 
 
@@ -1307,7 +1301,7 @@ def _make_row(
     if repeat is not None:
         rule = _checked_repeat(repeat)
         if follows:
-            raise _wrong_value("repeat", repeat, _NO_SCHEDULE)
+            raise _wrong_value("repeat", repeat, "None: a schedule follows no other task")
         if isinstance(rule, timedelta):
             repeat = str(rule // _MICROSECOND)
         else:
@@ -1402,7 +1396,6 @@ class Filters(typing.TypedDict, total=False):
 # Others can write to a store, too. What is read from it is checked here, once, so that no
 # policy meets a value that it cannot work with, and no row is in the way of others.
 
-_COLUMNS = Row._fields[:-2]
 _YEARS = (_FIRST_DATE - _EPOCH) // _MICROSECOND, (_LAST_DATE - _EPOCH) // _MICROSECOND
 _SECONDS = (0, _MOST_SECONDS)
 _ANY = (-MAX_INT - 1, MAX_INT)
@@ -1439,7 +1432,6 @@ _GROUPS = {
 }
 _KINDS = {n: kind for n in _COLUMNS for names, kind in _GROUPS.items() if n in names.split()}
 _LIMITS = [(i, *kind.limits) for i, kind in enumerate(_KINDS.values()) if kind.limits]
-_SUCCESSOR, _REPEAT = _COLUMNS.index("successor"), _COLUMNS.index("repeat")
 
 
 def _fault(name: str, value: Any, is_told: bool = True) -> str:
@@ -1465,35 +1457,38 @@ def _are_types(types: tuple[type, ...]) -> bool:
     return all(type_ in kind.types for type_, kind in zip(types, _KINDS.values()))
 
 
-def _unusable(columns: Sequence[Any]) -> str:
-    """Why stored columns cannot be run as a Row ("": they can).
+def _unusable(row: Row) -> str:
+    """Why a stored Row cannot be run ("": it can).
 
     The texts of data, result and progress are left to those who decode them.
     """
-    if _are_types(tuple(map(type, columns))):
+    if isinstance(row, MemoryRow):
+        return ""  # No other program can have written it.
+    if row.repeat is None and row.successor is None and _are_types(tuple(map(type, row))):
         for index, low, high in _LIMITS:
-            value = columns[index]
+            value: Any = row[index]
             if value is not None and not low <= value <= high:
                 break
         else:
-            if columns[_REPEAT] is None and columns[_SUCCESSOR] is None:
-                return ""
-    faults = (_fault(name, value, False) for name, value in zip(_COLUMNS, columns))
+            return ""
+    faults = (_fault(name, value, False) for name, value in zip(_COLUMNS, row))
     reason = next(filter(None, faults), "")
-    if reason or columns[_SUCCESSOR] is None:
+    if reason or row.successor is None:
         return reason
     try:
-        reason = _unusable(_unpacked_row(columns[_SUCCESSOR]))
+        reason = _unusable(_unpacked_row(row.successor))
     except ValueError as error:
         reason = str(error)
     return reason and f"column successor: {reason}"
 
 
-def _readable(columns: Sequence[Any], reason: str = "") -> Row:
-    """The Row of stored columns, for those who look at it. Columns that cannot be read get
-    harmless values, and `error` is the reason; data that are no JSON raise in Task.data."""
-    values = list(columns)
-    for index, (name, value) in enumerate(zip(_COLUMNS, columns)):
+def readable(row: Row, reason: str = "") -> Row:
+    """A stored Row, for those who look at it. Columns that cannot be read get harmless values,
+    and `error` is the *reason*; data that are no JSON raise in Task.data."""
+    if isinstance(row, MemoryRow):
+        return row
+    values: list[Any] = list(row)
+    for index, (name, value) in enumerate(zip(_COLUMNS, row)):
         fault, harmless = _fault(name, value), _KINDS[name].harmless
         if fault:
             reason = reason or fault
@@ -1502,11 +1497,6 @@ def _readable(columns: Sequence[Any], reason: str = "") -> Row:
     row = Row(*values)
     is_told = row.state == "failed" and row.error
     return row._replace(error=reason) if reason and not is_told else row
-
-
-def readable(row: Row) -> Row:
-    """A stored Row, for those who look at it."""
-    return row if isinstance(row, MemoryRow) else _readable(row)
 
 
 # --- Policies ------------------------------------------------------------------------
@@ -1870,9 +1860,7 @@ def choose(
     for row in candidates:
         if places and not places.get(row.task_type, 1):
             continue
-        if (not isinstance(row, MemoryRow) and (reason := _unusable(row))) or (
-            row.expires is not None and (reason := expiry(row, now))
-        ):
+        if reason := _unusable(row) or ("" if row.expires is None else expiry(row, now)):
             aside.append((row, reason))
             if len(aside) == ASIDE_TASKS:
                 break
@@ -1958,12 +1946,11 @@ def after_interruption(row: Row, now: int) -> Row | None:
     The first interruption only marks the task, as its neighbours may be to blame; from
     then on it is claimed singly and each interruption of such a claim counts.
     """
-    if row.removed:
+    is_last = row.interrupted >= INTERRUPTIONS
+    if row.removed or (is_last and row.successor is not None):
         return succeeded(row)
-    if row.interrupted < INTERRUPTIONS:
+    if not is_last:
         return _waiting_again(row)._replace(interrupted=row.interrupted + 1, lane="")
-    if row.successor is not None:
-        return succeeded(row)
     times = f"{INTERRUPTIONS} times in a row"
     error = f"Interrupted: its master died {times} while it ran this task alone"
     row = row._replace(state="failed", owner="", interrupted=0, result=None, error=error)
@@ -2033,7 +2020,7 @@ def count_run(tally: _Tally, task_type: str, outcome: Outcome, led: str) -> None
 def checked(policy: Callable[..., Row | None], row: Row, *arguments: Any) -> Row | None:
     """What follows a stored row: what *policy* says, or `failed` if it cannot be read. The last
     of *arguments* is the instant."""
-    reason = "" if isinstance(row, MemoryRow) else _unusable(row)  # A MemoryRow is sound.
+    reason = _unusable(row)
     return without_run(row, reason, arguments[-1]) if reason else policy(row, *arguments)
 
 
@@ -2068,7 +2055,7 @@ def bound(row: Row, there: Mapping[str, Row]) -> Row:
             bonds.append(bond)
     state = "held" if bonds else row.state
     if state == "held" and row.repeat is not None:
-        raise ValueError(f"task_id {_shown(row.id)}: a schedule follows nobody; give no repeat")
+        raise ValueError(f"task_id {_shown(row.id)}: a schedule follows no other task")
     return row._replace(after=tuple(bonds), state=state)
 
 
@@ -2147,7 +2134,7 @@ def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now:
         text = "only waiting tasks can be updated"
         raise ValueError(f"task_id {_shown(task_id)} is {state}; {text}")
     row = row._replace(**changes)
-    if not isinstance(row, MemoryRow) and (reason := _unusable(row)):
+    if reason := _unusable(row):
         raise ValueError(f"task_id {_shown(task_id)} cannot be run, with these changes: {reason}")
     return row if row.state == "held" and changes.get("after") != () else released(row, now)
 
@@ -2164,7 +2151,7 @@ def after_declaration(old: Row, new: Row | None, now: int) -> Row | None:
     """
     if new is None:
         return after_remove(old)
-    if not isinstance(old, MemoryRow) and _unusable(old):
+    if _unusable(old):
         return after_add(readable(old)._replace(state="failed"), new, "replace")[0]
     declared = {name: getattr(new, name) for name in _DECLARED}
     follows = old._replace(removed=old.removed & 2, **declared)
@@ -4653,7 +4640,7 @@ def _adopted(document: Mapping[str, Any], now: int) -> Row:
     row = _row_of(document, ours)
     wrong = (repr(value) for value in document.values() if isinstance(value, _Undecodable))
     problem = _unusable(row) or next(wrong, "")
-    return without_run(_readable(row[:-1], problem), problem, now) if problem else row
+    return without_run(readable(row, problem), problem, now) if problem else row
 
 
 def _named(ids: Iterable[Any]) -> dict[str, Any]:
