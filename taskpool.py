@@ -2328,13 +2328,20 @@ def _new_owner(port: int) -> str:
     return f"{_here()}|{pid}|{_process_start(pid)}|{os.urandom(8).hex()}|{port}"
 
 
+def _parts_of(owner: object) -> tuple[str, int, str, int]:
+    """The place, pid, start and port in an owner's name. Others may have written that name: 0
+    stands for a pid or port that is none."""
+    place, pid, start, _, port = (*str(owner).split("|"), "", "", "", "")[:5]
+    number, at = (int(n) if n.isdecimal() and len(n) < 10 else 0 for n in (pid, port))
+    return place, number, start, at if at < 1 << 16 else 0
+
+
 def told_owner(owner: str) -> dict[str, Any]:
     """The `pid` of that owner, and its `state`: alive, dead, or unknown if it is not seen here."""
-    place, pid, start = (*str(owner).split("|"), "", "")[:3]
-    number, state = int(pid) if pid.isdecimal() else None, "unknown"
-    if number is not None and start and place == _here():
-        state = "alive" if _process_start(number) in (start, "") else "dead"
-    return {"pid": number, "state": state}
+    (place, pid, start, _), state = _parts_of(owner), "unknown"
+    if pid and start and place == _here():
+        state = "alive" if _process_start(pid) in (start, "") else "dead"
+    return {"pid": pid or None, "state": state}
 
 
 def owner_is_dead(owner: str) -> bool:
@@ -2343,9 +2350,9 @@ def owner_is_dead(owner: str) -> bool:
 
 
 def _ports_of(owners: Iterable[str]) -> list[int]:
-    """Where the masters of this machine among these hear of new tasks: see _WakeUp."""
-    parts = [owner.split("|") for owner in owners]
-    return [int(each[4]) for each in parts if len(each) == 5 and each[0] == _here()]
+    """Where other masters of this machine hear of new tasks: see _WakeUp."""
+    me, found = os.getpid(), map(_parts_of, owners)
+    return [port for place, pid, _, port in found if port and pid != me and place == _here()]
 
 
 CANCELLED_BELL = b"-"  # What rings where a task was cancelled; anything else: one was added.

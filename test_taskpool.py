@@ -6944,6 +6944,20 @@ class TestP3MasterDead(InFolder):
                 self.assertFalse(taskpool.owner_is_dead(mine))
                 self.assertTrue(taskpool.owner_is_dead(theirs))
 
+    def test_names_of_masters_that_others_wrote_or_that_hear_nothing_are_in_nobodys_way(self):
+        queue, here = self.queue(), taskpool._here()
+        bell = socket.socket(type=socket.SOCK_DGRAM)
+        self.addCleanup(bell.close)
+        bell.bind(("127.0.0.1", 0))
+        ports = "0", "99999", "x", "9" * 5000, bell.getsockname()[1]
+        for owner in ("", "a|b", f"{here}|{'9' * 5000}|x|y|5", *(f"{here}|1|x|{n}|{port}" for n, port in enumerate(ports))):
+            queue._store._change(queue._store.heartbeat, owner)  # inside
+        queue.add_task("x")
+        bell.settimeout(PATIENCE)
+        self.assertEqual(bell.recv(9), b"!")
+        for now in (0.0, 99.0):
+            queue._store.recover("me|", now, NOW)  # inside
+
     def test_a_new_master_takes_over_at_once_and_no_worker_is_left(self):
         """CR-01, CR-10, CR-11, SG-07, ENGINE 65. Of a repeating task (RC-12, CR-03) that costs this run only."""
         queue, path, script = self.queue(), self.folder / "lines", self.script(self.MASTER)
