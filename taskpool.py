@@ -1242,8 +1242,8 @@ def _bonds(child: str, in_memory: bool, after: Any, after_end: Any) -> tuple[Bon
     """The arguments `after` and `after_end` of the task *child*, or the error."""
     bonds: dict[str, Bond] = {}
     for name, given in ("after_end", after_end), ("after", after):
-        many = isinstance(given, (list, tuple, set, frozenset))
-        for item in given if many else () if given is None else (given,):
+        items = given if isinstance(given, (list, tuple, set, frozenset)) else [given]
+        for item in items if given is not None else ():
             is_task = isinstance(item, Task)
             if not (is_task or type(item) is str):
                 raise _wrong_type(name, item, "a Task, an id, or a list of them")
@@ -1565,8 +1565,8 @@ def plan_of(error: Any) -> Plan:
     kind = type(error)
     if issubclass(kind, Retry):
         with contextlib.suppress(BaseException):
-            counts = _checked_bool("counts", error.counts)
-            return Plan(True, _checked_seconds("seconds", error.seconds, zero=counts), counts)
+            asked = Retry(error.seconds, error.counts)  # Checks both once more.
+            return Plan(True, asked.seconds, asked.counts)
     return Plan(may_retry=False) if issubclass(kind, GiveUp) else _ORDINARY
 
 
@@ -1664,7 +1664,7 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
     replacing = new._replace(claim=old.claim)  # The fencing token is never reset.
     if old.state in ("failed", "done"):
         return replacing, new
-    there = successor if old.removed else old  # A removed task is not, though it still runs.
+    there = successor if old.removed else old  # A removed task is gone, though it still runs.
     if if_exists == "keep" and there:
         return None, there
     if if_exists == "raise" and (there or old.removed == 1):
@@ -2050,8 +2050,8 @@ def bound(row: Row, there: Mapping[str, Row]) -> Row:
             name = "after_end" if bond.anyway else "after"
             allowed = "the id of a task that is there; of one that may have ended, the Task"
             raise _wrong_value(name, bond.parent, allowed)
-        state = "done" if parent is None else parent.state
-        if not (state == "done" or (bond.anyway and state == "failed")):
+        ends = ("done", "failed") if bond.anyway else ("done",)
+        if parent is not None and parent.state not in ends:
             bonds.append(bond)
     state = "held" if bonds else row.state
     if state == "held" and row.repeat is not None:
