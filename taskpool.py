@@ -2350,9 +2350,10 @@ def owner_is_dead(owner: str) -> bool:
 
 
 def _ports_of(owners: Iterable[str]) -> list[int]:
-    """Where other masters of this machine hear of new tasks: see _WakeUp."""
-    me, found = os.getpid(), map(_parts_of, owners)
-    return [port for place, pid, _, port in found if port and pid != me and place == _here()]
+    """Where the masters of this machine among these hear of new tasks: see _WakeUp."""
+    parts = list(map(_parts_of, owners))
+    here = _here() if parts else ""
+    return [port for place, _, _, port in parts if port and place == here]
 
 
 CANCELLED_BELL = b"-"  # What rings where a task was cancelled; anything else: one was added.
