@@ -4428,7 +4428,8 @@ _SHORT = [n for n in _COLUMNS if n not in ("data", "result", "error", "progress"
 # fields that an application has beside these are never decoded.
 _INSERTED = dict.fromkeys("taskType priority data createdAt onGoing dueDate taskpool".split(), 1)
 _READ = dict.fromkeys("taskType priority data taskpool".split(), 1)
-_READ_SHORT = dict.fromkeys([_TOP.get(n, f"taskpool.{n}") for n in (*_SHORT, "followed")], 1)
+_BESIDE = ("promoted_at", "followed")  # What _row_of() needs beside the columns.
+_READ_SHORT = dict.fromkeys([_TOP.get(n, f"taskpool.{n}") for n in (*_SHORT, *_BESIDE)], 1)
 _RANK = [("priority", -1), ("taskpool.created_at", 1), ("taskpool.seq", 1)]  # Of claims.
 _BY_DATE = [("taskpool.ready_at", 1)]
 _PLACE = [("taskpool.state", 1), ("taskpool.lane", 1), ("taskType", 1)]
@@ -4537,12 +4538,12 @@ def _bonds_of(ours: Mapping[str, Any]) -> list[Bond]:
 
 def _fields_of(row: Row) -> dict[str, Any]:
     """A Row as the fields of its document, without those of its data."""
-    ended = row.state in ("failed", "done", "held")  # Those that it must not start.
+    ended = row.state in ("failed", "done")
     fields: dict[str, Any] = {
         "createdAt": _date(row.created_at),
-        # The original starts what is not on-going and has a dueDate that is past. So it
-        # keeps off what runs here, retries that wait, and what has ended.
-        "onGoing": row.state == "running",
+        # The original starts what has `onGoing: false` and a dueDate that is past. So it keeps
+        # off what runs here, retries that wait, what has ended, and what is held.
+        "onGoing": None if row.state == "held" else row.state == "running",
         "dueDate": None if ended else _date(row.due_at, row.ready_at),
     }
     for name in _COLUMNS:
@@ -4569,6 +4570,10 @@ def _changes(old: Row, new: Row, how: str = "") -> dict[str, Any]:
     if new.created_at != old.created_at:  # Another task: nothing of the old one stays.
         before = {f"taskpool.{name}": name for name in (*_USUAL, "promoted_at")}
         old = old._replace(data="")
+    elif new.ready_at != old.ready_at and old.state != "running":
+        before["taskpool.promoted_at"] = None  # That was for another date.
+    elif old.state == "ready":
+        del before["taskpool.ready_at"]  # It may be that of its promotion: see _row_of().
     put = {name: value for name, value in after.items() if before.get(name, before) != value}
     if new.data != old.data and type(new.data) is str:
         put.update(_data_fields(new.data))
@@ -4612,13 +4617,19 @@ def _is_ours(document: Mapping[str, Any]) -> bool:
 
 
 def _row_of(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Row:
-    """The Row of a document with that sub-document. Its values may be unusable."""
+    """The Row of a document with that sub-document. Its values may be unusable.
+
+    A ready task that was promoted by a clock ahead of ours is ready when ours gets there. (P6)
+    """
     values = {**_USUAL, "id": _text_of(document["_id"]), **ours}
     values.update(task_type=document.get("taskType"), priority=document.get("priority", 1))
     values["data"] = document.get("data", {})
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         by_text = "json" in values and "data" not in document
         values["data"] = values["json"] if by_text else _encode(values["data"])
+    instants = [ours.get(name) for name in ("ready_at", "promoted_at")]
+    if ours.get("state") == "ready" and all(isinstance(instant, int) for instant in instants):
+        values["ready_at"] = max(instants)
     columns: list[Any] = list(map(values.get, _COLUMNS))
     for index, kind in enumerate(_KINDS.values()):
         value = columns[index]
@@ -4659,6 +4670,11 @@ def _held_by(owner: Any) -> dict[str, Any]:
     return {"taskpool.state": "running", "taskpool.owner": owner}
 
 
+def _promoted(now: int) -> dict[str, Any]:
+    """Of ready tasks those that no clock ahead of ours has promoted, or ours is there now. (P6)"""
+    return {"taskpool.promoted_at": {"$not": {"$gt": now}}}
+
+
 def _selector(query: Query, now: int) -> dict[str, Any]:
     """What find(), count(), remove() and retry() mean."""
     lists = ("id", query.ids), ("state", _stored_states(query))
@@ -4672,7 +4688,7 @@ def _selector(query: Query, now: int) -> dict[str, Any]:
         terms.append({"taskpool.created_at": {"$in": list(query.created_at)}})
     if query.due is not None:
         dated = {"taskpool.state": "scheduled", "taskpool.ready_at": {"$lte": now}}
-        kinds = {"$or": [{"taskpool.state": "ready"}, dated]}
+        kinds = {"$or": [{"taskpool.state": "ready", **_promoted(now)}, dated]}
         could_run = {**kinds, "taskType": {"$nin": list(query.paused)}}
         waiting = {"taskpool.state": {"$in": _WAITING}}
         terms.append(could_run if query.due else {**waiting, "$nor": [could_run]})
@@ -5227,8 +5243,9 @@ class _MongoFollowing(_MongoSide):
         met += [_UNSURE] if children else []
         where = {**among, "taskpool.after": {"$in": met}, "taskpool.after.0": {"$exists": True}}
         self._tasks.update_many(where, {"$pullAll": {"taskpool.after": met}})
-        free = {"$set": {"taskpool.state": "scheduled"}, "$unset": {"taskpool.after": ""}}
-        self.followed = self.followed[0] + 1, self.followed[1] + failed
+        scheduled = {"taskpool.state": "scheduled", "onGoing": False}
+        free = {"$set": scheduled, "$unset": {"taskpool.after": ""}}
+        self.followed += 1
         if self._tasks.update_many({**held, "taskpool.after": []}, free).matched_count:
             for claims in list(self._claims.values()):
                 claims.looked_at = 0
@@ -5460,7 +5477,7 @@ class MongoStore(_MongoFollowing):
             "taskpool.state": "ready",
             "taskpool.lane": {"$in": ["", owner]},
             "taskType": {"$in": list(types)},
-            "taskpool.promoted_at": {"$not": {"$gt": claims.clock}},  # By a fast clock. (P6)
+            **_promoted(claims.clock),
         }
         if until != NEVER:
             where["taskpool.due_at"] = {"$lte": until}

@@ -3290,6 +3290,38 @@ class MongoContract(Following, Spoiled, StoreContract):
         self.store.retry(Query(), NOW)
         self.assertEqual(self.pollable(), {"waits", "failed"})
 
+    def test_the_due_date_of_a_held_task_is_seen_and_the_originals_poller_starts_it_when_it_is_released(self):
+        self.add(row("a"), self.follower("t", "a"), row("bound", after=[taskpool.Task(row("t"))]))
+        due = self.raw("t")["dueDate"].replace(tzinfo=timezone.utc)
+        self.assertEqual((due, self.pollable()), (taskpool._datetime((NOW + 1) // 1000 * 1000), {"a"}))
+        self.settle(self.claim()[0], "done")
+        self.assertEqual((self.pollable(), self.raw("t")["dueDate"].replace(tzinfo=timezone.utc)), ({"t"}, due))
+        self.settle(self.claim(now=NOW + 1)[0], "failed", error="E")
+        self.store.retry(Query(), NOW)
+        self.assertEqual(self.pollable(), {"t"})
+
+    def test_a_task_that_was_due_by_a_clock_ahead_waits_for_ours_but_not_once_it_has_another_date(self):
+        """P6. So does run_due, whose clock may stand at a date to come."""
+        later = NOW + 3600 * SECOND
+        ends = {
+            "requeued": lambda held: self.store.leave("far", later), "retried": lambda held: self.settle(held, "ready", ready_at=later, owner="far"),
+            "failed": lambda held: self.settle(held, "failed", error="E", owner="far"),
+        }
+        for name, end in ends.items():
+            self.add(row(due_date=timedelta(seconds=60)))
+            end(self.claim(owner="far", now=later)[0])
+            with self.subTest(end=name):
+                due = [] if name == "failed" else [later]
+                self.assertEqual((self.claim(), self.store.next_due("me", ["x"], 1, NOW)), ([], due))
+                self.assertEqual([self.store.count(Query(due=True), now) for now in (NOW, later)], [0, len(due)])
+                if due:
+                    self.store.update("t", {"priority": 2}, NOW)
+                    self.assertEqual((self.claim(), self.store.next_due("me", ["x"], 1, NOW)), ([], due))
+                    self.store.update("t", {"due_at": NOW, "ready_at": NOW}, NOW)
+                self.store.retry(Query(), NOW)
+                self.assertEqual([r.id for r in self.claim()], ["t"])
+            self.store.leave("me", NOW), self.store.remove(Query(), NOW)
+
     def test_what_a_meteor_cluster_left_on_going_is_recovered_after_the_lease(self):
         self.insert("left", onGoing=True)
         self.assertEqual(self.claim(), [])
