@@ -4627,7 +4627,7 @@ def _row_of(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Row:
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         by_text = "json" in values and "data" not in document
         values["data"] = values["json"] if by_text else _encode(values["data"])
-    instants = [ours.get(name) for name in ("ready_at", "promoted_at")]
+    instants: list[Any] = [ours.get(name) for name in ("ready_at", "promoted_at")]
     if ours.get("state") == "ready" and all(isinstance(instant, int) for instant in instants):
         values["ready_at"] = max(instants)
     columns: list[Any] = list(map(values.get, _COLUMNS))
@@ -4725,9 +4725,12 @@ def _setting_of(document: Mapping[str, Any]) -> Setting:
     columns = [document.get(name, usual) for name, usual in Setting._field_defaults.items()]
     # The driver's kinds of int, and what a shell writes.
     columns = [int(v) if isinstance(v, (int, float)) and v // 1 == v else v for v in columns]
-    if isinstance(columns[-1], Mapping):
-        columns[-1] = json.dumps(dict(columns[-1]), default=repr)
     return _readable_setting(columns)
+
+
+def _claim_of(row: Row) -> str:
+    """A claim, as the document of its type has it."""
+    return f"{row.claim}:{row.id}"
 
 
 def _type(task_type: str) -> dict[str, Any]:
@@ -4737,6 +4740,32 @@ def _type(task_type: str) -> dict[str, Any]:
 
 def _is_over(since: int, seconds: float, now: int) -> bool:
     return not 0 <= now - since < seconds * 1e6
+
+
+def _find(
+    collection: Any, where: Any, fields: Any, skip: int = 0, limit: int = 0, **options: Any
+) -> list[dict[str, Any]]:
+    """The documents. If the driver cannot decode one of them, they are read in halves, and the
+    last one field by field."""
+    options["batch_size"] = _BATCH
+    try:
+        return list(collection.find(where, fields, skip=skip, limit=limit, **options))
+    except Exception as error:
+        _undecodable(error)
+    count = limit or collection.count_documents(where) - skip
+    if count > 1:
+        half = count // 2
+        first = _find(collection, where, fields, skip, half, **options)
+        return first + _find(collection, where, fields, skip + half, count - half, **options)
+    document: dict[str, Any] = {}
+    for field in dict.fromkeys(["_id", *(name.partition(".")[0] for name in fields)]):
+        only = {"_id": field == "_id", field: 1}
+        try:
+            for found in collection.find(where, only, skip=skip, limit=1, **options):
+                document.update(found)
+        except Exception as error:
+            document[field] = _Undecodable(f"{field}: {_undecodable(error)}")
+    return [document] if document else []
 
 
 class _Documents:
@@ -4801,27 +4830,7 @@ class _Documents:
     def find(
         self, where: Any, fields: Any, skip: int = 0, limit: int = 0, **options: Any
     ) -> list[dict[str, Any]]:
-        """The documents. If the driver cannot decode one of them, they are read in halves, and
-        the last one field by field."""
-        options["batch_size"] = _BATCH
-        try:
-            return list(self._collection.find(where, fields, skip=skip, limit=limit, **options))
-        except Exception as error:
-            _undecodable(error)
-        count = limit or self._collection.count_documents(where) - skip
-        if count > 1:
-            half = count // 2
-            first = self.find(where, fields, skip, half, **options)
-            return first + self.find(where, fields, skip + half, count - half, **options)
-        document: dict[str, Any] = {}
-        for field in dict.fromkeys(["_id", *(name.partition(".")[0] for name in fields)]):
-            only = {"_id": field == "_id", field: 1}
-            try:
-                for found in self._collection.find(where, only, skip=skip, limit=1, **options):
-                    document.update(found)
-            except Exception as error:
-                document[field] = _Undecodable(f"{field}: {_undecodable(error)}")
-        return [document] if document else []
+        return _find(self._collection, where, fields, skip, limit, **options)
 
     def write(self, writes: list[tuple[Any, Any]], **options: Any) -> list[bool | None]:
         """Update, or where the update is None delete, one document for each.
@@ -4942,7 +4951,8 @@ class _Claims:
         self.in_doubt = False  # The server may have more claims: a reply was lost.
         # By (id, claim): the reply to settle() was lost, the server may have applied it.
         self.unsure: set[Any] = set()
-        self.ready = 0.0  # How many tasks can start now; inf: more than were read.
+        self.ready: list[Row] = []  # Tasks that were seen to be able to start now.
+        self.more = False  # There are more of these: the types without a limit were not read out.
         self.later: list[Row] = []  # Those known to start later, in no order.
         self.few = True  # The last claim took one task at most.
         self.asked = 0  # How many tasks beyond the room the last turn() wanted to know of, ...
@@ -4951,6 +4961,10 @@ class _Claims:
         # The latest instant that the owner has seen, and when it last looked and claimed.
         self.clock = self.looked_at = self.claimed_at = 0
         self.holders_at = -math.inf  # By the seconds of recover().
+
+    def took(self, rows: Iterable[Row]) -> None:
+        ids = {row.id for row in rows}
+        self.ready = [row for row in self.ready if row.id not in ids]
 
 
 class _MongoSide(Store):
@@ -4975,6 +4989,9 @@ class _MongoSide(Store):
         # The types that are paused or limited, and since when that is known (monotonic).
         self._copy: tuple[dict[str, Setting], float] = {}, -math.inf
         self._set_at = -math.inf  # When one of them was changed here.
+        # What has a place of a limited type, as its document said last: see _enter().
+        self._entered: dict[str, Any] = {}
+        self._running: dict[str, set[str]] = {}  # The claims that run, in this transaction().
 
     # ---- Masters
 
@@ -4999,8 +5016,8 @@ class _MongoSide(Store):
         """The heartbeats of masters, and the Settings of types."""
         read_at, fields = time.monotonic(), ("beat", *Setting._fields[:-1], *more)
         with self._documents.errors():
-            found = list(self._masters.find({}, dict.fromkeys(fields, 1)))
-        masters = {it["_id"]: it.get("beat") for it in found if type(it["_id"]) is str}
+            found = _find(self._masters, {}, dict.fromkeys(fields, 1))
+        masters = {it["_id"]: str(it.get("beat")) for it in found if type(it["_id"]) is str}
         of_types = [it for it in found if isinstance(it["_id"], Mapping)]
         types = {str(it["_id"].get("type")): _setting_of(it) for it in of_types}
         self._copy = {name: it for name, it in types.items() if is_gate(it)}, read_at
@@ -5046,61 +5063,97 @@ class _MongoSide(Store):
         if wait and is_gate(Setting(**changes)):
             if any(owner not in self._claims for owner in self._alive()):
                 time.sleep(1.01 * COPY_SECONDS)  # Clocks do not go at quite the same speed.
-            for name in types if changes.get("at_once") else ():  # What runs counts, too.
-                with self._documents.errors():
-                    claims = {"$each": self._running_claims(name)}
-                    self._masters.update_one(_type(name), {"$addToSet": {"claims": claims}})
+            with self.transaction():
+                for name in types if changes.get("at_once") else ():  # What runs counts, too.
+                    self.running([name])
+                    self._enter(name, [*self._running[name]], sys.maxsize)
 
     def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
         self._masters.update_one(_type(task_type), {"$set": changes}, upsert=True)
         self._set_at = time.monotonic()
 
+    def _field(self, task_type: str, name: str) -> Any:
+        """A field of the document of a type, whatever is in it."""
+        found = _find(self._masters, _type(task_type), {name: 1})
+        return found[0].get(name) if found else None
+
+    def _swap(self, task_type: str, name: str, there: Any, new: Any) -> bool:
+        """Put *new* in the place of what _field() has told, if that is still so."""
+        same = {} if isinstance(there, _Undecodable) else {name: {"$eq": there}}
+        where, update = {**_type(task_type), **same}, {"$set": {name: new}}
+        try:
+            done = self._masters.update_one(where, update, upsert=there is None)
+        except Exception as error:
+            if _was_race(error):  # There is such a document now.
+                return False
+            raise
+        return done.matched_count > 0 or done.upserted_id is not None
+
     def reserve_starts(self, task_type: str, setting: Setting, next_at: int) -> bool:
-        same = {**_type(task_type), "next_at": setting.next_at or {"$in": [None, 0]}}
-        found = self._masters.update_one(same, {"$set": {"next_at": next_at}}).matched_count
+        there = setting.next_at or self._field(task_type, "next_at")
+        is_same = _setting_of({"next_at": there}).next_at == setting.next_at
+        if is_same and self._swap(task_type, "next_at", there, next_at):
+            copy, read_at = self._copy
+            self._copy = {**copy, task_type: setting._replace(next_at=next_at)}, read_at
+            return True
         self._set_at = time.monotonic()
-        return bool(found)
+        return False
 
     def _tally(self, tally: _Tally) -> None:
-        for name, counts in tally.items():
-            added = {f"counts.{how}": n for how, n in counts.items()}
-            self._masters.update_one(_type(name), {"$inc": added}, upsert=True)
+        for name in list(tally):
+            there = self._field(name, "counts")
+            total = read_counts(there)
+            total.update(tally[name])
+            if not self._swap(name, "counts", there, json.dumps(total)):
+                raise _Raced
+            del tally[name]  # If a later one fails, this one is not added again.
 
     def running(self, types: Collection[str]) -> Mapping[str, int]:
-        count = self._tasks.count_documents
-        return {n: count({"taskpool.state": "running", "taskType": n}) for n in types}
+        where = {"taskpool.state": "running", "taskType": {"$in": list(types)}}
+        with self._lock:
+            rows = self._documents.rows(where, fields=_READ_SHORT)
+            for name in types:
+                self._running[name] = {_claim_of(row) for row in rows if row.task_type == name}
+            return {name: len(self._running[name]) for name in types}
 
-    def _running_claims(self, task_type: str) -> list[str]:
-        running = {"taskpool.state": "running", "taskType": task_type}
-        rows = self._documents.rows(running, fields=_READ_SHORT)
-        return [f"{row.claim}:{row.id}" for row in rows]
+    def _enter(self, name: str, claims: Sequence[str], at_once: int) -> Collection[str]:
+        """Which claims of a type have a place. These get one, if there are fewer than *at_once*.
 
-    def _has_place(self, row: Row, at_once: int) -> bool:
-        """Whether a claimed task may start. Its claim is written down with its type: at most
-        as many as may run, without those that run no more."""
-        key = _type(row.task_type)
-        room = {**key, f"claims.{at_once - 1}": {"$exists": False}}
-        mine = {"$push": {"claims": f"{row.claim}:{row.id}"}}
-        for _ in range(2):
-            if self._masters.update_one(room, mine).matched_count:
-                return True
-            claims = [claim for found in self._masters.find(key) for claim in found["claims"]]
-            ended = [*{*claims}.difference(self._running_claims(row.task_type))]
-            if not ended:
-                break
-            self._masters.update_one(key, {"$pullAll": {"claims": ended}})
-        return False
+        The document of the type has them in one list, which is replaced as a whole, if nobody
+        else has changed it, by those that still run and new ones. So no place is given twice,
+        and none is lost with a master. What runs is asked after the list was read: a claim in
+        the list that does not run then has ended.
+        """
+        for _ in range(TRIES):
+            if name not in self._entered:
+                self._entered[name] = self._field(name, "claims")
+                self._running.pop(name, None)
+            if name not in self._running:
+                self.running([name])
+            there, running = self._entered[name], self._running[name]
+            texts = [it for it in there if type(it) is str] if type(there) is list else []
+            stay = [claim for claim in texts if claim in running]
+            new = [*dict.fromkeys([*stay, *claims])][: max(at_once, len(stay))]
+            if not set(claims).intersection(new):
+                return new
+            if self._swap(name, "claims", there, new):
+                self._entered[name] = new
+                running.update(new)
+                return new
+            del self._entered[name]
+        return ()
 
     def _allowed(self, rows: list[Row], known: Mapping[str, Setting], now: int) -> list[Row]:
         """Those that may start of what was claimed by these Settings. The others are requeued."""
-        current, back = self.settings(), []
-        for row in rows if known or current else ():
-            knew, now_set = (them.get(row.task_type, Setting()) for them in (known, current))
-            is_changed, most = knew[:4] != now_set[:4], now_set.at_once
-            if row.state == "running" and (
-                is_changed or (most is not None and not self._has_place(row, most))
-            ):
-                back.append(row)
+        current, back = self.settings(), list[Row]()
+        for name in known.keys() | current.keys():
+            mine = [row for row in rows if row.state == "running" and row.task_type == name]
+            knew, now_set = (them.get(name, Setting()) for them in (known, current))
+            if knew[:4] != now_set[:4]:
+                back += mine
+            elif mine and now_set.at_once is not None:
+                entered = self._enter(name, list(map(_claim_of, mine)), now_set.at_once)
+                back += [row for row in mine if _claim_of(row) not in entered]
         self.write_all([(row, requeued(row, now)) for row in back])
         return [row for row in rows if row not in back]
 
@@ -5309,6 +5362,7 @@ class MongoStore(_MongoFollowing):
     def transaction(self) -> Iterator[None]:
         """Each write counts by itself. The lock is for what is remembered of claims."""
         with self._lock, self._documents.errors():
+            self._running.clear()
             yield
 
     def _tell_of(self, rows: Iterable[Row]) -> None:
@@ -5410,30 +5464,29 @@ class MongoStore(_MongoFollowing):
         # First, as it may raise: what is settled is to be told.
         known = self.settings() if settings is None else settings
         led = self.settle(owner, outcomes, now) if outcomes else []
-        claims = self._claims[owner]
+        claims, rows = self._claims[owner], list[Row]()
         types = {n: cost for n, cost in types.items() if n not in known or not known[n].paused}
         if claims.types != types.keys():
             claims.types, claims.looked_at = types.keys(), 0
         claims.asked, room = most, room if types else 0.0
+        limited = types.keys() & known.keys()
 
-        def look_and_claim() -> list[Row]:
+        def look_and_claim() -> list[int]:
             asked = room > 0 and bool(outcomes or eager)
             late = _is_over(claims.looked_at, 1.5 * WATCH_SECONDS, now)
             if most and (late or not asked or any(row.ready_at <= now for row in claims.later)):
-                self._look(owner, list(types), most, now, until)
-                asked = claims.ready > 0
+                self._look(owner, types, known, most, now, until)
+                asked = bool(claims.ready)
             # After a clock was set back a look may not find what is ready: claim all the same.
             if room > 0 and (asked or _is_over(claims.claimed_at, RENEW_SECONDS, now)):
-                return self._claim_ready(owner, types, room, now, until, settings)
-            return []
+                rows.extend(self._claim_ready(owner, types, room, now, until, settings))
+                if eager and not rows and most:
+                    self._look(owner, types, known, most, now, until)
+            current = self.settings() if settings is None else settings  # Starts change them.
+            return self._due(owner, types, current, most, now, until)
 
-        limited, rows = types.keys() & known.keys(), list[Row]()
         try:
-            rows = self._change(look_and_claim)
-            if eager and room > 0 and not rows and most:
-                self.next_due(owner, types, most, now, until)
-            look = self.upcoming if limited and most else self._due
-            return Turn(led, rows, look(owner, types, most, now, until), limited)
+            return Turn(led, rows, self._change(look_and_claim), limited)
         except StoreError:
             if not (led or rows):
                 raise
@@ -5455,10 +5508,12 @@ class MongoStore(_MongoFollowing):
             where = self._claimable(owner, costs, now, until)
             with contextlib.suppress(_Raced):  # The server cannot change that document so.
                 rows = self._start(owner, where, now, True)
-                claims.ready = max(claims.ready - 1, 0) if rows else 0
+                claims.took(rows)
+                if not rows:
+                    claims.ready, claims.more = [], False
                 limit -= sum(cost_of(row, costs) for row in rows if row.state == "running")
                 claims.joined = True
-                if limit + 1e-9 < least and (claims.ready or not claims.asked):
+                if limit + 1e-9 < least and (claims.ready or claims.more or not claims.asked):
                     more = False  # The room is full, and what is left is known or not asked.
                 more = more and bool(rows) and not rows[0].interrupted
         if more:
@@ -5488,30 +5543,45 @@ class MongoStore(_MongoFollowing):
     def candidates(
         self, owner: str, types: Iterable[str], most: int, now: int, until: int,
         places: Mapping[str, int],
-    ) -> Iterable[Row]:  # fmt: skip
-        if places:
-            groups = [([name], min(place, most)) for name, place in places.items() if place]
-            groups.append(([name for name in types if name not in places], most))
-            found = [self.candidates(owner, some, n, now, until, {}) for some, n in groups if some]
-            return sorted(itertools.chain(*found), key=_rank_of)
-        claims, where = self._claims[owner], self._claimable(owner, types, now, until)
-        options = {"sort": _RANK, **self._documents.by("taskpool_ready")}
-        options["limit"] = limit = most + claims.asked + 1
-        rows = self._documents.rows(where, now, _READ_SHORT, **options)
-        claims.ready = len(rows) if len(rows) < limit else math.inf
+    ) -> Iterator[Row]:  # fmt: skip
+        claims, types = self._claims[owner], list(types)
+        full = [name for name, place in places.items() if not place]  # See what waits there.
+        first, claims.more = self._ready(owner, [*types, *full], most, now, until)
+        claims.ready = first
+        # A task that was interrupted is taken alone.
+        alone = next((n for n, row in enumerate(first) if row.interrupted and claims.joined), None)
+        yield from first[:alone]
+        if alone is not None or not (places and claims.more):
+            return
+        # There is room still: what may start stands behind what may not. Look for each type.
+        free = [name for name in types if name not in places]
+        rest, claims.more = self._ready(owner, free, most, now, until)
+        for name in set(types).intersection(places):
+            rest += self._ready(owner, [name], min(places[name], most), now, until)[0]
+        ids = {row.id for row in first}
+        rest = sorted((row for row in rest if row.id not in ids), key=_rank_of)
+        claims.ready = first + rest
+        yield from rest
+
+    def _ready(
+        self, owner: str, types: list[str], most: int, now: int, until: int
+    ) -> tuple[list[Row], bool]:
+        """The first Rows that *owner* can claim: as many as it claims and asks of at most, and
+        one more. Whether there may be others."""
+        where, limit = self._claimable(owner, types, now, until), most + self._claims[owner].asked
+        options = {"sort": _RANK, "limit": limit + 1, **self._documents.by("taskpool_ready")}
+        rows = self._documents.rows(where, now, _READ_SHORT, **options) if types else []
         if any(row.expires is not None and expiry(readable(row), now) for row in rows):
             options["limit"] += ASIDE_TASKS  # Those are set aside, and told of with all columns.
             rows = self._documents.rows(where, now, **options)
             # A schedule is claimed first, so that its followers are told of a run that ended.
             rows = [row if row.repeat is None else row._replace(expires=None) for row in rows]
-        if claims.joined:  # A task that was interrupted is taken alone.
-            return itertools.takewhile(lambda row: not row.interrupted, rows)
-        return rows
+        return rows, len(rows) > limit
 
     def take(self, rows: Sequence[Row], owner: str, now: int) -> list[Row]:
         where = {"taskpool.state": "ready", **_named(row.id for row in rows)}
         taken = self._start(owner, where, now, len(rows) == 1)
-        self._claims[owner].ready -= len(taken)
+        self._claims[owner].took(taken)
         return taken
 
     def _start(self, owner: str, where: dict[str, Any], now: int, one: bool) -> list[Row]:
@@ -5596,31 +5666,51 @@ class MongoStore(_MongoFollowing):
     ) -> list[int]:
         with self.transaction():
             types = list(types)
-            self._look(owner, types, limit, now, until)
-            return self._due(owner, types, limit, now, until)
+            self._look(owner, types, {}, limit, now, until)
+            return self._due(owner, types, {}, limit, now, until)
 
     def _due(
-        self, owner: str, types: Iterable[str], most: int, now: int, until: int
-    ) -> list[int]:
-        claims, places = self._claims[owner], {*itertools.product(types, ("", owner))}
-        later = [row for row in claims.later if (row.task_type, row.lane) in places]
-        dates = [row.ready_at for row in later if row.due_at <= until]
-        return sorted([now] * int(min(claims.ready, most)) + dates)[:most]
+        self, owner: str, types: Collection[str], settings: Mapping[str, Setting], most: int,
+        now: int, until: int,
+    ) -> list[int]:  # fmt: skip
+        """upcoming(), of the tasks that *owner* remembers."""
+        claims, dates = self._claims[owner], collections.defaultdict[str, list[int]](list)
+        for rows, is_ready in ((claims.ready, True), (claims.later, False)):
+            for row in rows:
+                is_late = type(row.due_at) is int and row.due_at > until
+                if row.lane in ("", owner) and row.task_type in list(types) and not is_late:
+                    dates[row.task_type].append(now if is_ready else row.ready_at)
+        limited = {name: settings[name] for name in dates if name in settings}
+        counted = [name for name, it in limited.items() if it.at_once is not None]
+        if not self._running.keys() >= set(counted):
+            self.running(counted)
+        for name, setting in limited.items():
+            starts = openings(setting, len(self._running.get(name, ())), most, now)
+            if starts and setting.next_at > starts[0]:
+                starts[0] = now  # A clock was set back: a claim is to cut next_at down.
+            dates[name] = list(map(max, starts, sorted(dates[name])))
+        more = [now] * most if claims.more else []
+        return sorted(itertools.chain(more, *dates.values()))[:most]
 
-    def _look(self, owner: str, types: list[str], most: int, now: int, until: int) -> None:
-        """Read what can start, now and later: at least the first *most* tasks."""
-        claims = self._claims[owner]
-        claims.clock = max(claims.clock, now)
-        claims.later.clear()
-        rows = self._waiting([None, "ready", "scheduled"], owner, types, most + 1, now, until)
-        ready = [row for row in rows if row.state == "ready"]
-        if len(rows) > most and ready:  # Scheduled ones may stand behind these.
-            rows = ready + self._waiting(["scheduled"], owner, types, most, now, until)
-        dates = [claims.clock if row.state == "ready" else now for row in rows]
-        later = [row for row, date in zip(rows, dates) if row.ready_at > date]
-        ready_now = len(rows) - len(later)
-        claims.ready, claims.looked_at = ready_now if ready_now <= most else math.inf, now
-        claims.later += later
+    def _look(
+        self, owner: str, types: Iterable[str], settings: Mapping[str, Setting], most: int,
+        now: int, until: int,
+    ) -> None:  # fmt: skip
+        """Read what can start, now and later: at least the first *most* tasks, of each type with
+        a limit and of all others."""
+        claims, free = self._claims[owner], [name for name in types if name not in settings]
+        claims.clock, claims.looked_at = max(claims.clock, now), now
+        claims.ready, claims.later = [], []
+        for group in [*([name] for name in types if name in settings), free]:
+            rows = self._waiting([None, "ready", "scheduled"], owner, group, most + 1, now, until)
+            ready = [row for row in rows if row.state == "ready"]
+            if len(rows) > most and ready:  # Scheduled ones may stand behind these.
+                rows = ready + self._waiting(["scheduled"], owner, group, most, now, until)
+            before = len(claims.ready)
+            for row in rows:
+                is_ready = row.ready_at <= (claims.clock if row.state == "ready" else now)
+                (claims.ready if is_ready else claims.later).append(row)
+            claims.more = len(claims.ready) - before > most  # Of the last group: the free ones.
 
     def _waiting(
         self, states: list[Any], owner: str, types: list[str], most: int, now: int, until: int
