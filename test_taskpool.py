@@ -3621,6 +3621,48 @@ class MongoContract(Following, Spoiled, StoreContract):
                     self.take(store, "far", 9.0, NOW + 10 + SECOND // 9)  # Spacing: 105 ms.
                     self.assertEqual(len(self.rows), most)
 
+    def test_whatever_others_wrote_for_a_type_or_a_master_its_tasks_start_and_no_limit_is_passed(self):
+        """What cannot be read counts as not there, and the next write mends it."""
+        bad = [*self.BAD, [{"a": 1}, "x"], {"0": 1}, {"$x": 1}, None]
+        if self.TRANSACTIONS:  # mongomock knows neither.
+            from bson.datetime_ms import DatetimeMS
+            bad.append(DatetimeMS(8_640_000_000_000_000))
+        else:
+            bad = [value for value in bad if value == value]
+        for field, value in itertools.product(("claims", "next_at", "counts", "beat"), bad):
+            self.collection.delete_many({}), self.collection["masters"].delete_many({})
+            self.add(*[row(f"{i}", now=NOW + i) for i in range(4)])
+            (store, you), now, tally = (self.open(), self.open()), NOW + SECOND, {"x": collections.Counter(failed=2)}
+            store.set_up(["x"], {"at_once": 2, "starts": 10**6, "period": 1})
+            store.renew("me", NOW), you.renew("you", NOW)
+            self.collection["masters"].update_many({}, {"$set": {field: value}})
+            with self.subTest(field=field, value=str(value)):
+                self.assertEqual([r.id for r in store.turn("me", [], {"x": 1.0}, 9.0, 9, now).rows], ["0", "1"])
+                self.assertEqual([r.id for r in you.turn("you", [], {"x": 1.0}, 9.0, 9, now).rows], [])
+                self.assertEqual(store.turn("me", [Outcome("0", 1, "done")], {"x": 1.0}, 0.0, 9, now).led, ["done"])
+                self.assertEqual([r.id for r in you.turn("you", [], {"x": 1.0}, 9.0, 9, now + 2 * SECOND).rows], ["2"])
+                store.tally(dict(tally)), you.tally(dict(tally))
+                self.assertEqual(taskpool.read_counts(store.settings(all_types=True)["x"].counts)["failed"], 4)
+                self.assertEqual([you.recover("you", seconds, now) for seconds in (0.0, 31.0)], [[], []])
+                self.assertEqual(you.count(Query(states=["running"]), now), 1)  # A master that is silent is seen to be so.
+
+    def test_of_two_masters_that_add_up_their_runs_at_once_no_count_is_lost_or_added_twice(self):
+        def tally():
+            return {name: collections.Counter(failed=1, us=10) for name in "xyz"}
+
+        for number in range(4):
+            self.collection["masters"].delete_many({})
+            store, faults = self.faulty()
+            faults.before("update_one", lambda: self.store.tally(tally()), skip=number)
+            store.tally(tally())
+            mine = tally()
+            faults.plan("update_one", OSError("cut"), False, skip=1)
+            with self.assertRaises(StoreError):
+                store.tally(mine)
+            store.tally(mine)
+            counts = {name: dict(taskpool.read_counts(it.counts)) for name, it in self.store.settings(all_types=True).items()}
+            self.assertEqual(counts, dict.fromkeys("xyz", {"failed": 2 + (number < 3), "us": 20 + 10 * (number < 3)}))
+
     def test_the_indexes_serve_the_claims_and_are_made_once(self):
         """PF-01, MG-09: a claim reads what is ready, of its types, in order, and nothing else."""
         for _ in range(2):
@@ -4089,6 +4131,20 @@ class TestMongoStoreOnAServer(Gates, MongoContract, WithMongo):
             self.assertEqual((led, [r.id for r in rows]), (["done"] * len(outcomes), ids))
             names = [event.command_name for event in commands()]
             self.assertLessEqual(len(names), most, names)
+
+    def test_an_end_and_the_next_start_are_few_commands_where_a_type_is_limited_too(self):
+        store, commands = self.counted()
+        self.add(*[row(str(i), now=NOW + i) for i in range(20)], row("y", "y", priority=-1))
+        for changes, most in (({"at_once": 2}, 5), ({"at_once": None, "starts": 10**6, "period": 1}, 4), ({"at_once": 1}, 6)):
+            store.set_up(["x"], changes), store.turn("me", [], {"x": 1.0, "y": 0.1}, 0.0, 2, NOW + SECOND)
+            sent = []
+            for _ in range(5):
+                outcomes = [Outcome(r.id, r.claim, "done") for r in self.store.find(Query(states=["running"]), NOW)]
+                commands()
+                turn = store.turn("me", outcomes, {"x": 1.0, "y": 0.1}, 1.0, 2, NOW + SECOND, eager=True)
+                self.assertEqual((len(turn.rows), len(turn.due)), (1, 2))
+                sent.append([event.command_name for event in commands()])
+            self.assertLessEqual(max(map(len, sent[2:])), most, sent)
 
     def test_to_wait_for_a_task_is_one_command_per_look(self):
         store, commands = self.counted()
