@@ -4522,15 +4522,9 @@ def _bond_text(parent: str, anyway: bool) -> str:
     return f"{'*' if anyway else '='}{parent}"
 
 
-def _ours(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Our part of a document; empty, where others wrote one that is no task's."""
-    ours = document.get("taskpool")
-    return ours if isinstance(ours, Mapping) and type(ours.get("id")) is str else {}
-
-
 def _bonds_of(ours: Mapping[str, Any]) -> list[Bond]:
     """The bonds in a document. Of two with the same predecessor the stricter one counts."""
-    found, child = ours.get("after"), ours.get("id", "")
+    found, child = ours.get("after"), ours["id"]
     texts = sorted(map(str, found)) if isinstance(found, list) else []  # "*" is before "=".
     bonds = {t[1:]: Bond(t[1:], child, t[0] == "*") for t in texts if t[:1] in ("*", "=")}
     return list(bonds.values())
@@ -4707,18 +4701,9 @@ def _fitting(outcome: Outcome) -> Outcome:
 
 def _sorted_out(row: Row, now: int) -> tuple[Row, Row]:
     """What is to be stored, and told, of a task that was claimed unseen: itself if it may run."""
-    if reason := _unusable(row):
-        return set_aside(row, reason, now)
-    if reason := expiry(row, now):
-        return set_aside(_waiting_again(row), reason, now)  # That claim does not count.
-    return row, row
-
-
-def _rank_of(row: Row) -> tuple[int, int]:
-    """The order of claims, for the Rows of several queries."""
-    if type(row.priority) is not int or type(row.created_at) is not int:
-        return -NEVER, 0  # It cannot be run: see _unusable.
-    return -row.priority, row.created_at
+    if not (reason := _unusable(row)) and (reason := expiry(row, now)):
+        row = _waiting_again(row)  # That claim does not count.
+    return set_aside(row, reason, now) if reason else (row, row)
 
 
 def _setting_of(document: Mapping[str, Any]) -> Setting:
@@ -4738,36 +4723,6 @@ def _type(task_type: str) -> dict[str, Any]:
     return {"_id": {"type": task_type}}
 
 
-def _is_over(since: int, seconds: float, now: int) -> bool:
-    return not 0 <= now - since < seconds * 1e6
-
-
-def _find(
-    collection: Any, where: Any, fields: Any, skip: int = 0, limit: int = 0, **options: Any
-) -> list[dict[str, Any]]:
-    """The documents. If the driver cannot decode one of them, they are read in halves, and the
-    last one field by field."""
-    options["batch_size"] = _BATCH
-    try:
-        return list(collection.find(where, fields, skip=skip, limit=limit, **options))
-    except Exception as error:
-        _undecodable(error)
-    count = limit or collection.count_documents(where) - skip
-    if count > 1:
-        half = count // 2
-        first = _find(collection, where, fields, skip, half, **options)
-        return first + _find(collection, where, fields, skip + half, count - half, **options)
-    document: dict[str, Any] = {}
-    for field in dict.fromkeys(["_id", *(name.partition(".")[0] for name in fields)]):
-        only = {"_id": field == "_id", field: 1}
-        try:
-            for found in collection.find(where, only, skip=skip, limit=1, **options):
-                document.update(found)
-        except Exception as error:
-            document[field] = _Undecodable(f"{field}: {_undecodable(error)}")
-    return [document] if document else []
-
-
 class _Documents:
     """The collection of a MongoStore. Documents that cannot be decoded hide no others."""
 
@@ -4783,7 +4738,7 @@ class _Documents:
         if getattr(concern, "acknowledged", True) is False or getattr(preference, "mode", None):
             allowed = "one that acknowledges writes and reads from the primary"
             raise _wrong_value("collection", collection, allowed)
-        self._collection = collection
+        self._collection, self.side = collection, collection["masters"]
         self.name: str = collection.full_name
         self._insertions = itertools.count()
         self._indexes: Sequence[str] | None = None  # Those that are there. None: not known.
@@ -4828,9 +4783,36 @@ class _Documents:
         return {"hint": index} if self._models and index in (self._indexes or ()) else {}
 
     def find(
-        self, where: Any, fields: Any, skip: int = 0, limit: int = 0, **options: Any
-    ) -> list[dict[str, Any]]:
-        return _find(self._collection, where, fields, skip, limit, **options)
+        self, where: Any, fields: Any, skip: int = 0, limit: int = 0, side: bool = False,
+        **options: Any,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """The documents of tasks, or those beside them. If the driver cannot decode one, they are
+        read in halves, and the last one field by field."""
+        collection, options["batch_size"] = self.side if side else self._collection, _BATCH
+        try:
+            return list(collection.find(where, fields, skip=skip, limit=limit, **options))
+        except Exception as error:
+            _undecodable(error)
+        count = limit or collection.count_documents(where) - skip
+        if count > 1:
+            half = count // 2
+            first = self.find(where, fields, skip, half, side, **options)
+            return first + self.find(where, fields, skip + half, count - half, side, **options)
+        document: dict[str, Any] = {}
+        for field in dict.fromkeys(["_id", *(name.partition(".")[0] for name in fields)]):
+            only = {"_id": field == "_id", field: 1}
+            try:
+                for found in collection.find(where, only, skip=skip, limit=1, **options):
+                    document.update(found)
+            except Exception as error:
+                document[field] = _Undecodable(f"{field}: {_undecodable(error)}")
+        return [document] if document else []
+
+    def ours(self, where: Any, *names: str, limit: int = 0) -> list[dict[str, Any]]:
+        """The id and these columns of documents, as they are stored."""
+        found = self.find(where, {f"taskpool.{n}": 1 for n in ("id", *names)}, limit=limit)
+        ours = (it["taskpool"] for it in found if isinstance(it.get("taskpool"), Mapping))
+        return [columns for columns in ours if type(columns.get("id")) is str]
 
     def write(self, writes: list[tuple[Any, Any]], **options: Any) -> list[bool | None]:
         """Update, or where the update is None delete, one document for each.
@@ -4958,6 +4940,8 @@ class _Claims:
         self.asked = 0  # How many tasks beyond the room the last turn() wanted to know of, ...
         self.types: Collection[str] = ()  # ... and of which types.
         self.joined = False  # The claim under way has taken one.
+        # Of the turn under way: its instant, and the last due date that counts.
+        self.owner, self.now, self.until = "", 0, NEVER
         # The latest instant that the owner has seen, and when it last looked and claimed.
         self.clock = self.looked_at = self.claimed_at = 0
         self.holders_at = -math.inf  # By the seconds of recover().
@@ -5016,7 +5000,7 @@ class _MongoSide(Store):
         """The heartbeats of masters, and the Settings of types."""
         read_at, fields = time.monotonic(), ("beat", *Setting._fields[:-1], *more)
         with self._documents.errors():
-            found = _find(self._masters, {}, dict.fromkeys(fields, 1))
+            found = self._documents.find({}, dict.fromkeys(fields, 1), side=True)
         masters = {it["_id"]: str(it.get("beat")) for it in found if type(it["_id"]) is str}
         of_types = [it for it in found if isinstance(it["_id"], Mapping)]
         types = {str(it["_id"].get("type")): _setting_of(it) for it in of_types}
@@ -5074,7 +5058,7 @@ class _MongoSide(Store):
 
     def _field(self, task_type: str, name: str) -> Any:
         """A field of the document of a type, whatever is in it."""
-        found = _find(self._masters, _type(task_type), {name: 1})
+        found = self._documents.find(_type(task_type), {name: 1}, side=True)
         return found[0].get(name) if found else None
 
     def _swap(self, task_type: str, name: str, there: Any, new: Any) -> bool:
@@ -5214,10 +5198,10 @@ class _MongoFollowing(_MongoSide):
         if parents is not None:
             both = itertools.product(parents, (True, False))
             where = {"taskpool.after": {"$in": [_bond_text(*bond) for bond in both]}}
-        fields, limit = {"taskpool.id": 1, "taskpool.after": 1}, parents is children is None
+        limit = int(parents is children is None)
         with self._documents.errors():
-            found = self._documents.find(where, fields, limit=int(limit))
-        bonds = itertools.chain(*(_bonds_of(_ours(document)) for document in found))
+            found = self._documents.ours(where, "after", limit=limit)
+        bonds = itertools.chain(*map(_bonds_of, found))
         wanted = None if parents is None else set(parents)
         return [bond for bond in bonds if wanted is None or bond.parent in wanted]
 
@@ -5267,13 +5251,11 @@ class _MongoFollowing(_MongoSide):
 
     def _look_again(self, where: Mapping[str, Any]) -> None:
         """Tell new followers, among the documents *where*, of ends before the mark."""
-        fields = {f"taskpool.{name}": 1 for name in ("id", "after", "state", "followed")}
-        found = self._documents.find({**where, "taskpool.after": _UNSURE}, fields)
-        new = [ours for document in found if (ours := _ours(document))]
+        new = self._documents.ours({**where, "taskpool.after": _UNSURE}, "after")
         parents = {bond.parent for ours in new for bond in _bonds_of(ours)}
         if new:
-            there = [_ours(it) for it in self._documents.find(_named(parents), fields)]
-            states = {ours["id"]: ours.get("state") for ours in there if ours}
+            there = self._documents.ours(_named(parents), "state", "followed")
+            states = {ours["id"]: ours.get("state") for ours in there}
             states.update((it["id"], "removed") for it in there if it.get("followed") == "removed")
             ends = {i: how for i in parents if (how := states.get(i, "done")) in _ENDINGS}
             self._tell(ends, [ours["id"] for ours in new])
@@ -5308,6 +5290,33 @@ class _MongoFollowing(_MongoSide):
             if self._tasks.delete_many({**told, **_GONE}).deleted_count < len(ids):
                 self._tasks.update_many(told, {"$set": {"taskpool.followed": "yes"}})
 
+    def remove(self, query: Query, now: int) -> int:
+        where = _selector(query, now)
+        self._now = now
+        mark = {"$max": {"taskpool.removed": 1}, "$unset": {"taskpool.successor": ""}}
+        idle = {"taskpool.state": {"$ne": "running"}, "taskpool.removed": 1, **where}
+        with self._documents.errors(now):
+            # The marks come first: a task that is claimed before the delete keeps its mark.
+            removed = cast(int, self._tasks.update_many(where, mark).matched_count)
+            gone = self._tasks.delete_many({**idle, "taskpool.followed": None}).deleted_count
+            if gone < removed:  # Some run, or are followed.
+                self._tell_untold()  # Of an end before this one.
+                idle["taskpool.followed"] = {"$nin": ["done", "removed"]}
+                change = {"$set": {"taskpool.followed": "removed", "dueDate": None, **_GONE}}
+                if self._tasks.update_many(idle, change).matched_count:
+                    self._tell_untold()
+            return removed
+
+    def retry(self, query: Query, now: int) -> int:
+        where = {"taskpool.state": "failed", **_selector(query, now)}
+        retried = 0
+        with self._documents.errors(now):
+            for is_bound in (True, False):
+                changes = _changes(_FAILED, after_retry(_FAILED, now, is_bound))
+                where["taskpool.after.0"] = {"$exists": is_bound}
+                retried += self._tasks.update_many(where, changes).matched_count
+            return retried
+
     def _renew(self, owner: str, now: int) -> None:
         super()._renew(owner, now)
         self._now = now
@@ -5319,9 +5328,7 @@ class _MongoFollowing(_MongoSide):
         self._tasks.delete_many({**done, "taskpool.followed": {"$in": [None, "yes"]}})
 
     def _tell_untold(self) -> None:
-        where = {"taskpool.followed": {"$in": _ENDINGS}}
-        found = self._documents.find(where, {"taskpool.id": 1, "taskpool.followed": 1})
-        untold = [ours for document in found if (ours := _ours(document))]
+        untold = self._documents.ours({"taskpool.followed": {"$in": _ENDINGS}}, "followed")
         self._tell({it["id"]: it["followed"] for it in untold if it["followed"] in _ENDINGS})
 
 
@@ -5350,7 +5357,7 @@ class MongoStore(_MongoFollowing):
 
     def __init__(self, collection: Any) -> None:
         self._documents = _Documents(collection)
-        self._tasks, self._masters = collection, collection["masters"]
+        self._tasks, self._masters = collection, self._documents.side
         self._transactions = True  # Until the server says that it has none.
         self._reset_after_fork()
         _reset_in_forks[id(self)] = self
@@ -5364,6 +5371,13 @@ class MongoStore(_MongoFollowing):
         with self._lock, self._documents.errors():
             self._running.clear()
             yield
+
+    def _at(self, owner: str, now: int, until: int) -> _Claims:
+        """What is remembered of *owner*, which looks now."""
+        claims = self._claims[owner]
+        claims.owner, claims.now, claims.until = owner, now, until
+        claims.clock = max(claims.clock, now)  # A clock set back makes nothing late.
+        return claims
 
     def _tell_of(self, rows: Iterable[Row]) -> None:
         """Remember these for the next turn() of each owner, which then needs no look."""
@@ -5396,19 +5410,17 @@ class MongoStore(_MongoFollowing):
         """Which of these Rows our writes have changed, where *hits* says whether the documents
         were found. A lost reply to settle() may have told of the same change."""
         unsure = {claim for claims in list(self._claims.values()) for claim in claims.unsure}
-        doubtful = {
-            row.id: row for row, hit in zip(rows, hits)
-            if hit is None or (not hit and (row.id, row.claim) in unsure)
-        }  # fmt: skip
-        if doubtful:
-            for row in self._documents.rows(_named(doubtful), fields=_READ_SHORT):
-                old = doubtful[row.id]
-                # If the task has changed, take it that our write was applied, unless the task was
-                # recovered since. (A recovery is not seen if a further run has ended as well.)
-                same = (row.state, row.owner, row.claim) == (old.state, old.owner, old.claim)
-                if same or row.interrupted > old.interrupted:
-                    del doubtful[row.id]
-        return [bool(hit) or row.id in doubtful for row, hit in zip(rows, hits)]
+        missed = [(row, hit) for row, hit in zip(rows, hits) if not hit]
+        perhaps = {r.id: r for r, hit in missed if hit is None or (r.id, r.claim) in unsure}
+        found = self._documents.rows(_named(perhaps), fields=_READ_SHORT) if perhaps else ()
+        for row in found:
+            old = perhaps[row.id]
+            # If the task has changed, take it that our write was applied, unless the task was
+            # recovered since. (A recovery is not seen if a further run has ended as well.)
+            same = (row.state, row.owner, row.claim) == (old.state, old.owner, old.claim)
+            if same or row.interrupted > old.interrupted:
+                del perhaps[row.id]
+        return [bool(hit) or row.id in perhaps for row, hit in zip(rows, hits)]
 
     # ---- Adding
 
@@ -5450,9 +5462,10 @@ class MongoStore(_MongoFollowing):
         self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int,
         settings: Mapping[str, Setting] | None = None,
     ) -> list[Row]:  # fmt: skip
-        self._waiting([None, "scheduled"], owner, list(costs), 1, now, until)
-        self._claims[owner].few = False
-        return self._claim_ready(owner, costs, limit, now, until, settings)
+        claims = self._at(owner, now, until)
+        self._waiting(claims, [None, "scheduled"], list(costs), 1)
+        claims.few = False
+        return self._claim_ready(claims, costs, limit, settings)
 
     def turn(
         self, owner: str, outcomes: Sequence[Outcome], types: Mapping[str, float], room: float,
@@ -5464,7 +5477,7 @@ class MongoStore(_MongoFollowing):
         # First, as it may raise: what is settled is to be told.
         known = self.settings() if settings is None else settings
         led = self.settle(owner, outcomes, now) if outcomes else []
-        claims, rows = self._claims[owner], list[Row]()
+        claims, rows = self._at(owner, now, until), list[Row]()
         types = {n: cost for n, cost in types.items() if n not in known or not known[n].paused}
         if claims.types != types.keys():
             claims.types, claims.looked_at = types.keys(), 0
@@ -5473,17 +5486,17 @@ class MongoStore(_MongoFollowing):
 
         def look_and_claim() -> list[int]:
             asked = room > 0 and bool(outcomes or eager)
-            late = _is_over(claims.looked_at, 1.5 * WATCH_SECONDS, now)
+            late = not 0 <= now - claims.looked_at < 1.5e6 * WATCH_SECONDS
             if most and (late or not asked or any(row.ready_at <= now for row in claims.later)):
-                self._look(owner, types, known, most, now, until)
+                self._look(claims, types, known, most)
                 asked = bool(claims.ready)
             # After a clock was set back a look may not find what is ready: claim all the same.
-            if room > 0 and (asked or _is_over(claims.claimed_at, RENEW_SECONDS, now)):
-                rows.extend(self._claim_ready(owner, types, room, now, until, settings))
+            if room > 0 and (asked or not 0 <= now - claims.claimed_at < 1e6 * RENEW_SECONDS):
+                rows.extend(self._claim_ready(claims, types, room, settings))
                 if eager and not rows and most:
-                    self._look(owner, types, known, most, now, until)
+                    self._look(claims, types, known, most)
             current = self.settings() if settings is None else settings  # Starts change them.
-            return self._due(owner, types, current, most, now, until)
+            return self._due(claims, types, current, most)
 
         try:
             return Turn(led, rows, self._change(look_and_claim), limited)
@@ -5493,19 +5506,19 @@ class MongoStore(_MongoFollowing):
             return Turn(led, rows, [now], limited)  # What is settled and claimed counts.
 
     def _claim_ready(
-        self, owner: str, costs: Mapping[str, float], limit: float, now: int, until: int,
+        self, claims: _Claims, costs: Mapping[str, float], limit: float,
         settings: Mapping[str, Setting] | None,
     ) -> list[Row]:  # fmt: skip
         """Claim what is ready. A single command can claim the first task, whichever that is: it
         comes first if the last claim took one task at most, or if there is room for one."""
-        claims, rows, more = self._claims[owner], [], True
+        owner, now, rows, more = claims.owner, claims.now, list[Row](), True
         known = self.settings() if settings is None else settings
         claims.claimed_at, claims.joined = now, False
         was_in_doubt, claims.in_doubt = claims.in_doubt, True
         least, most = max(min(costs.values()), LEAST_SHARE), max(*costs.values(), 1.0)
         is_free = known.keys().isdisjoint(costs)
         if is_free and most <= limit + 1e-9 and (claims.few or limit + 1e-9 < 2 * least):
-            where = self._claimable(owner, costs, now, until)
+            where = self._claimable(claims, costs)
             with contextlib.suppress(_Raced):  # The server cannot change that document so.
                 rows = self._start(owner, where, now, True)
                 claims.took(rows)
@@ -5517,7 +5530,7 @@ class MongoStore(_MongoFollowing):
                     more = False  # The room is full, and what is left is known or not asked.
                 more = more and bool(rows) and not rows[0].interrupted
         if more:
-            rows += super()._claim(owner, costs, limit, now, until, known)
+            rows += super()._claim(owner, costs, limit, now, claims.until, known)
             claims.few = len(rows) < 2
         if settings is None:  # Else the caller answers for it.
             rows = self._allowed(rows, known, now)
@@ -5525,17 +5538,15 @@ class MongoStore(_MongoFollowing):
         claims.in_doubt = was_in_doubt  # Every claim that the server made is known.
         return rows
 
-    def _claimable(self, owner: str, types: Iterable[str], now: int, until: int) -> dict[str, Any]:
-        claims = self._claims[owner]
-        claims.clock = max(claims.clock, now)  # A clock set back makes nothing late.
+    def _claimable(self, claims: _Claims, types: Iterable[str]) -> dict[str, Any]:
         where: dict[str, Any] = {
             "taskpool.state": "ready",
-            "taskpool.lane": {"$in": ["", owner]},
+            "taskpool.lane": {"$in": ["", claims.owner]},
             "taskType": {"$in": list(types)},
             **_promoted(claims.clock),
         }
-        if until != NEVER:
-            where["taskpool.due_at"] = {"$lte": until}
+        if claims.until != NEVER:
+            where["taskpool.due_at"] = {"$lte": claims.until}
         if any(row.interrupted for row in claims.rows.values()):
             where["taskpool.interrupted"] = None
         return where
@@ -5545,8 +5556,8 @@ class MongoStore(_MongoFollowing):
         places: Mapping[str, int],
     ) -> Iterator[Row]:  # fmt: skip
         claims, types = self._claims[owner], list(types)
-        full = [name for name, place in places.items() if not place]  # See what waits there.
-        first, claims.more = self._ready(owner, [*types, *full], most, now, until)
+        # Also types without a place, to see what waits there.
+        first, claims.more = self._ready(claims, [*{*types, *places}], most)
         claims.ready = first
         # A task that was interrupted is taken alone.
         alone = next((n for n, row in enumerate(first) if row.interrupted and claims.joined), None)
@@ -5555,20 +5566,20 @@ class MongoStore(_MongoFollowing):
             return
         # There is room still: what may start stands behind what may not. Look for each type.
         free = [name for name in types if name not in places]
-        rest, claims.more = self._ready(owner, free, most, now, until)
+        rest, claims.more = self._ready(claims, free, most)
         for name in set(types).intersection(places):
-            rest += self._ready(owner, [name], min(places[name], most), now, until)[0]
+            rest += self._ready(claims, [name], min(places[name], most))[0]
         ids = {row.id for row in first}
-        rest = sorted((row for row in rest if row.id not in ids), key=_rank_of)
+        rest = [row for row in rest if row.id not in ids]
+        # In order, behind what cannot be run.
+        rest.sort(key=lambda row: () if _unusable(row) else (-row.priority, row.created_at))
         claims.ready = first + rest
         yield from rest
 
-    def _ready(
-        self, owner: str, types: list[str], most: int, now: int, until: int
-    ) -> tuple[list[Row], bool]:
-        """The first Rows that *owner* can claim: as many as it claims and asks of at most, and
-        one more. Whether there may be others."""
-        where, limit = self._claimable(owner, types, now, until), most + self._claims[owner].asked
+    def _ready(self, claims: _Claims, types: list[str], most: int) -> tuple[list[Row], bool]:
+        """The first Rows that can be claimed: *most* and as many as are asked of; and whether
+        there may be others."""
+        where, now, limit = self._claimable(claims, types), claims.now, most + claims.asked
         options = {"sort": _RANK, "limit": limit + 1, **self._documents.by("taskpool_ready")}
         rows = self._documents.rows(where, now, _READ_SHORT, **options) if types else []
         if any(row.expires is not None and expiry(readable(row), now) for row in rows):
@@ -5666,19 +5677,19 @@ class MongoStore(_MongoFollowing):
     ) -> list[int]:
         with self.transaction():
             types = list(types)
-            self._look(owner, types, {}, limit, now, until)
-            return self._due(owner, types, {}, limit, now, until)
+            claims = self._at(owner, now, until)
+            self._look(claims, types, {}, limit)
+            return self._due(claims, types, {}, limit)
 
     def _due(
-        self, owner: str, types: Collection[str], settings: Mapping[str, Setting], most: int,
-        now: int, until: int,
-    ) -> list[int]:  # fmt: skip
-        """upcoming(), of the tasks that *owner* remembers."""
-        claims, dates = self._claims[owner], collections.defaultdict[str, list[int]](list)
+        self, claims: _Claims, types: Iterable[str], settings: Mapping[str, Setting], most: int
+    ) -> list[int]:
+        """upcoming(), of the tasks that are remembered."""
+        now, dates = claims.now, collections.defaultdict[str, list[int]](list)
         for rows, is_ready in ((claims.ready, True), (claims.later, False)):
             for row in rows:
-                is_late = type(row.due_at) is int and row.due_at > until
-                if row.lane in ("", owner) and row.task_type in list(types) and not is_late:
+                is_late = type(row.due_at) is int and row.due_at > claims.until
+                if row.lane in ("", claims.owner) and row.task_type in list(types) and not is_late:
                     dates[row.task_type].append(now if is_ready else row.ready_at)
         limited = {name: settings[name] for name in dates if name in settings}
         counted = [name for name, it in limited.items() if it.at_once is not None]
@@ -5693,41 +5704,39 @@ class MongoStore(_MongoFollowing):
         return sorted(itertools.chain(more, *dates.values()))[:most]
 
     def _look(
-        self, owner: str, types: Iterable[str], settings: Mapping[str, Setting], most: int,
-        now: int, until: int,
-    ) -> None:  # fmt: skip
+        self, claims: _Claims, types: Iterable[str], settings: Mapping[str, Setting], most: int
+    ) -> None:
         """Read what can start, now and later: at least the first *most* tasks, of each type with
         a limit and of all others."""
-        claims, free = self._claims[owner], [name for name in types if name not in settings]
-        claims.clock, claims.looked_at = max(claims.clock, now), now
-        claims.ready, claims.later = [], []
+        free = [name for name in types if name not in settings]
+        claims.ready, claims.later, claims.looked_at = [], [], claims.now
         for group in [*([name] for name in types if name in settings), free]:
-            rows = self._waiting([None, "ready", "scheduled"], owner, group, most + 1, now, until)
+            rows = self._waiting(claims, [None, "ready", "scheduled"], group, most + 1)
             ready = [row for row in rows if row.state == "ready"]
             if len(rows) > most and ready:  # Scheduled ones may stand behind these.
-                rows = ready + self._waiting(["scheduled"], owner, group, most, now, until)
+                rows = ready + self._waiting(claims, ["scheduled"], group, most)
             before = len(claims.ready)
             for row in rows:
-                is_ready = row.ready_at <= (claims.clock if row.state == "ready" else now)
+                is_ready = row.ready_at <= (claims.clock if row.state == "ready" else claims.now)
                 (claims.ready if is_ready else claims.later).append(row)
             claims.more = len(claims.ready) - before > most  # Of the last group: the free ones.
 
     def _waiting(
-        self, states: list[Any], owner: str, types: list[str], most: int, now: int, until: int
+        self, claims: _Claims, states: list[Any], types: list[str], most: int
     ) -> list[Row]:
         """The first Rows of these states by date, for each slice of *types*. Before that, new
         documents (state None) become tasks; after that, what is due becomes ready."""
-        if self._claims[owner].in_doubt:
+        owner, now, rows = claims.owner, claims.now, list[Row]()
+        if claims.in_doubt:
             self._requeue_unknown(owner, now)
-        rows: list[Row] = []
         for start in range(0, len(types), _TYPES_AT_ONCE):
             where: dict[str, Any] = {
                 "taskpool.state": {"$in": states},
                 "taskpool.lane": {"$in": [None, "", owner]},
                 "taskType": {"$in": types[start : start + _TYPES_AT_ONCE]},
             }
-            if until != NEVER:
-                where["taskpool.due_at"] = {"$not": {"$gt": until}}
+            if claims.until != NEVER:
+                where["taskpool.due_at"] = {"$not": {"$gt": claims.until}}
             options = {"sort": _BY_DATE, **self._documents.by("taskpool_scheduled")}
             found = self._documents.rows(where, now, _READ_SHORT, limit=most, **options)
             # A task without a date is never due, so it fails here; other faults are found when
@@ -5759,33 +5768,6 @@ class MongoStore(_MongoFollowing):
     def count(self, query: Query, now: int) -> int:
         with self._documents.errors(now):
             return cast(int, self._tasks.count_documents(_selector(query, now)))
-
-    def remove(self, query: Query, now: int) -> int:
-        where = _selector(query, now)
-        self._now = now
-        mark = {"$max": {"taskpool.removed": 1}, "$unset": {"taskpool.successor": ""}}
-        idle = {"taskpool.state": {"$ne": "running"}, "taskpool.removed": 1, **where}
-        with self._documents.errors(now):
-            # The marks come first: a task that is claimed before the delete keeps its mark.
-            removed = cast(int, self._tasks.update_many(where, mark).matched_count)
-            gone = self._tasks.delete_many({**idle, "taskpool.followed": None}).deleted_count
-            if gone < removed:  # Some run, or are followed.
-                self._tell_untold()  # Of an end before this one.
-                idle["taskpool.followed"] = {"$nin": ["done", "removed"]}
-                change = {"$set": {"taskpool.followed": "removed", "dueDate": None, **_GONE}}
-                if self._tasks.update_many(idle, change).matched_count:
-                    self._tell_untold()
-            return removed
-
-    def retry(self, query: Query, now: int) -> int:
-        where = {"taskpool.state": "failed", **_selector(query, now)}
-        retried = 0
-        with self._documents.errors(now):
-            for is_bound in (True, False):
-                changes = _changes(_FAILED, after_retry(_FAILED, now, is_bound))
-                where["taskpool.after.0"] = {"$exists": is_bound}
-                retried += self._tasks.update_many(where, changes).matched_count
-            return retried
 
 
 @atexit.register
