@@ -4656,6 +4656,11 @@ def _adopted(document: Mapping[str, Any], now: int) -> Row:
     return without_run(readable(row, problem), problem, now) if problem else row
 
 
+def _still(name: str, value: Any) -> dict[str, Any]:
+    """Documents in which that field holds what was read, whatever it is."""
+    return {} if isinstance(value, _Undecodable) else {name: {"$eq": value}}
+
+
 def _named(ids: Iterable[Any]) -> dict[str, Any]:
     return {"taskpool.id": {"$in": list(ids)}}
 
@@ -4863,8 +4868,8 @@ class _Documents:
                     _log.error(text, self.name, row.id, row.error)
                 else:
                     put["priority"] = row.priority
-                same = {} if isinstance(before, _Undecodable) else {"taskpool": before}
-                writes.append(({"_id": document["_id"], **same}, {"$set": put}))
+                where = {"_id": document["_id"], **_still("taskpool", before)}
+                writes.append((where, {"$set": put}))
             if not writes:
                 return number > 0
             self._enter(writes)
@@ -4977,6 +4982,13 @@ class _MongoSide(Store):
         self._entered: dict[str, Any] = {}
         self._running: dict[str, set[str]] = {}  # The claims that run, in this transaction().
 
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Each write counts by itself. The lock is for what is remembered of claims."""
+        with self._lock, self._documents.errors():
+            self._running.clear()
+            yield
+
     # ---- Masters
 
     def heartbeat(self, owner: str) -> None:
@@ -5050,7 +5062,7 @@ class _MongoSide(Store):
             with self.transaction():
                 for name in types if changes.get("at_once") else ():  # What runs counts, too.
                     self.running([name])
-                    self._enter(name, [*self._running[name]], sys.maxsize)
+                    self._enter(name, list(self._running[name]), sys.maxsize)
 
     def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
         self._masters.update_one(_type(task_type), {"$set": changes}, upsert=True)
@@ -5063,10 +5075,9 @@ class _MongoSide(Store):
 
     def _swap(self, task_type: str, name: str, there: Any, new: Any) -> bool:
         """Put *new* in the place of what _field() has told, if that is still so."""
-        same = {} if isinstance(there, _Undecodable) else {name: {"$eq": there}}
-        where, update = {**_type(task_type), **same}, {"$set": {name: new}}
+        where = {**_type(task_type), **_still(name, there)}
         try:
-            done = self._masters.update_one(where, update, upsert=there is None)
+            done = self._masters.update_one(where, {"$set": {name: new}}, upsert=there is None)
         except Exception as error:
             if _was_race(error):  # There is such a document now.
                 return False
@@ -5094,7 +5105,7 @@ class _MongoSide(Store):
 
     def running(self, types: Collection[str]) -> Mapping[str, int]:
         where = {"taskpool.state": "running", "taskType": {"$in": list(types)}}
-        with self._lock:
+        with self._lock, self._documents.errors():
             rows = self._documents.rows(where, fields=_READ_SHORT)
             for name in types:
                 self._running[name] = {_claim_of(row) for row in rows if row.task_type == name}
@@ -5156,10 +5167,9 @@ class _MongoSide(Store):
     def newest(
         self, query: Query, most: int, before: Sequence[Any] | None, chars: int, now: int
     ) -> list[Seen]:
-        at = "taskpool.created_at"
-        if query.states == ["failed"]:
-            at = "taskpool.ended_at"  # What has none comes last.
-        where = _selector(query, now)
+        # What has no such date comes last.
+        name = "ended_at" if query.states == ["failed"] else "created_at"
+        at, where = f"taskpool.{name}", _selector(query, now)
         if before is not None:
             since, last = before
             older = [{at: since, "taskpool.id": {"$lt": last}}, {at: {"$lt": since}}]
@@ -5168,7 +5178,6 @@ class _MongoSide(Store):
         with self._documents.errors(now):
             order = [(at, -1), ("taskpool.id", -1)]
             rows = self._documents.rows(where, now, sort=order, limit=most)
-        name = at.rpartition(".")[2]
         return [seen(row, [getattr(row, name), row.id], chars) for row in map(readable, rows)]
 
     def schedules(self, most: int) -> list[Row]:
@@ -5182,11 +5191,22 @@ class _MongoFollowing(_MongoSide):
     """How a MongoStore tells tasks of the ends of those that they follow.
 
     A follower has its bonds in `taskpool.after`. A predecessor is marked by `taskpool.followed`:
-    "yes", or how it has ended, if its followers are still to be told. That is written with the
-    end itself, and a task that is to go stays as `done` until they are told. The bonds of a new
-    follower begin with "?", which goes when its predecessors have been looked at once more: one
-    may have ended just before the mark. Each step can be made again, and masters finish with
-    each heartbeat what a crash has cut short.
+    "yes", or how it has ended, if its followers are still to be told. As each write counts by
+    itself, their order keeps the promises, and each step can be made again:
+
+        what    first                      then                      last
+        add     mark the predecessors      the task; its bonds       look at these once more,
+                with "yes"                 begin with "?"            drop the "?"
+        end     the end, and the mark      followers lose bonds,     mark "yes", or delete
+                says how (`done`, if it    fail or are free          what was to go
+                is to go)
+        remove  all: `removed`             delete what is idle       what runs ends so
+        claim   running, by this owner     look at limits again,     start, or requeue
+                                           take a place
+        limit   the setting                wait for the masters      places for what runs
+
+    What a crash has cut short is finished by the next heartbeat of any master (add, end), by the
+    end of the run (remove), or by recover() (claim).
     """
 
     has_bonds = True
@@ -5317,8 +5337,8 @@ class _MongoFollowing(_MongoSide):
                 retried += self._tasks.update_many(where, changes).matched_count
             return retried
 
-    def _renew(self, owner: str, now: int) -> None:
-        super()._renew(owner, now)
+    def _finish(self, now: int) -> None:
+        """Tell what a crash has left untold."""
         self._now = now
         self._look_again({})
         self._tell_untold()
@@ -5364,13 +5384,6 @@ class MongoStore(_MongoFollowing):
 
     def __repr__(self) -> str:
         return f"MongoStore({self._documents.name!r})"
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Each write counts by itself. The lock is for what is remembered of claims."""
-        with self._lock, self._documents.errors():
-            self._running.clear()
-            yield
 
     def _at(self, owner: str, now: int, until: int) -> _Claims:
         """What is remembered of *owner*, which looks now."""
@@ -5664,13 +5677,12 @@ class MongoStore(_MongoFollowing):
                 del claims.rows[task_id]
         return led
 
-    # ---- Masters
-
     def _renew(self, owner: str, now: int) -> None:
         super()._renew(owner, now)
+        self._finish(now)
         self._requeue_unknown(owner, now)
 
-    # ---- Looking and changing
+    # ---- Looking
 
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
@@ -5685,13 +5697,14 @@ class MongoStore(_MongoFollowing):
         self, claims: _Claims, types: Iterable[str], settings: Mapping[str, Setting], most: int
     ) -> list[int]:
         """upcoming(), of the tasks that are remembered."""
-        now, dates = claims.now, collections.defaultdict[str, list[int]](list)
+        now, dates = claims.now, {name: list[int]() for name in types}
         for rows, is_ready in ((claims.ready, True), (claims.later, False)):
             for row in rows:
                 is_late = type(row.due_at) is int and row.due_at > claims.until
-                if row.lane in ("", claims.owner) and row.task_type in list(types) and not is_late:
-                    dates[row.task_type].append(now if is_ready else row.ready_at)
-        limited = {name: settings[name] for name in dates if name in settings}
+                if type(row.task_type) is str and row.task_type in dates and not is_late:
+                    if row.lane in ("", claims.owner):
+                        dates[row.task_type].append(now if is_ready else row.ready_at)
+        limited = {n: settings[n] for n, those in dates.items() if those and n in settings}
         counted = [name for name, it in limited.items() if it.at_once is not None]
         if not self._running.keys() >= set(counted):
             self.running(counted)

@@ -3391,6 +3391,9 @@ class MongoContract(Following, Spoiled, StoreContract):
         }  # fmt: skip
         soon = taskpool._datetime(NOW + SECOND)
         self.insert(dueDate=soon, **theirs)
+        self.insert("odd", taskType="y", taskpool={"$x": 1})
+        self.assertEqual([r.id for r in self.claim(types=["y"])], ["odd"])
+        self.settle(self.look("odd"), "done")
         self.store.renew("me", NOW)
         self.assertEqual((self.claim(), self.store.recover("you", 0.0, NOW), self.store.recover("you", 99.0, NOW)), ([], [], []))
         (claimed,) = self.claim(now=NOW + SECOND)
@@ -3661,7 +3664,7 @@ class MongoContract(Following, Spoiled, StoreContract):
                 store.tally(mine)
             store.tally(mine)
             counts = {name: dict(taskpool.read_counts(it.counts)) for name, it in self.store.settings(all_types=True).items()}
-            self.assertEqual(counts, dict.fromkeys("xyz", {"failed": 2 + (number < 3), "us": 20 + 10 * (number < 3)}))
+            self.assertEqual(counts, {name: {"failed": 2 + (number < 3), "us": 20 + 10 * (number < 3)} for name in "xyz"})
 
     def test_the_indexes_serve_the_claims_and_are_made_once(self):
         """PF-01, MG-09: a claim reads what is ready, of its types, in order, and nothing else."""
