@@ -4567,7 +4567,7 @@ def _changes(old: Row, new: Row, how: str = "") -> dict[str, Any]:
     elif new.ready_at != old.ready_at and old.state != "running":
         before["taskpool.promoted_at"] = None  # That was for another date.
     elif old.state == "ready":
-        del before["taskpool.ready_at"]  # It may be that of its promotion: see _row_of().
+        del before["taskpool.ready_at"]  # What is stored may differ: see _row_of().
     put = {name: value for name, value in after.items() if before.get(name, before) != value}
     if new.data != old.data and type(new.data) is str:
         put.update(_data_fields(new.data))
@@ -4610,7 +4610,7 @@ def _is_ours(document: Mapping[str, Any]) -> bool:
     return isinstance(ours, Mapping) and type(ours.get("state")) is str and ours["state"] != ""
 
 
-def _row_of(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Row:
+def _row_of(document: Mapping[str, Any], ours: Mapping[str, Any], now: int = 0) -> Row:
     """The Row of a document with that sub-document. Its values may be unusable.
 
     A ready task that was promoted by a clock ahead of ours is ready when ours gets there. (P6)
@@ -4621,9 +4621,9 @@ def _row_of(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Row:
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         by_text = "json" in values and "data" not in document
         values["data"] = values["json"] if by_text else _encode(values["data"])
-    instants: list[Any] = [ours.get(name) for name in ("ready_at", "promoted_at")]
-    if ours.get("state") == "ready" and all(isinstance(instant, int) for instant in instants):
-        values["ready_at"] = max(instants)
+    promoted_at = ours.get("promoted_at")
+    if ours.get("state") == "ready" and isinstance(promoted_at, int) and promoted_at > now:
+        values["ready_at"] = promoted_at
     columns: list[Any] = list(map(values.get, _COLUMNS))
     for index, kind in enumerate(_KINDS.values()):
         value = columns[index]
@@ -4850,7 +4850,7 @@ class _Documents:
             self.adopt(now, {"$or": [_NEW, {"_id": {"$in": named}}]})
             # Documents whose `_id` cannot be decoded stay as they are: leave them out.
             found = self.find({"$and": [where, _TASKS]}, fields, **options)
-        return [_row_of(d, d["taskpool"]) for d in found if _is_ours(d)]
+        return [_row_of(d, d["taskpool"], now) for d in found if _is_ours(d)]
 
     def adopt(self, now: int, new: Mapping[str, Any] = _NEW) -> bool:
         """Give documents that an application inserted what they need to be tasks. Returns
@@ -4938,12 +4938,12 @@ class _Claims:
         self.in_doubt = False  # The server may have more claims: a reply was lost.
         # By (id, claim): the reply to settle() was lost, the server may have applied it.
         self.unsure: set[Any] = set()
-        self.ready: list[Row] = []  # Tasks that were seen to be able to start now.
+        self.ready: list[Row] = []  # What was seen to be able to start now, by a look or a claim.
         self.more = False  # There are more of these: the types without a limit were not read out.
-        self.later: list[Row] = []  # Those known to start later, in no order.
+        self.later: list[Row] = []  # What can start later.
         self.few = True  # The last claim took one task at most.
         self.asked = 0  # How many tasks beyond the room the last turn() wanted to know of, ...
-        self.types: Collection[str] = ()  # ... and of which types.
+        self.view: Any = None  # ... of which types, and up to which due date.
         self.joined = False  # The claim under way has taken one.
         # Of the turn under way: its instant, and the last due date that counts.
         self.owner, self.now, self.until = "", 0, NEVER
@@ -4988,6 +4988,11 @@ class _MongoSide(Store):
         with self._lock, self._documents.errors():
             self._running.clear()
             yield
+
+    def _look_soon(self) -> None:
+        """Something is to start later that no owner here has seen."""
+        for claims in list(self._claims.values()):
+            claims.looked_at = 0
 
     # ---- Masters
 
@@ -5302,8 +5307,7 @@ class _MongoFollowing(_MongoSide):
         free = {"$set": scheduled, "$unset": {"taskpool.after": ""}}
         self.followed += 1
         if self._tasks.update_many({**held, "taskpool.after": []}, free).matched_count:
-            for claims in list(self._claims.values()):
-                claims.looked_at = 0
+            self._look_soon()
         for how in () if children else set(ends.values()):
             ids = [task_id for task_id, end in ends.items() if end == how]
             told = {**_named(ids), "taskpool.followed": how}
@@ -5338,10 +5342,13 @@ class _MongoFollowing(_MongoSide):
             return retried
 
     def _finish(self, now: int) -> None:
-        """Tell what a crash has left untold."""
-        self._now = now
-        self._look_again({})
-        self._tell_untold()
+        """Tell what a crash has left untold, if there is anything."""
+        self._now, free = now, {"taskpool.state": "held", "taskpool.after": []}
+        untold = {"taskpool.followed": {"$in": _ENDINGS}}
+        where = {"$or": [untold, {"taskpool.after": _UNSURE}, free]}
+        if self._documents.find(where, {"_id": 1}, limit=1):
+            self._look_again({})
+            self._tell_untold()
 
     def expire(self, now: int) -> None:
         done = {"taskpool.state": "done", "taskpool.kept_until": {"$lte": now}}
@@ -5392,19 +5399,14 @@ class MongoStore(_MongoFollowing):
         claims.clock = max(claims.clock, now)  # A clock set back makes nothing late.
         return claims
 
-    def _tell_of(self, rows: Iterable[Row]) -> None:
-        """Remember these for the next turn() of each owner, which then needs no look."""
-        later = [row for row in rows if row.state == "scheduled"]
-        for claims in list(self._claims.values()) if later else ():
-            claims.later += later
-
     def write_all(self, pairs: Sequence[_Pair]) -> list[bool]:
         bonds = [bond for _, new in pairs if new is not None for bond in new.after]
         if bonds:
             self._mark(bonds)
         todo = [self._end(cast(Row, old), new) for old, new in pairs]  # add() inserts.
         done = self._applied([old for old, *_ in todo], self._documents.replace(todo))
-        self._tell_of(new for _, new, _ in todo if new is not None)
+        if any(new and new.state == "scheduled" for _, new, _ in todo):
+            self._look_soon()
         for (old, new, _), is_done in zip(todo, done):
             claims = self._claims.get(str(old.owner))
             if claims and old.id in claims.rows:
@@ -5456,7 +5458,8 @@ class MongoStore(_MongoFollowing):
                     pairs = [(o, _FollowedRow(*n) if n.id in parents else n) for o, n in pairs]
                 try:
                     self._documents.store(pairs, whole and many)
-                    self._tell_of(new for _, new in pairs)
+                    if any(new.state == "scheduled" for _, new in pairs):
+                        self._look_soon()
                     if bonds:
                         self._look_again(_named({bond.child for bond in bonds}))
                     return [row._replace(after=()) if bonds else row for row in rows]
@@ -5490,14 +5493,14 @@ class MongoStore(_MongoFollowing):
         # First, as it may raise: what is settled is to be told.
         known = self.settings() if settings is None else settings
         led = self.settle(owner, outcomes, now) if outcomes else []
-        claims, rows = self._at(owner, now, until), list[Row]()
         types = {n: cost for n, cost in types.items() if n not in known or not known[n].paused}
-        if claims.types != types.keys():
-            claims.types, claims.looked_at = types.keys(), 0
-        claims.asked, room = most, room if types else 0.0
-        limited = types.keys() & known.keys()
+        rows, room, limited = list[Row](), room if types else 0.0, types.keys() & known.keys()
 
         def look_and_claim() -> list[int]:
+            claims, view = self._at(owner, now, until), (types.keys(), until)
+            if claims.view != view:
+                claims.view, claims.looked_at = view, 0
+            claims.asked = most
             asked = room > 0 and bool(outcomes or eager)
             late = not 0 <= now - claims.looked_at < 1.5e6 * WATCH_SECONDS
             if most and (late or not asked or any(row.ready_at <= now for row in claims.later)):
@@ -5509,7 +5512,7 @@ class MongoStore(_MongoFollowing):
                 if eager and not rows and most:
                     self._look(claims, types, known, most)
             current = self.settings() if settings is None else settings  # Starts change them.
-            return self._due(claims, types, current, most)
+            return self._due(claims, current, most)
 
         try:
             return Turn(led, rows, self._change(look_and_claim), limited)
@@ -5688,23 +5691,18 @@ class MongoStore(_MongoFollowing):
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
     ) -> list[int]:
         with self.transaction():
-            types = list(types)
-            claims = self._at(owner, now, until)
+            claims = copy.copy(self._at(owner, now, until))  # turn() remembers its own look.
             self._look(claims, types, {}, limit)
-            return self._due(claims, types, {}, limit)
+            return self._due(claims, {}, limit)
 
-    def _due(
-        self, claims: _Claims, types: Iterable[str], settings: Mapping[str, Setting], most: int
-    ) -> list[int]:
+    def _due(self, claims: _Claims, settings: Mapping[str, Setting], most: int) -> list[int]:
         """upcoming(), of the tasks that are remembered."""
-        now, dates = claims.now, {name: list[int]() for name in types}
-        for rows, is_ready in ((claims.ready, True), (claims.later, False)):
-            for row in rows:
-                is_late = type(row.due_at) is int and row.due_at > claims.until
-                if type(row.task_type) is str and row.task_type in dates and not is_late:
-                    if row.lane in ("", claims.owner):
-                        dates[row.task_type].append(now if is_ready else row.ready_at)
-        limited = {n: settings[n] for n, those in dates.items() if those and n in settings}
+        now, dates = claims.now, dict[str, list[int]]()
+        for row in claims.ready:
+            dates.setdefault(str(row.task_type), []).append(now)
+        for row in claims.later:
+            dates.setdefault(str(row.task_type), []).append(row.ready_at)
+        limited = {name: settings[name] for name in dates if name in settings}
         counted = [name for name, it in limited.items() if it.at_once is not None]
         if not self._running.keys() >= set(counted):
             self.running(counted)
@@ -5721,21 +5719,28 @@ class MongoStore(_MongoFollowing):
     ) -> None:
         """Read what can start, now and later: at least the first *most* tasks, of each type with
         a limit and of all others."""
-        free = [name for name in types if name not in settings]
         claims.ready, claims.later, claims.looked_at = [], [], claims.now
-        for group in [*([name] for name in types if name in settings), free]:
-            rows = self._waiting(claims, [None, "ready", "scheduled"], group, most + 1)
-            ready = [row for row in rows if row.state == "ready"]
-            if len(rows) > most and ready:  # Scheduled ones may stand behind these.
-                rows = ready + self._waiting(claims, ["scheduled"], group, most)
+        found = [self._first(claims, list(types), most)]
+        limited = [name for name in types if name in settings]
+        if limited and len(found[0]) > most:  # Some types may stand behind others.
+            free = [name for name in types if name not in settings]
+            found = [self._first(claims, group, most) for group in (*zip(limited), free)]
+        for rows in found:
             before = len(claims.ready)
             for row in rows:
                 is_ready = row.ready_at <= (claims.clock if row.state == "ready" else claims.now)
                 (claims.ready if is_ready else claims.later).append(row)
-            claims.more = len(claims.ready) - before > most  # Of the last group: the free ones.
+            claims.more = len(claims.ready) - before > most  # Of all, or of the free ones.
+
+    def _first(self, claims: _Claims, types: Sequence[str], most: int) -> list[Row]:
+        rows = self._waiting(claims, [None, "ready", "scheduled"], types, most + 1)
+        ready = [row for row in rows if row.state == "ready"]
+        if len(rows) > most and ready:  # Scheduled ones may stand behind these.
+            return ready + self._waiting(claims, ["scheduled"], types, most)
+        return rows
 
     def _waiting(
-        self, claims: _Claims, states: list[Any], types: list[str], most: int
+        self, claims: _Claims, states: list[Any], types: Sequence[str], most: int
     ) -> list[Row]:
         """The first Rows of these states by date, for each slice of *types*. Before that, new
         documents (state None) become tasks; after that, what is due becomes ready."""
@@ -5746,7 +5751,7 @@ class MongoStore(_MongoFollowing):
             where: dict[str, Any] = {
                 "taskpool.state": {"$in": states},
                 "taskpool.lane": {"$in": [None, "", owner]},
-                "taskType": {"$in": types[start : start + _TYPES_AT_ONCE]},
+                "taskType": {"$in": list(types[start : start + _TYPES_AT_ONCE])},
             }
             if claims.until != NEVER:
                 where["taskpool.due_at"] = {"$not": {"$gt": claims.until}}
