@@ -4669,11 +4669,6 @@ def _held_by(owner: Any) -> dict[str, Any]:
     return {"taskpool.state": "running", "taskpool.owner": owner}
 
 
-def _promoted(now: int) -> dict[str, Any]:
-    """Of ready tasks those that no clock ahead of ours has promoted, or ours is there now. (P6)"""
-    return {"taskpool.promoted_at": {"$not": {"$gt": now}}}
-
-
 def _selector(query: Query, now: int) -> dict[str, Any]:
     """What find(), count(), remove() and retry() mean."""
     lists = ("id", query.ids), ("state", _stored_states(query))
@@ -4687,7 +4682,8 @@ def _selector(query: Query, now: int) -> dict[str, Any]:
         terms.append({"taskpool.created_at": {"$in": list(query.created_at)}})
     if query.due is not None:
         dated = {"taskpool.state": "scheduled", "taskpool.ready_at": {"$lte": now}}
-        kinds = {"$or": [{"taskpool.state": "ready", **_promoted(now)}, dated]}
+        ready = {"taskpool.state": "ready", "taskpool.promoted_at": {"$not": {"$gt": now}}}
+        kinds = {"$or": [ready, dated]}
         could_run = {**kinds, "taskType": {"$nin": list(query.paused)}}
         waiting = {"taskpool.state": {"$in": _WAITING}}
         terms.append(could_run if query.due else {**waiting, "$nor": [could_run]})
@@ -4989,10 +4985,11 @@ class _MongoSide(Store):
             self._running.clear()
             yield
 
-    def _look_soon(self) -> None:
-        """Something is to start later that no owner here has seen."""
-        for claims in list(self._claims.values()):
-            claims.looked_at = 0
+    def _look_soon(self, written: Iterable[Row | None] | None = None) -> None:
+        """Have owners look again, as some tasks are to start later: perhaps one of these."""
+        if written is None or any(row and row.state == "scheduled" for row in written):
+            for claims in list(self._claims.values()):
+                claims.looked_at = 0
 
     # ---- Masters
 
@@ -5405,8 +5402,7 @@ class MongoStore(_MongoFollowing):
             self._mark(bonds)
         todo = [self._end(cast(Row, old), new) for old, new in pairs]  # add() inserts.
         done = self._applied([old for old, *_ in todo], self._documents.replace(todo))
-        if any(new and new.state == "scheduled" for _, new, _ in todo):
-            self._look_soon()
+        self._look_soon(new for _, new, _ in todo)
         for (old, new, _), is_done in zip(todo, done):
             claims = self._claims.get(str(old.owner))
             if claims and old.id in claims.rows:
@@ -5458,8 +5454,7 @@ class MongoStore(_MongoFollowing):
                     pairs = [(o, _FollowedRow(*n) if n.id in parents else n) for o, n in pairs]
                 try:
                     self._documents.store(pairs, whole and many)
-                    if any(new.state == "scheduled" for _, new in pairs):
-                        self._look_soon()
+                    self._look_soon(new for _, new in pairs)
                     if bonds:
                         self._look_again(_named({bond.child for bond in bonds}))
                     return [row._replace(after=()) if bonds else row for row in rows]
@@ -5517,6 +5512,7 @@ class MongoStore(_MongoFollowing):
         try:
             return Turn(led, rows, self._change(look_and_claim), limited)
         except StoreError:
+            self._claims[owner].looked_at = 0  # That look may be cut short.
             if not (led or rows):
                 raise
             return Turn(led, rows, [now], limited)  # What is settled and claimed counts.
@@ -5559,7 +5555,7 @@ class MongoStore(_MongoFollowing):
             "taskpool.state": "ready",
             "taskpool.lane": {"$in": ["", claims.owner]},
             "taskType": {"$in": list(types)},
-            **_promoted(claims.clock),
+            "taskpool.promoted_at": {"$not": {"$gt": claims.clock}},  # By a fast clock. (P6)
         }
         if claims.until != NEVER:
             where["taskpool.due_at"] = {"$lte": claims.until}

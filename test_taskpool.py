@@ -3799,6 +3799,17 @@ class MongoContract(Following, Spoiled, StoreContract):
             self.assertEqual(store.turn("me", [Outcome("c", 1, "done")], {"x": 1.0}, 0.0, 0, NOW).led, ["done"])
             self.collection.delete_many({})
 
+    def test_a_look_that_broke_off_is_made_again_and_that_of_another_hides_nothing(self):
+        store, faults = self.faulty()
+        self.add(row("t", due_date=timedelta(seconds=1)))
+        store.settings()
+        faults.plan("find", OSError("cut"), False)
+        with self.assertRaises(StoreError):
+            store.turn("me", [], {"x": 1.0}, 1.0, 1, NOW)
+        for _ in range(2):
+            self.assertEqual(store.turn("me", [Outcome("u", 1, "done")], {"x": 1.0}, 1.0, 1, NOW).due, [NOW + SECOND])
+            self.assertEqual(store.next_due("me", ["y"], 1, NOW, NOW), [])
+
     def test_a_claim_that_was_made_although_the_driver_raised_is_given_back_uncharged(self):
         def claim(number):
             return store.claim("me", ["x"], limit, NOW)
