@@ -5302,7 +5302,7 @@ class _MongoFollowing(_MongoSide):
         self._tasks.update_many(where, {"$pullAll": {"taskpool.after": met}})
         scheduled = {"taskpool.state": "scheduled", "onGoing": False}
         free = {"$set": scheduled, "$unset": {"taskpool.after": ""}}
-        self.followed += 1
+        self.followed = self.followed[0] + 1, self.followed[1] + failed
         if self._tasks.update_many({**held, "taskpool.after": []}, free).matched_count:
             self._look_soon()
         for how in () if children else set(ends.values()):
