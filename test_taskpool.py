@@ -8784,19 +8784,6 @@ class TestPassingFailures(InFolder):
                 self.assertIn(True, failed)
                 self.end(cluster)
 
-    def test_a_failure_after_the_end_of_a_run_was_recorded_does_not_undo_that(self):
-        """Where the store has no transactions, as one of the user's own."""
-        store, queue = self.hooked()
-        cluster = self.cluster({"hold": hold_and_fail}, queue)
-        store.transaction = contextlib.nullcontext
-        future = cluster.submit("hold", str(self.folder / "hold"), retries=1, retry_delay=0.0)
-        begun(str(self.folder / "hold"))
-        with self.assertLogs("taskpool", "WARNING") as logs:
-            store.fails["find"] = 1
-            (self.folder / "hold.end").touch()
-            self.assertIsInstance(future.exception(PATIENCE), OSError)
-        self.assertNotIn("claim was lost", "".join(logs.output))
-
     def test_a_store_that_is_away_is_given_up_at_shutdown(self):
         asked = []
 
