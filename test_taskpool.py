@@ -430,10 +430,6 @@ def needs_words(job, *, to, subject="hello"):
     return [to, subject]
 
 
-def takes_a_word(job, *, size=3):
-    return size
-
-
 def succeed_at(job):
     if job.attempt < job.data:
         raise ValueError(f"attempt {job.attempt}")
@@ -11491,20 +11487,15 @@ class TestDeclaredTasks(InFolder):
         options = {"in_memory_only": True, "max_available_workers": 1}
         for functions in ({"a": echo, "b": needs_words}, {"a": needs_words, "b": echo}):
             with self.cluster(functions, queue, **options) as cluster:
+                if functions["b"] is needs_words:
+                    for call in (cluster.submit, queue.add_task):
+                        self.assertRaisesRegex(TypeError, "no 'to'", call, "b", {})
                 for name, function in functions.items():
                     data = {"to": 1} if function is needs_words else 5
                     self.assertIn(cluster.submit(name, data).result(PATIENCE), ([1, "hello"], 5))
                     self.assertEqual(len(list(cluster.map(name, [data]))), 1)
         for name in "ab":
             queue.add_task(name, 7)  # It may be for either function.
-
-    def test_functions_of_a_task_map_get_keyword_data_too(self):
-        with self.cluster({"words": needs_words, "none": takes_a_word}) as cluster:
-            self.assertEqual(cluster.submit("words", {"to": 1}).result(PATIENCE), [1, "hello"])
-            self.assertEqual(cluster.submit("none").result(PATIENCE), 3)  # No data: the default counts.
-            for call in (cluster.submit, cluster.queue.add_task):
-                with self.assertRaisesRegex(TypeError, "no 'to'"):
-                    call("words", {})
 
     LAYOUTS = {
         "script": ("", """
@@ -11717,17 +11708,6 @@ class TestSchedulesFollowTheCode(InFolder):
             self.assertTrue(cluster.drain(PATIENCE))
         with self.cluster(None, queue):
             eventually(lambda: self.stored() and self.stored().attempt == 0 and self.stored().result == "held")
-
-    def test_two_clusters_that_start_at_once_run_each_slot_once(self):
-        file = str(self.folder / "slots")
-        queues = [self.queue() for _ in range(2)]
-        for queue in queues:
-            queue.task(name="nightly", repeat=timedelta(milliseconds=100), data={"file": file})(add_slot)
-        with self.cluster(None, queues[0]), self.cluster(None, queues[1]):
-            eventually(lambda: len(lines_of(file)) >= 10)
-        slots = [line.split()[0] for line in lines_of(file)]
-        self.assertEqual(len(slots), len(set(slots)))
-        self.assertEqual(queues[0].count(), 1)
 
     def test_a_schedule_that_nobody_declares_any_more_is_named_with_the_cure(self):
         queue = self.nothing(repeat=self.HOUR)
@@ -12315,8 +12295,6 @@ class TestOperators(InFolder):
         cluster = Cluster({"x": print}, TaskQueue("other.db"), auto_initialize=False)
         os.makedirs("elsewhere", exist_ok=True)
         os.chdir("elsewhere")  # DB means the folder of who types the command.
-        if os.environ.get("ADD") and not cluster.is_master():
-            cluster.queue.add_task("x")
 
         def about(job):
             logging.info("about to tell")
@@ -12406,16 +12384,6 @@ class TestOperators(InFolder):
             self.assertEqual((process.returncode, out, err.count("\n")), (1 + ("usage" in text), "", 1), err)
             self.assertRegex(err, text)
         self.assertEqual(list(self.folder.glob("*.db")), [])
-
-    @unittest.skipUnless(os.name == "posix", "ends by itself there, too, but slowly")
-    def test_run_ends_with_an_error_if_its_module_cannot_be_run_again(self):
-        self.script(self.APP, "app.py")
-        self.queue().add_task("about")
-        process = self.start(HERE / "taskpool.py", "run", "app:inner.TASKS", "tasks.db", env={"ADD": "1"})
-        _, err = process.communicate(timeout=PATIENCE)
-        self.assertEqual(process.returncode, 1)
-        self.assertIn("was called while a worker process runs your file again", err)
-        self.assertEqual(self.queue("other.db").count(), 0)
 
 
 try:
@@ -12832,16 +12800,6 @@ class TestPage(InFolder):
         ):
             self.assertIn(text, self.refused(status, "/api/do", wish))
         self.assertEqual([task.id for task in queue.find()], ["bad"])
-
-    def test_a_run_in_another_process_is_cancelled(self):
-        queue, flag = self.queue(), str(self.folder / "flag")
-        cluster = self.cluster({"hold": hold}, queue)
-        queue.add_task("hold", flag, task_id="long")
-        begun(flag)
-        self.serve()
-        self.assertEqual(self.do("cancel", ids=["long"]), 1)
-        eventually(lambda: queue.count() == 0)
-        self.assertTrue(cluster.drain(PATIENCE))
 
     def test_all_of_a_filter_goes_in_parts_and_spares_what_comes_meanwhile(self):
         sizes = []
