@@ -7191,7 +7191,7 @@ class TestNonsenseFromAWorker(InFolder):
             {"task_type": "write", "data": None if i else "half a permit", "in_memory": True, "task_id": str(i), "keep_result": 600}
             for i in range(50)
         ])
-        eventually(lambda: cluster.queue.in_memory.count(state="done") >= 49, seconds=20)
+        eventually(lambda: cluster.queue.in_memory.count(state="done") >= 49)
         self.assertEqual(cluster.queue.in_memory.count(state=["waiting", "running"]), 0)
 
     def test_what_a_worker_sends_arrives_whole_however_the_pipe_cuts_it(self):
@@ -8529,7 +8529,7 @@ class TestEnds(InFolder):
                 with self.subTest(how=how, method=method):
                     pids = list(map(int, self.run_script(source, how, method, code=code).split()))
                     self.assertEqual(len(pids), 3)
-                    eventually(lambda: not any(map(is_alive, pids)), "the end of all workers", 10)
+                    eventually(lambda: not any(map(is_alive, pids)), "the end of all workers", 30)  # The busiest sleeps for 60.
                     for name in ("busy", "gil"):
                         with contextlib.suppress(FileNotFoundError):
                             os.remove(self.folder / name)
@@ -9059,7 +9059,7 @@ class TestKillAnythingAnyTime(InFolder):
             eventually(lambda: len(descriptors()) < 45, "the closing of descriptors")  # Some 30 are in use.
         for process in running:
             eventually(lambda process=process: process.terminate() or process.poll() is not None)
-        eventually(lambda: not any(map(is_alive, pids)), "the end of all processes", 10)
+        eventually(lambda: not any(map(is_alive, pids)), "the end of all processes")
         self.check(queue, ids, ended, lines)
 
     def check(self, queue, ids, ended, lines):
@@ -10845,7 +10845,8 @@ class TestPausesAndLimits(InFolder):
         self.tasks.resume("typo")
         self.assertEqual([kind["task_type"] for kind in self.tasks.types()], ["line"])
 
-    def test_the_end_of_a_run_that_is_limited_or_followed_looks_after_no_future_that_waits(self):
+    @mock.patch.multiple(taskpool, WATCH_SECONDS=3600.0, RENEW_SECONDS=3600.0)  # Nothing else looks, however long it takes.
+    def test_the_end_of_a_limited_run_looks_after_no_future_that_waits(self):
         store, self.tasks = self.hooked()
         self.tasks.limit("echo", at_once=1)
         cluster, looks = self.serve(refresh_rate=10**6), []
