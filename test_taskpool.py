@@ -4839,8 +4839,7 @@ class TestMap(WithCluster):
     """Cluster.map: Executor.map over tasks, one by one or in chunks."""
 
     def lines(self):
-        path = self.folder / "lines"
-        return path.read_text().split("\n")[:-1] if path.exists() else []
+        return lines_of(self.folder / "lines")
 
     def items(self, *hows, **more):
         return [{"file": str(self.folder / "lines"), "item": i, "how": how, **more} for i, how in enumerate(hows)]
@@ -8774,7 +8773,7 @@ class TestFollowers(InFolder):
         return {t.id: "held" if t.held else t.state for t in (verbs or self.tasks).find()}
 
     def ran(self):
-        return [line.split()[0] for line in lines_of(self.folder / "lines")] if (self.folder / "lines").exists() else []
+        return [line.split()[0] for line in lines_of(self.folder / "lines")]
 
     def test_it_takes_tasks_ids_and_lists_and_tells_who_waits_for_whom(self):
         for verbs in (self.tasks, self.tasks.in_memory):
