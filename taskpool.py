@@ -6023,7 +6023,7 @@ def _checked_message(message: Any) -> Any:
 def _checked_task_map(task_map: Any) -> tuple[dict[str, TaskFunction], dict[str, _Style]]:
     """A copy of a task map, and how its functions are called."""
     if not isinstance(task_map, Mapping):
-        allowed = "a dict of {task_type: function}, or only a queue, with declared tasks"
+        allowed = "a dict of {task_type: function}, or only `queue=`, with declared tasks"
         raise _wrong_type("task_map", task_map, allowed)
     if not task_map:
         raise _wrong_value("task_map", task_map, "at least one {task_type: function}")

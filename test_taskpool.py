@@ -380,7 +380,7 @@ def hold(job):
     """Say that the task runs, then run until told to end."""
     Path(job.data + ".starting").write_text(str(os.getpid()))
     os.replace(job.data + ".starting", job.data + ".started")  # Whoever sees it can read it.
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + 10 * PATIENCE  # A test may have several waits meanwhile.
     while not os.path.exists(job.data + ".end") and time.monotonic() < deadline:
         time.sleep(0.005)
     return "held"
@@ -1039,7 +1039,8 @@ class TestQueueVerbs(InFolder):
             (TaskQueue, [""], ValueError, "path is ''"), (TaskQueue, [":memory:"], ValueError, "path is ':memory:'"),
             (functools.partial(SQLiteStore, synchronous="OFF"), ["x.db"], ValueError, "synchronous"),
             (queue.add_event_listener, ["end", print], ValueError, "event"), (queue.add_event_listener, [5, print], TypeError, "event"),
-            (queue.add_event_listener, ["done", 5], TypeError, ""), (queue.remove_event_listener, ["start"], ValueError, "event"),
+            (queue.add_event_listener, ["done", 5], TypeError, ""),
+            (queue.add_event_listener, ["done", lambda value: 1], TypeError, ""), (queue.remove_event_listener, ["start"], ValueError, "event"),
         ]:
             with self.subTest(call=call, given=given), self.assertRaisesRegex(error, text):
                 call(*given)
@@ -1898,6 +1899,16 @@ class Gates:
         for first in starts:
             self.assertLessEqual(sum(n for at, n in starts.items() if first <= at < first + SECOND), 105)
         self.assertGreater(sum(starts.values()), 50)
+
+    def test_limits_of_any_size_are_told_as_they_were_set_and_hold(self):
+        most = taskpool.MAX_INT
+        self.add(row("a"), row("b"))
+        for changes in ({"at_once": most}, {"starts": most, "period": 1}, {"starts": 1, "period": most}):
+            self.gate(**changes)
+            setting = self.store.settings()["x"]
+            self.assertEqual({name: getattr(setting, name) for name in changes}, changes)
+        self.assertEqual(self.turn()[0], ["a"])
+        self.assertEqual(self.turn(now=NOW + 3600 * SECOND)[0], [])
 
     def test_runs_are_added_up_for_ever(self):
         for _ in range(2):
@@ -10845,7 +10856,7 @@ class TestPausesAndLimits(InFolder):
         self.assertEqual([kind["task_type"] for kind in self.tasks.types()], ["line"])
 
     @mock.patch.multiple(taskpool, WATCH_SECONDS=3600.0, RENEW_SECONDS=3600.0)  # Nothing else looks, however long it takes.
-    def test_the_end_of_a_limited_run_looks_after_no_future_that_waits(self):
+    def test_the_end_of_a_run_that_is_limited_or_followed_looks_after_no_future_that_waits(self):
         store, self.tasks = self.hooked()
         self.tasks.limit("echo", at_once=1)
         cluster, looks = self.serve(refresh_rate=10**6), []
@@ -10971,16 +10982,15 @@ class TestPausesAndLimits(InFolder):
     def test_starts_come_at_the_rate_and_the_end_of_a_cluster_waits_for_them(self):
         """Retries count; a clock that is set back delays the next start by one spacing at most."""
         self.tasks.clock = Clock()
-        self.tasks.limit("fail", rate=(10, timedelta(seconds=1)))
-        task = self.tasks.add_task("fail", retries=4, retry_delay=0)
+        self.tasks.limit("fail", rate=(2, timedelta(seconds=1)))
+        task = self.tasks.add_task("fail", retries=3, retry_delay=0)
         starts = []
         self.tasks.add_event_listener("error", lambda value, task: starts.append(task.attempt))
         with self.cluster({"fail": fail}, self.tasks):
-            eventually(lambda: starts)
-            self.tasks.clock.offset = -3600.0
-            eventually(lambda: len(starts) > 2)
-            self.tasks.clock.offset = 0.0
-        self.assertEqual((len(starts), self.tasks.find_one(task_id=task.id).state), (5, "failed"))
+            for number, offset in (1, -3600.0), (2, 0.0):  # While its retry waits for the next start.
+                eventually(lambda: len(starts) >= number and self.tasks.find_one(task_id=task.id).state == "waiting")
+                self.tasks.clock.offset = offset
+        self.assertEqual((len(starts), self.tasks.find_one(task_id=task.id).state), (4, "failed"))
 
     def test_declared_limits_are_written_when_a_cluster_starts_and_others_are_left_alone(self):
         self.tasks.limit("echo", at_once=7, rate=(5, 1))
