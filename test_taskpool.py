@@ -1297,10 +1297,10 @@ class StoreContract:
         self.add(*[row(str(n), due_date=timedelta(seconds=9)) for n in range(3)])
         (first,) = self.claim(1, now=NOW + 9 * SECOND)
         self.settle(first, "done", now=NOW + 9 * SECOND)
-        self.store.put_off(NOW)
-        self.assertEqual(self.claim(), [])
-        self.assertEqual(self.store.next_due(self.OWNER, ["x"], 1, NOW), [NOW + 9 * SECOND])
-        self.assertEqual(len(self.claim(now=NOW + 9 * SECOND)), 2)
+        self.store.put_off(NOW)  # For those whose clock was not ahead.
+        self.assertEqual(self.claim(owner="you"), [])
+        self.assertEqual(self.store.next_due("you", ["x"], 1, NOW), [NOW + 9 * SECOND])
+        self.assertEqual(len(self.claim(owner="you", now=NOW + 9 * SECOND)), 2)
 
     def test_an_owner_without_a_name_claims_no_task_twice(self):
         self.add(row())
@@ -3532,6 +3532,8 @@ class MongoContract(Following, Spoiled, StoreContract):
         else:
             bad = [value for value in bad if value == value]
         for field, value in itertools.product(("claims", "next_at", "counts", "beat"), bad):
+            if (field, value) == ("next_at", taskpool.MAX_INT):
+                continue  # That can be read: it shows that a clock was set back.
             self.collection.delete_many({}), self.collection["masters"].delete_many({})
             self.add(*[row(f"{i}", now=NOW + i) for i in range(4)])
             (store, you), now, tally = (self.open(), self.open()), NOW + SECOND, {"x": collections.Counter(failed=2)}
