@@ -97,7 +97,6 @@ import copy
 import copyreg
 import errno
 import functools
-import graphlib
 import heapq
 import itertools
 import json
@@ -2673,6 +2672,8 @@ class Following(Backend):
 
     def _check_rings(self, pairs: Sequence[_Pair]) -> None:
         """Raise ValueError if a task would wait for itself."""
+        import graphlib  # Not above: an older Python lacks it, and is to be told so.
+
         above = {new.id: [bond.parent for bond in new.after] for _, new in pairs if new}
         freed = {old.id for old, new in pairs if old and not keeps_bonds(old, new)}
         seen: set[str] = set()

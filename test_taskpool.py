@@ -11674,7 +11674,8 @@ class TestTheFile(unittest.TestCase):
 
     def test_an_older_python_is_told_which_one_it_needs(self):
         for how, text in (("import taskpool", "ImportError: "), ("runpy.run_path('taskpool.py', run_name='__main__')", "")):
-            code = f"import runpy, sys; sys.version_info, sys.version = (3, 8, 18), '3.8.18 (main)'; {how}"
+            lacks = "sys.modules.update(graphlib=None, zoneinfo=None)"
+            code = f"import runpy, sys; sys.version_info, sys.version = (3, 8, 18), '3.8.18 (main)'; {lacks}; {how}"
             done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.PIPE, text=True)
             lines = done.stderr.splitlines()
             self.assertEqual((done.returncode, lines[-1]), (1, text + "taskpool needs Python 3.9 or later; this is 3.8.18"))
