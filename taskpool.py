@@ -89,7 +89,7 @@ microseconds since 1970 (UTC) inside. Each part of the file uses only the parts 
 from __future__ import annotations
 
 import atexit
-import bisect
+import builtins
 import collections
 import concurrent.futures
 import contextlib
@@ -1559,9 +1559,17 @@ class Plan(NamedTuple):
 _ORDINARY = Plan()
 
 
+_ExceptionGroup: Any = getattr(builtins, "BaseExceptionGroup", ())  # From Python 3.11 on.
+
+
 def plan_of(error: Any) -> Plan:
-    """What the exception of a task asks for. A Retry may have been spoiled by its subclass."""
+    """What the exception of a task asks for. A Retry may have been spoiled by its subclass. A
+    group, such as asyncio.TaskGroup raises, asks for what the first GiveUp or Retry in it asks."""
     kind = type(error)
+    if issubclass(kind, _ExceptionGroup):
+        with contextlib.suppress(BaseException):
+            plans = (plan_of(each) for each in error.exceptions)
+            return next((plan for plan in plans if plan is not _ORDINARY), _ORDINARY)
     if issubclass(kind, Retry):
         with contextlib.suppress(BaseException):
             asked = Retry(error.seconds, error.counts)  # Checks both once more.
@@ -9366,7 +9374,7 @@ class _Source:
         if self.log_at and (led or rows):  # Only a write proves it: a full disk can be read.
             self.log_at = 0.0
             _log.warning("the store works again")
-        self.available = bisect.bisect_right(self.due, now)
+        self.available = bisect_right(self.due, now)
         self.next_due = [*self.due, NEVER][self.available]
         if runs:
             self._settled(runs, led, now)

@@ -668,8 +668,8 @@ def wish(job, toggle_ipc):
         return job.attempt
     kind, *arguments = job.data["raise"]
     error, way = WISHES[kind](*arguments), job.data.get("way")
-    if way == "async":
-        return in_async(error)
+    if way in ("async", "group"):
+        return in_async(error, group=way == "group")
     if way == "future":
         future = concurrent.futures.Future()
         future.set_exception(error)
@@ -679,7 +679,10 @@ def wish(job, toggle_ipc):
     raise error from OSError("the cause")
 
 
-async def in_async(error):
+async def in_async(error, *, group=False):
+    if group:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(in_async(error))
     raise error
 
 
@@ -5572,6 +5575,20 @@ class TestWhatATaskAsksFor(WithCluster):
         lines = [line.split() for line in self.path.read_text().splitlines()]
         self.path.unlink()
         return [(int(attempt), float(at)) for attempt, at in lines]
+
+    @unittest.skipIf(sys.version_info < (3, 11), "there are no groups of exceptions")
+    def test_a_group_asks_for_what_the_first_in_it_asks(self):
+        group = ExceptionGroup  # noqa: F821
+        give_up, again = taskpool.GiveUp("enough"), taskpool.Retry(5)
+        for errors, plan in (
+            ([ValueError(), give_up], taskpool.Plan(may_retry=False)), ([group("", [again]), give_up], taskpool.plan_of(again)),
+            ([ValueError()], taskpool.plan_of(ValueError())),
+        ):
+            self.assertEqual(taskpool.plan_of(group("", errors)), plan)
+            broken = type("Broken", (group,), {"exceptions": 5})("", errors)
+            self.assertEqual(taskpool.plan_of(broken), taskpool.Plan())
+        self.wish("GiveUp", "enough", way="group", retries=5).exception(PATIENCE)
+        self.assertEqual([attempt for attempt, _ in self.starts()], [1])
 
     def test_who_gives_up_is_not_started_again(self):
         for (way, kind), memory in itertools.product(
