@@ -2839,6 +2839,11 @@ class Store(TypeSettings, Following, Looking):
 
     # ---- Primitives that a backend may have a quicker way for
 
+    def early(self, now: int) -> list[Row]:
+        """The Rows that are ready, but due later: a clock that was ahead has made them ready."""
+        found = map(readable, self.rows(Query(due=True), now))
+        return [row for row in found if row.state == "ready" and row.ready_at > now]
+
     def candidates(
         self, owner: str, types: Iterable[str], most: int, now: int, until: int,
         places: Mapping[str, int],
@@ -3083,14 +3088,9 @@ class Store(TypeSettings, Following, Looking):
         return [readable(row) for row in stays if not row.interrupted]
 
     def put_off(self, now: int) -> None:
-        """ready -> scheduled, for what is due later: by a clock that was ahead it was due."""
-
-        def work() -> None:
-            found = self.find(Query(due=True), now)
-            early = [row for row in found if row.state == "ready" and row.ready_at > now]
-            self._put([(row, released(row, now)) for row in early], now)
-
-        self._change(work)
+        """ready -> scheduled, for what is due later."""
+        if self.early(now):
+            self._change(lambda: self._put([(r, released(r, now)) for r in self.early(now)], now))
 
     def find(self, query: Query, now: int) -> list[Row]:
         """The Rows that fit *query*, oldest first; harmless values where one cannot be read."""
@@ -3487,11 +3487,14 @@ ON taskpool_task (lane, task_type, ready_at, due_at) WHERE state = 'scheduled';
 -- For _HELD_BY, _OWNERS, _READY, _RUNNING, _CANCELLED_BY.
 CREATE INDEX IF NOT EXISTS taskpool_running
 ON taskpool_task (owner, interrupted, task_type, removed) WHERE state = 'running';
--- For _EXPIRE, _OPEN_LANE, _SCHEDULES, newest(): the few rows that no claim looks for, held,
--- failed, done (all < 'r') or repeating. One index, as each is a cost for every other row.
+-- For _EXPIRE, _OPEN_LANE and who looks for them: rows that are held, failed or done (all are
+-- < 'r'). One index, as each is a cost for every other row.
 CREATE INDEX IF NOT EXISTS taskpool_aside ON taskpool_task (
-    state, CAST(coalesce(kept_until, ended_at, due_at) AS INTEGER), seq, task_type, lane, repeat)
-WHERE state < 'r' OR repeat IS NOT NULL;
+    state, CAST(coalesce(kept_until, ended_at, due_at) AS INTEGER), seq, task_type, lane)
+WHERE state < 'r';
+-- For _SCHEDULES.
+CREATE INDEX IF NOT EXISTS taskpool_repeating
+ON taskpool_task (ready_at) WHERE repeat IS NOT NULL;
 -- Whom held tasks wait for, and those that failed before they could start. By their ids.
 CREATE TABLE IF NOT EXISTS taskpool_after (
     parent TEXT NOT NULL, child TEXT NOT NULL, anyway INTEGER NOT NULL,
@@ -3556,9 +3559,9 @@ _PLACES = """
 (SELECT '' AS place_lane UNION ALL SELECT :owner WHERE :owner > '')
 CROSS JOIN (SELECT value AS place_type FROM json_each(:types))
 """
-# The condition of an index, and its second column: of rows that have ended, when they have, or
-# are to go. It is so rare that others look elsewhere.
-_ASIDE = "(state < 'r' OR repeat IS NOT NULL)"
+# The condition of taskpool_aside, without which no query uses it, and its second column: when
+# a task has ended, or is to go.
+_ASIDE = "state < 'r'"
 _OVER_AT = "CAST(coalesce(kept_until, ended_at, due_at) AS INTEGER)"
 _LINE = "state = '{}' AND lane = place_lane AND task_type = place_type".format
 _DUE = f"SELECT seq FROM {_PLACES} CROSS JOIN taskpool_task WHERE {_LINE('scheduled')}"
@@ -3659,7 +3662,7 @@ OR ({_ASIDE} AND state = 'held' AND lane > '' AND lane IN {_OWNER})
 """
 _EXPIRE = f"""
 DELETE FROM taskpool_task
-WHERE {_ASIDE} AND state = 'done' AND {_OVER_AT} <= ? AND kept_until IS NOT NULL
+WHERE {_ASIDE} AND state = 'done' AND {_OVER_AT} <= :now AND kept_until <= :now
 """
 
 # The task types for all of which a task can start now.
@@ -3682,6 +3685,12 @@ FROM (SELECT task_type, state, CAST(max(created_at, due_at, ready_at) AS INTEGER
 GROUP BY task_type ORDER BY task_type
 """
 
+# What a clock that was ahead has made ready.
+_EARLY = f"""
+SELECT {_LIST} FROM taskpool_task
+WHERE state = 'ready' AND ready_at > ? AND typeof(ready_at) = 'integer'
+"""
+
 # For lists. What failed is in the order of an index; `seq` is the order of the table itself,
 # and +seq that of no index, for where another one finds the few rows.
 _NEWEST = """
@@ -3689,9 +3698,7 @@ SELECT {0}, seq, {1} FROM taskpool_task WHERE {2} ORDER BY {0} DESC, seq DESC LI
 """.format
 _OLDER = " AND {0} <= ? AND ({0}, seq) < (?, ?)".format
 _SCHEDULES = f"""
-SELECT {_LIST} FROM taskpool_task
-WHERE {_ASIDE} AND state IN ('failed', 'ready', 'running', 'scheduled') AND repeat IS NOT NULL
-ORDER BY ready_at LIMIT ?
+SELECT {_LIST} FROM taskpool_task WHERE repeat IS NOT NULL ORDER BY ready_at LIMIT ?
 """
 
 # waiting, failed, done -> (removed); a running task is marked.
@@ -4259,9 +4266,12 @@ class SQLiteStore(_SQLiteFile):
     def schedules(self, most: int) -> list[Row]:
         return [readable(_stored_row(line)) for line in self._select(_SCHEDULES, (most,))]
 
+    def early(self, now: int) -> list[Row]:
+        return [_stored_row(line) for line in self._select(_EARLY, (now,))]
+
     def running(self, types: Collection[str]) -> Mapping[str, int]:
-        found = self._select(_RUNNING)
-        return {name: found.count((name,)) for name in types}
+        counts = collections.Counter(name for (name,) in self._select(_RUNNING))
+        return {name: counts[name] for name in types}
 
     def candidates(
         self, owner: str, types: Iterable[str], most: int, now: int, until: int,
@@ -4329,7 +4339,7 @@ class SQLiteStore(_SQLiteFile):
         self._run(_OPEN_LANE, {"owner": owner})
 
     def expire(self, now: int) -> None:
-        self._run(_EXPIRE, (now,))
+        self._run(_EXPIRE, {"now": now})
 
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
@@ -5691,6 +5701,9 @@ class MongoStore(_MongoFollowing):
         self._requeue_unknown(owner, now)
 
     # ---- Looking
+
+    def early(self, now: int) -> list[Row]:
+        return []  # `promoted_at` keeps these back.
 
     def next_due(
         self, owner: str, types: Iterable[str], limit: int, now: int, until: int = NEVER
@@ -9171,9 +9184,9 @@ class _Watch:
         # As they were declared when they were last written.
         self._schedules: dict[str, Any] = {}
         self._limits: dict[str, Any] = {}
-        self.last_declared: Any = None
+        self._last_declared: Any = None
         self._clock = _ObserverClock()  # Of the store thread.
-        self.next_look = self._next_heartbeat = self._next_warning = 0.0
+        self.next_look = self._next_heartbeat = self._next_warning = self._next_try = 0.0
         self.heard = time.monotonic()  # When observers last heard of this cluster.
         self._strays: set[tuple[str, int]] = set()  # Claims that were unknown here.
         self.tally = new_tally()  # To be written with the next heartbeat.
@@ -9182,11 +9195,19 @@ class _Watch:
         self._store.tally(self.tally)
         self.tally.clear()
 
-    def follow_code(self, last_declared: Any) -> None:
-        """In the store thread: what was declared until now counts for the next claim."""
-        self._schedules = self._cluster.queue._align(self._schedules)
-        self._limits = self._cluster.queue._write_limits(self._limits)
-        self.last_declared = last_declared  # Unless that raised.
+    def follow_code(self, now: float) -> None:
+        """In the store thread: what was declared until now counts for the next claim. A
+        declaration that cannot be stored holds up nothing else."""
+        queue, last = self._cluster.queue, self._cluster.queue._last_declared
+        if last is self._last_declared or now < self._next_try:
+            return
+        try:
+            self._schedules = queue._align(self._schedules)
+            self._limits = queue._write_limits(self._limits)
+            self._last_declared = last
+        except StoreError as error:
+            self._next_try = now + RENEW_SECONDS
+            _log.error("what is declared could not be stored, trying again: %s", error)
 
     def look(self, now: float, wall: int) -> tuple[list[Row], list[str], list[Row] | None]:
         """In the store thread: the tasks that ended with their masters; the types of which
@@ -9203,11 +9224,12 @@ class _Watch:
                 foreign = self._foreign(wall)
                 self._next_warning = now + WARN_SECONDS
             seconds = self._clock.look(time.monotonic())
-            return store.recover(self._owner, seconds, wall), foreign, held
+            ended = store.recover(self._owner, seconds, wall)
         except BaseException:
             self._clock.miss()
             self._next_heartbeat = 0.0
             raise
+        return ended, foreign, held
 
     def _foreign(self, wall: int) -> list[str]:
         """The types of due tasks that no cluster here knows, and how to end their schedules."""
@@ -9346,8 +9368,8 @@ class _Source:
         watch = self.watch
 
         def work() -> tuple[int, Turn]:
-            if serves and watch and watch.last_declared is not queue._last_declared:
-                watch.follow_code(queue._last_declared)
+            if serves and watch:
+                watch.follow_code(time.monotonic())
             now = int(queue.clock() * 1e6)
             before = store.followed
             turn = store.turn(owner, outcomes, costs, room, most, now, until, eager)
@@ -10295,6 +10317,8 @@ class Cluster(concurrent.futures.Executor):
 
     def _reset_after_fork(self) -> None:
         """Registered, not started: also what a forked child finds."""
+        watchers = self.queue._watchers  # Not of the child's: its adds ring for them.
+        self.queue._watchers = tuple(w for w in watchers if w.cluster is not self)
         self._start_lock = threading.Lock()
         self._engine = _Dispatcher(self)
 

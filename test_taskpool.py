@@ -2214,6 +2214,13 @@ class Spoiled:
         self.store.renew("me", NOW)
         self.assertIsNotNone(self.look("bad"))
 
+    def test_none_expires_whose_date_cannot_be_read(self):
+        self.add(row("bad", keep_result=10))
+        self.settle(self.claim()[0], "done", result="[1]")
+        self.spoil("kept_until", "'2030-01-01'")
+        self.store.renew("me", NOW + 99 * SECOND)
+        self.assertIsNotNone(self.look("bad"))
+
 
 class TestMemoryStore(Gates, InOrder, Following, StoreContract, unittest.TestCase):
     """The in-memory store keeps the contract."""
@@ -7579,6 +7586,19 @@ class TestNoWakeUpIsMissed(InFolder):
         wake.set()
         self.assertEqual(wake.reader.recv(9), b"!")
 
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_other_queues_of_this_process_and_forked_children_wake_its_clusters(self):
+        self.one_worker()
+        self.queue().add_task("echo", 2, task_id="queue", keep_result=60)
+        pid = os.fork()
+        if not pid:
+            with contextlib.suppress(BaseException):
+                self.stored.add_task("echo", 3, task_id="child", keep_result=60)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        for task_id, result in ("queue", 2), ("child", 3):
+            self.assertEqual(self.stored.wait(task_id, PATIENCE).result, result)
+
     def test_a_run_ends_while_a_look_that_saw_no_room_is_under_way(self):
         cluster, held = self.one_worker(), str(self.folder / "held")
         first = cluster.submit("hold", held, in_memory=True)
@@ -11521,6 +11541,17 @@ class TestSchedulesFollowTheCode(InFolder):
                 self.assertEqual(self.runs(queue, 2.5 * self.HOUR), slots)
                 self.assertEqual(queue.count(), 1)
                 queue.remove(task_id="schedule:nightly")
+
+    def test_a_schedule_that_cannot_be_stored_holds_up_nothing_else(self):
+        queue = self.nothing(repeat=self.HOUR)
+        queue.clock = time.time
+        queue.task(name="echo")(echo)
+        self.assertEqual(queue.count(), 0)  # Makes the file.
+        self.sql("CREATE TRIGGER no BEFORE INSERT ON taskpool_task WHEN NEW.repeat IS NOT NULL BEGIN SELECT RAISE(ABORT, 'quota'); END")
+        with self.assertLogs("taskpool", "ERROR") as logs, self.cluster(None, queue) as cluster:
+            self.assertEqual([cluster.submit("echo", n).result(PATIENCE) for n in range(2)], [0, 1])
+        self.assertEqual(len(logs.output), 1)
+        self.assertRegex(logs.output[0], "what is declared could not be stored.*quota")
 
     def test_another_rule_moves_only_a_due_date_to_come(self):
         """An interval counts on from the last due date, a cron goes on with its next time."""
