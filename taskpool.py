@@ -714,7 +714,7 @@ class Row(NamedTuple):
     result: str | None = None  # JSON text, with keep_result or repeat.
     error: str | None = None
     started_at: int | None = None  # Of the last run that ended, like the next one.
-    ended_at: int | None = None
+    ended_at: int | None = None  # None, too, if that run said "not now".
     kept_until: int | None = None  # When a `done` row is removed.
     removed: int = 0  # During the run, 1: remove() was called. 2: cancel() was.
     successor: Any = None  # What replaces it when its run ends: see _packed_row.
@@ -1102,7 +1102,7 @@ class Task:
     @property
     def ended_at(self) -> datetime | None:
         """When the end of its last run was recorded, or that it failed without one, in UTC;
-        None before the first, and while it runs."""
+        None before the first, while it runs, and after a run that said "not now"."""
         instant = None if self.on_going else self._row.ended_at
         return None if instant is None else _datetime(instant)
 
@@ -1520,7 +1520,8 @@ class Retry(TaskPoolError):
     """Raised by a task: it is to start again in so many *seconds* (or a timedelta; over 0
     without *counts*), in place of what `retry_delay` says. It uses up one of the `retries`, and
     without one left the task fails. With counts=False this attempt is no failure but "not now":
-    it does not count, however often, and no "error" listener is called; `expires` ends it.
+    it does not count, however often, and no "error" listener is called; `expires` ends it. A
+    cluster that ends, or drains, does not wait for that later date.
 
     Subclasses count. Elsewhere than in a task this is an exception like others. Raises
     TypeError and ValueError for wrong arguments.
@@ -1813,7 +1814,7 @@ def expiry(row: Row, now: int) -> str:
         return ""
     due, seconds = _datetime(row.due_at).isoformat(" ", "milliseconds"), max(row.expires, 0.0)
     error = f"{EXPIRED}due {due}, to be started within {seconds:.9g} s"
-    if row.error and row.ended_at is not None and row.ended_at >= row.due_at:
+    if row.error and (row.ended_at is None or row.ended_at >= row.due_at):
         error += f"\n\n{row.error}"  # Of a run for this due date, which was to be retried.
     return error
 
@@ -1937,9 +1938,15 @@ def after_run(row: Row, outcome: Outcome, now: int) -> Row | None:
     )  # fmt: skip
     if outcome.state == "ready":
         state = "ready" if outcome.ready_at <= now else "scheduled"
-        attempt = row.attempt - (not outcome.charged)
-        return row._replace(state=state, ready_at=outcome.ready_at, attempt=attempt, progress=None)
+        row = row._replace(state=state, ready_at=outcome.ready_at, progress=None)
+        return row if outcome.charged else row._replace(attempt=row.attempt - 1, ended_at=None)
     return _after_end(row, now)
+
+
+def was_due(row: Row, until: int) -> bool:
+    """Whether a waiting task was due at the instant *until*. A retry does not move its date, but
+    one that has said "not now" has another one."""
+    return row.due_at <= until and (row.ready_at <= until or row.ended_at is not None)
 
 
 def requeued(row: Row, now: int) -> Row | None:
@@ -1957,7 +1964,8 @@ def after_interruption(row: Row, now: int) -> Row | None:
     if row.removed or (is_last and row.successor is not None):
         return succeeded(row)
     if not is_last:
-        return _waiting_again(row)._replace(interrupted=row.interrupted + 1, lane="")
+        again = _waiting_again(row)._replace(interrupted=row.interrupted + 1, lane="")
+        return again._replace(ready_at=row.due_at)  # It is still due.
     times = f"{INTERRUPTIONS} times in a row"
     error = f"Interrupted: its master died {times} while it ran this task alone"
     row = row._replace(state="failed", owner="", interrupted=0, result=None, error=error)
@@ -2852,7 +2860,8 @@ class Store(TypeSettings, Following, Looking):
         interrupted, as long as *owner* holds another task that was. Of a type in *places* the
         first so many are enough; each that is taken is counted down there."""
         query = Query(types=list(types), due=True, until=until)
-        mine = [row for row in self.rows(query, now) if row.lane in ("", owner)]
+        rows = [row for row in self.rows(query, now) if was_due(row, until)]
+        mine = [row for row in rows if row.lane in ("", owner)]
         if any(row.interrupted for row in self.held_by(owner)):
             mine = [row for row in mine if not row.interrupted]
         return sorted(mine, key=lambda row: (-row.priority, row.created_at))
@@ -2894,6 +2903,7 @@ class Store(TypeSettings, Following, Looking):
         Those that can start now come as some instant of at most *now*.
         """
         waiting = self.rows(Query(types=list(types), states=["waiting"], until=until), now)
+        waiting = [row for row in waiting if was_due(row, until)]
         mine = [row for row in waiting if row.lane in ("", owner)]
         return sorted(now if row.state == "ready" else row.ready_at for row in mine)[:limit]
 
@@ -2932,7 +2942,7 @@ class Store(TypeSettings, Following, Looking):
 
         *limit* is how much to take: each task uses up `types[task_type]` of it, or 1
         where *types* is not a mapping; the first that does not fit ends the claim.
-        Takes only tasks with a due date of at most *until*, and none that others have
+        Takes only tasks that were due at *until*, by was_due(), and none that others have
         reserved. Each Row returned has its attempt and claim counted up. A task that was
         interrupted is taken alone, and only if *owner* holds no other such task. A row
         that cannot be read or has expired becomes `failed`, or waits for its next slot,
@@ -3399,7 +3409,7 @@ class MemoryStore(Store):
         later: list[tuple[int, Row]] = []
         try:
             for entry in ranked:
-                if entry[3].due_at <= until:
+                if was_due(entry[3], until):
                     yield entry
                 else:
                     later.append(entry[2:])
@@ -3448,11 +3458,11 @@ class MemoryStore(Store):
             for line in self._lines(owner, types := list(types), now):
                 next(line.take(self._rows), None)  # Drops the dead before it.
                 rows = itertools.chain(line.queue, (row for *_, row in line.heap))
-                ready = (now for row in rows if self._is_alive(row) and row.due_at <= until)
+                ready = (now for row in rows if self._is_alive(row) and was_due(row, until))
                 due.extend(itertools.islice(ready, limit - len(due)))
             for place in itertools.product(("", owner), types):
                 dated = self._dated.get(place, ())
-                dates = (at for at, _, row in dated if row.due_at <= until and self._is_alive(row))
+                dates = (at for at, _, row in dated if was_due(row, until) and self._is_alive(row))
                 # The first, and all that a timer needs. Those due later may stand before it.
                 first = next(dates, None) if until == NEVER else min(dates, default=None)
                 due += () if first is None else (first,)
@@ -3578,11 +3588,15 @@ FROM {_PLACES} CROSS JOIN taskpool_task ON seq = (
     SELECT seq FROM taskpool_task WHERE {_LINE('ready')}
     ORDER BY priority DESC, created_at, seq LIMIT 1)
 """
-_IN_TIME = "(due_at <= :until OR typeof(due_at) <> 'integer')"
+# was_due(). A date that is none counts as due, so that the claim finds the row unusable.
+_WAS_DUE = f"""
+(due_at <= :until OR typeof(due_at) <> 'integer')
+AND (ready_at <= :until OR ready_at > {_YEARS[1]} OR ended_at IS NOT NULL)
+"""
 # What claim() would take of one lane and type, best first. No suspects while :owner has one.
 _READY = f"""
 SELECT seq, {_LIST} FROM taskpool_task
-WHERE state = 'ready' AND lane = :lane AND task_type = :type AND {_IN_TIME}
+WHERE state = 'ready' AND lane = :lane AND task_type = :type AND {_WAS_DUE}
 AND (interrupted = 0 OR NOT EXISTS (
     SELECT 1 FROM taskpool_task WHERE state = 'running' AND owner = :owner AND interrupted > 0))
 ORDER BY priority DESC, created_at, seq LIMIT :most
@@ -3596,10 +3610,10 @@ WHERE state = 'ready' AND seq IN (SELECT value FROM json_each(?))
 _NEXT_DUE = f"""
 SELECT * FROM (
     SELECT :now FROM {_PLACES} CROSS JOIN taskpool_task
-    WHERE {_LINE('ready')} AND {_IN_TIME} LIMIT :limit)
+    WHERE {_LINE('ready')} AND {_WAS_DUE} LIMIT :limit)
 UNION ALL SELECT ready_at FROM {_PLACES} CROSS JOIN taskpool_task ON seq IN (
     SELECT seq FROM taskpool_task
-    WHERE {_LINE('scheduled')} AND due_at <= :until ORDER BY ready_at LIMIT :limit)
+    WHERE {_LINE('scheduled')} AND {_WAS_DUE} ORDER BY ready_at LIMIT :limit)
 """
 
 # True only for the claim that the caller was given: an ended claim is not 'running', and
@@ -4688,6 +4702,13 @@ def _held_by(owner: Any) -> dict[str, Any]:
     return {"taskpool.state": "running", "taskpool.owner": owner}
 
 
+def _were_due(until: int) -> dict[str, Any]:
+    """was_due(). A date that is none counts as due."""
+    by_then = {"$not": {"$gt": until}}
+    dates = [{"taskpool.ready_at": by_then}, {"taskpool.ended_at": {"$ne": None}}]
+    return {"taskpool.due_at": by_then, "$or": dates}
+
+
 def _selector(query: Query, now: int) -> dict[str, Any]:
     """What find(), count(), remove() and retry() mean."""
     lists = ("id", query.ids), ("state", _stored_states(query))
@@ -5577,7 +5598,7 @@ class MongoStore(_MongoFollowing):
             "taskpool.promoted_at": {"$not": {"$gt": claims.clock}},  # By a fast clock. (P6)
         }
         if claims.until != NEVER:
-            where["taskpool.due_at"] = {"$lte": claims.until}
+            where.update(_were_due(claims.until))
         if any(row.interrupted for row in claims.rows.values()):
             where["taskpool.interrupted"] = None
         return where
@@ -5772,7 +5793,7 @@ class MongoStore(_MongoFollowing):
                 "taskType": {"$in": list(types[start : start + _TYPES_AT_ONCE])},
             }
             if claims.until != NEVER:
-                where["taskpool.due_at"] = {"$not": {"$gt": claims.until}}
+                where.update(_were_due(claims.until))
             options = {"sort": _BY_DATE, **self._documents.by("taskpool_scheduled")}
             found = self._documents.rows(where, now, _READ_SHORT, limit=most, **options)
             # A task without a date is never due, so it fails here; other faults are found when
@@ -10479,8 +10500,8 @@ class Cluster(concurrent.futures.Executor):
     def drain(self, timeout: float | timedelta | None = None) -> bool:
         """Wait until nothing that was due at the call is waiting or running.
 
-        Retries included; only task types of the map count. False after *timeout* seconds.
-        Raises the error of workers that cannot start.
+        Retries included, but no task that says "not now"; only types of the map count. False
+        after *timeout* seconds. Raises the error of workers that cannot start.
         """
         self._use("drain")
         engine = self._engine
@@ -10557,11 +10578,12 @@ class Cluster(concurrent.futures.Executor):
     def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
         """Stop. With *wait*: when what runs and what was due before the call is done.
 
-        That is tasks of the map, retries included; the rest stays waiting. Without
-        *wait* nothing more is started, and running tasks get `shutdown_timeout` seconds
-        before they go back to waiting, uncounted. *cancel_futures* removes the waiting
-        tasks of Futures first. Leaving `with` and the end of the main script do the same
-        as shutdown(). Called by a listener, broker or Future callback it does not wait.
+        That is tasks of the map, retries included, but none that says "not now"; the rest
+        stays waiting. Without *wait* nothing more is started, and running tasks get
+        `shutdown_timeout` seconds before they go back to waiting, uncounted. *cancel_futures*
+        removes the waiting tasks of Futures first. Leaving `with` and the end of the main
+        script do the same as shutdown(). Called by a listener, broker or Future callback it
+        does not wait.
         """
         self._use("shutdown")
         engine, seconds = self._engine, self._options.shutdown_timeout

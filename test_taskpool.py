@@ -1469,6 +1469,12 @@ class StoreContract:
         self.assertEqual([r.id for r in self.claim(1.0, types, NOW + 1)], ["s"])
         self.assertEqual(self.claim(0.0), [])
 
+    def test_a_retry_stays_due_since_its_due_date(self):
+        self.add(row(retries=1))
+        self.settle(self.claim()[0], "ready", ready_at=NOW + SECOND, error="E: first", seconds=0.0)
+        self.assertEqual(self.store.next_due("me", ["x"], 9, NOW, NOW), [NOW + SECOND])
+        self.assertEqual(len(self.claim(now=NOW + SECOND, until=NOW)), 1)
+
     def test_until_holds_back_what_is_due_later(self):
         self.add(row("old"), row("new", now=NOW + 5))
         self.assertEqual(self.store.next_due("me", ["x"], 9, NOW + 9, NOW), [NOW + 9])
@@ -1595,13 +1601,17 @@ class StoreContract:
         later = {"charged": False, "seconds": 0.0, "ready_at": NOW + SECOND, "error": "Retry: busy"}
         self.settle(self.claim()[0], "ready", ready_at=NOW, error="E: first", seconds=0.0)
         self.store.leave("me", NOW)
+        self.assertEqual(self.store.next_due("me", ["x"], 9, NOW, NOW - 1), [])
         for now in (NOW, NOW + SECOND):
             (running,) = self.claim(now=now)
             self.assertEqual(running.attempt, 2)
             self.assertEqual(self.settle(running, "ready", now=NOW, **later), "waits")
             found = self.look()
             self.assertEqual((found.state, found.attempt, found.ready_at, found.error, found.ended_at),
-                             ("scheduled", 1, NOW + SECOND, "Retry: busy", NOW))
+                             ("scheduled", 1, NOW + SECOND, "Retry: busy", None))
+            for until, due in (NOW + SECOND - 1, []), (NOW + SECOND, [NOW + SECOND]):  # It is not due before.
+                self.assertEqual(self.store.next_due("me", ["x"], 9, NOW, until), due)
+        self.assertEqual(self.claim(now=NOW + SECOND, until=NOW), [])
         (running,) = self.claim(now=NOW + SECOND)
         self.add(row(data=[2]), if_exists="follow")
         self.assertEqual(self.settle(running, "ready", **later), "removed")
@@ -8332,6 +8342,20 @@ class TestEnds(InFolder):
             cluster.shutdown()
             left = (queue.in_memory if in_memory else queue).find()
             self.assertEqual((sorted(task.id for task in left), cluster.workers()), (["foreign", "later"], []))
+
+    def test_nobody_waits_for_a_task_that_says_not_now(self):
+        for in_memory, seconds in itertools.product((False, True), (3600, 0.02)):
+            with self.subTest(in_memory=in_memory, seconds=seconds):
+                queue, starts = self.queue(f"{in_memory}-{seconds}.db"), self.folder / f"{in_memory}-{seconds}"
+                cluster = self.cluster({"wish": wish}, queue)
+                data = {"file": str(starts), "raise": ["Retry", seconds, False]}
+                verbs = queue.in_memory if in_memory else queue
+                for repeat in (None, timedelta(days=1)):
+                    queue.add_task("wish", data, retries=1, repeat=repeat, in_memory=in_memory)
+                eventually(lambda: verbs.count(state="waiting") == 2 and all(task.started_at for task in verbs.find()))
+                self.assertTrue(cluster.drain(PATIENCE))
+                cluster.shutdown()
+                self.assertEqual([(task.state, task.ended_at) for task in verbs.find()], [("waiting", None)] * 2)
 
     def test_drain_waits_for_the_same_and_goes_on(self):
         queue = self.queue()
