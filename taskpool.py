@@ -6998,6 +6998,7 @@ class TaskQueue(_TaskTypes):
         self._listeners: dict[str, Listener] = {}
         self._ports: list[int] = []  # Where the other masters hear of new tasks.
         self._next_owners = self._next_knock = 0.0  # Monotonic.
+        self._running_here = threading.RLock()  # Held by run_due, which has the clock.
         self._key = _register("TaskQueue", self, _caller())
 
     def __enter__(self) -> TaskQueue:
@@ -7197,7 +7198,7 @@ class TaskQueue(_TaskTypes):
         up to then, retries and repetitions included, without waiting: meanwhile `clock`
         stands at the instant when each is due. *raise_errors* raises the first failure,
         after it was recorded, with its own traceback. *message_broker* answers toggle_ipc.
-        A `timeout` has no effect here.
+        A `timeout` has no effect here. Raises RuntimeError while another thread is in run_due.
         """
         _refuse_rerun("run_due")
         functions = self.task_map if task_map is None else _checked_task_map(task_map)[0]
@@ -7206,8 +7207,13 @@ class TaskQueue(_TaskTypes):
         last = None if until is None else _instant(until, self._now(), "until")
         _checked_bool("raise_errors", raise_errors)
         _check_broker(message_broker)
-        self._align()
-        return _RunHere(self, functions, raise_errors, message_broker).run(last)
+        if not self._running_here.acquire(blocking=False):
+            raise RuntimeError("another thread is in run_due of this queue, and sets its clock")
+        try:
+            self._align()
+            return _RunHere(self, functions, raise_errors, message_broker).run(last)
+        finally:
+            self._running_here.release()
 
     def add_event_listener(self, event: str, callback: Listener) -> None:
         """Have *callback(value, task)* called for each such event of a cluster on this queue.
@@ -8454,7 +8460,7 @@ def _call_all(calls: Iterable[Callable[[], Any]]) -> None:
 
 
 class TaskFuture(Future[Any]):
-    """The Future of a submitted task. `task` is the Task as it was added.
+    """The Future of a submitted task. `task` is the Task as it was submitted last.
 
     The result stays pickled until somebody asks for it: only the thread that asks waits for
     the imports and the code of the classes in it. Callbacks have a thread of their own.
@@ -8590,7 +8596,7 @@ class TaskFuture(Future[Any]):
 
     @property
     def task(self) -> Task:
-        """The Task, as it was added."""
+        """The Task, as it was added; with the data that submit(if_exists="follow") gave it."""
         return Task(self._row)
 
     def running(self) -> bool:
@@ -8692,6 +8698,7 @@ class _Futures:
         self.discard(future)
         with self._lock:
             for other in self.of(stored):
+                other._row = other._row._replace(data=stored.data)  # "follow" has changed it.
                 return other
             future._row, future._foreign = stored, "kept"
             self.add(future)
@@ -9504,9 +9511,12 @@ class _Source:
             self.watch.tally[name].update(counts)
 
     def leave(self) -> None:
+        now = int(time.time() * 1e6)
+        with contextlib.suppress(Exception):  # The dispatcher may have failed by this one.
+            now = self.engine.cluster.queue._now()
         # leave() opens a store again that the program has closed.
         with contextlib.suppress(StoreError), contextlib.closing(self.store):
-            self.store.leave(self.engine.owner, self.engine.cluster.queue._now())
+            self.store.leave(self.engine.owner, now)
             self.pass_tally()
             cast(_Watch, self.watch).write_counts()
 
@@ -10070,7 +10080,7 @@ class _Dispatcher:
             self.threads[_STORE].flush(0.0 if source.failures else BUSY_SECONDS)
             self.threads[_STORE].stop()
         types = list(self.cluster.task_map)
-        left = self.cluster.queue.in_memory.count(task_type=types, state="waiting")
+        left = self.sources[0].store.count(Query(types=types, states=["waiting"]), 0)
         if left:
             end = _counted(left, "in-memory task ends", "in-memory tasks end")
             _log.warning("%s here, not started before the shutdown", end)
@@ -10171,6 +10181,10 @@ def _signals(act: Callable[[], None]) -> Iterator[None]:
 _running: set[Cluster] = set()
 
 
+def _throw(error: Exception) -> None:
+    raise error
+
+
 def _at_exit() -> None:
     """The end of the main script: what leaving `with` does, for clusters still running."""
     for cluster in list(_running):
@@ -10185,6 +10199,9 @@ def _at_exit() -> None:
                 except KeyboardInterrupt:  # The second one: at once.
                     engine.begin_stop(0.0)
                     engine.closed.wait(EXIT_SECONDS)
+            except Exception as error:  # Its dispatcher has failed, or the queue's clock.
+                engine.post(functools.partial(_throw, error))  # The dispatcher tells of it.
+                engine.closed.wait(BUSY_SECONDS)
 
 
 def _checked_type(cluster: Cluster, task_type: Any, options: Any) -> str:
@@ -10270,7 +10287,7 @@ class Cluster(concurrent.futures.Executor):
                             a task can start within 2 seconds; a number of milliseconds
                             without an available task after which it is; "always": all
                             workers start now and are kept.
-    auto_initialize         False: nothing starts until initialize().
+    auto_initialize         False: nothing starts until initialize() or run().
     start_method            "spawn", "forkserver" or "fork".
     max_tasks_per_worker    a worker is replaced after this many tasks. None: never.
     shutdown_timeout        seconds that running tasks get when the cluster must stop.
@@ -10590,7 +10607,10 @@ class Cluster(concurrent.futures.Executor):
         if not engine.thread:
             engine.ending.mode = "closed"
             engine.closed.set()
-            engine.futures.end_all()  # The tasks stay waiting.
+            if left := len(engine.futures.all()):
+                end = _counted(left, "Future is cancelled", "Futures are cancelled")
+                _log.warning("%s, as initialize() was not called; the tasks stay waiting", end)
+            engine.futures.end_all()
             wake, engine.wake = engine.wake, None
             if wake is not None:
                 wake.close()

@@ -5769,7 +5769,7 @@ class TestFollow(WithCluster):
             with self.subTest(memory=memory):
                 options = {"task_id": "t", "in_memory": memory, "if_exists": "follow"}
                 adds = [self.submit("about", i, due_date=timedelta(hours=1 + i), priority=i, **options) for i in range(100)]
-                self.assertEqual({future.task.due_date for future in adds}, {adds[0].task.due_date})
+                self.assertEqual({(future.task.due_date, future.task.data) for future in adds}, {(adds[0].task.due_date, 99)})
                 self.verbs(memory).update("t", due_date=None)
                 self.assertEqual({future.result(PATIENCE)[2:4] for future in adds}, {(99, 0)})
 
@@ -6430,8 +6430,11 @@ class TestClusterOptions(InFolder):
             with TaskQueue(self.folder / f"{len(options)}.db") as queue:
                 cluster = self.cluster({"echo": echo}, queue, **options)
                 future = cluster.submit("echo", due_date=timedelta(hours=1), in_memory=True)
-                cluster.shutdown(), cluster.shutdown()
+                with self.assertLogs("taskpool", "WARNING") as logs:
+                    cluster.shutdown(), cluster.shutdown()
                 self.assertTrue(refuses(cluster) and future.cancelled() and cluster.drain(1))
+                why = "1 Future is cancelled, as initialize() was not called" if options else "1 in-memory task ends here"
+                self.assertEqual([why in line for line in logs.output], [True], logs.output)
         self.assertLessEqual(taskpool._master_ends, ends)  # inside
         self.assertFalse(os.path.exists(self.folder / "2.db"))
 
@@ -8527,6 +8530,28 @@ class TestEnds(InFolder):
                 raised.append(caught.exception)
             told = {(type(error), str(error)) for error in raised if error}
             self.assertEqual(told, {(taskpool.TaskPoolError, "the dispatcher failed: ZeroDivisionError()")})
+
+    def test_a_clock_that_fails_is_told_once_and_what_ran_waits_again(self):
+        for number, clock in enumerate(("1 / 0", "None")):
+            for beat in (50, 3_600_000):  # The dispatcher notices, or the end of the program.
+                with self.subTest(clock=clock, beat=beat):
+                    self.run_script(f"""
+                        def hold(job):
+                            time.sleep(3600)
+                        if Cluster.is_master():
+                            logging.basicConfig(level="WARNING")
+                            queue = TaskQueue("{beat}-{number}.db")
+                            cluster = Cluster({{"hold": hold}}, queue, max_available_workers=1, oversubscribe=True, refresh_rate={beat})
+                            future = cluster.submit("hold")
+                            while not future.running():
+                                time.sleep(0.005)
+                            queue.clock = lambda: {clock}
+                            if {beat} == 50:
+                                print(type(future.exception()))
+                    """)
+                    self.assertEqual(self.stderr.count("Traceback"), 1, self.stderr)
+                    self.assertNotRegex(self.stderr, "Exception (ignored )?in")
+                    self.assertEqual(self.queue(f"{beat}-{number}.db").find_one().state, "waiting")
 
     def test_an_entry_file_that_raises_in_the_worker_is_a_boot_error(self):
         """TT-04, ENGINE 7, 34, 35."""
@@ -10807,6 +10832,18 @@ class TestRunDue(InFolder):
             self.tasks.add_task("now", task_id="due")
             self.tasks.add_task("now", task_id="later", due_date=timedelta(microseconds=1), if_exists="keep")
             self.assertEqual([(task.id, task.result) for task in self.run_due(until=until)], [("due", 0)])
+
+    def test_one_thread_at_a_time_has_the_clock_and_a_run_may_run_what_is_due(self):
+        def run_within(job):
+            run_due = functools.partial(self.tasks.run_due, {"now": self.hours}, until=timedelta(hours=1))
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                return [len(run_due()), str(thread.submit(run_due).exception(PATIENCE)), self.hours(job)]
+
+        self.tasks.add_task("within", due_date=timedelta(hours=2))
+        self.tasks.add_task("now", due_date=timedelta(hours=2.5), keep_result=9999)
+        (ended,) = self.tasks.run_due({"within": run_within}, until=timedelta(hours=2))
+        self.assertEqual(ended.result, [1, "another thread is in run_due of this queue, and sets its clock", 2])
+        self.assertEqual((self.tasks.find(state="done")[0].result, self.tasks.clock()), (2.5, self.START.timestamp()))
 
     def test_a_schedule_runs_slot_by_slot_and_microseconds_are_exact(self):
         self.tasks.add_task("now", task_id="nightly", repeat="30 2 * * *")
