@@ -1237,22 +1237,28 @@ def _pickled_data(value: Any) -> bytes:
         raise _wrong_type("data", value, f"what can be pickled; {why}") from error
 
 
+def _checked_id(name: str, value: Any, in_memory: bool | None) -> str:
+    """The id of a task, given by itself or by a Task that lives there (None: anywhere)."""
+    if not isinstance(value, Task):
+        if type(value) is not str:
+            raise _wrong_type(name, value, "a Task, an id, or a list of them where many may be")
+        return _checked_text(name, value)
+    if in_memory not in (None, value.in_memory):
+        where = "in memory" if in_memory else "stored"
+        raise _wrong_value(name, value, f"tasks that are {where}, as all of this call are")
+    return value.id
+
+
 def _bonds(child: str, in_memory: bool, after: Any, after_end: Any) -> tuple[Bond, ...]:
     """The arguments `after` and `after_end` of the task *child*, or the error."""
     bonds: dict[str, Bond] = {}
     for name, given in ("after_end", after_end), ("after", after):
         items = given if isinstance(given, (list, tuple, set, frozenset)) else [given]
         for item in items if given is not None else ():
-            is_task = isinstance(item, Task)
-            if not (is_task or type(item) is str):
-                raise _wrong_type(name, item, "a Task, an id, or a list of them")
-            if is_task and item.in_memory is not in_memory:
-                where = "in memory" if in_memory else "stored"
-                raise _wrong_value(name, item, f"tasks that are {where}, as their follower is")
-            parent = item.id if is_task else _checked_text(name, item)
+            parent = _checked_id(name, item, in_memory)
             if parent == child:
                 raise _wrong_value(name, item, "other tasks; a task cannot follow itself")
-            bonds[parent] = Bond(parent, child, name == "after_end", is_task)
+            bonds[parent] = Bond(parent, child, name == "after_end", isinstance(item, Task))
     return tuple(bonds.values())
 
 
@@ -1382,13 +1388,13 @@ class Changes(_Plans, total=False):
 class Filters(typing.TypedDict, total=False):
     """The keywords of TaskQueue.find, count, remove and retry."""
 
-    task_id: str | Collection[str] | None
-    task_type: str | Collection[str] | None
+    task_id: Predecessors
+    task_type: str | TaskFunction | Collection[str | TaskFunction] | None
     state: State | Collection[State] | None
     due: bool | None
     held: bool | None
-    after: str | Collection[str] | None
-    before: str | Collection[str] | None
+    after: Predecessors
+    before: Predecessors
 
 
 # --- Stored rows ---------------------------------------------------------------------
@@ -6452,11 +6458,17 @@ def _refuse_rerun(what: str) -> None:
         )
 
 
-def _listed(name: str, value: Any, choices: Sequence[str] | None = None) -> list[str] | None:
-    """A filter's value, or list of values, as a list of str; None = any."""
+def _listed(
+    name: str, value: Any, choices: Sequence[str] | None = None,
+    name_of: Callable[[Any], str] | None = None,
+) -> list[str] | None:  # fmt: skip
+    """A filter's value, or list of values, as a list of str; None = any. *name_of* says which
+    str other values mean."""
     if value is None:
         return None
     values = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    if name_of is not None:
+        values = [item if type(item) is str else name_of(item) for item in values]
     for item in values:
         if type(item) is not str:
             raise _wrong_type(name, item, "a str or a list of str")
@@ -6471,22 +6483,30 @@ STATES = ("waiting", "running", "failed", "done")
 _FILTERS = ("task_id", "task_type", "state", "due", "held", "after", "before")
 
 
-def _make_query(method: str, filters: Mapping[str, Any], store: Store) -> Query:
-    """The tasks of *store* that these arguments of *method* mean."""
+def _make_query(
+    method: str, filters: Mapping[str, Any], store: Store,
+    name_of: Callable[[Any], str] | None = None,
+) -> Query:  # fmt: skip
+    """The tasks of *store* that these arguments of *method* mean. *name_of* is that of a
+    queue, which knows declared functions."""
     for name in filters:
         if name not in _FILTERS:
             raise TypeError(f"{method}() has no filter {name!r}; give {', '.join(_FILTERS)}")
     task_id, task_type, state, due, held, after, before = map(filters.get, _FILTERS)
-    ids = _listed("task_id", task_id)
+
+    def listed(name: str, value: Any) -> list[str] | None:
+        return _listed(name, value, None, lambda it: _checked_id(name, it, store.in_memory))
+
+    ids = listed("task_id", task_id)
     if after is not None:
-        found = {bond.child for bond in store.bonds(parents=_listed("after", after))}
+        found = {bond.child for bond in store.bonds(parents=listed("after", after))}
         ids = list(found if ids is None else found.intersection(ids))
     if before is not None:
-        found = {bond.parent for bond in store.bonds(children=_listed("before", before))}
+        found = {bond.parent for bond in store.bonds(children=listed("before", before))}
         ids = list(found if ids is None else found.intersection(ids))
     return Query(
         ids,
-        _listed("task_type", task_type),
+        _listed("task_type", task_type, None, name_of),
         _listed("state", state, STATES),
         None if due is None else _checked_bool("due", due),
         paused=() if due is None else store.paused(),
@@ -6513,13 +6533,13 @@ class _Tasks:
 
     A task must fit all filters that are given:
 
-    task_id, task_type   a value, or a list of values
+    task_id              an id or a Task, or a list of these
+    task_type            a name or a declared function, or a list of these
     state                waiting, running, failed, done, or a list of these
     due                  True: it could run now. False: it waits for its due date or for others,
                          or its type is paused
     held                 whether it waits for others
-    after, before        an id, or a list of ids: the tasks that wait for these; the tasks for
-                         which these wait
+    after, before        as task_id: the tasks that wait for these; the tasks for which these wait
 
     A wrong argument raises TypeError or ValueError; a store that fails, StoreError.
     """
@@ -6530,12 +6550,15 @@ class _Tasks:
     def _now(self) -> int:
         return int(self._queue.clock() * 1e6)
 
+    def _query(self, method: str, filters: Mapping[str, Any]) -> Query:
+        return _make_query(method, filters, self._store, self._queue._name_of)
+
     def find(
         self, *, limit: int | None = None, offset: int = 0, **filters: Unpack[Filters]
     ) -> list[Task]:
         """The tasks that fit the filters, oldest first: at most *limit*, without the first
         *offset*."""
-        query = _make_query("find", filters, self._store)._replace(
+        query = self._query("find", filters)._replace(
             limit=None if limit is None else _checked_int("limit", limit, 0),
             offset=_checked_int("offset", offset, 0),
         )
@@ -6548,7 +6571,7 @@ class _Tasks:
 
     def count(self, **filters: Unpack[Filters]) -> int:
         """How many tasks fit the filters of find()."""
-        return self._store.count(_make_query("count", filters, self._store), self._now())
+        return self._store.count(self._query("count", filters), self._now())
 
     def remove(self, **filters: Unpack[Filters]) -> int:
         """Remove the tasks that fit the filters, and return how many.
@@ -6557,7 +6580,7 @@ class _Tasks:
         Raises ValueError without a filter (say `state=[...]` to mean all).
         """
         _refuse_rerun("remove")
-        query = _make_query("remove", filters, self._store)
+        query = self._query("remove", filters)
         if query == Query():
             states = ", ".join(map(repr, STATES))
             raise ValueError(f"remove() without a filter; to mean all tasks give state=[{states}]")
@@ -6565,8 +6588,9 @@ class _Tasks:
         self._queue._changed(removed=True, stored=not self._store.in_memory)
         return removed
 
-    def cancel(self, task_id: str) -> bool:
-        """Remove the task of that id, and end its run if it runs, in whatever process that is.
+    def cancel(self, task_id: str | Task) -> bool:
+        """Remove a task, given by its id or a Task of it, and end its run if it runs, in
+        whatever process that is.
 
         True if there was one; it may also be held, failed or done. Its cluster kills the worker
         that runs it, at once or within a second; run_due lets the run end. A task may cancel
@@ -6578,7 +6602,8 @@ class _Tasks:
         id, StoreError if the store failed.
         """
         _refuse_rerun("cancel")
-        was_there = self._store.cancel(_checked_text("task_id", task_id), self._now())
+        task_id = _checked_id("task_id", task_id, self._store.in_memory)
+        was_there = self._store.cancel(task_id, self._now())
         if was_there:
             self._queue._changed(removed=True, cancelled=True, stored=not self._store.in_memory)
         return was_there
@@ -6587,12 +6612,12 @@ class _Tasks:
         """Put failed tasks that fit the filters back to waiting, due now and with a fresh set of
         attempts; return how many."""
         _refuse_rerun("retry")
-        retried = self._store.retry(_make_query("retry", filters, self._store), self._now())
+        retried = self._store.retry(self._query("retry", filters), self._now())
         self._queue._changed(stored=not self._store.in_memory)
         return retried
 
-    def update(self, task_id: str, **changes: Unpack[Changes]) -> Task:
-        """Change a waiting task and return it.
+    def update(self, task_id: str | Task, **changes: Unpack[Changes]) -> Task:
+        """Change a waiting task, given by its id or a Task of it, and return it.
 
         *changes*: data, priority, due_date, repeat, retries, retry_delay, timeout,
         keep_result and expires, as in add_task. A new *repeat* without *due_date* starts at
@@ -6602,7 +6627,7 @@ class _Tasks:
         and for predecessors as add_task does.
         """
         _refuse_rerun("update")
-        _checked_text("task_id", task_id)
+        task_id = _checked_id("task_id", task_id, self._store.in_memory)
         for name in changes.keys() - Changes.__optional_keys__:
             names = ", ".join(sorted(Changes.__optional_keys__))
             raise TypeError(f"update() cannot change {name!r}; give {names}")
@@ -6725,13 +6750,13 @@ class InMemoryTasks(_Tasks):
             )
         return self._memory
 
-    def find_by_id(self, task_id: str) -> Task | None:
+    def find_by_id(self, task_id: str | Task) -> Task | None:
         """The task of that id, or None."""
-        return self.find_one(task_id=_checked_text("task_id", task_id))
+        return self.find_one(task_id=_checked_id("task_id", task_id, True))
 
-    def remove_by_id(self, task_id: str) -> bool:
+    def remove_by_id(self, task_id: str | Task) -> bool:
         """Remove the task of that id; whether there was one."""
-        return self.remove(task_id=_checked_text("task_id", task_id)) > 0
+        return self.remove(task_id=_checked_id("task_id", task_id, True)) > 0
 
     def tasks(self) -> list[Task]:
         """All in-memory tasks, oldest first."""
@@ -7141,21 +7166,24 @@ class TaskQueue(_TaskTypes):
         self._changed(stored=not in_memory)
         return rows
 
-    def wait(self, task_id: str, timeout: float | timedelta | None = None) -> Task:
-        """Wait until a task has ended, in whatever process it runs, and return it: its state is
-        `done` or `failed`.
+    def wait(self, task_id: str | Task, timeout: float | timedelta | None = None) -> Task:
+        """Wait until a task, given by its id or a Task of it, has ended, in whatever process it
+        runs, and return it: its state is `done` or `failed`.
 
         Of a task that repeats this is the end of the run that is under way or comes next; its
         state is `waiting` then. A task that is gone (done without keep_result, removed or
-        cancelled) counts as done; if it was so from the start, its task_type is "". Tasks in
-        memory are looked for first. Raises TimeoutError after *timeout* seconds (None: never),
+        cancelled) counts as done; if it was so from the start, its task_type is "". An id is
+        looked for in memory first. Raises TimeoutError after *timeout* seconds (None: never),
         TypeError or ValueError for wrong arguments, and StoreError if the store failed.
         """
         _refuse_rerun("wait")
-        query = Query(ids=[_checked_text("task_id", task_id)])
+        place = False if _worker else None  # None: in memory or stored.
+        in_memory = task_id.in_memory if isinstance(task_id, Task) else place
+        query = Query(ids=[task_id := _checked_id("task_id", task_id, None)])
         seconds = math.inf if timeout is None else _checked_seconds("timeout", timeout, zero=True)
         deadline, pause, before = time.monotonic() + seconds, 0.002, None
-        stores = [self._store] if _worker else [self.in_memory._store, self._store]
+        stores = [] if in_memory is False else [self.in_memory._store]
+        stores += [] if in_memory else [self._store]
         while True:
             found = None
             for store in stores:
@@ -8993,9 +9021,10 @@ class _Crew:
         worker.kill_at = math.inf
         self.boot_error, self.failed_boots, self.boot_after, self.freed = None, 0, 0.0, True
 
-    def cancel(self, task_id: str) -> _Run | None:
-        """End the run of that task, if there is one."""
-        run = next((run for run in self.runs() if run.row.id == task_id), None)
+    def cancel(self, task_id: str, places: tuple[bool, ...] = (True, False)) -> _Run | None:
+        """End the run of that task, if there is one; *places*: in memory, stored."""
+        runs = (run for run in self.runs() if isinstance(run.row, MemoryRow) in places)
+        run = next((run for run in runs if run.row.id == task_id), None)
         self.cancel_runs([] if run is None else [run])
         return run
 
@@ -10053,14 +10082,16 @@ class _Dispatcher:
         broker = self.crew.options.broker
         self.threads[_BROKER].post(functools.partial(_consult, broker, packed, about, answer))
 
-    def cancel(self, task_id: str, answer: Callable[[_Run | None], None]) -> None:
+    def cancel(
+        self, task_id: str, places: tuple[bool, ...], answer: Callable[[_Run | None], None]
+    ) -> None:
         """Cluster.cancel() of a task that was not waiting in a store."""
         for source in self.sources[1:]:
             if source.busy:  # The claim may be on its way.
-                later = functools.partial(self.cancel, task_id, answer)
+                later = functools.partial(self.cancel, task_id, places, answer)
                 self.threads[_STORE].post(functools.partial(self.post, later))
                 return
-        answer(self.crew.cancel(task_id))
+        answer(self.crew.cancel(task_id, places))
 
     # ---- The end
 
@@ -10480,21 +10511,24 @@ class Cluster(concurrent.futures.Executor):
         stored = [] if self._options.in_memory_only else [self.queue._store]
         return [self.queue.in_memory._store, *stored]
 
-    def cancel(self, task_id: str) -> bool:
-        """Remove a waiting task, or kill the worker that runs it. Its Future is cancelled.
+    def cancel(self, task_id: str | Task) -> bool:
+        """Remove a waiting task, given by its id or a Task of it, or kill the worker that runs
+        it. Its Future is cancelled.
 
         False if there is no such task, or it runs in another cluster: see TaskQueue.cancel.
         """
         self._use("cancel")
-        _checked_text("task_id", task_id)
+        places = (task_id.in_memory,) if isinstance(task_id, Task) else (True, False)
+        task_id = _checked_id("task_id", task_id, None)
         engine, query = self._engine, Query(ids=[task_id], states=["waiting"])
-        if any(store.remove(query, self.queue._now()) for store in self._stores()):
+        stores = [store for store in self._stores() if store.in_memory in places]
+        if any(store.remove(query, self.queue._now()) for store in stores):
             engine.futures.end_replaced(task_id)
             return True
         if not engine.thread:
             return False
         answer: _queues.SimpleQueue[_Run | None] = _queues.SimpleQueue()
-        engine.post(lambda: engine.cancel(task_id, answer.put))
+        engine.post(lambda: engine.cancel(task_id, places, answer.put))
         while not engine.closed.is_set() and not engine.is_at_work():
             with contextlib.suppress(_queues.Empty):
                 run = answer.get(timeout=0.1)

@@ -1016,6 +1016,30 @@ class TestQueueVerbs(InFolder):
             self.assertEqual(verbs.count(task_type="a"), 3)
             self.assertEqual(len(verbs.find(task_id=[str(i) for i in range(2000)])), 6)
 
+    def test_a_task_will_do_for_its_id_and_a_declared_function_for_its_type(self):
+        self.both.task(echo)
+        others = [self.both.add_task(echo, due_date=timedelta(hours=1), in_memory=memory) for memory in (False, True)]
+        for verbs, add in self.kinds():
+            task = add(echo)
+            follower = add("b", after=task)
+            for filters, found in (
+                ({"task_id": task}, [task]), ({"task_id": [task, follower.id]}, [task, follower]), ({"after": task}, [follower]),
+                ({"before": [follower]}, [task]), ({"task_type": echo, "due": True}, [task]), ({"task_type": [echo, "b"], "held": True}, [follower]),
+            ):
+                self.assertEqual((verbs.find(**filters), verbs.count(**filters)), (found, len(found)), filters)
+            self.assertEqual((verbs.update(task, priority=3).priority, verbs.cancel(task), verbs.retry(task_type=echo)), (3, True, 0))
+            self.assertEqual(self.both.wait(follower, 5).state, "failed")
+            self.assertEqual((verbs.remove(task_type=[echo], task_id=task), verbs.remove(task_id=follower)), (0, 1))
+            (other,) = [task for task in others if task.in_memory is not (verbs is self.both.in_memory)]
+            for call in (verbs.cancel, verbs.update, lambda it: verbs.find(task_id=[it]), lambda it: verbs.remove(after=it)):
+                with self.assertRaisesRegex(ValueError, "(task_id|after) is <Task .*; give tasks that are (stored|in memory)"):
+                    call(other)
+            with self.assertRaisesRegex(ValueError, "task_type is .*declared"):
+                verbs.count(task_type=fail)
+        with self.assertRaisesRegex(TimeoutError, "is still waiting"):
+            self.both.wait(others[0], 0)
+        self.assertEqual((self.both.in_memory.find_by_id(others[1]), self.both.in_memory.remove_by_id(others[1])), (others[1], True))
+
     def test_wrong_filters_are_refused(self):
         for verbs, _ in self.kinds():
             for wrong, error in [
@@ -6912,6 +6936,17 @@ class TestCancelFromAnywhere(InFolder):
         self.served.shutdown()
         (hold,) = [it["runs"] for it in self.tasks.types() if it["task_type"] == "hold"]
         self.assertEqual([hold[how] for how in ("done", *taskpool._ENDS)], [1, 0, 0, 0, 0, 0])
+
+    def test_a_task_says_whether_the_one_in_memory_or_the_stored_one_of_its_id_is_meant(self):
+        self.serve()
+        stored, pid = self.hold("both")
+        in_memory = self.served.submit("hold", str(self.folder / "m"), task_id="both", in_memory=True)
+        begun(str(self.folder / "m"))
+        self.assertTrue(self.served.cancel(stored.task))
+        self.is_over(stored, pid)
+        self.assertFalse(self.served.cancel(stored.task))
+        let_end(str(self.folder / "m"))
+        self.assertEqual(in_memory.result(PATIENCE), "held")
 
     @mock.patch.object(taskpool, "WATCH_SECONDS", 0.05)
     def test_where_no_bell_is_heard_a_look_finds_it(self):

@@ -39,6 +39,7 @@ def main(cluster: Cluster, job: Task) -> None:
     cluster.submit("mail", connection=None)  # type: ignore[call-arg]
     print(length, number, future.task.id, future.result(timeout=5), task.due_date.isoformat())
     queue.find(state=["failed", "done"], task_type="mail", limit=5)
+    queue.find(task_type=[mail, "x"], task_id=task, after=[task, "t"])
     queue.find(state="fialed")  # type: ignore[arg-type]
     queue.count(taskid="x")  # type: ignore[call-arg]
     queue.update(task.id, priority=3)
