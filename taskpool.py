@@ -9021,8 +9021,8 @@ class _Crew:
         worker.kill_at = math.inf
         self.boot_error, self.failed_boots, self.boot_after, self.freed = None, 0, 0.0, True
 
-    def cancel(self, task_id: str, places: tuple[bool, ...] = (True, False)) -> _Run | None:
-        """End the run of that task, if there is one; *places*: in memory, stored."""
+    def cancel(self, task_id: str, *places: bool) -> _Run | None:
+        """End the run of that task, if there is one; True: in memory, False: stored."""
         runs = (run for run in self.runs() if isinstance(run.row, MemoryRow) in places)
         run = next((run for run in runs if run.row.id == task_id), None)
         self.cancel_runs([] if run is None else [run])
@@ -10082,16 +10082,14 @@ class _Dispatcher:
         broker = self.crew.options.broker
         self.threads[_BROKER].post(functools.partial(_consult, broker, packed, about, answer))
 
-    def cancel(
-        self, task_id: str, places: tuple[bool, ...], answer: Callable[[_Run | None], None]
-    ) -> None:
+    def cancel(self, task_id: str, answer: Callable[[_Run | None], None], *places: bool) -> None:
         """Cluster.cancel() of a task that was not waiting in a store."""
         for source in self.sources[1:]:
             if source.busy:  # The claim may be on its way.
-                later = functools.partial(self.cancel, task_id, places, answer)
+                later = functools.partial(self.cancel, task_id, answer, *places)
                 self.threads[_STORE].post(functools.partial(self.post, later))
                 return
-        answer(self.crew.cancel(task_id, places))
+        answer(self.crew.cancel(task_id, *places))
 
     # ---- The end
 
@@ -10528,7 +10526,7 @@ class Cluster(concurrent.futures.Executor):
         if not engine.thread:
             return False
         answer: _queues.SimpleQueue[_Run | None] = _queues.SimpleQueue()
-        engine.post(lambda: engine.cancel(task_id, places, answer.put))
+        engine.post(lambda: engine.cancel(task_id, answer.put, *places))
         while not engine.closed.is_set() and not engine.is_at_work():
             with contextlib.suppress(_queues.Empty):
                 run = answer.get(timeout=0.1)

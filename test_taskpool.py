@@ -7465,7 +7465,7 @@ class TestCrew(unittest.TestCase):
         crew, worker = self.working("abc")
         for task_id, ends in (("none", {}), ("b", {"b": ["cancelled"], "c": ["requeued"]}), ("a", {})):
             self.ends.clear()
-            crew.cancel(task_id)
+            crew.cancel(task_id, False)
             self.assertEqual((self.ends, worker.killed), (ends, task_id == "a"))
         self.assertEqual((self.after(0.001), crew.workers), ({"a": "cancelled"}, []))
         crew, worker = self.working("abc")
@@ -7577,7 +7577,7 @@ class TestCrew(unittest.TestCase):
             elif event == "refresh":
                 crew.retire_idle(self.now)
             elif event == "cancel" and head:
-                self.assertIs(crew.cancel(head.row.id), head)
+                self.assertIs(crew.cancel(head.row.id, False), head)
             crew.tick(self.now, chance.randrange(3))
             self.assertLessEqual(len(crew.workers), 2)
             for worker in crew.workers:
