@@ -1498,6 +1498,8 @@ class StoreContract:
         self.settle(self.claim()[0], "ready", ready_at=NOW + SECOND, error="E: first", seconds=0.0)
         self.assertEqual(self.store.next_due("me", ["x"], 9, NOW, NOW), [NOW + SECOND])
         self.assertEqual(len(self.claim(now=NOW + SECOND, until=NOW)), 1)
+        interrupted = taskpool.after_interruption(taskpool.claimed(row(), "me", NOW + SECOND), NOW + SECOND)
+        self.assertTrue(taskpool.was_due(interrupted, NOW))
 
     def test_until_holds_back_what_is_due_later(self):
         self.add(row("old"), row("new", now=NOW + 5))
