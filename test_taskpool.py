@@ -12509,7 +12509,8 @@ class TestMetrics(InFolder):
         with self.cluster({"echo": echo, "fail": fail, "wish": wish}, queue):
             queue.add_tasks({"task_type": "echo"} for _ in range(20))
             queue.add_task("fail", retries=2, retry_delay=0)
-            queue.add_task("wish", {"file": str(self.folder / "starts"), "raise": ["Busy", 0.01], "times": 2})
+            later = queue.add_task("wish", {"file": str(self.folder / "starts"), "raise": ["Busy", 0.01], "times": 2})
+            queue.wait(later, PATIENCE)
         found = self.metrics()
         self.assertEqual({labels: n for labels, n in found["taskpool_runs_total"].items() if n},
                          {("echo", "done"): 20, ("fail", "failed"): 1, ("fail", "retried"): 2, ("wish", "later"): 2, ("wish", "done"): 1})
