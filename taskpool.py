@@ -10112,7 +10112,7 @@ class _Dispatcher:
         left = self.sources[0].store.count(Query(types=types, states=["waiting"]), 0)
         if left:
             end = _counted(left, "in-memory task ends", "in-memory tasks end")
-            _log.warning("%s here, not started before the shutdown", end)
+            _log.warning("%s here, not done before the shutdown", end)
         self.futures.end_all()
         self.threads[_FUTURES].post(self.threads[_CALLBACKS].stop)  # After its own calls.
         for kind in (_FUTURES, _LISTENER, _BROKER):
