@@ -718,7 +718,8 @@ class Row(NamedTuple):
     kept_until: int | None = None  # When a `done` row is removed.
     removed: int = 0  # During the run, 1: remove() was called. 2: cancel() was.
     successor: Any = None  # What replaces it when its run ends: see _packed_row.
-    repeat: str | None = None  # JSON text: microseconds, or the arguments of Cron.
+    # JSON text: microseconds, perhaps in a list with one of their slots; or Cron's arguments.
+    repeat: str | None = None
     progress: str | None = None  # JSON of a Progress: the last report of its run.
     items: int = 0  # Of a chunk of Cluster.map: how many are in its data. Not a column.
     after: tuple[Bond, ...] = ()  # Given to write(): the bonds that it is to have. No column.
@@ -975,6 +976,8 @@ def _read_repeat(text: str) -> timedelta | Cron:
     value = _decode(text)
     if type(value) is list and [type(word) for word in value] == [str, str]:
         return Cron(*value)
+    if type(value) is list and len(value) == 2 and type(value[1]) is int:
+        value = value[0]
     if type(value) is int and 0 < value <= timedelta.max // _MICROSECOND:
         return value * _MICROSECOND
     raise ValueError(f"{text!r} is neither microseconds nor a cron text and a zone")
@@ -1623,6 +1626,12 @@ def cost_of(row: Row, costs: Mapping[str, float]) -> float:
     return cost if cost > LEAST_SHARE else LEAST_SHARE
 
 
+def with_slot(repeat: str, due_at: int) -> str:
+    """A rule that can be read, and from which on it counts, if it is an interval: from *due_at*,
+    unless it tells another slot already."""
+    return f"[{repeat}, {due_at}]" if type(_decode(repeat)) is int else repeat
+
+
 def next_slot(repeat: str, due_at: int, now: int) -> int | None:
     """The first slot of a repeating task after *due_at* and after *now*, or None.
 
@@ -1630,16 +1639,19 @@ def next_slot(repeat: str, due_at: int, now: int) -> int | None:
 
     >>> next_slot("10", 100, 100), next_slot("10", 100, 137), next_slot("10", 100, 0)
     (110, 140, 110)
+    >>> next_slot(with_slot("10", 100), 73, 74), next_slot(with_slot("10", 100), 137, 137)
+    (80, 140)
     """
     try:
         rule = _read_repeat(repeat)
     except ValueError:
         return now  # The next claim() fails the task, and says why.
     try:
+        last = max(now, due_at)
         if isinstance(rule, Cron):
-            return _instant(rule.next(_datetime(max(now, due_at))), now)
-        interval = rule // _MICROSECOND
-        return _instant(_datetime(due_at + (max(now - due_at, 0) // interval + 1) * interval), now)
+            return _instant(rule.next(_datetime(last)), now)
+        interval, slot = rule // _MICROSECOND, json.loads(with_slot(repeat, due_at))[1]
+        return _instant(_datetime(slot + ((last - slot) // interval + 1) * interval), now)
     except (OverflowError, ValueError):  # There is no year 10000.
         return None
 
@@ -2019,9 +2031,11 @@ def what_became(before: Row, found: Row | None) -> str:
     if found.state in ("done", "failed"):
         return found.state
     was_claimed = found.claim > before.claim - (before.state == "running")
-    # A repeat moves the due date forward. An update may have moved it in either direction.
+    # A repeat moves the due date forward. An update may have moved it in either direction, even
+    # so that it is the same again; but what waits for its first attempt at a slot is ready at it.
     came, went = found.due_at > before.due_at, found.due_at < before.due_at
-    has_repeated = was_claimed and (came or (went and found.attempt == 0))
+    is_same = found.due_at == before.due_at == found.ready_at
+    has_repeated = was_claimed and (came or (found.attempt == 0 and (went or is_same)))
     return "repeated" if found.repeat is not None and has_repeated else ""
 
 
@@ -2148,15 +2162,20 @@ def after_adds(
     return [(before.get(task_id), planned[task_id]) for task_id in changed], added
 
 
-def after_update(row: Row | None, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
-    """waiting -> waiting with other values. Raises ValueError if it is not waiting."""
-    if row is None or row.state not in _WAITING:
-        state = "not there" if row is None else row.state
+def after_update(old: Row | None, task_id: str, changes: Mapping[str, Any], now: int) -> Row:
+    """waiting -> waiting with other values. Raises ValueError if it is not waiting.
+
+    Of a schedule another due date moves one run: the slots after it stay where they were.
+    """
+    if old is None or old.state not in _WAITING:
+        state = "not there" if old is None else old.state
         text = "only waiting tasks can be updated"
         raise ValueError(f"task_id {_shown(task_id)} is {state}; {text}")
-    row = row._replace(**changes)
+    row = old._replace(**changes)
     if reason := _unusable(row):
         raise ValueError(f"task_id {_shown(task_id)} cannot be run, with these changes: {reason}")
+    if row.repeat is not None and "due_at" in changes and "repeat" not in changes:
+        row = row._replace(repeat=with_slot(row.repeat, old.due_at))
     return row if row.state == "held" and changes.get("after") != () else released(row, now)
 
 
@@ -2176,9 +2195,12 @@ def after_declaration(old: Row, new: Row | None, now: int) -> Row | None:
         return after_add(readable(old)._replace(state="failed"), new, "replace")[0]
     declared = {name: getattr(new, name) for name in _DECLARED}
     follows = old._replace(removed=old.removed & 2, **declared)
-    if old.repeat is None or new.repeat is None or old.state == "running" or old.due_at <= now:
+    if old.repeat is None or new.repeat is None:
         return follows
-    if _read_repeat(old.repeat) == _read_repeat(new.repeat):
+    old_rule, new_rule = _read_repeat(old.repeat), _read_repeat(new.repeat)
+    if old_rule == new_rule and isinstance(old_rule, timedelta):
+        return follows._replace(repeat=old.repeat)  # It may tell a slot.
+    if old_rule == new_rule or old.state == "running" or old.due_at <= now:
         return follows
     last = old.created_at if old.ended_at is None else last_slot(old.repeat, old.due_at)
     due_at = next_slot(new.repeat, last, now) or old.due_at
@@ -6621,7 +6643,8 @@ class _Tasks:
 
         *changes*: data, priority, due_date, repeat, retries, retry_delay, timeout,
         keep_result and expires, as in add_task. A new *repeat* without *due_date* starts at
-        its first slot, as in add_task; repeat=None leaves a single run at the due date.
+        its first slot, as in add_task; repeat=None leaves a single run at the due date. A
+        *due_date* without *repeat* moves one run of a schedule, and no slot after it.
         *after* and *after_end* add predecessors to those that it has; None drops all of both,
         so that it waits for its due date only. Raises ValueError if the task is not waiting,
         and for predecessors as add_task does.
@@ -12262,7 +12285,7 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, str, Any]] = {
     "retry": (_change, f"db id* {_CHOOSING}", "put failed tasks back to waiting", None),
     "remove": (_change, f"db id* {_CHOOSING}", "remove tasks; a running one ends its run", None),
     "cancel": (_change, "db id+", "remove tasks; what runs is stopped", None),
-    "now": (_change, "db id+", "due now: no due date, no others to follow", None),
+    "now": (_change, "db id+", "make tasks due now, held or not; slots of schedules stay", None),
     "pause": (_set_types, "db types+", "start no tasks of a type, in all clusters", None),
     "resume": (_set_types, "db types+", "end a pause", None),
     "limit": (_set_types, "db types+ --at-once --rate", "limit how tasks of a type start", None),

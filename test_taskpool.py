@@ -1791,6 +1791,22 @@ class StoreContract:
             self.assertEqual((again.due_at, again.attempt), (NOW + 5 * SECOND, 1))
             self.settle(again, "removed")
 
+    def test_another_due_date_moves_one_run_of_a_schedule_and_no_later_slot(self):
+        day = 86400 * SECOND
+        slot = NOW // day * day + day
+        # Brought forward, twice; put off, behind the next slot; with a rule of which it is the first slot.
+        cases = (([NOW + 2, NOW + 1], None, slot), ([slot + day + 9], None, slot + 2 * day), ([slot + 5], str(9 * SECOND), slot + 5 + 9 * SECOND))
+        for repeat in (timedelta(days=1), "0 0 * * *"):
+            self.add(row(repeat=repeat, due_date=taskpool._datetime(slot)))
+            for dates, rule, following in cases:
+                before = self.look()
+                for due_at in dates:
+                    self.store.update("t", {"due_at": due_at, "ready_at": due_at, **({"repeat": rule} if rule else {})}, NOW)
+                self.assertEqual(taskpool.what_became(before, self.look()), "")
+                self.assertTrue(self.settle(self.claim(now=due_at)[0], "done", now=due_at))
+                self.assertEqual((self.look().due_at, taskpool.what_became(before, self.look())), (following, "repeated"))
+            self.store.remove(Query(ids=["t"]), NOW)
+
     def test_remove_or_cancel_during_a_run_ends_the_task_its_retries_and_repeats(self):
         for repeat, state in itertools.product((None, timedelta(seconds=10)), ("done", "failed", "ready", "removed")):
             self.add(row(repeat=repeat, keep_result=60))
@@ -2771,7 +2787,7 @@ class TestSQLiteStore(Gates, InOrder, Following, Spoiled, StoreContract, InFolde
 
     def test_a_repeat_that_cannot_be_read_is_set_aside_and_says_why(self):
         """A zone that this machine does not have, say."""
-        bad = {"0": "repeat", "[1, 2]": "repeat", '["* * * * *"]': "repeat", '["0 0 30 2 *", "UTC"]': "never fires", '["@daily", "No/Where"]': "tzdata"}
+        bad = {"0": "repeat", "[1, 2, 3]": "repeat", "[0, 2]": "repeat", '["* * * * *"]': "repeat", '["0 0 30 2 *", "UTC"]': "never fires", '["@daily", "No/Where"]': "tzdata"}
         self.add(*[row(text)._replace(repeat=text) for text in bad], row("good", repeat="@daily", due_date=timedelta()))
         self.assertEqual({r.id: r.state for r in self.claim(20)}, {**dict.fromkeys(bad, "failed"), "good": "running"})
         for text, reason in bad.items():
@@ -11696,6 +11712,13 @@ class TestSchedulesFollowTheCode(InFolder):
         self.nothing(repeat="0 0 * * *", priority=3)._align()  # inside
         task = self.stored()
         self.assertEqual((task.due_date, task.priority, str(task.repeat)), (due_date, 3, "0 0 * * *"))
+
+    def test_a_run_out_of_turn_moves_no_slot_also_if_the_service_starts_again_before_it(self):
+        self.nothing(repeat=self.HOUR)._align()  # inside
+        self.assertEqual(self.runs(self.nothing(repeat=self.HOUR)), [0])
+        self.now += self.HOUR / 4
+        self.queue().update("schedule:nightly", due_date=self.now)
+        self.assertEqual(self.runs(self.nothing(repeat=self.HOUR), 2 * self.HOUR), [0.25, 1, 2])
 
     def test_old_code_beside_new_runs_no_slot_twice(self):
         old, new = ({"repeat": rule} for rule in (self.HOUR, timedelta(minutes=30)))
