@@ -5892,6 +5892,14 @@ def _cut(text: str, most: int = ERROR_CHARS) -> str:
     return text if len(text) <= most else text[:most] + "... (cut)"
 
 
+def _users_frames(trace: Any) -> Any:
+    """The part of a traceback from the first frame that is not of this file on, if it has one."""
+    rest, ours = trace, _users_frames.__code__.co_filename
+    while rest is not None and rest.tb_frame.f_code.co_filename == ours:
+        rest = rest.tb_next
+    return rest or trace
+
+
 def _failure(error: BaseException) -> _Failure:
     """Describe *error*, even if its own methods raise."""
     kind = type(error)
@@ -5899,7 +5907,7 @@ def _failure(error: BaseException) -> _Failure:
     name = _cut(kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}")
     text = _cut(_message(error))
     try:
-        lines = traceback.format_exception(kind, error, error.__traceback__)
+        lines = traceback.format_exception(kind, error, _users_frames(error.__traceback__))
         trace = _cut("".join(map(_cut, lines)), 4 * ERROR_CHARS)
     except BaseException:
         trace = f"{name}: {text}"
