@@ -11942,6 +11942,44 @@ class _Refused(Exception):
     """The answer to a request: an HTTP status, and a line of text."""
 
 
+def _read_key(text: str) -> Any:
+    """A Seen.key, from JSON."""
+    since, last = _decode(text)
+    if since is not None:
+        _checked_int("", since, -MAX_INT)
+    if type(last) is str:
+        return [since, _checked_text("", last)]
+    return [since, _checked_int("", last, -MAX_INT)]
+
+
+# What a request may ask for; how some of that is read, and what is allowed.
+_ASKED = {
+    "/api/tasks": "state type held limit before", "/api/task": "id",
+    "/api/do": "verb ids state type held at_once rate",
+}  # fmt: skip
+_READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "held": ({"1": True, True: True}.__getitem__, "1"),
+    "limit": (lambda text: _checked_int("", int(text), 1), "a whole number, 1 or more"),
+    "before": (_read_key, "what `before` was in the last answer"),
+}
+
+
+def _asked(path: str, given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """What a request to *path* asks for, as it is read. Raises _Refused."""
+    asked: dict[str, Any] = {}
+    allowed = _ASKED.get(path, "").split()
+    for name, value in given:
+        if name in asked or name not in allowed:
+            how = "is given twice" if name in asked else f"is no parameter of {path}"
+            raise _Refused(400, f"{_shown(name)} {how}")
+        read, what = _READERS.get(name, (None, ""))
+        try:
+            asked[name] = value if read is None else read(value)
+        except (ValueError, TypeError, LookupError):
+            raise _Refused(400, str(_wrong_value(name, value, what))) from None
+    return asked
+
+
 def _in_words(repeat: timedelta | Cron) -> str:
     if isinstance(repeat, Cron):
         return repeat.explain()
@@ -12014,7 +12052,7 @@ class _Page:
             "schedules": list(map(_brief, self._store.schedules(SHOWN_TASKS))),
         }
 
-    def _state(self, asked: Mapping[str, str]) -> dict[str, Any]:
+    def _state(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         types, counted_at, took = self._types.get()
         return {
             "name": self._name, "version": __version__, "read_only": self._read_only,
@@ -12025,11 +12063,10 @@ class _Page:
     def _filters(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The tasks that a request means: of a state, of a type, or those held."""
         state, task_type, held = (asked.get(name) or None for name in ("state", "type", "held"))
-        return {"state": state, "task_type": task_type, "held": held and True}
+        return {"state": state, "task_type": task_type, "held": held}
 
-    def _tasks(self, asked: Mapping[str, str]) -> dict[str, Any]:
-        before = json.loads(asked["before"]) if asked.get("before") else None
-        most = min(int(asked.get("limit", 50)), BATCH_TASKS)
+    def _tasks(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        before, most = asked.get("before"), min(asked.get("limit", 50), BATCH_TASKS)
         query = _make_query("the page", self._filters(asked), self._store)
         found = self._newest(query, most, before, LIST_CHARS)
         after = self._after([row.id for row, *_ in found if row.state == "held"], 5)
@@ -12054,7 +12091,7 @@ class _Page:
             parents.setdefault(bond.child, []).append(bond.parent)
         return {child: self._listed(those, most) for child, those in parents.items()}
 
-    def _task(self, asked: Mapping[str, str]) -> dict[str, Any]:
+    def _task(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         task_id = asked.get("id", "")
         found = self._newest(Query(ids=[task_id]), 1, None, ALL_CHARS)
         if not found:
@@ -12069,7 +12106,7 @@ class _Page:
         told["followed_by"] = self._listed(followers, SHOWN_TASKS) if followers else None
         return told
 
-    def _metrics(self, asked: Mapping[str, str]) -> str:
+    def _metrics(self, asked: Mapping[str, Any]) -> str:
         types, counted_at, _ = self._types.get()
         states = [master["state"] for master in self._moving.get()[0]["masters"]]
         age = (time.time_ns() // 1000 - counted_at) / 1e6
@@ -12081,14 +12118,15 @@ class _Page:
         if self._read_only:
             raise _Refused(403, "this page was started with --read-only")
         try:
-            wish = json.loads(body)
-            verb = str(wish["verb"])
+            given = json.loads(body)
+            verb = str(given["verb"])
         except (ValueError, TypeError, LookupError, RecursionError):
             raise _Refused(400, "the body is no JSON object with a verb") from None
+        wish = _asked("/api/do", given.items())
         self._store.owners()  # Raises if no file of ours is there to be changed.
         if verb in ("pause", "resume", "limit"):
-            given = {name: wish[name] for name in ("at_once", "rate") if name in wish}
-            getattr(self._queue, verb)(wish.get("type"), **given)
+            limits = {name: wish[name] for name in ("at_once", "rate") if name in wish}
+            getattr(self._queue, verb)(wish.get("type"), **limits)
             return {"count": 1}
         if verb not in _CHANGES:
             raise _Refused(400, f"the verb is none of {', '.join(_CHANGES)}, pause, resume, limit")
@@ -12124,8 +12162,8 @@ class _Page:
                 raise _Refused(404, "there is nothing here")
             if (method == "POST") != (path == "/api/do"):
                 raise _Refused(405, "not by this method")
-            asked: Any = body if method == "POST" else dict(urllib.parse.parse_qsl(text))
-            told = ways[path](asked)
+            pairs = urllib.parse.parse_qsl(text)
+            told = ways[path](body if method == "POST" else _asked(path, pairs))
             if isinstance(told, str):
                 return 200, "text/plain; version=0.0.4", told
             return 200, "application/json", json.dumps(told, default=_instant_text)

@@ -12815,6 +12815,19 @@ class TestPage(InFolder):
         self.assertTrue(json.loads(text)["data"].endswith("z ... (14,000,002 characters)"))
         self.assertEqual(len(self.told("/api/tasks")["tasks"]), 50)
 
+    def test_what_a_request_may_not_ask_is_told_in_one_line_and_nothing_is_done(self):
+        queue = self.some()
+        self.serve()
+        keys = ("[]", "{}", "1", "x", '["a"]', '[1,"x",3]', "[[1],1]", "[1,[1]]", "[1,null]", "[true,1]", f"[1,{2**63}]", '[1,"\\ud800"]', "[" * 9999)
+        wrong = {"before": keys, "limit": ("x", "0", "-1", "1.5"), "held": ("maybe", "0"), "state": ("odd",), "stat": ("done",), "id": ("bad",)}
+        for name, value in [(name, value) for name, values in wrong.items() for value in values]:
+            self.assertRegex(self.refused(400, f"/api/tasks?{name}={urllib.parse.quote(value)}"), f"^'?{name}'? is .*(; give |no parameter)")
+        for path in ("/api/state?held=1", "/api/task?id=bad&x=1", "/metrics?type=x", "/api/tasks?type=x&type=y"):
+            self.refused(400, path)
+        for odd in ({"stat": "done"}, {"held": "maybe"}, {"held": False}, {"limit": 1}):
+            self.assertIn(next(iter(odd)), self.refused(400, "/api/do", {"verb": "remove", "type": "echo", **odd}))
+        self.assertEqual(queue.count(), 5)
+
     def test_of_a_held_task_it_tells_whom_it_waits_for_failed_ones_first(self):
         queue = self.some()
         more = [queue.add_task("echo", task_id=f"a{n}", due_date=timedelta(days=1)) for n in range(30)]
