@@ -10971,12 +10971,18 @@ _COUNTS = ("waiting", "due", "held", "running", "failed", "done")
 _TYPE_COLUMNS = ("task_type", "limits", *_COUNTS, "oldest_wait", "next_due")
 _RUN_COLUMNS = ("task_type", "id", "attempt", "where", "since", "progress")
 _SHOWN = (
-    "id task_type state held data priority due_date created_at started_at ended_at attempt "
-    "retries retry_delay timeout expires repeat progress result error"
+    "id task_type state held data priority due_date starts_at created_at started_at ended_at "
+    "attempt retries retry_delay timeout expires repeat progress result error"
 ).split()
 LIST_TASKS = 100  # The command list shows so many.
 COLUMN_CHARS = 40  # Widest column of a table.
 LAST_CHARS = 60  # The last column is never cut to less.
+
+
+def _starts_at(row: Row) -> datetime | None:
+    """When a task that waits for its date, or for a retry, can start."""
+    waits = row.state in ("ready", "scheduled")
+    return _datetime(max(row.due_at, row.ready_at)) if waits else None
 
 
 def _tell(row: Row) -> dict[str, Any]:
@@ -10986,7 +10992,8 @@ def _tell(row: Row) -> dict[str, Any]:
         json.dumps([task.data, task.result], allow_nan=False)
     except (ValueError, RecursionError) as error:
         task = Task(row._replace(data=json.dumps(f"cannot be read: {error}"), result=None))
-    told = {name: getattr(task, name) for name in _SHOWN}
+    told = {name: getattr(task, name, None) for name in _SHOWN}
+    told["starts_at"] = _starts_at(row)
     told["repeat"] = task.repeat and str(task.repeat)
     told["progress"] = task.progress and task.progress._asdict()
     return told
@@ -11121,7 +11128,10 @@ def _tell_list(view: SQLiteStore, options: Any, now: int, width: int) -> _Told:
         row = {name: task[name] for name in ("task_type", "id", "state", "attempt")}
         ended, started = task["ended_at"], task["started_at"]
         took = (ended - started).total_seconds() if ended and started else None
-        rows.append({**row, "due": task["due_date"], "took": took, "what": what})
+        due, starts = task["due_date"], task["starts_at"]
+        is_again = starts is not None and starts > max(due, _datetime(now))
+        due = f"again {_cell(starts, now)}" if is_again else due
+        rows.append({**row, "due": due, "took": took, "what": what})
     lines = _table(rows, now, width) if rows else ["no tasks"]
     more = f"... {len(tasks):,} of {total:,}; --limit shows more"
     return tasks, lines + [more] * (total > len(tasks))
@@ -11729,12 +11739,12 @@ function tell(task, part) {
     running: [task.since, words],
     failed: [task.ended ?? task.due, task.error], done: [task.ended, task.result ?? task.error],
     waiting: [task.due, after ?? data], held: [task.due, after],
-    schedules: [task.next, task.rule + (task.error ? `; last run: ${task.error}` : "")],
+    schedules: [task.starts, task.rule + (task.error ? `; last run: ${task.error}` : "")],
   }[tab];
 }
 
 function taskRow(task) {
-  const {id, type, attempt, progress} = task, acts = {};
+  const {id, type, attempt, due, starts, progress} = task, acts = {};
   const part = progress?.total ? Math.min(progress.done / progress.total, 1) : 0;
   const [date, text] = tell(task, part);
   for (const verb of TABS[tab].verbs)
@@ -11744,7 +11754,9 @@ function taskRow(task) {
     target.closest("li").lastChild.hidden = !unfolded.has(id);  // Also of one that has gone.
     showTasks();
   };
-  const cells = [type, attempt > 1 ? `attempt ${attempt}` : "", when(date), text];
+  const isAgain = tab === "waiting" && starts > due && age(starts) < -1;
+  const start = isAgain ? `again ${when(starts)}` : when(date);
+  const cells = [type, attempt > 1 ? `attempt ${attempt}` : "", start, text];
   const shown = {isOpen: unfolded.has(id), facts: unfolded.get(id)};
   return {name: id, cells, press, acts, part: tab === "running" ? part : 0, ...shown};
 }
@@ -11776,7 +11788,7 @@ async function unfold(id) {
     .catch(error => ({error: error.message}));
   const date = text => `${new Date(text).toLocaleString()} (${when(text)})`;
   const as = {
-    created: date, due: date, since: date, started: date, ended: date, next: date, timeout: span,
+    created: date, due: date, since: date, started: date, ended: date, starts: date, timeout: span,
     expires: span, retry_delay: span, keep_result: span, after: named, followed_by: named,
     progress: ({done, total, note}) => `${done} of ${total ?? "?"} ${note ?? ""}`,
   };
@@ -12007,7 +12019,7 @@ def _brief(row: Row) -> dict[str, Any]:
         "id": task.id, "type": task.task_type, "state": task.state, "held": task.held,
         "attempt": task.attempt, "created": task.created_at, "due": task.due_date,
         "since" if runs else "started": task.started_at, "ended": task.ended_at,
-        "next": _datetime(row.ready_at) if row.state in ("ready", "scheduled") else None,
+        "starts": _starts_at(row),
         "master": told_owner(row.owner)["pid"] if runs else None,
         "progress": task.progress and task.progress._asdict(),
         "rule": task.repeat and _in_words(task.repeat),

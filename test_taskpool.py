@@ -12057,6 +12057,21 @@ class TestOperators(InFolder):
         queue.pause("other")
         self.assertEqual(self.out("now", "tasks.db", "other"), "other: due now, but it does not start: 'other' is paused\n")
 
+    def test_of_a_task_that_waits_it_is_told_when_it_starts_also_again(self):
+        queue = self.some()
+        queue.add_task("fail", task_id="again", retries=1, retry_delay=1800)
+        queue.run_due({"fail": fail})
+        queue.add_task("echo", task_id="held", after="again")
+        self.assertRegex(self.out("list", "tasks.db"), r"again +waiting +1  again in (30|29) min .*\n")
+        self.assertRegex(self.out("show", "tasks.db", "again"), r"\nstarts_at +\S+ \(in (30|29) min\)\n")
+        starts = {task["id"]: task["starts_at"] for task in self.json("list", "tasks.db")}
+        self.assertEqual({i for i, date in starts.items() if date is None}, {"good", "bad", "held"})
+        self.assertEqual(starts["later"], queue.find_one(task_id="later").due_date.isoformat())
+        waits = datetime.fromisoformat(starts["again"]) - queue.find_one(task_id="again").ended_at
+        self.assertLess(abs(waits - timedelta(seconds=1800)), timedelta(seconds=1))
+        queue.update("again", due_date=None)
+        self.assertNotIn("again in", self.out("list", "tasks.db"))
+
     def test_cancel_tells_of_each_task(self):
         self.some()
         with mock.patch.object(TaskQueue, "cancel", create=True, side_effect=[True, False]) as cancel:
@@ -12778,7 +12793,7 @@ class TestPage(InFolder):
         self.assertEqual([(master["pid"], master["running"]) for master in state["masters"]], [(os.getpid(), 1)])
         (schedule,) = state["schedules"]
         self.assertEqual((schedule["id"], schedule["rule"], schedule["error"]), ("ticks", "every 10 min", None))
-        self.assertEqual(datetime.fromisoformat(schedule["next"]), queue.find_one(task_id="ticks").due_date)
+        self.assertEqual(datetime.fromisoformat(schedule["starts"]), queue.find_one(task_id="ticks").due_date)
         ages = [datetime.fromisoformat(state["now"]) - datetime.fromisoformat(state["counted_at"])]
         self.assertTrue(timedelta() <= ages[0] < timedelta(seconds=PATIENCE), ages)
 
@@ -13165,6 +13180,8 @@ class TestPageInABrowser(InFolder):
         queue.add_task("echo", task_id="later", due_date=timedelta(days=9))
         queue.add_task("echo", task_id="held", after="bad2")
         queue.add_task("echo", task_id="daily", repeat=timedelta(days=1), due_date=timedelta(days=1))
+        queue.add_task("fail", task_id="again", retries=1, retry_delay=1800)
+        queue.run_due({"fail": fail})
         states, page = self.states(queue), self.look()
         self.press(page, "^retry$", "bad0")
         self.sees(queue, {**states, "bad0": "waiting"})
@@ -13173,6 +13190,8 @@ class TestPageInABrowser(InFolder):
         self.sees(queue, {**states, "bad0": "waiting"})
         for tab, task_id in (("waiting", "later"), ("held", "held"), ("schedules", "daily")):
             self.press(page, f"^{tab}")
+            if tab == "waiting":
+                eventually(lambda: re.search(r"again in (30|29) min", page.inner_text("#tasks")))
             self.assertEqual(queue.count(task_id=task_id, due=True), 0)
             self.press(page, "^now$", task_id)
             eventually(lambda i=task_id: queue.count(task_id=i, due=True), f"{task_id} is due")
