@@ -4179,8 +4179,10 @@ class _SQLiteFile(Store):
 
     def interrupt(self) -> None:
         """Have what another thread reads end at once, in a StoreError."""
-        if self._reader is not None:
-            self._reader.interrupt()
+        reader = self._reader
+        if reader is not None:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # It is closed.
+                reader.interrupt()
 
     def _run(self, statement: str, values: Any = ()) -> int:
         """Write in a transaction. Returns how many rows have changed."""
@@ -6689,7 +6691,8 @@ class _Tasks:
         task_type               its name
         waiting, running,       how many of its tasks there are in each state
         failed, done
-        due, held               how many of the waiting could run now; how many wait for others
+        due, held               how many of the waiting could run now, limits apart; how many wait
+                                for others
         oldest_due              for how many seconds the first of those due has been so, or None
         next_due                when the next one will be due: a datetime in UTC, or None
         paused, at_once, rate   as they are set
@@ -9693,13 +9696,14 @@ class _Ending:
         if self.mode != "running":
             return
         runs, sources = len(self._engine.crew.runs()), self._engine.sources
-        seconds = self._engine.crew.options.shutdown_timeout
-        if runs or any(source.due or source.changed for source in sources):
+        options = self._engine.crew.options
+        has_more = runs or any(source.due or source.changed for source in sources)
+        if has_more and (interrupted or options.log_all):
             # A user who pressed Ctrl-C inside `with` must see what the end waits for.
             (_log.warning if interrupted else _log.info)(
                 "shutting down: %s, and what is due by now is still done; "
                 "Ctrl-C (again) starts nothing more and gives running tasks %.1f s",
-                *(_counted(runs, "task runs", "tasks run"), seconds),
+                *(_counted(runs, "task runs", "tasks run"), options.shutdown_timeout),
             )
         self.mode, self.until = "finishing", until
         for source in sources:  # A store that fails is given time from now on.
@@ -9710,7 +9714,8 @@ class _Ending:
             self.mode, self.serves, self._engine.crew.stopping = "stopping", False, True
             for source in self._engine.sources:
                 source.failing_since = time.monotonic()
-            _log.info("stopping: running tasks get %.1f s", max(0.0, at - time.monotonic()))
+            if self._engine.crew.options.log_all:
+                _log.info("stopping: running tasks get %.1f s", max(0.0, at - time.monotonic()))
         self._stop_at = min(self._stop_at, at)
 
     def advance(self, now: float) -> float:
@@ -10936,8 +10941,9 @@ def _bench(options: Any) -> int:
 
     _print_where()
     with tempfile.TemporaryDirectory(prefix="taskpool-bench-") as folder:
-        for what, number in _bench_lines(folder):
-            print(f"  {what:<40} {number:>20}", flush=True)
+        for what, found in _bench_lines(folder):
+            number, _, unit = found.partition(" ")
+            print(f"  {what:<40} {number:>10} {unit}", flush=True)
     return OK
 
 
@@ -11446,8 +11452,9 @@ def _serve(options: Any) -> int:
         task_map = {task_type: _Served(options.name, task_type) for task_type in functions}
         queue.count(task_id="")  # Raises if the file can't be used.
         cluster = Cluster(task_map, queue, auto_initialize=False, **said)
-        names = ", ".join(map(repr, functions))
-        _log.info("serving %s of %s until Ctrl-C or SIGTERM", names, options.db or options.name)
+        names, where = ", ".join(map(repr, functions)), options.db or options.name
+        if options.logs != "error":
+            _log.info("serving %s of %s until Ctrl-C or SIGTERM", names, where)
         cluster.run()
     return OK
 
