@@ -2721,8 +2721,9 @@ class Following(Backend):
         above = {new.id: [bond.parent for bond in new.after] for _, new in pairs if new}
         freed = {old.id for old, new in pairs if old and not keeps_bonds(old, new)}
         seen: set[str] = set()
-        # Stored tasks can wait only for those of the pairs that were there before.
-        todo = set(above).union(*above.values()) if any(old for old, _ in pairs) else set()
+        # A ring has a new bond: look upwards from the new predecessors. Stored tasks can wait
+        # only for those of the pairs that were there before.
+        todo = set[str]().union(*above.values()) if any(old for old, _ in pairs) else set()
         while todo := todo - freed - seen:
             seen |= todo
             bonds = self.bonds(children=list(todo))

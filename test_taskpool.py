@@ -3024,6 +3024,13 @@ class TestAStoreWithAllThatTheManualNames(Gates, Following, StoreContract, unitt
 
         return Complete()
 
+    def test_a_predecessor_is_added_without_a_look_at_those_that_are_there(self):
+        self.add(row("a"), row("b"), row("t", after=["a"]))
+        with mock.patch.object(self.store, "bonds", wraps=self.store.bonds) as bonds:
+            self.store.update("t", {"after": row("t", after=["b"]).after}, NOW)
+        self.assertNotIn("t", [i for call in bonds.call_args_list for i in call.kwargs.get("children", ())])
+        self.assertEqual(len(self.store.bonds(children=["t"])), 2)
+
     def test_a_follower_that_another_writer_changes_at_that_moment_is_released_all_the_same(self):
         """Its bonds are gone by then: nothing else would release it."""
         write, refused = self.store.write, []
