@@ -1699,7 +1699,8 @@ def after_add(old: Row | None, new: Row, if_exists: str) -> tuple[Row | None, Ro
             'or if_exists="keep", "replace" or "follow"'
         )
     if if_exists == "follow" and (successor or old.state != "running"):
-        changed = (successor or old)._replace(data=new.data)
+        waits = successor or old
+        changed = waits._replace(data=new.data, after=(*waits.after, *new.after))
         if changed.task_type != new.task_type:
             kind = f"is of the type {_shown(changed.task_type)}"
             raise DuplicateTask(f"task_id {_shown(old.id)} {kind}; give another task_id")
@@ -2151,9 +2152,9 @@ def after_adds(
         stored, row = after_add(planned.get(new.id), new, if_exists)
         if stored is not None:
             if new.after and stored.successor is not None:
-                allowed = "another task_id: what replaces a running task follows nobody else"
+                allowed = "another task_id: what follows a run under its id follows nobody else"
                 raise _wrong_value("task_id", new.id, allowed)
-            if stored.after:  # It is a new task, not one that is kept.
+            if stored.after:  # It is new, or gets the bonds of what is to follow it.
                 stored = bound(stored, planned)
                 row = row._replace(state=stored.state)
             planned[new.id] = stored
@@ -7131,11 +7132,12 @@ class TaskQueue(_TaskTypes):
                             later, it is not started but `failed` (with `repeat` it waits for
                             its next slot). After retry() it starts however late it is
         if_exists="raise"   what a waiting or running task of the same task_id does: "raise"
-                            DuplicateTask, "keep" (it is returned), "replace" (if it is
-                            running, the new one follows it), "follow" (if it waits, it stays
-                            as it is, but for the new data; if it runs, the new one follows
-                            it, or the one that follows already gets the new data; if that
-                            has another type: DuplicateTask)
+                            DuplicateTask, "keep" (it is returned, as it is), "replace" (if it
+                            is running, the new one follows it), "follow" (if it waits, it
+                            stays as it is, but gets the new data, and waits for those of
+                            after and after_end, too; if it runs, the new one follows it, or
+                            the one that follows already gets the new data; if that has
+                            another type: DuplicateTask)
         after=None          a Task, an id, or a list of them: it starts when all of these are
                             done; behind one that failed it waits until that is retried and
                             succeeds; if one is removed, it fails, and a retry starts it. A

@@ -2069,6 +2069,15 @@ class Following:
         self.settle(first, "done")
         self.assertEqual([r.id for r in self.claim()], ["a", "b", "c", "d"])
 
+    def test_what_follows_a_waiting_task_gives_it_its_predecessors_too(self):
+        self.add(row("p"), row("q"), row("t", priority=3))
+        for parent, held in ("p", ["p"]), ("q", ["p", "q"]):
+            (told,) = self.add(row("t", data={"n": parent}, now=NOW + 1, after=[parent]), if_exists="follow")
+            self.assertEqual((told.state, told.data, told.priority, told.created_at), ("held", f'{{"n":"{parent}"}}', 3, NOW))
+            self.assertEqual((self.look(), sorted(bond.parent for bond in self.store.bonds(children=["t"]))), (told, held))
+        self.add(row("t", data={"n": 4}), if_exists="follow")
+        self.assertEqual((self.add(row("t", after=["t2"]), if_exists="keep")[0].data, self.look().state), ('{"n":4}', "held"))
+
     def told(self):
         """{id: [state, {predecessor: however it ends}]}"""
         told = {r.id: ["ready" if r.state == "scheduled" else r.state, {}] for r in self.store.find(Query(), NOW)}
@@ -2166,35 +2175,39 @@ class Lives:
         others = [i for i in ids if i not in some]
         after, after_end = (chance.sample(others, min(len(others), chance.choice([0, 0, 1, 2, 3]))) for _ in range(2))
         wanted = {**{i: True for i in after_end if self.tasks[i][0] != "failed"}, **dict.fromkeys(after, False)}
-        kind = chance.choice(["add", "add", "replace", "claim", "claim", "end", "end", "end", "remove", "cancel", "retry", "update", "free", "die"])
+        kind = chance.choice(["add", "add", "replace", "follow", "claim", "claim", "end", "end", "end", "remove", "cancel", "retry", "update", "free", "die"])
         state = self.tasks[some[0]][0] if some else ""
         rings = any(some[0] in {p, *self.above(p)} for p in wanted) if some else False
         ends = [(chance.choice(["done", "done", "failed", "ready", "removed"]), chance.random() < 0.7) for _ in range(2)]
         limit = chance.randrange(1, 4)
+        there = self.tasks[some[0]][1] if some else {}
+        joined = {**there, **{p: anyway and there.get(p, True) for p, anyway in wanted.items()}}
 
         def change(model):
             if kind == "add" or not some:
                 new = f"t{next(test.ages)}"
                 test.follow(new, after, after_end)
                 model.tasks[new] = ["held" if wanted else "ready", wanted]
-            elif kind == "replace":
-                if rings or (state == "running" and (after or after_end)):
-                    return test.assertRaises(ValueError, test.follow, some[0], after, after_end, "replace")
-                test.follow(some[0], after, after_end, "replace")
+            elif kind in ("replace", "follow"):
+                # What was given back by a run still has its successor.
+                succeeds = state == "running" or (kind == "follow" and some[0] in self.succeeded)
+                if rings or (succeeds and (after or after_end)):
+                    return test.assertRaises(ValueError, test.follow, some[0], after, after_end, kind)
+                test.follow(some[0], after, after_end, kind)
                 model.removed.discard(some[0])
-                if state == "running":
+                if succeeds:
                     model.succeeded.add(some[0])
                 else:
                     model.succeeded.discard(some[0])
-                    model.tasks[some[0]] = ["held" if wanted else "ready", wanted]
+                    bonds = joined if kind == "follow" and state != "failed" else wanted
+                    model.tasks[some[0]] = ["held" if bonds else "ready", bonds]
             elif kind in ("update", "free"):
                 bonds = row(some[0], after=after, after_end=after_end).after if kind == "update" else ()
                 changes = {"after": bonds} if bonds or kind == "free" else {"priority": 2}
                 if state not in ("ready", "held") or (rings and kind == "update"):
                     return test.assertRaises(ValueError, store.update, some[0], changes, NOW + 10**6)
                 store.update(some[0], changes, NOW + 10**6)
-                before = model.tasks[some[0]][1]
-                bonds = {} if kind == "free" else {**before, **{p: anyway and before.get(p, True) for p, anyway in wanted.items()}}
+                bonds = {} if kind == "free" else joined
                 model.tasks[some[0]] = ["held" if bonds else "ready", bonds]
             elif kind == "claim":
                 for r in test.claim(limit, now=NOW + 10**6):
