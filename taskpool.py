@@ -2591,9 +2591,13 @@ class TypeSettings(Backend):
         self.change_setting(task_type, {"next_at": next_at})
         return True
 
+    def setting(self, task_type: str) -> Setting:
+        """What is set for a type."""
+        return self.settings(all_types=True).get(task_type, Setting())
+
     def paused(self) -> list[str]:
         """The types that are paused."""
-        return [name for name, it in self.settings(all_types=True).items() if it.paused]
+        return [name for name, it in self.settings().items() if it.paused]
 
     def running(self, types: Collection[str]) -> Mapping[str, int]:
         """How many tasks of each of these types run, whoever has claimed them."""
@@ -2657,9 +2661,8 @@ class TypeSettings(Backend):
             self._change(self._tally, tally)
 
     def _tally(self, tally: _Tally) -> None:
-        settings = self.settings(all_types=True)
         for name, counts in tally.items():
-            total = read_counts(settings[name].counts if name in settings else None)
+            total = read_counts(self.setting(name).counts)
             total.update(counts)
             self.change_setting(name, {"counts": json.dumps(total)})
 
@@ -3395,7 +3398,8 @@ class MemoryStore(Store):
         setting = self._settings.get(task_type, Setting())._replace(**changes)
         # Never changed in place: others may be reading them.
         self._settings = {**self._settings, task_type: setting}
-        self._gates = {name: it for name, it in self._settings.items() if is_gate(it)}
+        if is_gate(setting) or task_type in self._gates:
+            self._gates = {name: it for name, it in self._settings.items() if is_gate(it)}
         if "at_once" in changes:
             self._claimed.pop(task_type, None)
 
@@ -4286,6 +4290,10 @@ class SQLiteStore(_SQLiteFile):
         found = self._select(_SETTINGS if all_types else _GATES)
         return _read_settings(tuple(found)) if found else {}
 
+    def setting(self, task_type: str) -> Setting:
+        found = self._select(f"{_SETTINGS} WHERE task_type = ?", (task_type,))
+        return _readable_setting(found[0][1:]) if found else Setting()
+
     def change_setting(self, task_type: str, changes: Mapping[str, Any]) -> None:
         for column, value in changes.items():
             self._run(_SET.format(column), {"task_type": task_type, column: value})
@@ -5127,6 +5135,10 @@ class _MongoSide(Store):
             return copy
         _, types = self._read_side("counts")
         return types if all_types else self._copy[0]
+
+    def paused(self) -> list[str]:
+        _, types = self._read_side()
+        return [name for name, it in types.items() if it.paused]
 
     def set_up(self, types: Iterable[str], changes: Mapping[str, Any], wait: bool = True) -> None:
         super().set_up(types := list(types), changes)

@@ -11224,6 +11224,13 @@ class TestPausesAndLimits(InFolder):
         self.assertEqual(due["due"], 2)
         self.assertGreater(due["oldest_due"], 0)
 
+    def test_run_due_reads_no_counts_of_other_types(self):
+        tasks = self.queue()
+        tasks.add_task("echo"), tasks.add_task("echo", in_memory=True), tasks.pause("other")
+        settings = tasks._store.settings
+        with mock.patch.object(tasks._store, "settings", lambda: settings()):
+            self.assertEqual(len(tasks.run_due({"echo": echo})), 2)
+
     def test_what_expires_and_what_run_due_runs_is_counted_too(self):
         for store in (self.tasks, self.tasks.in_memory):
             in_memory = store is not self.tasks
