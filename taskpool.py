@@ -1790,6 +1790,20 @@ def next_start(setting: Setting, now: int) -> tuple[int, int]:
     return max(setting.next_at, now - lump if spacing < lump else now), spacing
 
 
+def with_next_start(setting: Setting, changes: Mapping[str, Any], now: int) -> Mapping[str, Any]:
+    """*changes* of a Setting, and what follows for its next start: another rate counts from
+    *now* on, so that the next start is at most one spacing ahead. (The same rate keeps it.)
+
+    >>> with_next_start(Setting(next_at=99_000_000), {"starts": 10, "period": 1_000_000}, 200)
+    {'starts': 10, 'period': 1000000, 'next_at': 105200}
+    """
+    changed = setting._replace(**changes)
+    _, spacing = next_start(changed, now)
+    if not spacing or changed[2:4] == setting[2:4]:
+        return changes
+    return {**changes, "next_at": min(setting.next_at, now + spacing)}
+
+
 def openings(setting: Setting, running: int, most: int, now: int) -> list[int]:
     """When the next *most* tasks of a type may start, while *running* others run. NEVER: when
     another one has ended. A paused type has no such dates.
@@ -2585,15 +2599,15 @@ class TypeSettings(Backend):
         """Change columns of the Setting of a type."""
         raise StoreError(f"{self!r} has no change_setting(), which pauses and limits need")
 
-    def reserve_starts(self, task_type: str, setting: Setting, next_at: int) -> bool:
-        """Set the next start of a type to *next_at*. False, and nothing is changed, if another
-        writer has changed it since *setting* was read."""
-        self.change_setting(task_type, {"next_at": next_at})
-        return True
-
     def setting(self, task_type: str) -> Setting:
         """What is set for a type."""
         return self.settings(all_types=True).get(task_type, Setting())
+
+    def change_rate(self, task_type: str, setting: Setting, changes: Mapping[str, Any]) -> bool:
+        """change_setting(). False, and nothing is changed, if another writer has changed the
+        rate, or the next start, since *setting* was read."""
+        self.change_setting(task_type, changes)
+        return True
 
     def paused(self) -> list[str]:
         """The types that are paused."""
@@ -2645,7 +2659,7 @@ class TypeSettings(Backend):
             count = sum(row.task_type == name for row in chosen)
             first, spacing = next_start(setting, now)
             if count or setting.next_at > first:
-                if not self.reserve_starts(name, setting, first + count * spacing):
+                if not self.change_rate(name, setting, {"next_at": first + count * spacing}):
                     chosen = [row for row in chosen if row.task_type != name]
         return chosen
 
@@ -2674,13 +2688,21 @@ class TypeSettings(Backend):
         if tally and self.has_settings:
             self._tally(tally)
 
-    def set_up(self, types: Iterable[str], changes: Mapping[str, Any], wait: bool = True) -> None:
+    def set_up(
+        self, types: Iterable[str], changes: Mapping[str, Any], now: int, wait: bool = True
+    ) -> None:
         """Change these columns of the Settings of these types. With *wait* this returns when
         every cluster goes by them."""
 
         def work() -> None:
             for task_type in types:
-                self.change_setting(task_type, changes)
+                if "starts" not in changes:
+                    self.change_setting(task_type, changes)
+                    continue
+                setting = self.setting(task_type)
+                changed = with_next_start(setting, changes, now)
+                if not self.change_rate(task_type, setting, changed):
+                    raise _Raced
 
         self._change(work)
 
@@ -4501,6 +4523,7 @@ _SHORT = [n for n in _COLUMNS if n not in ("data", "result", "error", "progress"
 # fields that an application has beside these are never decoded.
 _INSERTED = dict.fromkeys("taskType priority data createdAt onGoing dueDate taskpool".split(), 1)
 _READ = dict.fromkeys("taskType priority data taskpool".split(), 1)
+_RATE = Setting._fields[2:5]  # What a start depends on, and changes.
 _BESIDE = ("promoted_at", "followed")  # What _row_of() needs beside the columns.
 _READ_SHORT = dict.fromkeys([_TOP.get(n, f"taskpool.{n}") for n in (*_SHORT, *_BESIDE)], 1)
 _RANK = [("priority", -1), ("taskpool.created_at", 1), ("taskpool.seq", 1)]  # Of claims.
@@ -5140,8 +5163,10 @@ class _MongoSide(Store):
         _, types = self._read_side()
         return [name for name, it in types.items() if it.paused]
 
-    def set_up(self, types: Iterable[str], changes: Mapping[str, Any], wait: bool = True) -> None:
-        super().set_up(types := list(types), changes)
+    def set_up(
+        self, types: Iterable[str], changes: Mapping[str, Any], now: int, wait: bool = True
+    ) -> None:
+        super().set_up(types := list(types), changes, now)
         if wait and is_gate(Setting(**changes)):
             if any(owner not in self._claims for owner in self._alive()):
                 time.sleep(1.01 * COPY_SECONDS)  # Clocks do not go at quite the same speed.
@@ -5154,38 +5179,46 @@ class _MongoSide(Store):
         self._masters.update_one(_type(task_type), {"$set": changes}, upsert=True)
         self._set_at = time.monotonic()
 
-    def _field(self, task_type: str, name: str) -> Any:
-        """A field of the document of a type, whatever is in it."""
-        found = self._documents.find(_type(task_type), {name: 1}, side=True)
-        return found[0].get(name) if found else None
+    def setting(self, task_type: str) -> Setting:
+        return _setting_of(self._stored(task_type, *Setting._fields))
 
-    def _swap(self, task_type: str, name: str, there: Any, new: Any) -> bool:
-        """Put *new* in the place of what _field() has told, if that is still so."""
-        where = {**_type(task_type), **_still(name, there)}
+    def _stored(self, task_type: str, *names: str) -> dict[str, Any]:
+        """These fields of the document of a type, whatever is in them."""
+        found = self._documents.find(_type(task_type), dict.fromkeys(names, 1), side=True)
+        return {name: found[0].get(name) if found else None for name in names}
+
+    def _swap(self, task_type: str, there: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        """Set the fields *new* of the document of a type, if it is still as _stored() has told."""
+        where, is_new = _type(task_type), all(value is None for value in there.values())
+        for name, value in there.items():
+            where.update(_still(name, value))
         try:
-            done = self._masters.update_one(where, {"$set": {name: new}}, upsert=there is None)
+            done = self._masters.update_one(where, {"$set": new}, upsert=is_new)
         except Exception as error:
             if _was_race(error):  # There is such a document now.
                 return False
             raise
         return done.matched_count > 0 or done.upserted_id is not None
 
-    def reserve_starts(self, task_type: str, setting: Setting, next_at: int) -> bool:
-        there = setting.next_at or self._field(task_type, "next_at")
-        is_same = _setting_of({"next_at": there}).next_at == setting.next_at
-        if is_same and self._swap(task_type, "next_at", there, next_at):
+    def change_rate(self, task_type: str, setting: Setting, changes: Mapping[str, Any]) -> bool:
+        there = {name: getattr(setting, name) for name in _RATE}
+        if not all(there.values()):  # What is stored may be something that cannot be read.
+            there = self._stored(task_type, *_RATE)
+        is_same = _setting_of(there)[2:5] == setting[2:5]
+        is_done = is_same and self._swap(task_type, there, changes)
+        if is_done and "starts" not in changes:
             copy, read_at = self._copy
-            self._copy = {**copy, task_type: setting._replace(next_at=next_at)}, read_at
-            return True
-        self._set_at = time.monotonic()
-        return False
+            self._copy = {**copy, task_type: setting._replace(**changes)}, read_at
+        else:
+            self._set_at = time.monotonic()
+        return is_done
 
     def _tally(self, tally: _Tally) -> None:
         for name in list(tally):
-            there = self._field(name, "counts")
-            total = read_counts(there)
+            there = self._stored(name, "counts")
+            total = read_counts(there["counts"])
             total.update(tally[name])
-            if not self._swap(name, "counts", there, json.dumps(total)):
+            if not self._swap(name, there, {"counts": json.dumps(total)}):
                 raise _Raced
             del tally[name]  # If a later one fails, this one is not added again.
 
@@ -5207,7 +5240,7 @@ class _MongoSide(Store):
         """
         for _ in range(TRIES):
             if name not in self._entered:
-                self._entered[name] = self._field(name, "claims")
+                self._entered[name] = self._stored(name, "claims")["claims"]
                 self._running.pop(name, None)
             if name not in self._running:
                 self.running([name])
@@ -5217,7 +5250,7 @@ class _MongoSide(Store):
             new = [*dict.fromkeys([*stay, *claims])][: max(at_once, len(stay))]
             if not set(claims).intersection(new):
                 return new
-            if self._swap(name, "claims", there, new):
+            if self._swap(name, {"claims": there}, {"claims": new}):
                 self._entered[name] = new
                 running.update(new)
                 return new
@@ -6763,7 +6796,8 @@ class _Tasks:
         (10, 60) one each six seconds. Each start counts, also that of a retry. Where starts
         would be less than 50 ms apart, they come in groups, one each 50 ms.
 
-        None ends a limit; what is not given stays as it is. A task that must wait delays no
+        None ends a limit; what is not given stays as it is. Another rate than before counts from
+        now on: the next start is at most one spacing of it away. A task that must wait delays no
         other type, and nothing that runs is stopped. Limits are stored, and the call takes as
         long, as with pause(). Raises what pause() raises; TypeError or ValueError for a wrong
         limit, and TypeError if neither is given.
@@ -6780,7 +6814,7 @@ class _Tasks:
         names = [self._queue._name_of(name) for name in types]
         for name in names:
             self._queue._warn_of(name)
-        self._store.set_up(names, changes)
+        self._store.set_up(names, changes, self._now())
         self._queue._changed(stored=not self._store.in_memory)
 
 
@@ -6949,7 +6983,7 @@ class _TaskTypes(_Tasks):
             raise _wrong_value("name", name, f"another: {_shown(other)}{where} has it")
         self._declared[name] = self._last_declared = _Declared(defaults, schedule, limits)
         if limits:
-            self.in_memory._memory.set_up([name], limits)
+            self.in_memory._memory.set_up([name], limits, self._now())
         self._functions[name] = function
         self._own_styles[name] = self._styles[name] = style
         for watcher in self._watchers:
@@ -7003,7 +7037,7 @@ class _TaskTypes(_Tasks):
         limits = {name: it.limits for name, it in list(self._declared.items()) if it.limits}
         for name, changes in limits.items():
             if known.get(name) != changes:
-                self._store.set_up([name], changes, wait=False)
+                self._store.set_up([name], changes, self._now(), wait=False)
         return limits
 
     def _know(self, styles: Mapping[str, _Style]) -> None:

@@ -1881,8 +1881,8 @@ class StoreContract:
 class Gates:
     """Stores that know pauses and limits."""
 
-    def gate(self, task_type="x", **changes):
-        self.store.set_up([task_type], changes)
+    def gate(self, task_type="x", now=NOW, **changes):
+        self.store.set_up([task_type], changes, now)
 
     def turn(self, outcomes=(), room=9.0, now=NOW, types=("x", "y"), owner="me"):
         """What a turn claims, and when more can start, without what is always told of free types."""
@@ -1943,6 +1943,20 @@ class Gates:
         self.assertEqual(self.turn(now=NOW + 36_000 * step)[0], ["1"])
         self.assertEqual(self.turn(now=NOW), ([], [NOW + i * step for i in range(1, 4)]))  # A clock set back.
         self.assertEqual(self.turn(now=NOW + step)[0], ["2"])
+
+    def test_another_rate_counts_at_once_and_the_same_one_again_lifts_no_spacing(self):
+        slow, fast, now = {"starts": 1, "period": 25 * SECOND}, {"starts": 10, "period": SECOND}, NOW + SECOND
+        self.gate(**slow)
+        self.add(*[row(f"{i}", now=NOW + i) for i in range(3)])
+        self.assertEqual(self.turn()[0], ["0"])
+        self.gate(now=NOW - SECOND, **slow)  # By a clock that is behind, say.
+        self.assertEqual(self.turn(now=NOW + 25 * SECOND)[0], [])
+        self.gate(now=now, **fast)
+        next_at = now + SECOND * 105 // 1000
+        self.assertEqual(self.turn(now=now)[1][0], next_at)
+        self.gate(now=now + 1, **slow)
+        self.assertEqual(self.turn(now=next_at)[0], ["1"])
+        self.assertEqual(self.turn(now=next_at + 25 * SECOND)[0], [])
 
     def test_starts_closer_than_50_ms_come_in_lumps_of_50_ms_at_most(self):
         self.gate(starts=100, period=SECOND)
@@ -3561,7 +3575,7 @@ class MongoContract(Following, Spoiled, StoreContract):
             self.add(*[row(f"{i}", now=NOW + i) for i in range(9)])
             if "at_once" in changes:
                 self.take(self.store, "old", 1.0)  # What began before there was a limit.
-            self.store.set_up(["x"], changes)
+            self.store.set_up(["x"], changes, NOW)
             store.renew("far", NOW), store.settings()
             faults.at(number, lambda: action(store))
             self.take(store, "far", room)
@@ -3582,7 +3596,7 @@ class MongoContract(Following, Spoiled, StoreContract):
 
             def set_up(store):
                 before.clear()
-                (store if is_own else self.store).set_up(["x"], changes)
+                (store if is_own else self.store).set_up(["x"], changes, NOW)
                 before.update(r.id for r in self.store.find(Query(states=["running"]), NOW))
 
             for store in self.each_claim(room, {"paused": 0}, set_up):
@@ -3605,6 +3619,23 @@ class MongoContract(Following, Spoiled, StoreContract):
                     self.take(store, "far", 9.0, NOW + 10 + SECOND // 9)  # Spacing: 105 ms.
                     self.assertEqual(len(self.rows), most)
 
+    @mock.patch.object(taskpool, "COPY_SECONDS", 0.02)
+    def test_a_rate_that_is_raised_while_a_start_is_reserved_counts_at_once(self):
+        for room in (1.0, 9.0):
+            slow, fast = ({"starts": n, "period": 25 * SECOND} for n in (1, 25))
+            for number, store in enumerate(self.each_claim(room, slow, lambda store, fast=fast: self.store.set_up(["x"], fast, NOW))):
+                before = len(self.rows)
+                self.take(store, "far", 9.0, NOW + 2 * SECOND)
+                with self.subTest(room=room, number=number):
+                    self.assertEqual(len(self.rows), before + 1)
+        self.collection.delete_many({}), self.collection["masters"].delete_many({})
+        (store, faults), self.rows = self.faulty(), []
+        self.add(row("a"), row("b")), self.store.set_up(["x"], slow, NOW)
+        faults.before("update_one", lambda: self.take(self.store, "you", 1.0))
+        store.set_up(["x"], fast, NOW)
+        self.take(store, "far", 9.0, NOW + 11)
+        self.assertEqual([r.id for r in self.rows], ["a"])  # That start counts.
+
     def test_whatever_others_wrote_for_a_type_or_a_master_its_tasks_start_and_no_limit_is_passed(self):
         """What cannot be read counts as not there, and the next write mends it."""
         bad = [*self.BAD, [{"a": 1}, "x"], {"0": 1}, {"$x": 1}, None]
@@ -3619,7 +3650,7 @@ class MongoContract(Following, Spoiled, StoreContract):
             self.collection.delete_many({}), self.collection["masters"].delete_many({})
             self.add(*[row(f"{i}", now=NOW + i) for i in range(4)])
             (store, you), now, tally = (self.open(), self.open()), NOW + SECOND, {"x": collections.Counter(failed=2)}
-            store.set_up(["x"], {"at_once": 2, "starts": 10**6, "period": 1})
+            store.set_up(["x"], {"at_once": 2, "starts": 10**6, "period": 1}, NOW)
             store.renew("me", NOW), you.renew("you", NOW)
             self.collection["masters"].update_many({}, {"$set": {field: value}})
             with self.subTest(field=field, value=str(value)):
@@ -4137,7 +4168,7 @@ class TestMongoStoreOnAServer(Gates, MongoContract, WithMongo):
         store, commands = self.counted()
         self.add(*[row(str(i), now=NOW + i) for i in range(20)], row("y", "y", priority=-1))
         for changes, most in (({"at_once": 2}, 5), ({"at_once": None, "starts": 10**6, "period": 1}, 4), ({"at_once": 1}, 6)):
-            store.set_up(["x"], changes), store.turn("me", [], {"x": 1.0, "y": 0.1}, 0.0, 2, NOW + SECOND)
+            store.set_up(["x"], changes, NOW), store.turn("me", [], {"x": 1.0, "y": 0.1}, 0.0, 2, NOW + SECOND)
             sent = []
             for _ in range(5):
                 outcomes = [Outcome(r.id, r.claim, "done") for r in self.store.find(Query(states=["running"]), NOW)]
