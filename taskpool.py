@@ -7132,6 +7132,9 @@ class TaskQueue(_TaskTypes):
         if stored:
             self._wake_others(cancelled)
 
+    def _unwatch(self, cluster: Cluster) -> None:
+        self._watchers = tuple(it for it in self._watchers if it.cluster is not cluster)
+
     def _wake_others(self, cancelled: bool = False) -> None:
         """Have the masters that do not hear of this queue look at the store, so that they need
         not poll it. Of many tasks in a row not each wakes them: a woken master looks twice. But
@@ -9324,7 +9327,7 @@ class _Watch:
         # As they were declared when they were last written.
         self._schedules: dict[str, Any] = {}
         self._limits: dict[str, Any] = {}
-        self._last_declared: Any = None
+        self.last_declared: Any = None
         self._clock = _ObserverClock()  # Of the store thread.
         self.next_look = self._next_heartbeat = self._next_warning = self._next_try = 0.0
         self.heard = time.monotonic()  # When observers last heard of this cluster.
@@ -9339,12 +9342,12 @@ class _Watch:
         """In the store thread: what was declared until now counts for the next claim. A
         declaration that cannot be stored holds up nothing else."""
         queue, last = self._cluster.queue, self._cluster.queue._last_declared
-        if last is self._last_declared or now < self._next_try:
+        if now < self._next_try:
             return
         try:
             self._schedules = queue._align(self._schedules)
             self._limits = queue._write_limits(self._limits)
-            self._last_declared = last
+            self.last_declared = last
         except StoreError as error:
             self._next_try = now + RENEW_SECONDS
             _log.error("what is declared could not be stored, trying again: %s", error)
@@ -9508,7 +9511,7 @@ class _Source:
         watch = self.watch
 
         def work() -> tuple[int, Turn]:
-            if serves and watch:
+            if serves and watch and watch.last_declared is not queue._last_declared:
                 watch.follow_code(time.monotonic())
             now = int(queue.clock() * 1e6)
             before = store.followed
@@ -10469,8 +10472,7 @@ class Cluster(concurrent.futures.Executor):
 
     def _reset_after_fork(self) -> None:
         """Registered, not started: also what a forked child finds."""
-        watchers = self.queue._watchers  # Not of the child's: its adds ring for them.
-        self.queue._watchers = tuple(w for w in watchers if w.cluster is not self)
+        self.queue._unwatch(self)  # What a child adds rings for the master.
         self._start_lock = threading.Lock()
         self._engine = _Dispatcher(self)
 
@@ -10505,8 +10507,7 @@ class Cluster(concurrent.futures.Executor):
             self._learn_types()
 
     def _unregister(self) -> None:
-        watchers = self.queue._watchers
-        self.queue._watchers = tuple(w for w in watchers if w is not self._engine)
+        self.queue._unwatch(self)
         _running.discard(self)
 
     def set_refresh_rate(self, refresh_rate: int | timedelta) -> None:
