@@ -11346,7 +11346,11 @@ def _change_all(
             yield from (row.id for row, *_ in some if type(row.id) is str)
             before = some[-1].key
 
-    left, count, size = iter(found() if ids is None else ids), 0, 50
+    count, size, some_ids = 0, 50, {} if ids is None else {"task_id": ids}
+    if verb == "remove" and filters.get("held") is not False and view.followers():
+        # At once, and first: those that they follow may be meant, too, and none is to fail.
+        count = change(queue, **{**filters, **some_ids, "held": True})
+    left = iter(found() if ids is None else ids)
     while part := list(itertools.islice(left, size)):
         began = time.monotonic()
         if verb in ("retry", "remove"):
@@ -11371,10 +11375,10 @@ def _change(options: Any) -> int:
     now, view = time.time_ns() // 1000, SQLiteStore(options.db, _looking=True)
     with contextlib.closing(view), TaskQueue(options.db) as queue:
         view.owners()  # Raises if no file of ours is there to be changed.
-        if not options.id:
+        if not options.id and word == "removed":  # At once: also those whose ids are no text.
+            print(f"{change(queue, **filters):,} removed")
+        elif not options.id:
             count = _change_all(options.command, queue, view, filters)
-            if word == "removed":  # Also those whose ids are no text.
-                count += change(queue, **filters)
             print(f"{count:,} {'put back to ' * (word == 'waiting')}{word}")
         for text in dict.fromkeys(options.id):
             try:
@@ -11443,7 +11447,7 @@ def _queue_at(target: str, is_made: bool) -> TaskQueue:
             queue = _imported(_read_place(target))
             if isinstance(queue, TaskQueue):
                 return queue
-            raise _wrong_type(target, queue, "a TaskQueue")
+            raise TaskPoolError(str(_wrong_type(target, queue, "a TaskQueue")))
     if not is_made:
         with contextlib.closing(SQLiteStore(target, _looking=True)) as view:
             view.owners()  # Raises if no file of ours is there.
@@ -11454,7 +11458,11 @@ def _add(options: Any) -> int:
     """The command add: store a task, also if its type is declared to be in memory."""
     name = options.task_type
     with _queue_at(options.target, is_made=True) as queue:
-        print(_plain(queue.add_task(name, options.data, in_memory=False).id))
+        try:
+            task = queue.add_task(name, options.data, in_memory=False)
+        except TypeError as error:  # The function takes no such data.
+            raise ValueError(str(error)) from None
+        print(_plain(task.id))
         if queue.task_map and name not in queue.task_map:
             why = f"{_shown(name)} is not declared{_nearest(name, queue.task_map)}"
             print(f"taskpool.py: {_plain(why)}", file=sys.stderr)
@@ -11468,8 +11476,10 @@ def _served(place: str) -> tuple[TaskQueue | None, Mapping[str, TaskFunction]]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     thing = _imported(place)
     if not isinstance(thing, TaskQueue):
-        _checked_task_map(thing)
-        return None, thing
+        try:
+            return None, _checked_task_map(thing)[0]
+        except (TypeError, ValueError) as error:
+            raise TaskPoolError(f"{place} cannot be served: {error}") from error
     if not thing.task_map:
         raise TaskPoolError(f"{place}: this TaskQueue declares no tasks")
     return thing, thing.task_map
@@ -12537,9 +12547,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     except KeyboardInterrupt:
         return OK if options.command in ("status", "web") else FAILURE
-    except (TaskPoolError, OSError, ValueError, TypeError) as error:
+    except (TaskPoolError, OSError, ValueError) as error:
         print(f"taskpool.py: {_plain(str(error))}", file=sys.stderr)
-        is_usage = options.command in ("add", "cron") and type(error) in (ValueError, TypeError)
+        is_usage = options.command in ("add", "cron") and type(error) is ValueError
         return USAGE if is_usage else FAILURE
 
 
