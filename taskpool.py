@@ -7134,6 +7134,7 @@ class TaskQueue(_TaskTypes):
 
     def _unwatch(self, cluster: Cluster) -> None:
         self._watchers = tuple(it for it in self._watchers if it.cluster is not cluster)
+        self._next_owners = self._next_knock = 0.0  # Now that cluster is among the others.
 
     def _wake_others(self, cancelled: bool = False) -> None:
         """Have the masters that do not hear of this queue look at the store, so that they need
