@@ -6167,9 +6167,10 @@ def _awaited(value: Any) -> Any:
     if type(value) is CoroutineType:
         import asyncio
 
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
+        loop = None
+        with contextlib.suppress(RuntimeError):  # No cause of what the task raises.
+            loop = asyncio.get_running_loop()
+        if loop is None:
             return asyncio.run(value)
         # run_due was called inside a running loop: a second one needs another thread.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:

@@ -5699,6 +5699,8 @@ class TestWhatATaskAsksFor(WithCluster):
             broken = type("Broken", (group,), {"exceptions": 5})("", errors)
             self.assertEqual(taskpool.plan_of(broken), taskpool.Plan())
         self.wish("GiveUp", "enough", way="group", retries=5).exception(PATIENCE)
+        self.assertNotIn("event loop", self.shared_queue.find_one(state="failed").error)
+        self.shared_queue.remove(state="failed")
         self.assertEqual([attempt for attempt, _ in self.starts()], [1])
 
     def test_who_gives_up_is_not_started_again(self):
