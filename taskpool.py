@@ -1799,7 +1799,7 @@ def with_next_start(setting: Setting, changes: Mapping[str, Any], now: int) -> M
     """
     changed = setting._replace(**changes)
     _, spacing = next_start(changed, now)
-    if not spacing or changed[2:4] == setting[2:4]:
+    if not spacing or (changed.starts, changed.period) == (setting.starts, setting.period):
         return changes
     return {**changes, "next_at": min(setting.next_at, now + spacing)}
 
@@ -3154,7 +3154,7 @@ class Store(TypeSettings, Following, Looking):
 
     def put_off(self, now: int) -> None:
         """ready -> scheduled, for what is due later."""
-        if self.early(now):
+        if self.early(now):  # Read without the write lock first: hardly ever are there any.
             self._change(lambda: self._put([(r, released(r, now)) for r in self.early(now)], now))
 
     def find(self, query: Query, now: int) -> list[Row]:
@@ -6168,7 +6168,7 @@ def _awaited(value: Any) -> Any:
         import asyncio
 
         loop = None
-        with contextlib.suppress(RuntimeError):  # No cause of what the task raises.
+        with contextlib.suppress(RuntimeError):  # Else the task's errors would show it.
             loop = asyncio.get_running_loop()
         if loop is None:
             return asyncio.run(value)
@@ -7135,7 +7135,7 @@ class TaskQueue(_TaskTypes):
 
     def _unwatch(self, cluster: Cluster) -> None:
         self._watchers = tuple(it for it in self._watchers if it.cluster is not cluster)
-        self._next_owners = self._next_knock = 0.0  # Now that cluster is among the others.
+        self._next_owners = self._next_knock = 0.0  # Ask anew which masters are to be woken.
 
     def _wake_others(self, cancelled: bool = False) -> None:
         """Have the masters that do not hear of this queue look at the store, so that they need
@@ -10474,7 +10474,7 @@ class Cluster(concurrent.futures.Executor):
 
     def _reset_after_fork(self) -> None:
         """Registered, not started: also what a forked child finds."""
-        self.queue._unwatch(self)  # What a child adds rings for the master.
+        self.queue._unwatch(self)  # A forked child has to wake its parent's cluster by the bell.
         self._start_lock = threading.Lock()
         self._engine = _Dispatcher(self)
 
